@@ -1,0 +1,20 @@
+"""lp_dist: decoupled Lp weight decay for training at scale. Importing it imports torch alone."""
+
+from typing import Any
+
+from lp_dist.groups import param_groups
+from lp_dist.hooks import add_lp_decay
+from lp_dist.optim import LpAdamW, LpLion, LpSGD
+from lp_dist.schedule import DecayWindow
+from lp_dist.sparsity import measure_sparsity
+
+__version__ = "0.1.0"
+__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "add_lp_decay", "measure_sparsity", "param_groups"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LpCallback", "LpTrainer"):  # these need transformers, which takes seconds to import
+        from lp_dist import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'lp_dist' has no attribute {name!r}")

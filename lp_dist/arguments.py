@@ -1,0 +1,140 @@
+"""Arguments of `lp-dist finetune`: Hugging Face's TrainingArguments and ours, from the command line or one YAML."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from lp_dist.decay import check_hyperparameters
+from lp_dist.errors import UsageError
+from lp_dist.report import FILE
+from lp_dist.schedule import DecayWindow
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model: str = field(metadata={"help": "Hub id, local directory, or path to a .gguf file."})
+    revision: str = field(default="main", metadata={"help": "Revision of the hub model."})
+    dtype: str = field(default="float32", metadata={
+        "help": "Dtype to load the weights in. Keep float32: it holds the master weights; use --bf16 for mixed precision."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model's repository run code of its own."})
+
+
+@dataclass
+class DataArguments:
+    """What to train it on."""
+
+    dataset: str = field(metadata={"help": "Hub id, or a local .txt, .md, .jsonl, .json, .csv or .parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; else a part of the data is held out."})
+    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the documents that is held out for evaluation."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a training example."})
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on at most that many blocks."})
+
+
+@dataclass
+class DecayArguments:
+    """How to decay; λ is --weight_decay, and 0 gives a dense fine-tune."""
+
+    base: str = field(default="adamw", metadata={"help": "Base optimizer: adamw, sgd or lion.", "choices": ["adamw", "sgd", "lion"]})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
+    p: float = field(default=0.5, metadata={"help": "Exponent of the norm, in [-4, 4]; exact zeros need p < 1 or so."})
+    l2: float = field(default=0.0, metadata={"help": "λ2 of the elastic net."})
+    precondition: float = field(default=0.0, metadata={"help": "γ: weights on which the loss is sensitive decay less (adamw only)."})
+    cutoff: float = field(default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."})
+    decay_start: float = field(default=0.0, metadata={"help": "Where the decay begins: fraction of the run if <= 1, else a step."})
+    decay_end: float = field(default=1.0, metadata={"help": "Where it ends and the zeros are frozen, likewise."})
+    decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
+    compare_with: str | None = field(default=None, metadata={"help": "output_dir of an earlier run to show beside this one."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
+
+    def window(self) -> DecayWindow:
+        """The decay window with this run's values; raises UsageError where they are bad."""
+        values = {"p": self.p, "l2": self.l2, "cutoff": self.cutoff}
+        if self.base == "adamw":
+            values["precondition"] = self.precondition
+        elif self.precondition:
+            raise UsageError(f"--precondition {self.precondition} needs Adam's second moments; use --base adamw, or leave it out")
+        check_hyperparameters(**values)
+        return DecayWindow(self.decay_start, self.decay_end, values)
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArguments)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArguments, TrainingArguments]:
+    """`[recipe.yaml] [--key value ...]`; what stands on the command line wins over the recipe.
+
+    Exits with a message on an unknown key; raises UsageError where values contradict each other, before anything is loaded.
+    """
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = _from_yaml(Path(argv[0])) + argv[1:]
+    if not torch.accelerator.is_available() and "--use_cpu" not in argv:
+        argv = [*argv, "--use_cpu", "true"]
+    parser = HfArgumentParser(ARGUMENT_CLASSES, prog="lp-dist finetune", usage="lp-dist finetune [recipe.yaml] [--key value ...]")
+    model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        _check(data, decays, training)
+    except ValueError as error:  # of the room that knows the limit
+        raise UsageError(str(error)) from None
+    return model, data, decays, training
+
+
+def _from_yaml(path: Path) -> list[str]:
+    """A recipe as command-line words, so that there is one way to parse a value."""
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"can't read the recipe {path}: {error.strerror}") from None
+    if not isinstance(recipe, dict):
+        raise UsageError(f"the recipe {path} must be one mapping of keys to values")
+    words: list[str] = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        words.append(f"--{key}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list):
+            words.extend(map(str, value))
+        else:
+            words.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return words
+
+
+def _check(data: DataArguments, decays: DecayArguments, training: TrainingArguments) -> None:
+    default_optim = TrainingArguments.__dataclass_fields__["optim"].default
+    if training.optim != default_optim and f"{training.optim}" != f"{default_optim}":
+        raise UsageError(f"--optim {training.optim} would take the place of the Lp optimizer; leave it out, and choose --base adamw, sgd or lion")
+    check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
+                          betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
+    decays.window()
+    if training.max_steps > 0 and training.weight_decay > 0:
+        decays.window().steps(training.max_steps)
+    if data.block_size < 2:
+        raise UsageError(f"--block_size {data.block_size} must be at least 2 tokens; 512 is the default")
+    if training.load_best_model_at_end and training.weight_decay > 0:
+        raise UsageError("--load_best_model_at_end true would put back weights from before they were sparse; set it to false")
+    output = Path(training.output_dir)
+    if not (training.resume_from_checkpoint or decays.overwrite) and (list(output.glob("checkpoint-*")) or (output / FILE).exists()):
+        raise UsageError(f"{output} holds a run already; go on with it by --resume_from_checkpoint true, start anew by --overwrite true, "
+                         "or choose another --output_dir")
+
+
+def command_line() -> str:
+    """The command that started this process, for the report."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program: list[Any] = ["python", "-m", module.name] if module and module.name.startswith("lp_dist") else ["lp-dist", "finetune"]
+    words = sys.argv[1:]
+    return " ".join(program + (words[1:] if words[:1] == ["finetune"] else words))

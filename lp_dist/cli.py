@@ -1,0 +1,24 @@
+"""The `lp-dist` command."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `finetune` a subcommand although it is the only one so far."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a language model to exact zeros: [recipe.yaml] [--key value ...]; --help lists the keys."""
+    from lp_dist.finetune import main  # here, since it imports transformers
+
+    main(context.args)
+
+
+def main() -> None:
+    app()

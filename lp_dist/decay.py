@@ -1,0 +1,163 @@
+"""The Lp decay factor: the one place where the equation is written. torch only, pure functions.
+
+Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm", arXiv 2404.10824. The regularised loss is
+`L(w) + (λ/p)·Σ|w|^p`; with learning rate α and the base optimizer's step `u = w_old − α·a`, one step is
+
+    w_new = u / (1 + α·λ2 + α·λ/x)        x = |w_old|^(2−p)        (1/x is the paper's auxiliary s = |w|^(p−2))
+
+The weight in x is the one from BEFORE the gradient step. Two forms of ours change x and cost no state:
+preconditioned, `x = |w_old|^(2−p)·(√v̂+ε)^γ`, and capped, where a weight with `x > cutoff` feels no Lp term.
+
+λ is `weight_decay` and carries the 1/p: a code whose factor is `1/(1 + p·α·λ'·|w|^(p−2))` has `λ = p·λ'`.
+p = 2 is AdamW's decay to first order; p = 0 is the log penalty; p < 0 continues the same formula.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+P_MIN, P_MAX = -4.0, 4.0
+# A decayed weight below this is set to exact zero: it is lost to any loss in fp32, and denormals are slow.
+SNAP = 1e-13
+
+
+def resistance(weights: list[Tensor], p: float) -> list[Tensor]:
+    """x = |w|^(2−p) of each tensor: how well a weight resists the decay.
+
+    Computed and returned in fp32 for 16-bit weights (|w|^6 leaves their range), else in the weights' dtype.
+    New tensors, any shape. For p < 2, x = 0 exactly where w = 0, so that zero absorbs.
+    """
+    x = torch._foreach_abs([w.float() if w.dtype.itemsize < 4 else w for w in weights])
+    exponent = 2.0 - p
+    if exponent == 1.5:  # the default p; twice as fast as pow, and no less exact
+        torch._foreach_mul_(x, torch._foreach_sqrt(x))
+    elif exponent != 1.0:
+        torch._foreach_pow_(x, exponent)
+    return x
+
+
+def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
+    """x ← x·denom^γ, in place, with denom = √v̂+ε: weights to which the loss is sensitive decay less."""
+    denom = [d.to(t.dtype) for d, t in zip(denom, x)]
+    torch._foreach_mul_(x, denom if gamma == 1.0 else torch._foreach_pow(denom, gamma))
+
+
+def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
+    """Whether the Lp term acts at all. A negative cutoff switches it off, since x > cutoff everywhere."""
+    return lr * weight_decay > 0.0 and cutoff >= 0.0
+
+
+def decay_(
+    weights: list[Tensor], x: list[Tensor] | None, *, lr: float, weight_decay: float, p: float,
+    l2: float = 0.0, cutoff: float = math.inf, skip: Tensor | None = None,
+) -> None:
+    """weights ← weights / (1 + αλ2 + αλ/x), in place; `weights` hold u, the base optimizer's step.
+
+    x: from `resistance`, preconditioned or not, of the weights before that step; it is consumed. None where the Lp term
+    is not active. skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere (AMP's found_inf).
+    With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero, and 0 where x = inf:
+    one form is right for every p, p ≥ 2 included, and 0/0 can't occur.
+    """
+    if not is_active(lr, weight_decay, cutoff):
+        if lr * l2 == 0.0:
+            return
+        divisor = [torch.full((), 1.0 + lr * l2, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
+                   for w in weights]
+    else:
+        assert x is not None
+        if cutoff < math.inf:
+            for t in x:
+                t.masked_fill_(t > cutoff, math.inf)        # the penalty is flat here: no pull
+        torch._foreach_reciprocal_(x)                       # s = 1/x
+        torch._foreach_mul_(x, lr * weight_decay)           # α·λ·s
+        torch._foreach_add_(x, 1.0 + lr * l2)               # 1 + α·λ2 + α·λ·s
+        divisor = x
+    if skip is not None:
+        divisor = [torch.where(skip > 0, torch.ones_like(d), d) for d in divisor]
+    torch._foreach_div_(weights, divisor)                   # w_new = u / (…)
+    if p < 2.0 and is_active(lr, weight_decay, cutoff):
+        for w in weights:
+            torch.hardshrink(w, SNAP, out=w)                # |w| ≤ SNAP → 0, a NaN stays one
+
+
+def lp_decay(
+    u: Tensor, w_old: Tensor, *, lr: float, weight_decay: float, p: float = 0.5, l2: float = 0.0,
+    cutoff: float = math.inf, precondition: float = 0.0, denom: Tensor | None = None,
+) -> Tensor:
+    """One decay of the stepped weight `u`, as a pure function of tensors.
+
+    Args:
+        u: the weight after the base optimizer's step, any shape, floating point.
+        w_old: the weight before it, same shape.
+        lr: α, the learning rate of this step.
+        weight_decay: λ, in the convention of this module's head.
+        p: exponent of the norm, in [−4, 4].
+        l2: λ2, an L2 term beside the Lp one (elastic net).
+        cutoff: weights with x above it feel no Lp term.
+        precondition: γ ≥ 0, exponent on `denom` in x.
+        denom: √v̂+ε of Adam, same shape; needed when γ > 0.
+    Returns:
+        A new tensor of u's dtype.
+    Raises:
+        ValueError: a hyperparameter is out of its range, or γ > 0 without `denom`.
+    """
+    check_hyperparameters(lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, precondition=precondition)
+    if precondition and denom is None:
+        raise ValueError(f"precondition={precondition} needs denom (√v̂+ε of Adam); pass it, or set precondition=0")
+    out = u.clone()
+    x = None
+    if is_active(lr, weight_decay, cutoff):
+        x = resistance([w_old], p)
+        if precondition:
+            precondition_(x, [denom], precondition)
+    decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff)
+    return out
+
+
+_NOT_NEGATIVE = ("lr", "weight_decay", "l2", "precondition", "eps", "momentum")
+_WAY_OUT = {
+    "lr": "set it to 0 to stand still",
+    "weight_decay": "it is λ; set it to 0 for no decay",
+    "l2": "it is λ2 of the elastic net; set it to 0 for none",
+    "precondition": "it is the exponent γ on √v̂; set it to 0 for the plain form",
+    "eps": "1e-8 is usual",
+    "momentum": "set it to 0 for none",
+}
+
+
+def check_hyperparameters(**values: Any) -> None:
+    """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
+
+    Knows lr, weight_decay, p, l2, cutoff, precondition, eps, momentum, betas, nesterov; other keys are ignored.
+    A tensor on an accelerator is not looked at, since that would make the host wait for it.
+    """
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{key} is a tensor of shape {tuple(value.shape)}, but one element is the limit; pass a scalar")
+            if value.device.type != "cpu":
+                continue
+            value = value.item()
+        if key in _NOT_NEGATIVE and not (_is_real(value) and 0.0 <= value < math.inf):
+            raise ValueError(f"{key}={value!r} must be a finite number >= 0; {_WAY_OUT[key]}")
+        if key == "p" and not (_is_real(value) and P_MIN <= value <= P_MAX):
+            raise ValueError(
+                f"p={value!r} must be a number in [{P_MIN:g}, {P_MAX:g}]: |w|^(2-p) leaves fp32's range beyond it. Use p < 1 for "
+                "exact zeros (0.5 is the default, 0 the log penalty), p = 2 for AdamW's decay")
+        if key == "cutoff" and not (_is_real(value) and not math.isnan(value)):
+            raise ValueError(f"cutoff={value!r} must be a number, not nan; use math.inf for no cap, a negative one to switch the decay off")
+        if key == "betas":
+            for i, beta in enumerate(value if isinstance(value, (tuple, list)) and len(value) == 2 else [value]):
+                if not (_is_real(beta) and 0.0 <= beta < 1.0):
+                    raise ValueError(f"betas[{i}]={beta!r} must be a number in [0, 1); betas=(0.9, 0.999) is usual")
+    if values.get("nesterov") and not values.get("momentum"):
+        raise ValueError(f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or nesterov=False")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

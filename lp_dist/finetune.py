@@ -1,0 +1,185 @@
+"""The training program, one for every strategy: `lp-dist finetune`, or `python -m lp_dist.finetune` under any launcher.
+
+It runs alone, under torchrun (DDP), `deepspeed` (ZeRO 1 to 3) and `accelerate launch` (all of these, and FSDP2), unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
+from lp_dist.data import load_text, pack
+from lp_dist.errors import UsageError
+from lp_dist.groups import decayed_names, param_groups
+from lp_dist.shards import check_deepspeed_config, full_shape, zero_init_disabled
+from lp_dist.sparsity import Sparsity, measure_sparsity
+from lp_dist.trainer import LpCallback, LpTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tunes, sparsifies, saves and reports. Bad input ends the program with one line that says what to do."""
+    try:
+        run(*arguments.parse(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        sys.exit(f"lp-dist: error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments, decay_args: arguments.DecayArguments,
+        args: TrainingArguments) -> dict[str, Any]:
+    """One run; returns its report, which is also written to `output_dir`."""
+    _set_up_logging(args)
+    reference = report.read(decay_args.compare_with) if decay_args.compare_with else None
+    set_seed(args.seed)
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True", True):
+        resume = get_last_checkpoint(args.output_dir)
+        if resume is None:
+            raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
+
+    with args.main_process_first(desc="reading the model and the data"):
+        path = _dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code)
+        texts = load_text(data_args.dataset, data_args.dataset_config, data_args.dataset_split, data_args.text_column,
+                          data_args.eval_split, data_args.eval_fraction, args.seed)
+        plain = data_args.dataset.endswith((".txt", ".md"))
+        train, held_out = (pack(texts[part], tokenizer, data_args.block_size, separate=not plain) for part in ("train", "eval"))
+    if data_args.max_eval_blocks is not None:
+        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_blocks)))
+    model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
+                                                 trust_remote_code=model_args.trust_remote_code)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and data_args.block_size > context:
+        raise UsageError(f"--block_size {data_args.block_size} is beyond the model's context of {context} tokens; lower it")
+    counted = decayed_names(model, include_embeddings=decay_args.decay_embeddings)
+    before = measure_sparsity(model, counted).total
+    parameters = sum(full_shape(param).numel() for param in model.parameters())
+
+    args.eval_on_start = resume is None     # the perplexity "before"; a resumed run has it in its log
+    args.prediction_loss_only = True        # the logits of the held-out text would fill the memory
+    trainer = LpTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, decay_args, args),
+        callbacks=[LpCallback(decay_args.window() if args.weight_decay > 0 else None)], counted=counted)
+    _check_engine(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    sparsity = trainer.measure_sparsity()
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # a sharded one is no checkpoint for users
+    trainer.save_model()
+
+    return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference)
+
+
+def _optimizer(model: torch.nn.Module, decay_args: arguments.DecayArguments, args: TrainingArguments) -> tuple[type, dict[str, Any]]:
+    """Our optimizer in the one form that Trainer takes under every engine: a class and its arguments, our groups among them.
+
+    (`optimizers=(opt, None)` is refused with FSDP; and without "params" Trainer's own decay group has embeddings and head in it.)
+    """
+    common = {"params": param_groups(model, args.weight_decay, include_embeddings=decay_args.decay_embeddings),
+              "lr": args.learning_rate, "p": decay_args.p, "l2": decay_args.l2, "cutoff": decay_args.cutoff}
+    betas = (args.adam_beta1, args.adam_beta2)
+    return {
+        "adamw": (LpAdamW, {**common, "betas": betas, "eps": args.adam_epsilon, "precondition": decay_args.precondition}),
+        "sgd": (LpSGD, {**common, "momentum": decay_args.momentum}),
+        "lion": (LpLion, {**common, "betas": betas}),
+    }[decay_args.base]
+
+
+def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.DecayArguments, before: float, parameters: int,
+            metrics: dict[str, float], sparsity: Sparsity, reference: dict[str, Any] | None) -> dict[str, Any]:
+    """On rank 0: counts the zeros in the files that were written, writes the report, shows it."""
+    summary: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        saved = report.count_saved(args.output_dir, sparsity.counts)
+        if saved != sparsity:
+            raise RuntimeError(f"the files in {args.output_dir} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros}; "
+                               "please report this with the launch command")
+        start = [entry for entry in trainer.state.log_history if "eval_perplexity" in entry and entry["step"] == 0]
+        summary = {
+            "version": 1, "output_dir": args.output_dir, "command": arguments.command_line(),
+            "perplexity_before": start[0]["eval_perplexity"] if start else None,
+            "perplexity_after": metrics["eval_perplexity"],
+            "sparsity_before": before, "sparsity": sparsity.total, "sparsity_of_all": sparsity.zeros / parameters,
+            "zeros": sparsity.zeros, "decayed_weights": sparsity.elements, "parameters": parameters,
+            "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
+            "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
+            "decay": dataclasses.asdict(decay_args), "versions": report.versions(), "log": trainer.state.log_history,
+            "next": f"python -c \"from transformers import pipeline; print(pipeline('text-generation', '{args.output_dir}')"
+                    "('The for statement')[0]['generated_text'])\"",
+        }
+        report.write(args.output_dir, summary)
+        report.show(summary, reference)
+    return summary
+
+
+def _check_engine(trainer: LpTrainer) -> None:
+    """Refuses a set-up that would train something else, or save nothing usable, before the first batch."""
+    state = trainer.accelerator.state
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+        raise UsageError("FSDP version 1 flattens parameters in a way that is not supported; set fsdp_version: 2")
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
+
+
+def _dequantised(gguf: str) -> Path:
+    """A GGUF file as a plain Hugging Face directory, made once and kept in the user's cache.
+
+    Made on each node by its first process. Not inside the training's own loading, where ZeRO-3 would partition it.
+    """
+    source = Path(gguf).expanduser().resolve()
+    if not source.is_file():
+        raise UsageError(f"--model {gguf} is not a file")
+    key = hashlib.sha256(f"{source} {source.stat().st_size} {source.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist" / "gguf"
+    target = cache / f"{source.stem}-{key}"
+    if target.exists():
+        return target
+    logger.info("dequantising %s", source.name)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as partial:
+        with zero_init_disabled():
+            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+            # The weights are plain from here on, but the model object still says that it is quantised, and won't be saved.
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+        Path(partial).rename(target)
+        Path(partial).mkdir()  # for TemporaryDirectory to remove
+    return target
+
+
+def _set_up_logging(args: TrainingArguments) -> None:
+    """Rank 0 tells what happens and shows the bars; the other ranks speak up only when something is wrong."""
+    main_process = args.process_index == 0
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("lp_dist").setLevel(logging.INFO if main_process else logging.WARNING)
+    if not main_process:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Which parameters decay: by module type first, by name second, decided on the model before it is sharded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from lp_dist.shards import full_shape
+
+logger = logging.getLogger(__name__)
+
+_MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+# Known by name of class, as importing transformers for an isinstance would cost seconds: GPT-2's linear layer.
+_MATRIX_CLASS_NAMES = ("Conv1D",)
+_HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+# A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear) decays when it is a matrix and
+# no part of its name says that it is one of these.
+_NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token", "lora_embedding")
+
+
+def param_groups(model: nn.Module, weight_decay: float, *, include_embeddings: bool = False, **overrides: Any) -> list[dict[str, Any]]:
+    """Two groups for any of our optimizers: the trainable matrices with λ, everything else without decay.
+
+    Args:
+        model: before DeepSpeed, DDP or FSDP2 wraps it.
+        weight_decay: λ of the decayed group.
+        include_embeddings: decay embeddings and the output head too.
+        **overrides: further group keys, for both groups (lr, p, precondition, ...).
+    Returns:
+        `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`, without a group that would be
+        empty; each trainable parameter is in exactly one, a tied one once.
+    Raises:
+        ValueError: nothing is left to decay.
+    """
+    decayed = decayed_names(model, include_embeddings=include_embeddings)
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = [
+        {**overrides, "params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
+        {**overrides, "params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
+    """Names (as of `model.named_parameters()`) of the trainable parameters that `param_groups` decays: `matrix_names` without
+    those that are all zeros now.
+
+    Raises:
+        ValueError: there is none.
+    """
+    params = dict(model.named_parameters())
+    candidates = matrix_names(model, include_embeddings=include_embeddings)
+    chosen = {name for name in candidates if params[name].requires_grad and not _is_all_zero(params[name])}
+    zeros = sorted(name for name in candidates - chosen if params[name].requires_grad)
+    if zeros:
+        logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable matrix that could decay; its parameters are frozen, all zeros, or of modules "
+            "that are not linear, convolution or attention layers. Unfreeze some, or build the param groups by hand")
+    return chosen
+
+
+def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
+    """Names of the matrices of linear, convolution and attention modules, by rules that look at no value: no biases, norms,
+    embeddings, output heads (a switch includes these two), nor LoRA's B, which starts at zero.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDING_MODULES) for p in m.parameters(recurse=False)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), module)
+    names = set()
+    for name, param in model.named_parameters():  # yields a tied parameter once, under its first name
+        if not param.is_floating_point() or "lora_B" in name:
+            continue
+        if id(param) in embeddings or id(param) in heads or any(part in _HEAD_NAMES for part in name.split(".")):
+            if include_embeddings and len(full_shape(param)) >= 2:
+                names.add(name)
+        elif _is_matrix(name, param, owners[id(param)]):
+            names.add(name)
+    return names
+
+
+def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
+    if len(full_shape(param)) < 2:
+        return False
+    if isinstance(owner, _MATRIX_MODULES) or type(owner).__name__ in _MATRIX_CLASS_NAMES:
+        return not name.endswith(("bias_k", "bias_v"))  # nn.MultiheadAttention keeps these as (1, 1, embed_dim)
+    kind = type(owner).__name__.lower()
+    return not ("norm" in kind or "embed" in kind or any(part in name for part in _NOT_MATRIX_NAMES))
+
+
+def _is_all_zero(param: Tensor) -> bool:
+    if param.is_meta or param.numel() == 0:  # not here: on the meta device, or partitioned by ZeRO-3
+        return False
+    return not bool(param.detach().any())

@@ -1,0 +1,105 @@
+"""The sparsity report: one JSON file beside the checkpoint, and the tables that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lp_dist.errors import UsageError
+from lp_dist.sparsity import Sparsity
+
+FILE = "lp_dist_report.json"  # not in config.json: loaders trip over keys that they don't know (vLLM's sparsity_config)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run stands on."""
+    import accelerate, datasets, torch, transformers  # noqa: E401
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+             "accelerate": accelerate.__version__, "datasets": datasets.__version__}
+    try:
+        import deepspeed
+        found["deepspeed"] = deepspeed.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def write(directory: str | os.PathLike, report: dict[str, Any]) -> Path:
+    """Writes the report beside the checkpoint, whole or not at all."""
+    path = Path(directory) / FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read(directory: str | os.PathLike) -> dict[str, Any]:
+    """The report of an earlier run.
+
+    Raises:
+        UsageError: there is none, or it can't be read.
+    """
+    path = Path(directory) / FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"no report of a finished run at {path} ({error}); give the output_dir of one") from None
+
+
+def count_saved(directory: str | os.PathLike, names: Iterable[str]) -> Sparsity:
+    """Counts exact zeros in a saved checkpoint, one tensor at a time, from its safetensors files.
+
+    Raises:
+        UsageError: a name is in none of the files.
+    """
+    from safetensors import safe_open
+    counts: dict[str, tuple[int, int]] = {}
+    wanted = set(names)
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in wanted & set(file.keys()):
+                tensor = file.get_tensor(name)
+                counts[name] = (int((tensor == 0).sum()), tensor.numel())
+    missing = sorted(wanted - counts.keys())
+    if missing:
+        raise UsageError(f"{len(missing)} parameters are in no safetensors file of {directory}, such as {missing[0]!r}")
+    return Sparsity(counts)
+
+
+def show(report: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
+    """Prints what was gained: perplexity before and after, sparsity overall and per kind of layer, where it was saved."""
+    console = Console()
+    runs = Table(title="Perplexity on held-out text")
+    for column in ("", "perplexity", "zeros in decayed weights", "of all parameters"):
+        runs.add_column(column, justify="left" if not column else "right")
+    runs.add_row("before", _number(report["perplexity_before"]), f"{report['sparsity_before']:.2%}", "")
+    for label, run in ((f"compared run ({reference['output_dir']})" if reference else "", reference), ("after", report)):
+        if run:
+            runs.add_row(label, _number(run["perplexity_after"]), f"{run['sparsity']:.2%}", f"{run['sparsity_of_all']:.2%}")
+    console.print(runs)
+    if report["sparsity"] > 0:
+        kinds = Table(title="Exact zeros per kind of layer")
+        for column in ("layer", "weights", "zeros", "share"):
+            kinds.add_column(column, justify="left" if column == "layer" else "right")
+        for kind, (zeros, elements) in report["kinds"].items():
+            kinds.add_row(kind, f"{elements:,}", f"{zeros:,}", f"{zeros / elements:.2%}")
+        console.print(kinds)
+    console.print(f"Saved to [bold]{report['output_dir']}[/bold], {report['zeros']:,} exact zeros counted in its files; loads with "
+                  "from_pretrained.", soft_wrap=True, highlight=False)
+    console.print(f"Next: {report['next']}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def kinds_table(sparsity: Sparsity) -> dict[str, list[int]]:
+    """JSON form of `Sparsity.by_kind`."""
+    return {kind: list(counts) for kind, counts in sorted(sparsity.by_kind().items())}

@@ -1,0 +1,99 @@
+"""Shared by all tests: a tiny language model on disk, real text, and groups of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory) -> Path:
+    """Real text that every Python carries: its language reference, a topic a line, as JSONL."""
+    from pydoc_data.topics import topics as text
+
+    path = tmp_path_factory.mktemp("text") / "topics.jsonl"
+    with path.open("w") as file:
+        for topic in sorted(text)[:30]:
+            file.write(json.dumps({"topic": topic, "text": text[topic][:4000]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, topics) -> Path:
+    """A Llama of about 60 thousand weights with a tokenizer of its own, as a Hugging Face directory."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny_model")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator((json.loads(line)["text"] for line in topics.open()), vocab_size=384, special_tokens=["<|end|>"],
+                                  show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=384, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cpu_op() -> None:
+    """DeepSpeed compiles a small communication op on first use; two ranks doing so at the same time have aborted a run."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
+@pytest.fixture
+def run_ranks(tmp_path, cpu_op):
+    """`run_ranks(fn, world_size, *args)` → what `fn(rank, world_size, *args)` returned on each rank, under gloo.
+
+    The ranks meet at a file, so that tests running side by side can't take each other's port. If a rank fails, the test fails
+    with the tracebacks of all that did.
+    """
+    def run(fn, world_size: int, *args) -> list:
+        context = torch.multiprocessing.get_context("spawn")
+        ranks = [context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, args)) for rank in range(world_size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+            if process.is_alive():
+                process.kill()
+        results = []
+        errors = [path.read_text() for path in sorted(tmp_path.glob("error_*"))]
+        assert not errors, "\n".join(errors)
+        for rank, process in enumerate(ranks):
+            assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
+            results.append(pickle.loads((tmp_path / f"result_{rank}").read_bytes()))
+        return results
+    return run
+
+
+def _rank(fn, rank: int, world_size: int, directory: Path, args: tuple) -> None:
+    import traceback
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+        result = fn(rank, world_size, *args)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        (directory / f"result_{rank}").write_bytes(pickle.dumps(result))
+    except BaseException:
+        (directory / f"error_{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        sys.exit(1)
