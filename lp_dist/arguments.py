@@ -25,7 +25,8 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub id, local directory, or path to a .gguf file."})
     revision: str = field(default="main", metadata={"help": "Revision of the hub model."})
     dtype: str = field(default="float32", metadata={
-        "help": "Dtype to load the weights in. Keep float32: it holds the master weights; use --bf16 for mixed precision."})
+        "help": "Dtype to load the weights in. Keep float32: it holds the master weights; use --bf16 for mixed precision.",
+        "choices": ["float32", "bfloat16", "float16"]})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the model's repository run code of its own."})
 
 
@@ -114,9 +115,8 @@ def _from_yaml(path: Path) -> list[str]:
 
 
 def _check(data: DataArguments, decays: DecayArguments, training: TrainingArguments) -> None:
-    default_optim = TrainingArguments.__dataclass_fields__["optim"].default
-    if training.optim != default_optim and f"{training.optim}" != f"{default_optim}":
-        raise UsageError(f"--optim {training.optim} would take the place of the Lp optimizer; leave it out, and choose --base adamw, sgd or lion")
+    if training.optim != TrainingArguments.__dataclass_fields__["optim"].default:
+        raise UsageError(f"--optim {training.optim.value} would take the place of the Lp optimizer; leave it out, and choose --base adamw, sgd or lion")
     check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
                           betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
     decays.window()

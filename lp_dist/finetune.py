@@ -17,14 +17,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.data import load_text, pack
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
-from lp_dist.shards import check_deepspeed_config, full_shape, zero_init_disabled
+from lp_dist.shards import check_deepspeed_config, full_shape, reduction_device, zero_init_disabled
 from lp_dist.sparsity import Sparsity, measure_sparsity
 from lp_dist.trainer import LpCallback, LpTrainer
 
@@ -54,21 +54,10 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
-    with args.main_process_first(desc="reading the model and the data"):
-        path = _dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code)
-        texts = load_text(data_args.dataset, data_args.dataset_config, data_args.dataset_split, data_args.text_column,
-                          data_args.eval_split, data_args.eval_fraction, args.seed)
-        plain = data_args.dataset.endswith((".txt", ".md"))
-        train, held_out = (pack(texts[part], tokenizer, data_args.block_size, separate=not plain) for part in ("train", "eval"))
-    if data_args.max_eval_blocks is not None:
-        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_blocks)))
+    path, tokenizer, train, held_out = _read(model_args, data_args, args)
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and data_args.block_size > context:
-        raise UsageError(f"--block_size {data_args.block_size} is beyond the model's context of {context} tokens; lower it")
-    counted = decayed_names(model, include_embeddings=decay_args.decay_embeddings)
+    counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
     before = measure_sparsity(model, counted).total
     parameters = sum(full_shape(param).numel() for param in model.parameters())
 
@@ -76,7 +65,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     args.prediction_loss_only = True        # the logits of the held-out text would fill the memory
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, decay_args, args),
+        data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
         callbacks=[LpCallback(decay_args.window() if args.weight_decay > 0 else None)], counted=counted)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
@@ -85,16 +74,43 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # a sharded one is no checkpoint for users
     trainer.save_model()
-
     return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference)
 
 
-def _optimizer(model: torch.nn.Module, decay_args: arguments.DecayArguments, args: TrainingArguments) -> tuple[type, dict[str, Any]]:
+def _read(model_args: arguments.ModelArguments, data_args: arguments.DataArguments,
+          args: TrainingArguments) -> tuple[str | Path, Any, datasets.Dataset, datasets.Dataset]:
+    """Where the model is, its tokenizer, and the packed blocks to train and to evaluate on; once a node, then from its cache."""
+    with args.main_process_first(desc="reading the model and the data"):
+        path = _dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
+        context = getattr(AutoConfig.from_pretrained(path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code),
+                          "max_position_embeddings", None)
+        if context is not None and data_args.block_size > context:
+            raise UsageError(f"--block_size {data_args.block_size} is beyond the model's context of {context} tokens; lower it")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code)
+        texts = load_text(data_args.dataset, data_args.dataset_config, data_args.dataset_split, data_args.text_column,
+                          data_args.eval_split, data_args.eval_fraction, args.seed)
+        plain = data_args.dataset.endswith((".txt", ".md"))
+        train, held_out = (pack(texts[part], tokenizer, data_args.block_size, separate=not plain) for part in ("train", "eval"))
+    if data_args.max_eval_blocks is not None:
+        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_blocks)))
+    return path, tokenizer, train, held_out
+
+
+def _agreed(names: set[str]) -> set[str]:
+    """Rank 0's choice on every rank. With FSDP's RAM-efficient loading the others hold no values to see all-zero tensors by."""
+    choice = [sorted(names)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(choice, device=reduction_device())
+    return set(choice[0])
+
+
+def _optimizer(model: torch.nn.Module, names: set[str], decay_args: arguments.DecayArguments,
+               args: TrainingArguments) -> tuple[type, dict[str, Any]]:
     """Our optimizer in the one form that Trainer takes under every engine: a class and its arguments, our groups among them.
 
     (`optimizers=(opt, None)` is refused with FSDP; and without "params" Trainer's own decay group has embeddings and head in it.)
     """
-    common = {"params": param_groups(model, args.weight_decay, include_embeddings=decay_args.decay_embeddings),
+    common = {"params": param_groups(model, args.weight_decay, names=names),
               "lr": args.learning_rate, "p": decay_args.p, "l2": decay_args.l2, "cutoff": decay_args.cutoff}
     betas = (args.adam_beta1, args.adam_beta2)
     return {
@@ -134,6 +150,9 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.D
 def _check_engine(trainer: LpTrainer) -> None:
     """Refuses a set-up that would train something else, or save nothing usable, before the first batch."""
     state = trainer.accelerator.state
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
+        raise UsageError(f"FSDP was asked for, but Accelerate has no FSDP on this machine and would run {state.distributed_type.value} "
+                         "instead without a word; use ZeRO-3 here (configs/accelerate_zero3.yaml), or GPUs")
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
         raise UsageError("FSDP version 1 flattens parameters in a way that is not supported; set fsdp_version: 2")
     if trainer.is_deepspeed_enabled:

