@@ -79,6 +79,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArgument
 
     Exits with a message on an unknown key; raises UsageError where values contradict each other, before anything is loaded.
     """
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first; it is in the environment as well
+        argv = argv[1:]
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _from_yaml(Path(argv[0])) + argv[1:]
     if not torch.accelerator.is_available() and "--use_cpu" not in argv:

@@ -44,7 +44,11 @@ def resistance(weights: list[Tensor], p: float) -> list[Tensor]:
 def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
     """x ← x·denom^γ, in place, with denom = √v̂+ε: weights to which the loss is sensitive decay less."""
     denom = [d.to(t.dtype) for d, t in zip(denom, x)]
-    torch._foreach_mul_(x, denom if gamma == 1.0 else torch._foreach_pow(denom, gamma))
+    if gamma != 1.0:
+        denom = torch._foreach_pow(denom, gamma)
+        for d in denom:  # out of range, it would make 0·inf of a zero weight
+            d.clamp_(torch.finfo(d.dtype).tiny, torch.finfo(d.dtype).max)
+    torch._foreach_mul_(x, denom)
 
 
 def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
@@ -63,26 +67,31 @@ def decay_(
     With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero, and 0 where x = inf:
     one form is right for every p, p ≥ 2 included, and 0/0 can't occur.
     """
-    if not is_active(lr, weight_decay, cutoff):
-        if lr * l2 == 0.0:
-            return
-        divisor = [torch.full((), 1.0 + lr * l2, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
-                   for w in weights]
-    else:
+    active = is_active(lr, weight_decay, cutoff)
+    if not active and lr * l2 == 0.0:
+        return
+    limits = torch.finfo(torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32)
+    base = min(1.0 + lr * l2, limits.max)
+    if active:
         assert x is not None
+        strength = min(max(lr * weight_decay, limits.tiny), limits.max)  # 0·inf would be nan
         if cutoff < math.inf:
             for t in x:
                 t.masked_fill_(t > cutoff, math.inf)        # the penalty is flat here: no pull
         torch._foreach_reciprocal_(x)                       # s = 1/x
-        torch._foreach_mul_(x, lr * weight_decay)           # α·λ·s
-        torch._foreach_add_(x, 1.0 + lr * l2)               # 1 + α·λ2 + α·λ·s
-        divisor = x
+        torch._foreach_mul_(x, strength)                    # α·λ·s
+        torch._foreach_add_(x, base)                        # 1 + α·λ2 + α·λ·s
+    else:
+        x = [torch.full((), base, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device) for w in weights]
     if skip is not None:
-        divisor = [torch.where(skip > 0, torch.ones_like(d), d) for d in divisor]
-    torch._foreach_div_(weights, divisor)                   # w_new = u / (…)
-    if p < 2.0 and is_active(lr, weight_decay, cutoff):
+        x = [torch.where(skip > 0, torch.ones_like(t), t) for t in x]
+    torch._foreach_div_(weights, x)                         # w_new = u / (…)
+    if active and p < 2.0:
         for w in weights:
-            torch.hardshrink(w, SNAP, out=w)                # |w| ≤ SNAP → 0, a NaN stays one
+            if skip is None:
+                torch.hardshrink(w, SNAP, out=w)            # |w| ≤ SNAP → 0; a nan stays one
+            else:
+                w.copy_(torch.where(skip > 0, w, torch.hardshrink(w, SNAP)))
 
 
 def lp_decay(
@@ -139,7 +148,7 @@ def check_hyperparameters(**values: Any) -> None:
     for key, value in values.items():
         if isinstance(value, Tensor):
             if value.numel() != 1:
-                raise ValueError(f"{key} is a tensor of shape {tuple(value.shape)}, but one element is the limit; pass a scalar")
+                raise ValueError(f"Tensor {key} must be 1-element, not of shape {tuple(value.shape)}; pass a scalar")
             if value.device.type != "cpu":
                 continue
             value = value.item()
@@ -150,7 +159,8 @@ def check_hyperparameters(**values: Any) -> None:
                 f"p={value!r} must be a number in [{P_MIN:g}, {P_MAX:g}]: |w|^(2-p) leaves fp32's range beyond it. Use p < 1 for "
                 "exact zeros (0.5 is the default, 0 the log penalty), p = 2 for AdamW's decay")
         if key == "cutoff" and not (_is_real(value) and not math.isnan(value)):
-            raise ValueError(f"cutoff={value!r} must be a number, not nan; use math.inf for no cap, a negative one to switch the decay off")
+            raise ValueError(f"cutoff={value!r} must be a number and not nan: weights with x above it feel no decay. Use math.inf for no cap, "
+                             "a negative one to switch the decay off")
         if key == "betas":
             for i, beta in enumerate(value if isinstance(value, (tuple, list)) and len(value) == 2 else [value]):
                 if not (_is_real(beta) and 0.0 <= beta < 1.0):

@@ -24,7 +24,7 @@ from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.data import load_text, pack
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
-from lp_dist.shards import check_deepspeed_config, full_shape, reduction_device, zero_init_disabled
+from lp_dist.shards import check_deepspeed_config, full_shape, join_deepspeed, reduction_device, zero_init_disabled
 from lp_dist.sparsity import Sparsity, measure_sparsity
 from lp_dist.trainer import LpCallback, LpTrainer
 
@@ -55,6 +55,8 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
+    if args.deepspeed_plugin is not None:
+        join_deepspeed()
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
     counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))

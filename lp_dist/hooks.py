@@ -158,7 +158,8 @@ class LpDecay:
 
     def _restore(self) -> None:
         for group, lam in self._decays:
-            group["weight_decay"] = lam
+            if group["weight_decay"] == 0.0:  # else a schedule has set it anew after a step that raised
+                group["weight_decay"] = lam
         for group, params in self._params:
             group["params"] = params
         self._olds, self._decays, self._params = [], [], []

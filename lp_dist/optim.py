@@ -37,6 +37,7 @@ class LpOptimizer(Optimizer):
         if implementation is not None and implementation not in _IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
         self.implementation = implementation
+        self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
         super().__init__(params, defaults)
 
     # -- torch's own manners ------------------------------------------------------------------------------------------
@@ -51,14 +52,19 @@ class LpOptimizer(Optimizer):
                 raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "implementation": self.implementation}  # torch's keeps groups and state alone
+        return {**super().__getstate__(), "implementation": self.implementation, "_checked": set()}  # torch's has groups and state alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
+                    group.setdefault(key, value)
             self._check(group)
+            self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
+        for param_state in self.state.values():
+            if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
+                param_state["step"] = torch.tensor(float(param_state["step"]))
 
     def _check(self, group: dict[str, Any]) -> None:
         decay.check_hyperparameters(**{key: value for key, value in group.items() if key != "params"})
@@ -92,10 +98,12 @@ class LpOptimizer(Optimizer):
         grad = param.grad
         if grad.is_sparse:
             raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
-        state = self.state[param]
-        names = self._state_names(group)
-        if any(name not in state for name in names):
+        if id(param) not in self._checked:
             refuse_all_zero(param, group)
+            self._checked.add(id(param))
+        names = self._state_names(group)
+        state = self.state[param] if names else {}
+        if any(name not in state for name in names):
             if self.counts_steps:
                 state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU as torch's: reading it makes no GPU wait
             for name in names:

@@ -88,6 +88,17 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
                          "set it in zero_optimization")
 
 
+def join_deepspeed() -> None:
+    """Makes DeepSpeed's communicator take over the ranks that have met already.
+
+    Without it, when Trainer runs with use_cpu, ZeRO-3's `zero.Init` takes the world for one process and refuses the batch size.
+    """
+    import deepspeed
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
 @contextmanager
 def zero_init_disabled() -> Iterator[None]:
     """Loads a model whole although Transformers has a ZeRO-3 config at hand, which would partition it."""

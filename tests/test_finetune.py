@@ -98,7 +98,7 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndataset: d\nmax_steps: 7\nlearning_rate: 1.0e-4\nbf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\n"
                       f"output_dir: {tmp_path / 'out'}\nreport_to: [tensorboard]\neval_steps: null\nweight_decay: 0.5\n")
-    model, data, decays, training = arguments.parse([str(recipe), "--weight_decay", "0.25", "--p", "0"])
+    model, data, decays, training = arguments.parse(["--local_rank=0", str(recipe), "--weight_decay", "0.25", "--p", "0"])
     assert (model.model, data.dataset, training.max_steps, training.learning_rate) == ("m", "d", 7, 1e-4)
     assert (training.bf16, training.lr_scheduler_kwargs, training.report_to) == (False, {"num_cycles": 2}, ["tensorboard"])
     assert (training.weight_decay, decays.p) == (0.25, 0.0)  # the command line wins

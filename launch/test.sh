@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# usage: bash launch/test.sh [PYTEST ARGUMENT ...]        e.g. bash launch/test.sh -x -k launch
+# Makes the environment if there is none (launch/env.sh) and runs the tests; no GPU needed.
+#   DRY_RUN=1       only print the command
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+run "$PYTHON" -m pytest "$@"

@@ -1,0 +1,38 @@
+"""What the optimizer tests share: parameters of awkward layouts, repeatable gradients, and a strict comparison."""
+
+import torch
+
+from lp_dist.optim import LpAdamW, LpLion, LpSGD
+
+IMPLEMENTATIONS = ("reference", "foreach")
+OPTIMIZERS = (LpAdamW, LpSGD, LpLion)
+
+
+def make_params(dtype, seed=0):
+    """Parameters of every awkward layout: a scalar, empty ones, a transposed and a strided one, zeros and denormals inside."""
+    torch.manual_seed(seed)
+    awkward = torch.randn(7, 5)
+    awkward[0] = torch.tensor([0.0, -0.0, 1e-40, 1e-13, -1e-6])
+    tensors = [awkward, torch.randn(3), torch.randn(()), torch.zeros(0), torch.zeros(0, 4)]
+    tensors = [t.to(dtype) for t in tensors] + [torch.randn(6, 4).to(dtype).t(), torch.randn(4, 6).to(dtype)[:, ::2]]
+    assert not tensors[-1].is_contiguous() and not tensors[-2].is_contiguous()
+    return [torch.nn.Parameter(t) for t in tensors]
+
+
+def set_grads(params, step):
+    """Gradients that depend on the step and the place only, the same for every optimizer under comparison."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def train(optimizer, params, steps):
+    for step in range(steps):
+        set_grads(params, step)
+        optimizer.step()
+    return params
+
+
+def assert_same(params, others):
+    for param, other in zip(params, others, strict=True):
+        assert torch.equal(param, other), (param.shape, (param - other).abs().max())

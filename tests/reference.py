@@ -1,0 +1,103 @@
+"""The oracle: Lp decay and its three base optimizers, one weight at a time, in Python floats (float64).
+
+Written from the equations of arXiv 2404.10824 (Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm") alone, in
+their case-by-case form. It imports nothing from lp_dist and nothing from torch, and it is slow on purpose: the tests trust it
+because every line can be read beside the equation.
+
+Weights, gradients and state are plain lists of floats. Each `*_step` returns (new weights, new state) and changes neither
+argument; the state of the first step is None.
+"""
+
+import math
+
+SNAP = 1e-13  # a decayed weight below this becomes an exact zero
+
+
+def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, precondition=0.0, denom=1.0):
+    """The number in [0, 1] that the stepped weight is multiplied by; w_old is the weight from before the step."""
+    shrink = 1.0 + lr * l2
+    strength = lr * weight_decay
+    if strength == 0.0:
+        return 1.0 / shrink
+    # x = |w|^(2-p) * (sqrt(v) + eps)^gamma
+    x = _power(abs(w_old), 2.0 - p) * _power(denom, precondition)
+    if x > cutoff:  # the penalty is flat up here
+        return 1.0 / shrink
+    if p < 2:
+        if x > 1e300:  # strength / x is nil, and x * shrink might overflow
+            return 1.0 / shrink
+        return x / (x * shrink + strength)
+    # p >= 2: 1 / x is the harmless side of the fraction
+    pull = _power(abs(w_old), p - 2.0) * _power(denom, -precondition)
+    return 1.0 / (1.0 + strength * pull + lr * l2)
+
+
+def lp_weight(u, w_old, *, lr, weight_decay, p, **variants):
+    """The decayed weight, from u = the weight after the base step and w_old = the weight before it."""
+    w_new = u * lp_factor(w_old, lr=lr, weight_decay=weight_decay, p=p, **variants)
+    if p < 2 and lr * weight_decay > 0.0 and abs(w_new) < SNAP:
+        return 0.0
+    return w_new
+
+
+def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, p=0.5, l2=0.0,
+               precondition=0.0, cutoff=math.inf, maximize=False):
+    """Adam (Kingma and Ba, arXiv 1412.6980), then the Lp decay. State: step, exp_avg, exp_avg_sq."""
+    beta1, beta2 = betas
+    state = state or {"step": 0, "exp_avg": [0.0] * len(weights), "exp_avg_sq": [0.0] * len(weights)}
+    t = state["step"] + 1
+    new_weights, new_m, new_v = [], [], []
+    for w, g, m, v in zip(weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], strict=True):
+        m = beta1 * m + (1.0 - beta1) * g
+        v = beta2 * v + (1.0 - beta2) * g * g
+        m_hat = m / (1.0 - beta1**t)
+        v_hat = v / (1.0 - beta2**t)
+        denom = math.sqrt(v_hat) + eps
+        u = w - lr * m_hat / denom
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff,
+                                     precondition=precondition, denom=denom))
+        new_m.append(m)
+        new_v.append(v)
+    return new_weights, {"step": t, "exp_avg": new_m, "exp_avg_sq": new_v}
+
+
+def sgd_step(weights, grads, state=None, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0, p=0.5, l2=0.0,
+             cutoff=math.inf, maximize=False):
+    """SGD with (Nesterov) momentum, then the Lp decay. State: momentum_buffer, whose first value is the first gradient."""
+    new_weights, new_buffer = [], []
+    for i, (w, g) in enumerate(zip(weights, _signed(grads, maximize), strict=True)):
+        buffer = momentum * state["momentum_buffer"][i] + g if state else g
+        direction = g + momentum * buffer if nesterov else buffer
+        u = w - lr * direction
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff))
+        new_buffer.append(buffer)
+    return new_weights, {"momentum_buffer": new_buffer}
+
+
+def lion_step(weights, grads, state=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, p=0.5, l2=0.0, cutoff=math.inf,
+              maximize=False):
+    """Lion (Chen et al., arXiv 2302.06675), then the Lp decay. State: exp_avg."""
+    beta1, beta2 = betas
+    old_m = state["exp_avg"] if state else [0.0] * len(weights)
+    new_weights, new_m = [], []
+    for w, g, m in zip(weights, _signed(grads, maximize), old_m, strict=True):
+        mix = beta1 * m + (1.0 - beta1) * g
+        direction = (mix > 0) - (mix < 0)
+        u = w - lr * direction
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff))
+        new_m.append(beta2 * m + (1.0 - beta2) * g)
+    return new_weights, {"exp_avg": new_m}
+
+
+def _signed(grads, maximize):
+    return [-g for g in grads] if maximize else list(grads)
+
+
+def _power(base, exponent):
+    """base ** exponent for base >= 0, with infinity where Python raises."""
+    if base == 0.0 and exponent < 0.0:
+        return math.inf
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,210 @@
+"""lp_dist.hooks: the decay on other people's optimizers equals their step without decay, followed by lp_decay by hand."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from optim_cases import assert_same, make_params, set_grads, train
+
+from lp_dist.decay import lp_decay
+from lp_dist.hooks import add_lp_decay
+from lp_dist.optim import LpAdamW, LpSGD
+
+MEMORY = {None: "largest tensor", True: "largest tensor", False: "copy"}  # for torch.optim's own optimizers
+SETTINGS = {"p": 1.0, "l2": 0.1, "cutoff": 1.2}
+BASES = {
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02}),
+    "AdamW foreach": (torch.optim.AdamW, {"lr": 0.02, "foreach": True}),
+    "AdamW fused": (torch.optim.AdamW, {"lr": 0.02, "fused": True}),
+    "Adam": (torch.optim.Adam, {"lr": 0.02, "amsgrad": True}),
+    "SGD": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "Adafactor": (torch.optim.Adafactor, {"lr": 0.02}),
+    "NAdam": (torch.optim.NAdam, {"lr": 0.02}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
+}
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    BASES["Muon"] = (torch.optim.Muon, {"lr": 0.02})
+modes = pytest.mark.parametrize("one_at_a_time", [None, True, False])
+bases = pytest.mark.parametrize(("cls", "kwargs"), BASES.values(), ids=BASES.keys())
+
+
+class NormedSGD(torch.optim.Optimizer):
+    """Stands for a third party's optimizer: the step of each weight depends on the gradients of ALL of them, so it is wrong to
+    step one tensor at a time. It notes the weight_decay that it sees, and skips the step where found_inf says so."""
+
+    def __init__(self, params, lr=0.05, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.seen = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "found_inf", None) is not None and self.found_inf.item():
+            return loss
+        params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum(p.grad.square().sum() for p, _ in params).sqrt()
+        for param, group in params:
+            self.seen.append(group["weight_decay"])
+            param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(param.grad / norm, alpha=group["lr"])
+        return loss
+
+
+def params_for(cls, dtype=torch.float32):
+    """The awkward parameters without the empty ones; Muon takes matrices only."""
+    return [p for p in make_params(dtype) if p.numel() and (cls.__name__ != "Muon" or p.ndim == 2)]
+
+
+def hooked(cls, kwargs, params, one_at_a_time=None, weight_decay=0.4, **settings):
+    optimizer = cls(params, weight_decay=weight_decay, **kwargs)
+    return optimizer, add_lp_decay(optimizer, one_at_a_time=one_at_a_time, **settings)
+
+
+def train_by_hand(plain, params, steps, weight_decay=0.4, first=0, **settings):
+    """Steps of an optimizer without decay of its own, each followed by lp_decay."""
+    for step in range(first, first + steps):
+        set_grads(params, step)
+        old = [p.detach().clone() for p in params]
+        plain.step()
+        lr = plain.param_groups[0]["lr"]
+        for param, w_old in zip(params, old, strict=True):
+            param.data.copy_(lp_decay(param.detach(), w_old, lr=lr, weight_decay=weight_decay, **settings))
+    return params
+
+
+def squared_loss(optimizer, params, calls):
+    """A closure that clears the gradients, computes them and counts itself in `calls`."""
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# --- equality ----------------------------------------------------------------------------------------------------------------
+
+
+@bases
+@modes
+def test_equals_the_base_step_followed_by_the_decay(cls, kwargs, one_at_a_time):
+    params, others = params_for(cls), params_for(cls)
+    optimizer, handle = hooked(cls, kwargs, params, one_at_a_time, **SETTINGS)
+    assert handle.memory == MEMORY[one_at_a_time]
+    train(optimizer, params, 10)
+    assert_same(params, train_by_hand(cls(others, weight_decay=0.0, **kwargs), others, 10, **SETTINGS))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.4
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("ours", "base", "kwargs"), [(LpAdamW, torch.optim.AdamW, {"lr": 0.02}),
+                                                      (LpSGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})])
+def test_equals_our_own_optimizer(ours, base, kwargs, dtype, one_at_a_time):
+    params, others = make_params(dtype), make_params(dtype)
+    optimizer, _ = hooked(base, {**kwargs, "foreach": False}, params, one_at_a_time)
+    train(optimizer, params, 10)
+    assert_same(params, train(ours(others, weight_decay=0.4, implementation="reference", **kwargs), others, 10))
+
+
+def test_a_third_partys_optimizer_is_stepped_whole():
+    params, others = make_params(torch.float32), make_params(torch.float32)
+    optimizer, handle = hooked(NormedSGD, {}, params, **SETTINGS)
+    assert handle.memory == "copy"
+    train(optimizer, params, 5)
+    assert_same(params, train_by_hand(NormedSGD(others), others, 5, **SETTINGS))
+    assert set(optimizer.seen) == {0.0}
+
+
+def test_a_subclass_of_a_torch_optimizer_is_a_third_partys():
+    class Mine(torch.optim.AdamW):
+        pass
+
+    assert hooked(Mine, {}, make_params(torch.float32))[1].memory == "copy"
+    assert hooked(Mine, {}, make_params(torch.float32), True)[1].memory == "largest tensor"
+
+
+@modes
+def test_groups_differ_and_change_between_steps(one_at_a_time):
+    params, others = make_params(torch.float64), make_params(torch.float64)
+
+    def groups(of):
+        return [{"params": of[:1], "weight_decay": 0.4, "p": 0.0, "cutoff": 2.0}, {"params": of[1:5], "weight_decay": 0.0},
+                {"params": of[5:6], "l2": 0.5}]
+
+    optimizer = torch.optim.AdamW(groups(params), lr=0.02, weight_decay=0.2)
+    add_lp_decay(optimizer, p=1.0, l2=0.25, one_at_a_time=one_at_a_time)
+    assert [[g[key] for key in ("p", "l2", "cutoff")] for g in optimizer.param_groups] == \
+        [[0.0, 0.25, 2.0], [1.0, 0.25, math.inf], [1.0, 0.5, math.inf]]
+    optimizer.add_param_group({"params": params[6:]})  # after the hook: decayed all the same
+    ours = LpAdamW(groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, implementation="reference")
+    ours.add_param_group({"params": others[6:], "p": 1.0, "l2": 0.25})
+    for step in range(6):
+        for opt, weights in ((optimizer, params), (ours, others)):
+            opt.param_groups[0].update(weight_decay=0.1 * step, p=1.0 - 0.2 * step, lr=0.02 / (1 + step))
+            set_grads(weights, step)
+            opt.step()
+    assert_same(params, others)
+
+
+@modes
+def test_parameters_without_gradient_are_left_alone(one_at_a_time):
+    params = make_params(torch.float32)
+    start = [p.detach().clone() for p in params]
+    optimizer, _ = hooked(torch.optim.AdamW, {"lr": 0.1}, params, one_at_a_time)
+    optimizer.step()
+    assert_same(params, start)
+    optimizer.step(squared_loss(optimizer, params[1:], []))  # the closure makes the gradients, after the hook has looked
+    assert torch.equal(params[0], start[0])
+    assert not torch.equal(params[1], start[1])
+
+
+@modes
+@pytest.mark.parametrize("early", [True, False])
+def test_with_a_learning_rate_scheduler(one_at_a_time, early):
+    params, others = make_params(torch.float32), make_params(torch.float32)
+    optimizer = torch.optim.AdamW(params, lr=0.04, weight_decay=0.4)
+    if not early:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    add_lp_decay(optimizer, one_at_a_time=one_at_a_time)
+    if early:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    plain = torch.optim.AdamW(others, lr=0.04, weight_decay=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the scheduler must not think that its optimizer never stepped
+        for step in range(4):
+            set_grads(params, step)
+            optimizer.step()
+            scheduler.step()
+            train_by_hand(plain, others, 1, first=step)
+            plain.param_groups[0]["lr"] *= 0.5
+    assert_same(params, others)
+
+
+@modes
+@pytest.mark.parametrize("manner", ["one group at a time", "the other groups empty"])
+def test_zero_calls_step_once_per_group(one_at_a_time, manner):
+    """ZeRO-1 and 2 put a one-group list in place of param_groups; ZeRO-3 empties the others' params (traps.md, 5)."""
+    params, others = make_params(torch.float32), make_params(torch.float32)
+    optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.02, weight_decay=0.4)
+    add_lp_decay(optimizer, one_at_a_time=one_at_a_time)
+    groups, held = optimizer.param_groups, [g["params"] for g in optimizer.param_groups]
+    for step in range(4):
+        set_grads(params, step)
+        for i, group in enumerate(groups):
+            if manner == "one group at a time":
+                optimizer.param_groups = [group]
+            else:
+                groups[0]["params"], groups[1]["params"] = (held[0], []) if i == 0 else ([], held[1])
+            optimizer.step()
+            optimizer.param_groups = groups
+            groups[0]["params"], groups[1]["params"] = held
+            assert [g["weight_decay"] for g in groups] == [0.4, 0.4]
+    assert_same(params, train_by_hand(torch.optim.AdamW(others, lr=0.02, weight_decay=0.0), others, 4))
