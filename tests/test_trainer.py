@@ -1,0 +1,93 @@
+"""Hugging Face's Trainer: the ways in, the decay window, and the self-check that the live optimizer is ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
+from lp_dist.shards import check_deepspeed_config
+from lp_dist.trainer import verify
+
+WINDOW = DecayWindow(2, 8, {"p": 0.0})
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                        num_key_value_heads=1))
+
+
+def train(tmp_path, ways, callbacks, **arguments) -> LlamaForCausalLM:
+    model = tiny()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (40, 12), generator=generator)]
+    args = TrainingArguments(tmp_path, max_steps=10, learning_rate=1e-2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+                             save_strategy="no", disable_tqdm=True, **arguments)
+    Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **ways(model)).train()
+    return model
+
+
+def by_class(model):
+    return {"optimizer_cls_and_kwargs": (LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2})}
+
+
+def by_instance(model):
+    return {"optimizers": (LpAdamW(param_groups(model, 0.05), lr=1e-2), None)}
+
+
+def test_both_ways_into_trainer_give_the_same_sparse_model(tmp_path):
+    one, two = (train(tmp_path, way, [LpCallback(WINDOW)]) for way in (by_class, by_instance))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    counted = measure_sparsity(one)
+    assert counted.total > 0.05
+    everything = measure_sparsity(one, [name for name, _ in one.named_parameters()])
+    assert everything.zeros == counted.zeros  # embeddings, head and norms have none
+
+
+def test_without_a_window_the_groups_decide(tmp_path):
+    assert measure_sparsity(train(tmp_path, by_class, [LpCallback()])).total > 0.05
+
+
+def test_an_optimizer_that_is_not_ours_is_found_before_the_first_batch(tmp_path):
+    with pytest.raises(RuntimeError, match="AdamW, not one of lp_dist.*zero_force_ds_cpu_optimizer"):
+        train(tmp_path, lambda model: {}, [LpCallback(WINDOW)], optim="adamw_torch")
+
+
+def test_a_window_that_could_do_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="weight_decay=0"):
+        train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.0), lr=1e-2), None)}, [LpCallback(WINDOW)])
+    with pytest.raises(ValueError, match="holds no step of a run of 10 steps"):
+        train(tmp_path, by_class, [LpCallback(DecayWindow(20, 30))])
+
+
+def test_verify_sees_through_wrappers():
+    model = tiny()
+    ours = LpAdamW(param_groups(model, 0.1), lr=1e-3)
+    assert verify(Accelerator(cpu=True).prepare(ours)) is ours
+    other = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(RuntimeError, match="torch.optim.adamw.AdamW"):
+        verify(Accelerator(cpu=True).prepare(other))
+    add_lp_decay(other)
+    assert verify(other) is other
+
+
+GOOD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {
+    "stage": 3, "offload_optimizer": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": True}}
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"optimizer": {"type": "AdamW"}}, '"optimizer" section'),
+    ({"zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio=0.5"),
+    ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow"'),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, '"super_offload"'),
+    ({"zero_optimization": {"stage": 3}}, '"stage3_gather_16bit_weights_on_model_save": true'),
+], ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "trap14"])
+def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(change, part):
+    check_deepspeed_config(GOOD)
+    with pytest.raises(ValueError) as caught:
+        check_deepspeed_config({**GOOD, **change})
+    assert part in str(caught.value)
