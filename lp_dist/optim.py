@@ -112,9 +112,9 @@ class LpOptimizer(Optimizer):
         if self.counts_steps:
             state["step"] += 1
             step = state["step"].item()
-        if grad.dtype != param.dtype:
-            grad = grad.to(param.dtype)
-        return (*(local(t) for t in (param, -grad if group["maximize"] else grad, *(state[name] for name in names))), step)
+        if getattr(grad, "placements", None) != getattr(param, "placements", None):
+            grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
+        return (*(local(t) for t in (param, grad, *(state[name] for name in names))), step)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names
@@ -122,7 +122,9 @@ class LpOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> None:
         """w_new of the equation for some rows: x from the old weights, the base's step, then the decay."""
         columns = [list(column) for column in zip(*rows)]
-        weights = columns[0]
+        weights, grads = columns[:2]
+        if group["maximize"] or any(g.dtype != w.dtype for w, g in zip(weights, grads)):
+            columns[1] = [(-g if group["maximize"] else g).to(w.dtype) for w, g in zip(weights, grads)]
         lr = float(group["lr"])
         x = None
         if decay.is_active(lr, group["weight_decay"], group["cutoff"]):
