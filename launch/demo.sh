@@ -31,16 +31,6 @@ model.symlink_to(pathlib.Path(package.origin).with_name(model.name))
 PY
 }
 
-# DeepSpeed compiles a small communication op (deepspeed_shm_comm) when processes on CPUs meet. Done once before they
-# start, it fails with a clear message, and no process waits for another one's compiler.
-build_cpu_op() {
-  say "DeepSpeed's communication op for CPUs: compiled once, about a minute. If this never ends, an interrupted" \
-    "compilation has left its lock behind: remove ~/.cache/torch_extensions"
-  "${settings[@]}" "$PYTHON" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null ||
-    die "DeepSpeed could not compile its communication op: it needs ninja, g++ and Python's headers" \
-      "(Debian, Ubuntu: apt install g++ python3-dev)"
-}
-
 finetune() {
   run "${settings[@]}" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" \
     -m lp_dist.finetune configs/recipe_demo.yaml --model "$model" --dataset "$out/topics.jsonl" --overwrite true "$@"
@@ -48,7 +38,7 @@ finetune() {
 
 if [ -z "${DRY_RUN:-}" ]; then
   write_inputs
-  case " ${settings[*]} " in *" DS_ACCELERATOR=cpu "*) build_cpu_op ;; esac
+  if [ -n "${LP_DIST_PYTHON:-}" ]; then build_cpu_op; fi   # else done when .venv was made
 fi
 finetune --output_dir "$out/dense" --weight_decay 0 "$@"
 finetune --output_dir "$out/sparse" --compare_with "$out/dense" "$@"

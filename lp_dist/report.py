@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -35,9 +36,18 @@ def write(directory: str | os.PathLike, report: dict[str, Any]) -> Path:
     """Writes the report beside the checkpoint, whole or not at all."""
     path = Path(directory) / FILE
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.write_text(json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
     partial.replace(path)
     return path
+
+
+def _plain(value: Any) -> Any:
+    """Infinities and nans as text, since JSON has neither and strict readers refuse the file."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(directory: str | os.PathLike) -> dict[str, Any]:
@@ -80,9 +90,12 @@ def show(report: dict[str, Any], reference: dict[str, Any] | None = None) -> Non
     for column in ("", "perplexity", "zeros in decayed weights", "of all parameters"):
         runs.add_column(column, justify="left" if not column else "right")
     runs.add_row("before", _number(report["perplexity_before"]), f"{report['sparsity_before']:.2%}", "")
-    for label, run in ((f"compared run ({reference['output_dir']})" if reference else "", reference), ("after", report)):
-        if run:
-            runs.add_row(label, _number(run["perplexity_after"]), f"{run['sparsity']:.2%}", f"{run['sparsity_of_all']:.2%}")
+    rows = [("after", report)]
+    if reference:
+        kind = "compared run" if reference["zeros"] else "dense fine-tune"
+        rows.insert(0, (f"{kind} ({reference['output_dir']})", reference))
+    for label, run in rows:
+        runs.add_row(label, _number(run["perplexity_after"]), f"{run['sparsity']:.2%}", f"{run['sparsity_of_all']:.2%}")
     console.print(runs)
     if report["sparsity"] > 0:
         kinds = Table(title="Exact zeros per kind of layer")
