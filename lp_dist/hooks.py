@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lp_dist import decay
-from lp_dist.optim import LpOptimizer, local, refuse_all_zero
+from lp_dist.optim import LpOptimizer
+from lp_dist.slices import local, refuse_all_zero
 
 logger = logging.getLogger(__name__)
 

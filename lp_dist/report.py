@@ -86,8 +86,8 @@ def count_saved(directory: str | os.PathLike, names: Iterable[str]) -> Sparsity:
 def show(report: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
     """Prints what was gained: perplexity before and after, sparsity overall and per kind of layer, where it was saved."""
     console = Console()
-    runs = Table(title="Perplexity on held-out text")
-    for column in ("", "perplexity", "zeros in decayed weights", "of all parameters"):
+    runs = Table(title="Perplexity on held-out text, and exact zeros in the weights that decay")
+    for column in ("", "perplexity", "zeros", "of all parameters"):
         runs.add_column(column, justify="left" if not column else "right")
     runs.add_row("before", _number(report["perplexity_before"]), f"{report['sparsity_before']:.2%}", "")
     rows = [("after", report)]

@@ -34,7 +34,7 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 
 # Each room may import those before it, never one after it.
-ORDER = ["errors", "decay", "optim", "hooks", "shards", "groups", "schedule", "sparsity", "trainer", "report", "data", "arguments",
+ORDER = ["errors", "decay", "slices", "optim", "hooks", "shards", "groups", "schedule", "sparsity", "trainer", "report", "data", "arguments",
          "finetune", "cli"]
 
 

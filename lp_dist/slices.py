@@ -1,0 +1,54 @@
+"""What a step works on: the local part of each tensor, in batches of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+# Elements that one pass of the foreach step takes at a time, so that its temporaries stay in the cache of a CPU and
+# never grow with the model. A multiple of every vector width, so that a slice changes no value.
+_SLICE = {"cpu": 1 << 16}
+_SLICE_ACCELERATOR = 1 << 24
+
+
+Row = tuple[Tensor | float, ...]  # weight, gradient, state tensors of one parameter (or a slice of it), step count
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies on this rank; other tensors are whole. The step is elementwise, so local is enough."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
+    """Raises ValueError if the parameter is to decay by its group's values and could never move."""
+    if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
+        return
+    # A 1-D tensor may be a flat shard that holds nothing but an engine's padding on this rank, so only matrices are judged.
+    if param.ndim >= 2 and param.numel() and not bool(param.any()):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so it could never "
+            "move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself), or initialise it")
+
+
+def batches(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows in batches of bounded size: large tensors come in slices (flat views), small ones together."""
+    batch, size = [], 0
+    for row in rows:
+        tensors = row[:-1]
+        limit = _SLICE.get(tensors[0].device.type, _SLICE_ACCELERATOR)
+        for piece in _slices(tensors, limit):
+            batch.append((*piece, row[-1]))
+            size += piece[0].numel()
+            if size >= limit:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _slices(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    if tensors[0].numel() <= limit or not all(t.is_contiguous() for t in tensors):
+        return iter((tensors,))  # what can't be viewed flat is taken whole: right, if larger
+    return zip(*(t.view(-1).split(limit) for t in tensors))
