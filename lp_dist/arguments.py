@@ -77,7 +77,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArgum
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArguments, TrainingArguments]:
     """`[recipe.yaml] [--key value ...]`; what stands on the command line wins over the recipe.
 
-    Exits with a message on an unknown key; raises UsageError where values contradict each other, before anything is loaded.
+    Raises UsageError on an unknown key and where values are bad or contradict each other, before anything is loaded.
     """
     if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first; it is in the environment as well
         argv = argv[1:]
@@ -86,10 +86,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArgument
     if not torch.accelerator.is_available() and "--use_cpu" not in argv:
         argv = [*argv, "--use_cpu", "true"]
     parser = HfArgumentParser(ARGUMENT_CLASSES, prog="lp-dist finetune", usage="lp-dist finetune [recipe.yaml] [--key value ...]")
-    model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
+        model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         _check(data, decays, training)
-    except ValueError as error:  # of the room that knows the limit
+    except ValueError as error:  # of Transformers, or of the room that knows the limit
         raise UsageError(str(error)) from None
     return model, data, decays, training
 

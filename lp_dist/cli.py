@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+                  help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")
 
 
 @app.callback()
@@ -14,7 +15,7 @@ def _commands() -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def finetune(context: typer.Context) -> None:
-    """Fine-tune a language model to exact zeros: [recipe.yaml] [--key value ...]; --help lists the keys."""
+    """Fine-tune a model: [recipe.yaml] [--key value ...]"""
     from lp_dist.finetune import main  # here, since it imports transformers
 
     main(context.args)

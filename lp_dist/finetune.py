@@ -54,6 +54,8 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
+    if args.weight_decay > 0 and decay_args.p >= 1:
+        logger.warning("p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p)
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
     if args.deepspeed_plugin is not None:
         join_deepspeed()
@@ -141,18 +143,20 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.D
             "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
             "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
             "decay": dataclasses.asdict(decay_args), "versions": report.versions(), "log": trainer.state.log_history,
-            "next": f"{_python()} -c \"from transformers import pipeline; print(pipeline('text-generation', '{args.output_dir}')"
-                    "('The for statement')[0]['generated_text'])\"",
+            "next": _next(sparsity, args),
         }
         report.write(args.output_dir, summary)
         report.show(summary, reference)
     return summary
 
 
-def _python() -> str:
-    """This interpreter, as one would type it here."""
-    path = os.path.relpath(sys.executable)
-    return sys.executable if path.startswith("..") else path
+def _next(sparsity: Sparsity, args: TrainingArguments) -> str:
+    """The command to try next: a look at what the model writes, or more decay where hardly a weight died."""
+    if args.weight_decay > 0 and sparsity.total < 0.01:
+        return f"{arguments.command_line()} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a weight died"
+    python = os.path.relpath(sys.executable)
+    return (f"{sys.executable if python.startswith('..') else python} -c \"from transformers import pipeline; "
+            f"print(pipeline('text-generation', '{args.output_dir}')('The for statement')[0]['generated_text'])\"")
 
 
 def _check_engine(trainer: LpTrainer) -> None:

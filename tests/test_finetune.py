@@ -95,6 +95,12 @@ def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
     assert report.read(tmp_path)["zeros"] == 0
 
 
+def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
+    finetune.main([*common, "--weight_decay", "1e-4", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    assert report.read(tmp_path)["sparsity"] < 0.01
+    assert "--weight_decay 0.001" in report.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
+
+
 def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndataset: d\nmax_steps: 7\nlearning_rate: 1.0e-4\nbf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\n"

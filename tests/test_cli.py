@@ -1,0 +1,21 @@
+"""The `lp-dist` command: the same program as `python -m lp_dist.finetune`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def lp_dist(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", "from lp_dist.cli import main; main()", *words], capture_output=True, text=True)
+
+
+def test_without_a_command_it_says_what_there_is():
+    shown = lp_dist()
+    assert "finetune" in shown.stdout + shown.stderr and "[recipe.yaml] [--key value ...]" in shown.stdout + shown.stderr
+
+
+def test_finetune_takes_its_own_help_and_refuses_what_it_does_not_know():
+    assert "--precondition" in lp_dist("finetune", "--help").stdout
+    refused = lp_dist("finetune", "--model", "m", "--dataset", "d", "--presicion", "1")
+    assert refused.returncode == 1 and refused.stderr.startswith("lp-dist: error: ") and "--presicion" in refused.stderr
