@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tunes, sparsifies, saves and reports. Bad input ends the program with one line that says what to do."""
     try:
         run(*arguments.parse(sys.argv[1:] if argv is None else argv))
+        if torch.distributed.is_initialized():
+            # Leave together. A rank that ends right after a collective can abort ("terminate called without an active
+            # exception"): gloo's thread still holds the tensors and asks a dying interpreter for its lock (pytorch #190489).
+            torch.distributed.barrier()
     except UsageError as error:
         sys.exit(f"lp-dist: error: {error}")
     finally:
