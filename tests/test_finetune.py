@@ -79,7 +79,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
     finetune.main([*common, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(run / "checkpoint-6")])
     whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "resumed" / "model.safetensors")
     assert all(torch.equal(resumed[name], w) for name, w in whole.items())
-    assert report.read(tmp_path / "resumed")["perplexity_before"] == report.read(run)["perplexity_before"]
+    one, two = report.read(run), report.read(tmp_path / "resumed")
+    assert one["perplexity_before"] == two["perplexity_before"]
+    assert [(e["step"], e["eval_perplexity"]) for e in one["log"] if "eval_perplexity" in e] == \
+        [(e["step"], e["eval_perplexity"]) for e in two["log"] if "eval_perplexity" in e]  # nothing is evaluated again
 
 
 @pytest.mark.parametrize("base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])])
@@ -152,6 +155,15 @@ def test_a_plain_text_file_holds_out_its_end(tiny_model, tmp_path):
     blocks = pack(parts["train"], tokenizer, 16, separate=False)
     joined = tokenizer.decode([token for block in blocks["input_ids"] for token in block])
     assert "".join(f"line {i}\n" for i in range(90)).startswith(joined) and all(len(b) == 16 for b in blocks["input_ids"])
+
+
+def test_lines_of_a_plain_text_are_joined_as_they_stand(common, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"line {i}\n" for i in range(300)))
+    model, data, _, training = arguments.parse([*common, "--dataset", str(text), "--output_dir", str(tmp_path / "out")])
+    _, tokenizer, train, held_out = finetune._read(model, data, training)
+    assert len(train) > len(held_out) > 0
+    assert not any(tokenizer.eos_token_id in block for block in train["input_ids"])  # a line is no document
 
 
 def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tmp_path, monkeypatch):

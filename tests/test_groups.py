@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lp_dist import param_groups
 from lp_dist.groups import decayed_names
@@ -43,6 +43,15 @@ def test_gpt2_whose_linear_layers_are_of_a_class_of_its_own():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     assert decayed_names(model) == {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     assert_claimed_once(model, param_groups(model, 0.1))
+
+
+def test_an_output_head_is_known_by_its_role_not_only_by_its_name():
+    model = BertForMaskedLM(BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                       tie_word_embeddings=False))
+    names = decayed_names(model)
+    assert "cls.predictions.decoder.weight" not in names
+    assert {"bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"} <= names
+    assert "cls.predictions.decoder.weight" in decayed_names(model, include_embeddings=True)
 
 
 def test_fused_expert_tensors_decay():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
+from lp_dist.schedule import FROZEN, OFF
 from lp_dist.shards import check_deepspeed_config
 from lp_dist.trainer import verify
 
@@ -45,6 +48,23 @@ def test_both_ways_into_trainer_give_the_same_sparse_model(tmp_path):
     assert counted.total > 0.05
     everything = measure_sparsity(one, [name for name, _ in one.named_parameters()])
     assert everything.zeros == counted.zeros  # embeddings, head and norms have none
+
+
+class Recorder(TrainerCallback):
+    """Writes down which phase the decayed group is in at the moment of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.cutoffs: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.cutoffs.append(verify(optimizer).param_groups[0]["cutoff"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_phases_change_at_the_exact_optimizer_steps(tmp_path, accumulation):
+    recorder = Recorder()
+    train(tmp_path, by_class, [LpCallback(WINDOW), recorder], gradient_accumulation_steps=accumulation)
+    assert recorder.cutoffs == [OFF["cutoff"]] * 2 + [math.inf] * 6 + [FROZEN["cutoff"]] * 2
 
 
 def test_without_a_window_the_groups_decide(tmp_path):
