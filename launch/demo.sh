@@ -40,5 +40,7 @@ if [ -z "${DRY_RUN:-}" ]; then
   write_inputs
   if [ -n "${LP_DIST_PYTHON:-}" ]; then build_cpu_op; fi   # else done when .venv was made
 fi
+say "1 of 2: the dense fine-tune, to compare with"
 finetune --output_dir "$out/dense" --weight_decay 0 "$@"
+say "2 of 2: the same with Lp decay"
 finetune --output_dir "$out/sparse" --compare_with "$out/dense" "$@"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+
+try:
+    import typer
+except ImportError:
+    sys.exit("lp-dist: error: the command needs more than the optimizers do; install the extra: pip install '.[finetune]' in the project")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
                   help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")

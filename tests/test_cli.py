@@ -19,3 +19,9 @@ def test_finetune_takes_its_own_help_and_refuses_what_it_does_not_know():
     assert "--precondition" in lp_dist("finetune", "--help").stdout
     refused = lp_dist("finetune", "--model", "m", "--dataset", "d", "--presicion", "1")
     assert refused.returncode == 1 and refused.stderr.startswith("lp-dist: error: ") and "--presicion" in refused.stderr
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from lp_dist.cli import main; main()"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 1 and "'.[finetune]'" in shown.stderr and "Traceback" not in shown.stderr
