@@ -20,7 +20,8 @@ class DecayWindow:
         start: where the decay begins: a fraction of the run if it is ≤ 1, else an optimizer step. Before it nothing decays, so
             that Adam's second moments can fill (the preconditioned form needs them).
         end: where it ends, likewise; 1 is the end of the run. From there zeros stay zero and survivors train without decay.
-        values: group keys while it acts: p, l2, precondition, cutoff.
+        values: group keys while it acts, such as p, l2, precondition; what is not named stays as the groups have it. The window
+            owns `cutoff`, by which it switches: what is not named here is inf while it acts.
     Raises:
         ValueError: start or end is negative or nan, or start is not before end.
     """

@@ -26,7 +26,7 @@ class LpCallback(TrainerCallback):
             have. None: always, with the groups' own values.
     Raises (at train begin):
         RuntimeError: the optimizer that really steps is not ours.
-        ValueError: no group decays, or the window holds no step of this run.
+        ValueError: no group decays, the window holds no step of this run, or it would replace a group's cutoff.
     """
 
     def __init__(self, window: DecayWindow | None = None) -> None:
@@ -38,6 +38,10 @@ class LpCallback(TrainerCallback):
             return
         if not _decayed(live):
             raise ValueError("every param group has weight_decay=0, so there is nothing for the decay window to do; set a weight_decay (λ)")
+        capped = [group["cutoff"] for group in _decayed(live) if group["cutoff"] != math.inf]
+        if capped and state.global_step == 0 and "cutoff" not in (self.window.values or {}):
+            raise ValueError(f"a param group has cutoff={capped[0]:g}, which the decay window would replace; give it to the window instead: "
+                             f'DecayWindow(..., values={{"cutoff": {capped[0]:g}}})')
         start, end = self.window.steps(state.max_steps)
         logger.info("Lp decay acts from optimizer step %d to %d of %d; afterwards zeros are frozen", start, end, state.max_steps)
 

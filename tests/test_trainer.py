@@ -79,6 +79,8 @@ def test_an_optimizer_that_is_not_ours_is_found_before_the_first_batch(tmp_path)
 def test_a_window_that_could_do_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weight_decay=0"):
         train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.0), lr=1e-2), None)}, [LpCallback(WINDOW)])
+    with pytest.raises(ValueError, match=r'cutoff=0.25, which the decay window would replace.*values={"cutoff": 0.25}'):
+        train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.1), lr=1e-2, cutoff=0.25), None)}, [LpCallback(WINDOW)])
     with pytest.raises(ValueError, match="holds no step of a run of 10 steps"):
         train(tmp_path, by_class, [LpCallback(DecayWindow(20, 30))])
 
