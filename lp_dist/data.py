@@ -34,6 +34,8 @@ def load_text(dataset: str, config: str | None, split: str, text_column: str, ev
     if path.suffix in _LOADERS or path.exists():
         if not path.is_file() or path.suffix not in _LOADERS:
             raise UsageError(f"--dataset {dataset} must be an existing file that ends in one of {sorted(_LOADERS)}, or a hub id")
+        if eval_split is not None:
+            raise UsageError(f"--eval_split {eval_split} is for hub datasets, but {dataset} is a file; leave it out, and use --eval_fraction")
         loader = _LOADERS[path.suffix]
         plain = loader == "text"
         options: dict[str, Any] = {"keep_linebreaks": True} if plain else {}

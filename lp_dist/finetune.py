@@ -58,7 +58,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
-    if args.weight_decay > 0 and decay_args.p >= 1:
+    if args.weight_decay > 0 and decay_args.p > 1:
         logger.warning("p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p)
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
     if args.deepspeed_plugin is not None:
@@ -190,7 +190,8 @@ def _dequantised(gguf: str) -> Path:
         return target
     logger.info("dequantising %s", source.name)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as partial:
+    with tempfile.TemporaryDirectory(dir=cache) as room:
+        partial = Path(room) / "model"
         with zero_init_disabled():
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
             # The weights are plain from here on, but the model object still says that it is quantised, and won't be saved.
@@ -200,8 +201,11 @@ def _dequantised(gguf: str) -> Path:
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(partial)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
-        Path(partial).rename(target)
-        Path(partial).mkdir()  # for TemporaryDirectory to remove
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # else another run was faster
+                raise
     return target
 
 

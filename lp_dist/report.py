@@ -7,6 +7,8 @@ import math
 import os
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,10 @@ FILE = "lp_dist_report.json"  # not in config.json: loaders trip over keys that 
 
 def versions() -> dict[str, str]:
     """Versions of what a run stands on."""
-    import accelerate, datasets, torch, transformers  # noqa: E401
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-             "accelerate": accelerate.__version__, "datasets": datasets.__version__}
-    try:
-        import deepspeed
-        found["deepspeed"] = deepspeed.__version__
-    except ImportError:
-        pass
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "datasets", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found
 
 

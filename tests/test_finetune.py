@@ -52,6 +52,7 @@ def test_the_config_has_no_key_that_a_loader_could_trip_over(run, tiny_model):
 def test_the_report_tells_the_run(run):
     saved = report.read(run)
     assert saved["perplexity_after"] < saved["perplexity_before"]
+    assert saved["versions"]["torch"] == torch.__version__ and "transformers" in saved["versions"]
     assert sum(zeros for zeros, _ in saved["kinds"].values()) == saved["zeros"]
     assert saved["sparsity_of_all"] == saved["zeros"] / saved["parameters"]
     assert saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / report.FILE).read_text()  # strict JSON has no infinity
@@ -123,6 +124,7 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     (["--optim", "adafactor"], ["--optim adafactor", "--base"]),
     (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl", "existing file"]),
     (["--text_column", "body"], ["--text_column body", "topic", "text"]),
+    (["--eval_split", "test"], ["--eval_split test", "--eval_fraction"]),
     (["--eval_fraction", "1.5"], ["--eval_fraction 1.5", "between 0 and 1"]),
     (["--block_size", "4096"], ["4096", "128 tokens"]),
     (["--block_size", "1"], ["--block_size 1", "at least 2"]),
