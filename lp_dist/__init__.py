@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from lp_dist.attachment import attach
 from lp_dist.groups import param_groups
 from lp_dist.hooks import add_lp_decay
 from lp_dist.optim import LpAdamW, LpLion, LpSGD
 from lp_dist.schedule import DecayWindow
-from lp_dist.sparsity import measure_sparsity
+from lp_dist.sparsity import measure_histogram, measure_sparsity
 
 __version__ = "0.1.0"
-__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "add_lp_decay", "measure_sparsity", "param_groups"]
+__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "add_lp_decay", "attach",
+           "measure_histogram", "measure_sparsity", "param_groups"]
 
 
 def __getattr__(name: str) -> Any:

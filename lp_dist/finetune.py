@@ -22,9 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.data import load_text, pack
+from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device, zero_init_disabled
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
-from lp_dist.shards import check_deepspeed_config, full_shape, join_deepspeed, reduction_device, zero_init_disabled
+from lp_dist.shards import full_shape
 from lp_dist.sparsity import Sparsity, measure_sparsity
 from lp_dist.trainer import LpCallback, LpTrainer
 
@@ -66,7 +67,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
     counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
-    before = measure_sparsity(model, counted).total
+    before = measure_sparsity(model, names=counted).total
     parameters = sum(full_shape(param).numel() for param in model.parameters())
 
     args.eval_on_start = resume is None     # the perplexity "before"; a resumed run has it in its log
@@ -74,7 +75,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[LpCallback(decay_args.window() if args.weight_decay > 0 else None)], counted=counted)
+        callbacks=[LpCallback(decay_args.window() if args.weight_decay > 0 else None, names=counted)], counted=counted)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()

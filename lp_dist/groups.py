@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lp_dist.shards import full_shape
+from lp_dist.engines import summed
+from lp_dist.shards import full_shape, local_piece
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,9 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
     """
     params = dict(model.named_parameters())
     candidates = matrix_names(model, include_embeddings=include_embeddings)
-    chosen = {name for name in candidates if params[name].requires_grad and not _is_all_zero(params[name])}
-    zeros = sorted(name for name in candidates - chosen if params[name].requires_grad)
+    trainable = sorted(name for name in candidates if params[name].requires_grad)
+    zeros = _all_zero([(name, params[name]) for name in trainable])
+    chosen = set(trainable) - set(zeros)
     if zeros:
         logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
     if not chosen:
@@ -103,7 +106,15 @@ def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
     return not ("norm" in kind or "embed" in kind or any(part in name for part in _NOT_MATRIX_NAMES))
 
 
-def _is_all_zero(param: Tensor) -> bool:
-    if param.is_meta or param.numel() == 0:  # not here: on the meta device, or partitioned by ZeRO-3
-        return False
-    return not bool(param.detach().any())
+def _all_zero(named: list[tuple[str, Tensor]]) -> list[str]:
+    """Those that are all zeros; with FSDP2 over all ranks, since a rank's own part says nothing about the whole."""
+    sharded = any(hasattr(param, "to_local") for _, param in named)
+    counts = []
+    for _, param in named:
+        if param.is_meta or param.numel() == 0:  # not here: on the meta device, or partitioned by ZeRO-3
+            counts.append(1)
+        else:
+            counts.append(int(torch.count_nonzero(local_piece(param).share) if hasattr(param, "to_local") else param.detach().any()))
+    if sharded:
+        counts = summed(torch.tensor(counts)).tolist()
+    return [name for (name, _), count in zip(named, counts) if not count]

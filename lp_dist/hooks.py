@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lp_dist import decay
 from lp_dist.optim import LpOptimizer
+from lp_dist.segments import SegmentMap, effective, part
 from lp_dist.slices import local, refuse_all_zero
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 _PER_PARAMETER = tuple(
     getattr(torch.optim, name) for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon",
                                             "NAdam", "RAdam", "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name))
+
+_ASKED = ("weight_decay", "p", "l2", "cutoff", "betas", "eps", "momentum")
 
 
 def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf,
@@ -56,8 +60,9 @@ class LpDecay:
             raise ValueError("LBFGS takes many inner steps a call, so there is no weight 'before the step'; use another optimizer")
         if hasattr(optimizer, "lp_decay"):
             raise ValueError(f"this {name} has the Lp decay already; call .lp_decay.remove() first")
+        self._optimizer = optimizer
         for group in optimizer.param_groups:
-            self._check({**defaults, **group}, name)
+            self.check({**defaults, **group})
             for param in group["params"]:
                 refuse_all_zero(param, {**defaults, **group})
         for group in optimizer.param_groups:
@@ -65,9 +70,15 @@ class LpDecay:
                 group.setdefault(key, value)
         self.one_at_a_time = type(optimizer) in _PER_PARAMETER if one_at_a_time is None else one_at_a_time
         self._defaults = defaults
-        self._optimizer = optimizer
+        self.segments = SegmentMap()  # filled by lp_dist.attach, as in our own optimizers
+        # As asked for. Other keys may be the optimizer's own state (Prodigy's d, FusedAdam's step).
+        self.asked, self.asked_groups = WeakIdKeyDictionary(), []
+        for group in optimizer.param_groups:
+            self.asked_groups.append({key: group[key] for key in _ASKED if key in group})
+            for param in group["params"]:
+                self.asked[param] = self.asked_groups[-1]
         # What must be put back or used after the step; all empty between steps.
-        self._olds: list[tuple[dict, float, list[Tensor], list[Tensor] | None]] = []  # group, λ, weights, their x before the step
+        self._olds: list[tuple[dict, list[Tensor], list[Tensor] | None]] = []         # values, weights, their x before the step
         self._decays: list[tuple[dict, float]] = []                                   # group, λ, which the base must not see
         self._params: list[tuple[dict, list[Tensor]]] = []                            # group, its parameters, while stepped in batches
         self._handles = [
@@ -90,11 +101,14 @@ class LpDecay:
             handle.remove()
         del self._optimizer.lp_decay
 
-    @staticmethod
-    def _check(group: dict[str, Any], name: str) -> None:
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for group values out of their range, or that the decay lacks."""
+        if group.get("precondition"):
+            raise ValueError(f"precondition={group['precondition']} needs Adam's second moments, of which add_lp_decay knows nothing; use LpAdamW, "
+                             "or leave it out")
         for key, way_out in (("lr", "with Adafactor set relative_step=False and an lr"), ("weight_decay", "give the groups a weight_decay, λ")):
             if group.get(key) is None:
-                raise ValueError(f"a group of {name} has {key}={group.get(key)!r}, but the decay needs a number; {way_out}")
+                raise ValueError(f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a number; {way_out}")
         decay.check_hyperparameters(**{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff")})
 
     # -- around a step ------------------------------------------------------------------------------------------------
@@ -106,12 +120,12 @@ class LpDecay:
         for group in groups:
             for key, value in self._defaults.items():
                 group.setdefault(key, value)                    # a group that was added later
-            self._check(group, type(optimizer).__name__)
+            self.check(group)
         self._decays = [(group, group["weight_decay"]) for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0
         if not self.one_at_a_time:
-            self._olds = [self._old(group, lam, _with_grad(group["params"])) for group, lam in self._decays]
+            self._olds = [old for group, lam in self._decays for old in self._old({**group, "weight_decay": lam}, _with_grad(group["params"]))]
         else:
             try:
                 self._step_in_batches(optimizer)
@@ -128,33 +142,40 @@ class LpDecay:
         """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to do."""
         self._params = [(group, group["params"]) for group in optimizer.param_groups]
         pairs = [(i, param) for i, (group, params) in enumerate(self._params) for param in _with_grad(params)]
-        lams = [lam for _, lam in self._decays]
-        decayed = [(i, param) for i, param in pairs if lams[i] or self._params[i][0]["l2"]]
-        rest = [(i, param) for i, param in pairs if not (lams[i] or self._params[i][0]["l2"])]
+        values = [{**group, "weight_decay": lam} for group, lam in self._decays]
+        decays = {id(param) for i, param in pairs
+                  if any(v["weight_decay"] or v["l2"] for v, *_ in self._runs(values[i], param))}
+        decayed = [(i, param) for i, param in pairs if id(param) in decays]
+        rest = [(i, param) for i, param in pairs if id(param) not in decays]
         step = type(optimizer).step.__wrapped__  # without the hooks, ours and others': those run once a step
         for batch in [rest, *_packed(decayed)]:
             for i, (group, _) in enumerate(self._params):
                 group["params"] = [param for j, param in batch if j == i]
-            self._olds = [self._old(group, lam, group["params"]) for (group, _), lam in zip(self._params, lams)]
+            self._olds = [old for (group, _), v in zip(self._params, values) for old in self._old(v, group["params"])]
             step(optimizer)
             self._apply(optimizer)
         for group, _ in self._params:
             group["params"] = []
 
-    @staticmethod
+    def _runs(self, values: dict, param: Tensor) -> list[tuple[dict, int, int]]:
+        """The parts of a parameter, each with the values that hold for it."""
+        return [(effective(values, own), offset, length) for offset, length, own in self.segments.runs(param, local(param).numel())]
+
     @torch.no_grad()
-    def _old(group: dict, lam: float, params: list[Tensor]) -> tuple[dict, float, list[Tensor], list[Tensor] | None]:
-        weights = [local(param) for param in params]
-        active = decay.is_active(float(group["lr"]), lam, group["cutoff"])
-        return group, lam, weights, decay.resistance(weights, group["p"]) if active and weights else None
+    def _old(self, values: dict, params: list[Tensor]) -> list[tuple[dict, list[Tensor], list[Tensor] | None]]:
+        """What the decay needs from before the step: the weights, by the values that hold for them, and their x."""
+        weights: dict[int, tuple[dict, list[Tensor]]] = {}
+        for param in params:
+            for offset, length, own in self.segments.runs(param, local(param).numel()):
+                weights.setdefault(id(own), (effective(values, own), []))[1].append(part(local(param), offset, length))
+        return [(v, w, decay.resistance(w, v["p"]) if decay.is_active(float(v["lr"]), v["weight_decay"], v["cutoff"]) else None)
+                for v, w in weights.values()]
 
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer) -> None:
         skip = getattr(optimizer, "found_inf", None)  # AMP's GradScaler: a fused base leaves out the step by itself
-        for group, lam, weights, x in self._olds:
-            if weights:
-                decay.decay_(weights, x, lr=float(group["lr"]), weight_decay=lam, p=group["p"], l2=group["l2"],
-                             cutoff=group["cutoff"], skip=skip)
+        for values, weights, x in self._olds:
+            decay.decay_(weights, x, lr=float(values["lr"]), skip=skip, **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff")})
         self._olds = []
 
     def _restore(self) -> None:

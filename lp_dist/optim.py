@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch.utils.weak import WeakIdKeyDictionary
+
 from lp_dist import decay
+from lp_dist.segments import SegmentMap, effective, part
 from lp_dist.slices import Row, batches, local, refuse_all_zero
 
 _IMPLEMENTATIONS = ("reference", "foreach")
@@ -24,7 +27,6 @@ class LpOptimizer(Optimizer):
     """What the three have in common. A subclass gives its state names, its direction, and its own defaults."""
 
     state_names: tuple[str, ...] = ()
-    counts_steps = False
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], implementation: str | None) -> None:
         if implementation == "fused":
@@ -33,35 +35,46 @@ class LpOptimizer(Optimizer):
             raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
         self.implementation = implementation
         self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
+        self.segments = SegmentMap()     # filled by lp_dist.attach; without it, each parameter has its group's values
+        # Group values as they were asked for, by parameter and in order: engines and checkpoints may replace what the groups hold.
+        self.asked, self.asked_groups = WeakIdKeyDictionary(), []
         super().__init__(params, defaults)
 
     # -- torch's own manners ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; raises ValueError on a bad hyperparameter and TypeError on complex parameters."""
-        self._check({**self.defaults, **param_group})
+        self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for param in group["params"]:
             if param.is_complex():
                 self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
+        self.asked_groups.append({key: value for key, value in group.items() if key != "params"})
+        for param in group["params"]:
+            self.asked[param] = self.asked_groups[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "implementation": self.implementation, "_checked": set()}  # torch's has groups and state alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("segments", SegmentMap())  # not in a copy: its tensors are others; attach it anew
+        self.__dict__.setdefault("asked", WeakIdKeyDictionary())
+        self.__dict__.setdefault("asked_groups", [])
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
                     group.setdefault(key, value)
-            self._check(group)
+            self.check(group)
             self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
         for param_state in self.state.values():
             if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
                 param_state["step"] = torch.tensor(float(param_state["step"]))
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for group values out of their range, or that this base can't have."""
         decay.check_hyperparameters(**{key: value for key, value in group.items() if key != "params"})
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -79,34 +92,47 @@ class LpOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._check(group)
-            rows = [self._row(param, group) for param in group["params"] if param.grad is not None]
-            if self.implementation == "reference":
-                for row in rows:
-                    self._update(group, [row], self._reference)
-            else:
-                for batch in batches(rows):
-                    self._update(group, batch, self._foreach)
+            self.check(group)
+            for values, rows in self._work(group):
+                if self.implementation == "reference":
+                    for row in rows:
+                        self._update(values, [row], self._reference)
+                else:
+                    for batch in batches(rows):
+                        self._update(values, batch, self._foreach)
         return loss
+
+    def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
+        """The group's rows, by the values that hold for them: one list unless parameters have values of their own."""
+        work: dict[int, tuple[dict[str, Any], list[Row]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            row = self._row(param, group)
+            for offset, length, own in self.segments.runs(param, row[0].numel()):
+                if id(own) not in work:
+                    work[id(own)] = effective(group, own), []
+                work[id(own)][1].append((*(part(t, offset, length) for t in row[:-1]), row[-1]))
+        return list(work.values())
 
     def _row(self, param: Tensor, group: dict[str, Any]) -> Row:
         grad = param.grad
         if grad.layout is not torch.strided:
             raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
         if id(param) not in self._checked:
-            refuse_all_zero(param, group)
+            if param not in self.segments:  # else attach has looked, over all ranks
+                refuse_all_zero(param, group)
             self._checked.add(id(param))
         names = self._state_names(group)
-        state = self.state[param] if names else {}
-        if any(name not in state for name in names):
-            if self.counts_steps:
-                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU as torch's: reading it makes no GPU wait
-            for name in names:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU as torch's: reading it makes no GPU wait
+        for name in names:
+            if name not in state:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        step = 0.0
-        if self.counts_steps:
-            state["step"] += 1
-            step = state["step"].item()
+        # Not in place: DeepSpeed's loader of universal checkpoints gives all tensors one and the same `step`.
+        state["step"] = state["step"] + 1
+        step = float(state["step"])
         if getattr(grad, "placements", None) != getattr(param, "placements", None):
             grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
         return (*(local(t) for t in (param, grad, *(state[name] for name in names))), step)
@@ -157,7 +183,6 @@ class LpAdamW(LpOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
-    counts_steps = True
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -193,8 +218,8 @@ class LpAdamW(LpOptimizer):
 class _Unconditioned(LpOptimizer):
     """A base without second moments: there is no √v̂ to precondition with."""
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
         if group.get("precondition"):
             raise ValueError(f"precondition={group['precondition']} needs Adam's second moments, which {type(self).__name__} has not; "
                              "use LpAdamW, or leave it out")
@@ -203,7 +228,8 @@ class _Unconditioned(LpOptimizer):
 class LpSGD(_Unconditioned):
     """SGD with momentum and decoupled Lp decay; with weight_decay = 0 bit for bit torch.optim.SGD.
 
-    Args as LpAdamW's, and momentum ≥ 0; nesterov: look ahead along the momentum. State: `momentum_buffer`, if there is momentum.
+    Args as LpAdamW's, and momentum ≥ 0; nesterov: look ahead along the momentum. State: `step`, and
+    `momentum_buffer` if there is momentum.
     """
 
     def __init__(
@@ -236,7 +262,7 @@ class LpSGD(_Unconditioned):
 
 
 class LpLion(_Unconditioned):
-    """Lion (Chen et al., arXiv 2302.06675) with decoupled Lp decay. Args as LpAdamW's. State: `exp_avg`.
+    """Lion (Chen et al., arXiv 2302.06675) with decoupled Lp decay. Args as LpAdamW's. State: `step`, `exp_avg`.
 
     Lion's direction has magnitude 1, so lr is usually 3 to 10 times smaller than Adam's, and λ as much larger.
     """

@@ -1,33 +1,102 @@
 """The one room that knows engines: what of a parameter lies on this rank, and which optimizer really steps.
 
-DeepSpeed and DTensor are recognised by what they put on a tensor, so that neither has to be imported. Seen in deepspeed 0.19,
-accelerate 1.15 and torch 2.13.
+Engines are recognised by what they put on a tensor and by the names of their classes, so that none has to be imported. DeepSpeed's
+private attributes are touched here alone, and only in the versions with which they were tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lp_dist.errors import UsageError
+TESTED_DEEPSPEED = "0.19"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter on this rank, without padding.
+
+    values: a view, flat where it is contiguous. start: its first element in the whole parameter, taken flat; None if it is no
+    contiguous range of it. replica, replicas: of how many ranks that hold the same piece this is which one.
+    """
+
+    values: Tensor
+    start: int | None
+    replica: int = 0
+    replicas: int = 1
+
+    @property
+    def share(self) -> Tensor:
+        """What of it this rank counts: of a piece that several ranks hold, each takes an equal slice."""
+        numel = self.values.numel()
+        if not self.values.is_contiguous():
+            return self.values if self.replica == 0 else self.values.new_empty(0)
+        return self.values.view(-1)[numel * self.replica // self.replicas: numel * (self.replica + 1) // self.replicas]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The piece of a parameter on this rank, flat and without padding.
+    """Where one trainable parameter lies in what this rank's optimizer steps.
 
-    values: 1-D view of the piece, in the dtype of the model's own copy. owned: whether this rank is to count it; of a
-    parameter that every rank holds whole (plain, DDP, ZeRO-1/2), only rank 0 is.
+    Args:
+        name: as of the unwrapped model's `named_parameters()`. param: the model's own parameter.
+        shape: of the whole parameter. start: as of `Piece`.
+        tensor: what the optimizer steps: a flat fp32 shard of many parameters, an fp32 master copy, a DTensor, or the parameter.
+        offset, length: where the piece lies in its local part, taken flat; the length is 0 if nothing of it is on this rank.
+        group: index of its param group. state_of: gives the optimizer's state of `tensor`.
     """
 
-    values: Tensor
-    owned: bool
+    name: str
+    param: Tensor
+    shape: torch.Size
+    start: int | None
+    tensor: Tensor
+    offset: int
+    length: int
+    group: int
+    state_of: Callable[[Tensor], dict[str, Any]]
+    replica: int = 0
+    replicas: int = 1
+
+    @property
+    def piece(self) -> Piece:
+        """The master values, a view to read and write. Under NVMe offload they are read from the disk, and are a copy."""
+        if self.length > self.tensor.numel():  # swapped out
+            from deepspeed.utils import safe_get_local_fp32_param
+            values = safe_get_local_fp32_param(self.param)[: self.length].clone()
+        else:
+            values = self._part(self.tensor.detach())
+        return Piece(values, self.start, self.replica, self.replicas)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Views of the state tensors (exp_avg, ...) of the piece; empty before the first step, and while they are swapped out."""
+        return {key: self._part(value) for key, value in self.state_of(self.tensor).items()
+                if key != "step" and isinstance(value, Tensor) and value.shape == self.tensor.shape and self.tensor.numel() >= self.length}
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        data = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if not data.is_contiguous():
+            return data  # then the piece is all of it
+        return data.view(-1)[self.offset:self.offset + self.length]
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own called `module`.)"""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_deepspeed(model):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -35,81 +104,190 @@ def full_shape(param: Tensor) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
-def local_shard(param: Tensor) -> Shard:
-    """The piece of `param` on this rank, whatever holds it: nothing, DDP, ZeRO 1 to 3, FSDP2."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+def local_piece(param: Tensor) -> Piece:
+    """The model's own copy of `param` on this rank, whatever holds it: nothing, DDP, ZeRO 1 to 3, FSDP2."""
     data = param.detach()
     if hasattr(param, "ds_tensor"):  # ZeRO-3: a flat piece; the last ranks' ends in padding up to a multiple of the world size
         piece = param.ds_tensor.detach().view(-1)
         start = param.ds_tensor.ds_numel * torch.distributed.get_rank(param.ds_process_group)
-        return Shard(piece[: max(0, min(piece.numel(), param.ds_numel - start))], True)
-    if hasattr(data, "to_local"):    # DTensor: uneven splits, no padding
-        replicas = [i for i, placement in enumerate(data.placements) if placement.is_replicate()]
-        coordinate = data.device_mesh.get_coordinate() or []
-        return Shard(data.to_local().reshape(-1), all(coordinate[i] == 0 for i in replicas))
-    return Shard(data.reshape(-1), rank == 0)
+        return Piece(piece[: max(0, min(piece.numel(), param.ds_numel - start))], start)
+    if hasattr(data, "to_local"):
+        start, replica, replicas = _dtensor_place(data)
+        return Piece(data.to_local(), start, replica, replicas)
+    return Piece(data, 0, *_ranks())
+
+
+def shards(model: Any, optimizer: Any = None) -> list[Shard]:
+    """Where every trainable parameter lies in what this rank's optimizer steps, in the order of `named_parameters()`.
+
+    Args:
+        model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
+        optimizer: ours, or Accelerate's or DeepSpeed's wrapper of it; may be left out for a DeepSpeed engine.
+    A parameter that no group holds is left out, a tied one comes once.
+
+    Raises:
+        RuntimeError: an engine or a version of it that was not tested.
+    """
+    if optimizer is None:
+        if not _is_deepspeed(model):
+            raise ValueError("pass the optimizer as well; only a DeepSpeed engine knows its own")
+        optimizer = model.optimizer
+    wrapper, live = _wrapper(optimizer), live_optimizer(optimizer)
+    kind = type(wrapper).__name__ if wrapper is not None else ""
+    if kind not in _LOCATORS:
+        raise RuntimeError(f"DeepSpeed's {kind} steps the weights in a way of its own, without Lp decay or on shards that lp_dist does not "
+                           f"know. Known are ZeRO 0 to 3 and BF16_Optimizer; remove {_WAY_OUT.get(kind, 'what asks for it from the config')}")
+    if wrapper is not None:
+        check_deepspeed_version()
+    locate = _LOCATORS[kind](wrapper, live)
+    found = []
+    for name, param in unwrap(model).named_parameters():
+        place = locate(param) if param.requires_grad else None
+        if place is not None:
+            found.append(Shard(name, param, full_shape(param), state_of=lambda tensor: live.state.get(tensor, {}), **place))
+    return found
 
 
 def live_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed."""
+    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed; of an engine, its own."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def reduction_device() -> torch.device:
-    """Where a tensor must lie to be reduced over the ranks: NCCL takes none on the CPU, and gloo is for the CPU."""
-    if torch.accelerator.is_available() and torch.distributed.get_backend() != "gloo":
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+def foreign_steppers(optimizer: Any) -> list[str]:
+    """What else would step some of the weights: names of DeepSpeed features that bring an optimizer of their own."""
+    wrapper = _wrapper(optimizer)
+    found = [] if wrapper is None or type(wrapper).__name__ in _LOCATORS else [type(wrapper).__name__]
+    if hasattr(wrapper, "backup_optimizer"):
+        found.append("offload_optimizer.ratio < 1")
+    if getattr(wrapper, "zenflow", False):
+        found.append("zenflow")
+    return found
 
 
-def check_deepspeed_config(config: dict[str, Any]) -> None:
-    """Refuses what would step part of the weights by another optimizer, or save no usable weights.
-
-    Raises:
-        UsageError: names the key of the DeepSpeed config and what to set it to.
-    """
-    zero = config.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer") or {}
-    if "optimizer" in config:
-        raise UsageError('the DeepSpeed config has an "optimizer" section, which would take the place of ours; remove it')
-    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        raise UsageError('with offload_optimizer, Accelerate silently replaces our optimizer by DeepSpeedCPUAdam; set '
-                         '"zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config')
-    if offload.get("ratio", 1.0) < 1.0:
-        raise UsageError(f'offload_optimizer.ratio={offload["ratio"]} lets another optimizer step a part of the weights, without Lp decay; '
-                         "set it to 1.0")
-    for key, where in (("zenflow", zero), ("super_offload", offload)):
-        if where.get(key):
-            raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UsageError('under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable weights; '
-                         "set it in zero_optimization")
-
-
-def join_deepspeed() -> None:
-    """Makes DeepSpeed's communicator take over the ranks that have met already.
-
-    Without it, when Trainer runs with use_cpu, ZeRO-3's `zero.Init` takes the world for one process and refuses the batch size.
-    """
-    import deepspeed
-
-    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
-
-
-@contextmanager
-def zero_init_disabled() -> Iterator[None]:
-    """Loads a model whole although Transformers has a ZeRO-3 config at hand, which would partition it."""
-    from transformers.integrations import deepspeed as integration
-    config = integration.deepspeed_config() if integration.is_deepspeed_zero3_enabled() else None
-    if config is None:
-        yield
+def after_loading(engine: Any, restore: Callable[[], None]) -> None:
+    """Calls `restore` whenever a DeepSpeed engine has loaded a checkpoint. Its loaders write into the param groups: the one of
+    universal checkpoints copies group 0's values into all groups at stage 3."""
+    if not _is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
         return
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration.set_hf_deepspeed_config(reference())
+    load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        restore()
+        return result
+
+    load_checkpoint.without_lp_dist = load
+    engine.load_checkpoint = load_checkpoint
+
+
+def check_deepspeed_version() -> None:
+    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean something else."""
+    version = importlib.metadata.version("deepspeed")
+    if not version.startswith(TESTED_DEEPSPEED + "."):
+        raise RuntimeError(f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed; install "
+                           f"'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist")
+
+
+def _is_deepspeed(thing: Any) -> bool:
+    return any(cls.__module__.startswith("deepspeed.") for cls in type(thing).__mro__)
+
+
+def _wrapper(optimizer: Any) -> Any:
+    """DeepSpeed's optimizer around the live one; None if there is none. Its own optimizers (CPUAdam) wrap nothing."""
+    while hasattr(optimizer, "optimizer"):
+        if _is_deepspeed(optimizer) and not isinstance(optimizer, nn.Module):  # that would be the engine
+            return optimizer
+        optimizer = optimizer.optimizer
+    return None
+
+
+def _ranks() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _dtensor_place(data: Tensor) -> tuple[int | None, int, int]:
+    """First element of the local part in the whole, which replica this rank has, and of how many."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
+    replica, replicas = 0, 1
+    for i, placement in enumerate(data.placements):
+        if placement.is_replicate():
+            replica, replicas = replica * mesh.size(i) + coordinate[i], replicas * mesh.size(i)
+    dims = [placement.dim for placement in data.placements if placement.is_shard()]
+    if len(dims) > 1 or dims not in ([], [0]):  # rows of a matrix in several strips
+        return None, replica, replicas
+    _, offset = compute_local_shape_and_global_offset(data.shape, mesh, data.placements)
+    row = data.numel() // max(1, data.shape[0]) if data.ndim else 1
+    return (offset[0] * row if data.ndim else 0), replica, replicas
+
+
+# Each locator is made from DeepSpeed's optimizer and the live one, and gives a parameter's place as arguments of Shard.
+
+def _locate_whole(_: Any, live: Optimizer) -> Callable[[Tensor], dict | None]:
+    """Plain, DDP, FSDP2, ZeRO-0 in fp32: the optimizer steps the parameters themselves."""
+    groups = {id(param): i for i, group in enumerate(live.param_groups) for param in group["params"]}
+
+    def locate(param: Tensor) -> dict | None:
+        if id(param) not in groups:
+            return None
+        if hasattr(param, "to_local"):
+            start, replica, replicas = _dtensor_place(param)
+            length = param.detach().to_local().numel()
+        else:
+            (start, length), (replica, replicas) = (0, param.numel()), _ranks()
+        return dict(start=start, tensor=param, offset=0, length=length, group=groups[id(param)], replica=replica, replicas=replicas)
+    return locate
+
+
+def _locate_copy(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
+    """ZeRO-0 in 16 bits: a whole fp32 copy of each parameter, on every rank."""
+    copies = {id(param): (i, master) for i, (params, masters) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_groups))
+              for param, master in zip(params, masters)}
+
+    def locate(param: Tensor) -> dict | None:
+        if id(param) not in copies:
+            return None
+        (group, master), (replica, replicas) = copies[id(param)], _ranks()
+        return dict(start=0, tensor=master, offset=0, length=master.numel(), group=group, replica=replica, replicas=replicas)
+    return locate
+
+
+def _locate_fragment(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
+    """ZeRO-1, 2 and BF16_Optimizer: one flat fp32 shard per group, and `_hp_mapping` on each parameter that has elements in it."""
+    bf16 = type(wrapper).__name__ == "BF16_Optimizer"
+    flats = wrapper.fp32_groups_flat_partition if bf16 else wrapper.single_partition_of_fp32_groups
+    groups = {id(param): i for i, params in enumerate(wrapper.bf16_groups if bf16 else wrapper.bit16_groups) for param in params}
+
+    def locate(param: Tensor) -> dict | None:
+        if id(param) not in groups:
+            return None
+        group, mapping = groups[id(param)], param._hp_mapping
+        if mapping is None:
+            return dict(start=0, tensor=flats[group], offset=0, length=0, group=group)
+        return dict(start=mapping.lp_fragment_address.start, tensor=flats[group], offset=mapping.hp_fragment_address.start,
+                    length=mapping.hp_fragment_address.numel, group=group)
+    return locate
+
+
+def _locate_sub_group(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
+    """ZeRO-3: a flat fp32 shard per sub-group, in which every parameter has an equal part on every rank, the last padded."""
+    def locate(param: Tensor) -> dict | None:
+        place = wrapper.grad_position.get(wrapper.get_param_id(param))
+        if place is None:
+            return None
+        sub_group, offset, padded = place
+        start = padded * torch.distributed.get_rank(param.ds_process_group)
+        return dict(start=start, tensor=wrapper.fp32_partitioned_groups_flat[sub_group], offset=offset,
+                    length=max(0, min(padded, param.ds_numel - start)), group=wrapper.sub_group_to_group_id[sub_group])
+    return locate
+
+
+_LOCATORS = {"": _locate_whole, "FP16_UnfusedOptimizer": _locate_copy, "DeepSpeedZeroOptimizer": _locate_fragment,
+             "BF16_Optimizer": _locate_fragment, "DeepSpeedZeroOptimizer_Stage3": _locate_sub_group}
+_WAY_OUT = {"ZenFlowZeroOptimizer": '"zenflow" from zero_optimization', "SuperOffloadOptimizer_Stage3": '"super_offload" from offload_optimizer'}

@@ -25,8 +25,9 @@ def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if the parameter is to decay by its group's values and could never move."""
     if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
         return
-    # A 1-D tensor may be a flat shard that holds nothing but an engine's padding on this rank, so only matrices are judged.
-    if param.ndim >= 2 and param.numel() and not bool(param.any()):
+    # Only what is whole here is judged: a 1-D tensor may be a flat shard that holds nothing but an engine's padding on this rank,
+    # and of a DTensor the local part says nothing. `param_groups` and `attach` look over all ranks.
+    if param.ndim >= 2 and param.numel() and not hasattr(param, "to_local") and not bool(param.any()):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so it could never "
             "move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself), or initialise it")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from lp_dist.engines import summed
 from lp_dist.groups import matrix_names
-from lp_dist.shards import full_shape, local_shard, reduction_device
+from lp_dist.shards import full_shape, local_piece, shards, unwrap
 
 
 @dataclass(frozen=True)
@@ -47,38 +49,91 @@ def kind_of(name: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
-def measure_sparsity(model: nn.Module, names: Iterable[str] | None = None) -> Sparsity:
-    """Counts exact zeros of parameters over all ranks. Every rank must call it, and every rank gets the same.
+@dataclass(frozen=True)
+class Histogram:
+    """How many weights of each counted parameter have which magnitude.
 
     Args:
-        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 1 to 3) or FSDP2.
+        edges: of the bins of |w|, ascending, four to an octave from 2^-44 (about 6e-14) to 2^16; the first and the last bin take
+            what is below and above as well.
+        counts: by name, one number per bin. zeros: by name.
+    """
+
+    edges: tuple[float, ...]
+    counts: dict[str, list[int]]
+    zeros: dict[str, int]
+
+
+_LOWEST, _OCTAVES, _BITS = -44, 60, 2
+_EDGES = tuple(2.0 ** (_LOWEST + i // 4) * (1 + i % 4 / 4) for i in range(_OCTAVES * 4 + 1))
+_SLICE = 1 << 20  # elements that are looked at at a time, so that temporaries don't grow with the model
+
+
+def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None) -> Sparsity:
+    """Counts exact zeros of parameters over all ranks. Every rank must call it, and every rank gets the same.
+
+    Local pieces are counted, each once, and one small tensor of integers is reduced; padding does not count.
+
+    Args:
+        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3) or FSDP2.
+        optimizer: None counts the model's own copy of the weights, which is what a checkpoint gets; with the optimizer (or a wrapper of
+            it), its fp32 master weights are counted. They differ in fp16, which rounds what is below 6e-8 to zero.
         names: the parameters to count, as of the unwrapped model's `named_parameters()`; None counts the matrices of
             linear, convolution and attention modules (`lp_dist.groups.matrix_names`).
     Raises:
         ValueError: a name is not in the model.
         RuntimeError: what lies on the ranks is not the whole of a parameter (an engine that is not supported).
     """
-    model = getattr(model, "module", model)  # DDP and DeepSpeed keep the model there
-    params = dict(model.named_parameters())
-    names = sorted(matrix_names(model) if names is None else names)
+    pieces, shapes = _pieces(model, optimizer, names)
+    counts = torch.zeros(len(pieces), 2, dtype=torch.int64)
+    for row, values in zip(counts, pieces.values()):
+        row[0] = values.numel() - torch.count_nonzero(values)
+        row[1] = values.numel()
+    counts = summed(counts).tolist()
+    for name, (_, elements) in zip(pieces, counts):
+        if elements != shapes[name].numel():
+            raise RuntimeError(
+                f"counted {elements} of {shapes[name].numel()} elements of {name}: this way of sharding is not supported. "
+                "Supported: DDP, ZeRO 0 to 3, FSDP2; with FSDP1 set fsdp_version: 2")
+    return Sparsity({name: (zeros, elements) for name, (zeros, elements) in zip(pieces, counts)})
+
+
+def measure_histogram(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None) -> Histogram:
+    """Histogram of |w| of parameters over all ranks, counted as `measure_sparsity` does, with one reduction; arguments as there.
+
+    The bins are cut by the bits of the float, so no rounding moves a weight across an edge. (fp64 weights are taken as fp32.)
+    """
+    pieces, _ = _pieces(model, optimizer, names)
+    bins = len(_EDGES) - 1
+    counts = torch.zeros(len(pieces), bins + 1, dtype=torch.int64)
+    for row, values in zip(counts, pieces.values()):
+        for part in values.reshape(-1).split(_SLICE):
+            alive = part[part != 0].float().abs()
+            # Exponent and the first bits of the mantissa number the bins: four equal ones to an octave.
+            index = (alive.view(torch.int32) >> (23 - _BITS)) - ((127 + _LOWEST) << _BITS)
+            row[:bins] += torch.bincount(index.clamp_(0, bins - 1), minlength=bins).cpu()
+            row[bins] += part.numel() - alive.numel()
+    counts = summed(counts).tolist()
+    return Histogram(_EDGES, {name: row[:bins] for name, row in zip(pieces, counts)}, {name: row[bins] for name, row in zip(pieces, counts)})
+
+
+def _pieces(model: Any, optimizer: Any, names: Iterable[str] | None) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
+    """What this rank counts of each parameter, and the shapes of the whole ones, by name in one order on all ranks."""
+    inner = unwrap(model)
+    params = dict(inner.named_parameters())
+    names = sorted(matrix_names(inner) if names is None else names)
     unknown = [name for name in names if name not in params]
     if unknown:
-        raise ValueError(f"{len(unknown)} names are not parameters of {type(model).__name__}, such as {unknown[0]!r}; "
+        raise ValueError(f"{len(unknown)} names are not parameters of {type(inner).__name__}, such as {unknown[0]!r}; "
                          "pass names as model.named_parameters() gives them")
-    counts = torch.zeros(len(names), 2, dtype=torch.int64)
-    for row, name in zip(counts, names):
-        shard = local_shard(params[name])
-        if shard.owned:
-            row[0] = shard.values.numel() - torch.count_nonzero(shard.values)
-            row[1] = shard.values.numel()
-    if torch.distributed.is_initialized():
-        counts = counts.to(reduction_device())
-        torch.distributed.all_reduce(counts)
-    result = Sparsity({name: (zeros, elements) for name, (zeros, elements) in zip(names, counts.tolist())})
-    for name in names:
-        expected = full_shape(params[name]).numel()
-        if result.counts[name][1] != expected:
-            raise RuntimeError(
-                f"counted {result.counts[name][1]} of {expected} elements of {name}: this way of sharding is not supported. "
-                "Supported: DDP, ZeRO 1 to 3, FSDP2; with FSDP1 set fsdp_version: 2")
-    return result
+    if optimizer is None:
+        pieces = {name: local_piece(params[name]).share for name in names}
+    else:
+        masters = {shard.name: shard for shard in shards(model, optimizer)}
+        foreign = [name for name in names if name not in masters]
+        if foreign:
+            raise ValueError(f"{len(foreign)} parameters are not stepped by this optimizer, such as {foreign[0]!r}; leave the optimizer out to count "
+                             "the model's own weights, or name others")
+        pieces = {name: masters[name].piece.share for name in names}
+    return pieces, {name: full_shape(params[name]) for name in names}
+

@@ -1,4 +1,4 @@
-"""For Hugging Face's Trainer: a callback that runs the decay window, and a self-check that the live optimizer is ours."""
+"""For Hugging Face's Trainer: a callback that attaches the optimizer and runs the decay window, and evaluations with sparsity."""
 
 from __future__ import annotations
 
@@ -9,37 +9,47 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from lp_dist.attachment import attach, steps_taken
 from lp_dist.groups import decayed_names
-from lp_dist.optim import LpOptimizer
 from lp_dist.schedule import DecayWindow
-from lp_dist.shards import live_optimizer
 from lp_dist.sparsity import Sparsity, measure_sparsity
 
 logger = logging.getLogger(__name__)
 
 
 class LpCallback(TrainerCallback):
-    """`Trainer(..., callbacks=[LpCallback(DecayWindow(...))])`: warm-up, decay, recovery; checks the optimizer at train begin.
+    """`Trainer(..., callbacks=[LpCallback(DecayWindow(...))])`: attaches the optimizer at train begin, and runs the decay window.
 
     Args:
         window: when the decay acts and with which values; it is asked anew at every step, so a resumed run goes on as it would
             have. None: always, with the groups' own values.
+        names, overrides: which parameters may decay, and values of single ones, as of `lp_dist.attach`.
+    The window advances with the optimizer steps that were really taken: an fp16 overflow, which Trainer counts as a step, is none.
+
     Raises (at train begin):
-        RuntimeError: the optimizer that really steps is not ours.
-        ValueError: no group decays, the window holds no step of this run, or it would replace a group's cutoff.
+        RuntimeError: the optimizer that really steps is not ours, or ranks disagree on hyperparameters.
+        ValueError: nothing decays, the window holds no step of this run, or it would replace a group's cutoff.
+    Raises (when Trainer logs):
+        RuntimeError: the gradients have become nan; without fp16's loss scaling nothing skips such a step.
     """
 
-    def __init__(self, window: DecayWindow | None = None) -> None:
-        self.window = window
+    def __init__(self, window: DecayWindow | None = None, *, names: Iterable[str] | None = None,
+                 overrides: dict[str, dict[str, Any]] | None = None) -> None:
+        self.window, self.names, self.overrides = window, names, overrides
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self._live = live = verify(optimizer)
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        scheduled = ("cutoff", "p", "precondition", *(self.window.values or {})) if self.window is not None else ()
+        attached = attach(model, optimizer, names=self.names, overrides=self.overrides, lr_scheduler=lr_scheduler, scheduled=scheduled)
+        self._live, self._skipped = attached.optimizer, 0
+        # A checkpoint without optimizer state: its steps are known from Trainer alone.
+        self._before = 0 if steps_taken(self._live) else state.global_step
+        self._decayed = sorted({shard.group for shard in attached.shards if shard.name in attached.decayed})
         if self.window is None:
             return
-        if not _decayed(live):
+        if not self._decayed:
             raise ValueError("every param group has weight_decay=0, so there is nothing for the decay window to do; set a weight_decay (λ)")
-        capped = [group["cutoff"] for group in _decayed(live) if group["cutoff"] != math.inf]
-        if capped and state.global_step == 0 and "cutoff" not in (self.window.values or {}):
+        capped = [self._live.param_groups[i]["cutoff"] for i in self._decayed if self._live.param_groups[i]["cutoff"] != math.inf]
+        if capped and "cutoff" not in (self.window.values or {}):
             raise ValueError(f"a param group has cutoff={capped[0]:g}, which the decay window would replace; give it to the window instead: "
                              f'DecayWindow(..., values={{"cutoff": {capped[0]:g}}})')
         start, end = self.window.steps(state.max_steps)
@@ -47,27 +57,24 @@ class LpCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.window is not None:
-            values = self.window.at(state.global_step, state.max_steps)
-            for group in _decayed(self._live):
-                group.update(values)
+            values = self.window.at(self._steps(state), state.max_steps)
+            for i in self._decayed:
+                self._live.param_groups[i].update(values)
 
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self._skipped += bool(getattr(optimizer, "step_was_skipped", False))
 
-def _decayed(optimizer: Any) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if group["weight_decay"] > 0]
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
+        if bad and not args.fp16:
+            raise RuntimeError(f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last checkpoint with a lower "
+                               "learning rate or max_grad_norm; with DeepSpeed in bf16, \"check_grad_overflow\": true in its bf16 section skips such steps")
 
-
-def verify(optimizer: Any) -> Any:
-    """The optimizer that really steps; raises RuntimeError if it has not the Lp decay.
-
-    Accelerate replaces an optimizer that is passed in by DeepSpeedCPUAdam when `offload_optimizer` is set, and says nothing.
-    """
-    live = live_optimizer(optimizer)
-    if not isinstance(live, LpOptimizer) and not hasattr(live, "lp_decay"):
-        raise RuntimeError(
-            f"the optimizer that steps is {type(live).__module__}.{type(live).__name__}, not one of lp_dist: there would be no Lp decay. "
-            'With DeepSpeed and offload_optimizer, set "zero_force_ds_cpu_optimizer": false at the top level of its config and '
-            "remove its \"optimizer\" section; else pass optimizer_cls_and_kwargs=(LpAdamW, {...}) to Trainer")
-    return live
+    def _steps(self, state: Any) -> int:
+        """Optimizer steps really taken since the run began."""
+        if any("step" in param_state for param_state in self._live.state.values()):
+            return self._before + steps_taken(self._live)
+        return state.global_step - self._skipped  # an optimizer that counts none
 
 
 class LpTrainer(Trainer):
@@ -92,4 +99,4 @@ class LpTrainer(Trainer):
 
     def measure_sparsity(self) -> Sparsity:
         """Of the weights that decay, over all ranks."""
-        return measure_sparsity(self.model, self._counted)
+        return measure_sparsity(self.model, names=self._counted)

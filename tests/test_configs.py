@@ -89,7 +89,7 @@ def test_optimizer_and_scheduler_are_left_to_the_program(path: Path):
 
 @each(DEEPSPEED)
 def test_our_own_start_up_check_agrees(path: Path):
-    from lp_dist.shards import check_deepspeed_config
+    from lp_dist.engines import check_deepspeed_config
     check_deepspeed_config(json.loads(path.read_text()))
 
 

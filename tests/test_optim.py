@@ -199,9 +199,9 @@ def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),
         (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),
-        (LpSGD, {"weight_decay": 0.1}, set(), {"momentum", "nesterov"}),
-        (LpSGD, {"momentum": 0.9}, {"momentum_buffer"}, {"momentum", "nesterov"}),
-        (LpLion, {"weight_decay": 0.1}, {"exp_avg"}, {"betas"}),
+        (LpSGD, {"weight_decay": 0.1}, {"step"}, {"momentum", "nesterov"}),
+        (LpSGD, {"momentum": 0.9}, {"step", "momentum_buffer"}, {"momentum", "nesterov"}),
+        (LpLion, {"weight_decay": 0.1}, {"step", "exp_avg"}, {"betas"}),
     ]:
         params = make_params(dtype)
         optimizer = cls(params, implementation=implementation, **settings)

@@ -34,7 +34,8 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 
 # Each room may import those before it, never one after it.
-ORDER = ["errors", "decay", "slices", "optim", "hooks", "shards", "groups", "schedule", "sparsity", "trainer", "report", "data", "arguments",
+ORDER = ["errors", "decay", "slices", "segments", "optim", "hooks", "engines", "shards", "groups", "attachment", "schedule", "sparsity",
+         "footprint", "trainer", "report", "data", "arguments",
          "finetune", "cli"]
 
 
@@ -59,7 +60,7 @@ def test_imports_run_in_one_direction():
 
 
 def test_the_mathematics_and_the_optimizers_know_no_engine():
-    for room in ("decay", "optim", "hooks"):
+    for room in ("decay", "segments", "optim", "hooks"):
         text = (PACKAGE / f"{room}.py").read_text()
         assert not any(f"import {engine}" in text or f"from {engine}" in text for engine in ("deepspeed", "accelerate", "transformers"))
         assert "shards" not in imports(PACKAGE / f"{room}.py")

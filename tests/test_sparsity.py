@@ -46,9 +46,9 @@ def test_a_tensor_that_died_still_counts():
 
 def test_names_choose_what_counts_and_unknown_ones_raise():
     model = small_model()
-    assert set(measure_sparsity(model, ["1.weight"]).counts) == {"1.weight"}
+    assert set(measure_sparsity(model, names=["1.weight"]).counts) == {"1.weight"}
     with pytest.raises(ValueError, match="'9.weight'.*named_parameters"):
-        measure_sparsity(model, ["0.weight", "9.weight"])
+        measure_sparsity(model, names=["0.weight", "9.weight"])
 
 
 def test_kinds_of_layers():

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
 from lp_dist.schedule import FROZEN, OFF
-from lp_dist.shards import check_deepspeed_config
-from lp_dist.trainer import verify
+from lp_dist.engines import check_deepspeed_config
+from lp_dist.attachment import verify
 
 WINDOW = DecayWindow(2, 8, {"p": 0.0})
 
@@ -46,7 +46,7 @@ def test_both_ways_into_trainer_give_the_same_sparse_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
     counted = measure_sparsity(one)
     assert counted.total > 0.05
-    everything = measure_sparsity(one, [name for name, _ in one.named_parameters()])
+    everything = measure_sparsity(one, names=[name for name, _ in one.named_parameters()])
     assert everything.zeros == counted.zeros  # embeddings, head and norms have none
 
 

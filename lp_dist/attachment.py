@@ -1,0 +1,209 @@
+"""attach: gives the live optimizer names for what it steps, checks that it is ours, and holds its hyperparameters against loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lp_dist.engines import summed
+from lp_dist.groups import matrix_names
+from lp_dist.optim import LpOptimizer
+from lp_dist.segments import Segment
+from lp_dist.shards import Shard, after_loading, foreign_steppers, live_optimizer, local_piece, shards, unwrap
+
+logger = logging.getLogger(__name__)
+
+# Group keys that a learning-rate scheduler owns, and the parameters themselves: never put back.
+_NOT_ASKED = ("params", "lr", "initial_lr")
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, and the names of those that decay."""
+
+    optimizer: Optimizer
+    shards: list[Shard]
+    decayed: frozenset[str]
+
+    def set(self, name: str, **values: Any) -> None:
+        """Values (weight_decay, p, l2, precondition, cutoff) of one parameter instead of its group's; None gives one back to the group.
+
+        Takes effect at the next step, costs no communication, and must be called alike on every rank.
+        """
+        if all(shard.name != name for shard in self.shards):
+            raise ValueError(f"{name!r} is not a trainable parameter of this optimizer; names are those of model.named_parameters()")
+        _book(self.optimizer).segments.set(name, **values)
+
+
+def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None,
+           overrides: dict[str, dict[str, Any]] | None = None, lr_scheduler: Any = None, scheduled: Iterable[str] = ()) -> Attachment:
+    """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
+
+    After it, λ, p, l2, precondition and cutoff can differ per parameter inside one flat shard, what decays is decided by name whoever
+    made the param groups, and the hyperparameters that the script asked for hold, whatever a checkpoint loader puts into the groups.
+    Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and one exchange of
+    hyperparameters now, nothing per step, no gather.
+
+    Args:
+        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2.
+        optimizer: ours, one with `add_lp_decay`, or a wrapper of it; may be left out for a DeepSpeed engine.
+        names: the parameters that may decay; None: the matrices of `lp_dist.param_groups` (no embeddings, heads, norms, biases). Others
+            in a group with weight_decay > 0, as Hugging Face's Trainer makes them, get weight_decay 0.
+        overrides: `{pattern: {key: value}}`, shell patterns on the names of `named_parameters()`; a later one wins. A pattern with a
+            wildcard gives weight_decay only to parameters that may decay; a full name gives it to any.
+        lr_scheduler: its last learning rates are put back after loading a checkpoint; an engine's own is found by itself.
+        scheduled: group keys that the caller sets at every step, so that another value in a checkpoint is no news.
+    Raises:
+        RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
+        ValueError: a pattern or name matches nothing, a value is bad, or a matrix that is to decay is all zeros before the first step.
+    """
+    live = verify(model if optimizer is None else optimizer)
+    book, found = _book(live), shards(model, optimizer)
+    allowed = matrix_names(unwrap(model)) if names is None else set(names)
+    unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
+    if unknown:
+        raise ValueError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
+    asked = _asked(live, found)
+    own = _own_values(found, asked, allowed, overrides or {})
+    _agree(live, found, asked, own)
+    for shard in found:
+        if shard.name in own:
+            book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
+
+    tensors: dict[Any, list[Segment]] = {}
+    for shard in found:
+        tensors.setdefault(shard.tensor, []).append(Segment(shard.name, shard.offset, shard.length, shard.start, shard.shape))
+    book.segments.replace(tensors)
+    for name, values in own.items():
+        book.segments.set(name, **values)
+    decayed = frozenset(s.name for s in found if own.get(s.name, {}).get("weight_decay", asked[s.group]["weight_decay"]) > 0)
+    if not steps_taken(live):
+        _refuse_all_zero([s for s in found if s.name in decayed and {**asked[s.group], **own.get(s.name, {})}["p"] < 2])
+
+    def restore(*_: Any) -> None:
+        _restore(live, asked, lr_scheduler or getattr(model, "lr_scheduler", None), set(scheduled))
+
+    restore()
+    if getattr(book, "restoring", None) is not None:
+        book.restoring.remove()
+    book.restoring = live.register_load_state_dict_post_hook(restore)
+    after_loading(model, restore)
+    logger.info("Lp decay on %d of %d parameters", len(decayed), len(found))
+    return Attachment(live, found, decayed)
+
+
+def verify(optimizer: Any) -> Any:
+    """The optimizer that really steps, of a DeepSpeed engine or inside the wrappers of an optimizer.
+
+    Raises:
+        RuntimeError: it has not the Lp decay, or another one steps some of the weights; names the config key to set.
+    """
+    live = live_optimizer(optimizer)
+    if not isinstance(live, LpOptimizer) and not hasattr(live, "lp_decay"):
+        raise RuntimeError(
+            f"the optimizer that steps is {type(live).__module__}.{type(live).__name__}, not one of lp_dist: there would be no Lp decay. "
+            'With DeepSpeed and offload_optimizer, set "zero_force_ds_cpu_optimizer": false at the top level of its config and '
+            "remove its \"optimizer\" section; else pass optimizer_cls_and_kwargs=(LpAdamW, {...}) to Trainer")
+    others = foreign_steppers(optimizer)
+    if others:
+        raise RuntimeError(f"{others[0]} steps some of the weights by an optimizer of its own, without Lp decay; remove it from the DeepSpeed "
+                           'config ("zenflow" in zero_optimization, "super_offload" in offload_optimizer), or set offload_optimizer.ratio to 1.0')
+    return live
+
+
+def steps_taken(live: Optimizer) -> int:
+    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none.
+
+    0 before the first one, and for an optimizer that counts none.
+    """
+    return max((int(state["step"]) for state in live.state.values() if "step" in state), default=0)
+
+
+def _book(live: Any) -> Any:
+    """Where the segments and the asked-for values are kept: our optimizer, or the handle of `add_lp_decay`."""
+    return live if isinstance(live, LpOptimizer) else live.lp_decay
+
+
+def _asked(live: Any, found: list[Shard]) -> list[dict[str, Any]]:
+    """The values of each live group as the script asked for them: known by the group's parameters, since engines drop empty groups;
+    by position where an engine has put other parameters into the groups (Accelerate's FSDP2); else what the group has now."""
+    book = _book(live)
+    by_group = {shard.group: book.asked[shard.param] for shard in found if shard.param in book.asked}
+    positional = book.asked_groups if len(book.asked_groups) == len(live.param_groups) else live.param_groups
+    values = [by_group.get(i, positional[i]) for i in range(len(live.param_groups))]
+    return [{key: value for key, value in group.items() if key not in _NOT_ASKED} for group in values]
+
+
+def _own_values(found: list[Shard], asked: list[dict[str, Any]], allowed: set[str],
+                overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What single parameters have of their own: no decay for those that may not, and the overrides."""
+    own: dict[str, dict[str, Any]] = {}
+    dropped = [s.name for s in found if s.name not in allowed and asked[s.group]["weight_decay"] > 0]
+    for name in dropped:
+        own[name] = {"weight_decay": 0.0}
+    if dropped:
+        logger.warning("no decay for %d parameters that their param group would decay, such as %s: embeddings, heads, norms and biases stay "
+                       "dense. Name them in attach(names=...) or LpCallback(names=...) if they are to decay", len(dropped), dropped[0])
+    known = [shard.name for shard in found]
+    for pattern, values in overrides.items():
+        matches = [name for name in known if fnmatchcase(name, pattern)]
+        if pattern not in known and values.get("weight_decay", 0.0):
+            matches = [name for name in matches if name in allowed]
+        if not matches:
+            raise ValueError(f"the override {pattern!r} matches no parameter that can take it; names look like {known[0]!r}, and * stands "
+                             f"for any part of one: try {'*' + pattern.strip('*') + '*'!r}")
+        for name in matches:
+            own[name] = {**own.get(name, {}), **values}
+    return own
+
+
+def _agree(live: Optimizer, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]]) -> None:
+    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do."""
+    if not torch.distributed.is_initialized():
+        return
+    plain = {"optimizer": type(live).__name__, "number of param groups": len(asked), **{f"param group of {s.name}": s.group for s in found}}
+    for i, group in enumerate(asked):
+        plain |= {f"{key} of group {i}": float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+    plain |= {f"{key} of {name}": value for name, values in own.items() for key, value in values.items()}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, plain)
+    for rank, other in enumerate(everyone):
+        for key in sorted(set(everyone[0]) | set(other)):
+            if everyone[0].get(key) != other.get(key):
+                raise RuntimeError(f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
+                                   f"{rank}; start every rank with the same script and config")
+
+
+def _refuse_all_zero(candidates: list[Shard]) -> None:
+    """Raises ValueError, on every rank, for a parameter that is to decay and is all zeros over all ranks."""
+    counts = torch.tensor([int(torch.count_nonzero(local_piece(shard.param).share)) for shard in candidates])
+    dead = [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
+    if dead:
+        raise ValueError(f"{len(dead)} parameters are to decay, but are all zeros, such as {dead[0]!r}: zero absorbs for p < 2, so they could "
+                         f"never move. Give them weight_decay=0: attach(..., overrides={{{dead[0]!r}: {{'weight_decay': 0.0}}}}), or build the "
+                         "groups by lp_dist.param_groups, which does so by itself")
+
+
+def _restore(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any, scheduled: set[str]) -> None:
+    """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
+    for i, (group, values) in enumerate(zip(live.param_groups, asked)):
+        if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate
+            values = {key: value for key, value in values.items() if key not in ("betas", "momentum")}
+        for key, value in values.items():
+            if key not in scheduled and group.get(key, value) != value:
+                logger.warning("param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the optimizer was made",
+                               i, key, group[key], key, value)
+        group.update(values)
+    lrs = lr_scheduler.get_last_lr() if hasattr(lr_scheduler, "get_last_lr") and hasattr(lr_scheduler, "_last_lr") else []
+    if len(lrs) == len(live.param_groups):
+        for group, lr in zip(live.param_groups, lrs):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(float(lr))
+            else:
+                group["lr"] = lr
