@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lp_dist.engines import summed
 from lp_dist.groups import matrix_names
 from lp_dist.optim import LpOptimizer
-from lp_dist.segments import Segment
-from lp_dist.shards import Shard, after_loading, foreign_steppers, live_optimizer, local_piece, shards, unwrap
+from lp_dist.segments import Segment, SegmentMap
+from lp_dist.shards import Shard, after_loading, foreign_steppers, live_optimizer, local_piece, shards, undo_dry_step, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         ValueError: a pattern or name matches nothing, a value is bad, or a matrix that is to decay is all zeros before the first step.
     """
     live = verify(model if optimizer is None else optimizer)
+    undo_dry_step(model if optimizer is None else optimizer)
     book, found = _book(live), shards(model, optimizer)
     allowed = matrix_names(unwrap(model)) if names is None else set(names)
     unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
@@ -76,15 +77,17 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         if shard.name in own:
             book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
 
+    segments = SegmentMap()
     tensors: dict[Any, list[Segment]] = {}
     for shard in found:
         tensors.setdefault(shard.tensor, []).append(Segment(shard.name, shard.offset, shard.length, shard.start, shard.shape))
-    book.segments.replace(tensors)
+    segments.replace(tensors)
     for name, values in own.items():
-        book.segments.set(name, **values)
+        segments.set(name, **values)
     decayed = frozenset(s.name for s in found if own.get(s.name, {}).get("weight_decay", asked[s.group]["weight_decay"]) > 0)
     if not steps_taken(live):
         _refuse_all_zero([s for s in found if s.name in decayed and {**asked[s.group], **own.get(s.name, {})}["p"] < 2])
+    book.segments = segments
 
     def restore(*_: Any) -> None:
         _restore(live, asked, lr_scheduler or getattr(model, "lr_scheduler", None), set(scheduled))

@@ -135,8 +135,8 @@ def shards(model: Any, optimizer: Any = None) -> list[Shard]:
     wrapper, live = _wrapper(optimizer), live_optimizer(optimizer)
     kind = type(wrapper).__name__ if wrapper is not None else ""
     if kind not in _LOCATORS:
-        raise RuntimeError(f"DeepSpeed's {kind} steps the weights in a way of its own, without Lp decay or on shards that lp_dist does not "
-                           f"know. Known are ZeRO 0 to 3 and BF16_Optimizer; remove {_WAY_OUT.get(kind, 'what asks for it from the config')}")
+        raise RuntimeError(f"lp_dist does not know the shards of DeepSpeed's {kind}, only those of ZeRO 0 to 3 and BF16_Optimizer; remove what asks "
+                           "for it from the DeepSpeed config")
     if wrapper is not None:
         check_deepspeed_version()
     locate = _LOCATORS[kind](wrapper, live)
@@ -156,7 +156,7 @@ def live_optimizer(optimizer: Any) -> Optimizer:
 
 
 def foreign_steppers(optimizer: Any) -> list[str]:
-    """What else would step some of the weights: names of DeepSpeed features that bring an optimizer of their own."""
+    """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
     wrapper = _wrapper(optimizer)
     found = [] if wrapper is None or type(wrapper).__name__ in _LOCATORS else [type(wrapper).__name__]
     if hasattr(wrapper, "backup_optimizer"):
@@ -164,6 +164,24 @@ def foreign_steppers(optimizer: Any) -> list[str]:
     if getattr(wrapper, "zenflow", False):
         found.append("zenflow")
     return found
+
+
+def undo_dry_step(optimizer: Any) -> None:
+    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays the masters.
+
+    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before it.
+    """
+    wrapper, live = _wrapper(optimizer), live_optimizer(optimizer)
+    if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
+        return
+    pairs = [pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)]
+    for _, master in pairs:
+        for key, value in live.state.get(master, {}).items():
+            if (int(value) != 1) if key == "step" else isinstance(value, Tensor) and bool(value.any()):
+                return
+    for param, master in pairs:
+        master.data.copy_(param.detach())
+        live.state.pop(master, None)
 
 
 def after_loading(engine: Any, restore: Callable[[], None]) -> None:
@@ -290,4 +308,3 @@ def _locate_sub_group(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | N
 
 _LOCATORS = {"": _locate_whole, "FP16_UnfusedOptimizer": _locate_copy, "DeepSpeedZeroOptimizer": _locate_fragment,
              "BF16_Optimizer": _locate_fragment, "DeepSpeedZeroOptimizer_Stage3": _locate_sub_group}
-_WAY_OUT = {"ZenFlowZeroOptimizer": '"zenflow" from zero_optimization', "SuperOffloadOptimizer_Stage3": '"super_offload" from offload_optimizer'}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 # Odd sizes, so that every split over two or three ranks is uneven or padded, and small sub-groups, so that ZeRO-3 has several.
@@ -20,10 +22,11 @@ ZERO = {
 
 @dataclass
 class Engine:
-    """A wrapped model: call it, then `step(loss)`; `handle` is what a user hands to lp_dist."""
+    """A wrapped model: call it, then `step(loss)`; `handle` is what a user hands to lp_dist. Saved and loaded by the engine's own means."""
 
     handle: Any
     optimizer: Any
+    lr_scheduler: Any = None
 
     def __call__(self, *args: Any) -> Any:
         return self.handle(*args)
@@ -35,7 +38,51 @@ class Engine:
         else:
             loss.backward()
             self.optimizer.step()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
             self.optimizer.zero_grad()
+
+    def save(self, directory: Path, tag: str) -> None:
+        """DeepSpeed's checkpoint; torch.distributed.checkpoint where there are DTensors; else torch.save."""
+        if hasattr(self.handle, "save_checkpoint"):
+            self.handle.save_checkpoint(directory, tag=tag)
+            return
+        place = directory / tag
+        if self._is_sharded():
+            dcp.save(self._sharded_state(), checkpoint_id=place)
+        elif torch.distributed.get_rank() == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            torch.save({"model": self.handle.state_dict(), "optimizer": self.optimizer.state_dict()}, place / "state.pt")
+        if self.lr_scheduler is not None and torch.distributed.get_rank() == 0:
+            torch.save(self.lr_scheduler.state_dict(), place / "scheduler.pt")
+        torch.distributed.barrier()
+
+    def load(self, directory: Path, tag: str) -> None:
+        if hasattr(self.handle, "load_checkpoint"):
+            assert self.handle.load_checkpoint(directory, tag=tag)[0] is not None
+            return
+        place = directory / tag
+        if self._is_sharded():
+            from torch.distributed.checkpoint.state_dict import set_state_dict
+
+            state = self._sharded_state()
+            dcp.load(state, checkpoint_id=place)
+            set_state_dict(self.handle, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        else:
+            state = torch.load(place / "state.pt", weights_only=True)
+            self.handle.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(torch.load(place / "scheduler.pt", weights_only=True))
+
+    def _is_sharded(self) -> bool:
+        return any(hasattr(param, "placements") for param in self.handle.parameters())
+
+    def _sharded_state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.handle, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
 
 
 def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
@@ -49,26 +96,32 @@ def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
             "zero_optimization": zero, **more}
 
 
-def make(kind: str, model: nn.Module, optimizer_of: Any, **more: Any) -> Engine:
-    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, or bf16_optimizer. optimizer_of(model) → optimizer, made when the engine wants it.
-    more: into the DeepSpeed config."""
+def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lambda optimizer: None, **more: Any) -> Engine:
+    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, or bf16_optimizer. optimizer_of(model) → optimizer, made when the engine wants it;
+    scheduler_of(optimizer) → its learning-rate scheduler. more: into the DeepSpeed config."""
     if kind == "plain":
-        return Engine(model, optimizer_of(model))
+        return _engine(model, optimizer_of(model), scheduler_of)
     if kind == "ddp":
-        return Engine(nn.parallel.DistributedDataParallel(model), optimizer_of(model))
+        return _engine(nn.parallel.DistributedDataParallel(model), optimizer_of(model), scheduler_of)
     if kind == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-        return Engine(model, optimizer_of(model))
+        return _engine(model, optimizer_of(model), scheduler_of)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     optimizer = optimizer_of(model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(kind, **more), dist_init_required=False)
-    return Engine(engine, optimizer)
+    scheduler = scheduler_of(optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(kind, **more),
+                                      dist_init_required=False)
+    return Engine(engine, optimizer, scheduler)
+
+
+def _engine(handle: nn.Module, optimizer: Any, scheduler_of: Any) -> Engine:
+    return Engine(handle, optimizer, scheduler_of(optimizer))
 
 
 def full(param: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""Segments: a flat tensor of several parameters with values of their own steps exactly as the parameters would one by one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
+from lp_dist.schedule import FROZEN, OFF
+from lp_dist.segments import Segment, SegmentMap
+
+NAMES = ("a", "b", "c", "d")
+
+
+def segments(lengths, gap: int = 0) -> list[Segment]:
+    """Neighbours in one flat tensor, each followed by `gap` elements of padding."""
+    offsets = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
+    return [Segment(name, offset, length, 0, torch.Size([length])) for name, offset, length in zip(NAMES, offsets, lengths)]
+
+
+def test_a_tensor_without_segments_is_one_run():
+    book, tensor = SegmentMap(), torch.zeros(5)
+    assert book.runs(tensor, 5) == ((0, 5, {}),)
+    assert tensor not in book and book.of(tensor) == ()
+
+
+def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
+    book, tensor = SegmentMap(), torch.zeros(21)
+    book.replace({tensor: segments([3, 4, 0, 6], gap=2)})
+    assert [piece.name for piece in book.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
+    assert book.runs(tensor, 21) == ((0, 21, {}),)
+    book.set("d", p=0.0)
+    assert book.runs(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))   # padding goes with what is before it
+    book.set("b", p=0.0)
+    assert book.runs(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
+    book.set("a", weight_decay=0.5, p=0.0)
+    assert book.runs(tensor, 21) == ((0, 5, {"p": 0.0, "weight_decay": 0.5}), (5, 16, {"p": 0.0}))
+    book.set("a", weight_decay=None)
+    assert book.runs(tensor, 21) == ((0, 21, {"p": 0.0}),)
+    assert book.values("a") == {"p": 0.0} and book.values("c") == {}
+    book.replace({tensor: segments([21])})
+    assert book.runs(tensor, 21) == ((0, 21, {}),)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"lr": 0.1}, "'lr' can't differ within a shard.*another param group"),
+    ({"betas": (0.9, 0.9)}, "'betas'"),
+    ({"p": 9.0}, r"p=9.0 must be a number in \[-4, 4\]"),
+    ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+])
+def test_bad_values_raise(values, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentMap().set("a", **values)
+
+
+def adamw(params, implementation):
+    return LpAdamW(params, lr=0.05, weight_decay=0.4, p=0.5, precondition=0.5, implementation=implementation)
+
+
+def sgd(params, implementation):
+    return LpSGD(params, lr=0.05, momentum=0.9, weight_decay=0.4, implementation=implementation)
+
+
+def lion(params, implementation):
+    return LpLion(params, lr=0.05, weight_decay=0.4, implementation=implementation)
+
+
+def hooked(params, one_at_a_time):
+    optimizer = torch.optim.AdamW(params, lr=0.05, weight_decay=0.4, foreach=True)
+    add_lp_decay(optimizer, one_at_a_time=one_at_a_time)
+    return optimizer
+
+
+MAKERS = {"adamw": lambda p: adamw(p, "foreach"), "adamw, reference": lambda p: adamw(p, "reference"), "sgd": lambda p: sgd(p, None),
+          "lion": lambda p: lion(p, None), "hooked": lambda p: hooked(p, True), "hooked with a copy": lambda p: hooked(p, False)}
+# p for which torch's arithmetic on a CPU is bitwise the same in any layout: see test_engines.
+VALUES = st.fixed_dictionaries({}, optional={
+    "weight_decay": st.sampled_from([0.0, 0.1, 0.9]), "p": st.sampled_from([-1.0, 0.0, 0.5, 1.0]), "l2": st.sampled_from([0.0, 0.3]),
+    "cutoff": st.sampled_from([0.02, math.inf])})
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@given(lengths=LENGTHS, values=st.lists(VALUES, min_size=4, max_size=4), gap=st.integers(0, 3), phase=st.sampled_from([{}, OFF, FROZEN]))
+@settings(max_examples=25, deadline=None)
+def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values, gap, phase):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    pieces = segments(lengths, gap)
+    flat = torch.zeros(sum(lengths) + gap * len(lengths), requires_grad=True)
+    with torch.no_grad():
+        for piece in pieces:
+            flat[piece.offset:piece.offset + piece.length] = torch.randn(piece.length, generator=generator) * 0.1
+    alone = [flat.detach()[piece.offset:piece.offset + piece.length].clone().requires_grad_() for piece in pieces]
+    one = MAKERS[maker]([flat])
+    groups = [{"params": [param], **own} for param, own in zip(alone, values)]
+    many = MAKERS[maker](groups)
+    book = getattr(one, "segments", None) or one.lp_decay.segments
+    book.replace({flat: pieces})
+    for name, own in zip(NAMES, values):
+        book.set(name, **own)
+    for group in (*one.param_groups, *many.param_groups):
+        group.update({key: value for key, value in phase.items() if key in group})
+    for step in range(4):
+        flat.grad = torch.zeros_like(flat)
+        for piece, param in zip(pieces, alone):
+            param.grad = torch.randn(piece.length, generator=generator)
+            flat.grad[piece.offset:piece.offset + piece.length] = param.grad
+        one.step(), many.step()
+    inside = torch.zeros_like(flat, dtype=torch.bool)
+    for piece, param in zip(pieces, alone):
+        assert torch.equal(flat.detach()[piece.offset:piece.offset + piece.length], param.detach()), (piece.name, values)
+        inside[piece.offset:piece.offset + piece.length] = True
+    assert not flat.detach()[~inside].any()  # padding stays zero
+
+
+def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
+    """A frozen group freezes all its segments, whatever their p, but for those that do not decay."""
+    flat = torch.tensor([1e-9, 0.0, 0.5, 0.0], requires_grad=True)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    optimizer.segments.replace({flat: segments([2, 2])})
+    optimizer.segments.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
+    optimizer.segments.set("b", weight_decay=0.0)
+    optimizer.param_groups[0].update(FROZEN)
+    flat.grad = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    optimizer.step()
+    assert flat[0] == 1e-9 and flat[1] == 0      # frozen: alive stays, dead stays
+    assert flat[3].item() == pytest.approx(-0.1)        # no λ, not frozen
+
+
+def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
+    flat = torch.randn(4000, requires_grad=True)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    pieces = [Segment(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
+    optimizer.segments.replace({flat: pieces})
+    for i in range(0, 1000, 2):
+        optimizer.segments.set(str(i), p=0.0)
+    flat.grad = torch.ones_like(flat)
+    calls = []
+    update = optimizer._update
+    optimizer._update = lambda group, rows, direction: (calls.append((group["p"], len(rows))), update(group, rows, direction))
+    optimizer.step()
+    assert calls == [(0.0, 500), (0.5, 500)]
+
+
+def test_a_copy_of_an_optimizer_has_no_segments():
+    """Its parameters are others; it must be attached anew, and says so by not being in the map."""
+    import copy
+
+    flat = torch.randn(4, requires_grad=True)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    optimizer.segments.replace({flat: segments([4])})
+    twin = copy.deepcopy(optimizer)
+    assert twin.param_groups[0]["params"][0] not in twin.segments
+    assert flat in optimizer.segments
