@@ -61,7 +61,8 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         scheduled: group keys that the caller sets at every step, so that another value in a checkpoint is no news.
     Raises:
         RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
-        ValueError: a pattern or name matches nothing, a value is bad, or a matrix that is to decay is all zeros before the first step.
+        ValueError: the optimizer steps nothing of the model, a pattern or name matches nothing, a value is bad, or a matrix that is to
+            decay is all zeros before the first step.
     """
     live = verify(model if optimizer is None else optimizer)
     undo_dry_step(model if optimizer is None else optimizer)
@@ -70,6 +71,9 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
     if unknown:
         raise ValueError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
+    if not found:
+        raise ValueError("this optimizer steps none of the model's trainable parameters: it was made for another model, or before FSDP2 sharded "
+                         "this one. Make it after fully_shard, or hand model and optimizer to one accelerator.prepare()")
     asked = _asked(live, found)
     own = _own_values(found, asked, allowed, overrides or {})
     _agree(live, found, asked, own)

@@ -48,7 +48,7 @@ class Engine:
             self.handle.save_checkpoint(directory, tag=tag)
             return
         place = directory / tag
-        if self._is_sharded():
+        if self.is_sharded():
             dcp.save(self._sharded_state(), checkpoint_id=place)
         elif torch.distributed.get_rank() == 0:
             place.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class Engine:
             assert self.handle.load_checkpoint(directory, tag=tag)[0] is not None
             return
         place = directory / tag
-        if self._is_sharded():
+        if self.is_sharded():
             from torch.distributed.checkpoint.state_dict import set_state_dict
 
             state = self._sharded_state()
@@ -75,7 +75,7 @@ class Engine:
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(place / "scheduler.pt", weights_only=True))
 
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         return any(hasattr(param, "placements") for param in self.handle.parameters())
 
     def _sharded_state(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
         zero = {"stage": 1}
         more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **more}
     if zero["stage"] == 3:
-        zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 50}
+        zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 20}
     return {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero, **more}
 
