@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Annotated
 
 try:
     import typer
@@ -13,17 +15,30 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
                   help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `finetune` a subcommand although it is the only one so far."""
-
-
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def finetune(context: typer.Context) -> None:
     """Fine-tune a model: [recipe.yaml] [--key value ...]"""
     from lp_dist.finetune import main  # here, since it imports transformers
 
     main(context.args)
+
+
+_Positive = Annotated[int, typer.Option(min=1)]
+bench = typer.Typer(no_args_is_help=True, help="Measure what a feature costs, against a training step in the same run.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def counting(layers: _Positive = 30, hidden: _Positive = 576, tokens: _Positive = 512, repeats: _Positive = 5, seed: int = 0) -> None:
+    """Counting zeros, and a histogram of |w|, against a training step of a Llama of this shape; prints one line of JSON."""
+    from lp_dist.bench import counting as measure
+
+    typer.echo(json.dumps(measure(layers, hidden, tokens, repeats, seed)))
+
+
+@bench.callback()
+def _benchmarks() -> None:
+    """Keeps `counting` a subcommand although it is the only one so far."""
 
 
 def main() -> None:

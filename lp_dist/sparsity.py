@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lp_dist import slices
 from lp_dist.engines import summed
 from lp_dist.groups import matrix_names
 from lp_dist.shards import full_shape, local_piece, shards, unwrap
@@ -66,7 +67,6 @@ class Histogram:
 
 _LOWEST, _OCTAVES, _BITS = -44, 60, 2
 _EDGES = tuple(2.0 ** (_LOWEST + i // 4) * (1 + i % 4 / 4) for i in range(_OCTAVES * 4 + 1))
-_SLICE = 1 << 20  # elements that are looked at at a time, so that temporaries don't grow with the model
 
 
 def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None) -> Sparsity:
@@ -85,11 +85,10 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
         RuntimeError: what lies on the ranks is not the whole of a parameter (an engine that is not supported).
     """
     pieces, shapes = _pieces(model, optimizer, names)
-    counts = torch.zeros(len(pieces), 2, dtype=torch.int64)
-    for row, values in zip(counts, pieces.values()):
-        row[0] = values.numel() - torch.count_nonzero(values)
-        row[1] = values.numel()
-    counts = summed(counts).tolist()
+    if not pieces:
+        return Sparsity({})
+    zeros = _together([slices.count_zeros(values) for values in pieces.values()])
+    counts = summed(torch.stack([zeros, torch.tensor([values.numel() for values in pieces.values()], device=zeros.device)], dim=1)).tolist()
     for name, (_, elements) in zip(pieces, counts):
         if elements != shapes[name].numel():
             raise RuntimeError(
@@ -104,17 +103,28 @@ def measure_histogram(model: Any, optimizer: Any = None, *, names: Iterable[str]
     The bins are cut by the bits of the float, so no rounding moves a weight across an edge. (fp64 weights are taken as fp32.)
     """
     pieces, _ = _pieces(model, optimizer, names)
+    if not pieces:
+        return Histogram(_EDGES, {}, {})
     bins = len(_EDGES) - 1
-    counts = torch.zeros(len(pieces), bins + 1, dtype=torch.int64)
-    for row, values in zip(counts, pieces.values()):
-        for part in values.reshape(-1).split(_SLICE):
-            alive = part[part != 0].float().abs()
-            # Exponent and the first bits of the mantissa number the bins: four equal ones to an octave.
-            index = (alive.view(torch.int32) >> (23 - _BITS)) - ((127 + _LOWEST) << _BITS)
-            row[:bins] += torch.bincount(index.clamp_(0, bins - 1), minlength=bins).cpu()
-            row[bins] += part.numel() - alive.numel()
-    counts = summed(counts).tolist()
+    counts = summed(_together([_binned(values, bins) for values in pieces.values()])).tolist()
     return Histogram(_EDGES, {name: row[:bins] for name, row in zip(pieces, counts)}, {name: row[bins] for name, row in zip(pieces, counts)})
+
+
+def _binned(values: Tensor, bins: int) -> Tensor:
+    """Weights per bin, and after them the number of zeros."""
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
+    for part in slices.pieces(values):
+        # Exponent and the first bits of the mantissa number the bins: four equal ones to an octave. The sign bit is cleared by abs.
+        index = (part.float().abs().view(torch.int32) >> (23 - _BITS)) - ((127 + _LOWEST) << _BITS)
+        counts[:bins] += torch.bincount(index.clamp_(0, bins - 1), minlength=bins)
+    counts[bins] = slices.count_zeros(values)
+    counts[0] -= counts[bins]  # zeros fell into the first bin
+    return counts
+
+
+def _together(counts: list[Tensor]) -> Tensor:
+    """One tensor of all; they lie on different devices where some of the weights are offloaded."""
+    return torch.stack([count.to(counts[0].device) for count in counts])
 
 
 def _pieces(model: Any, optimizer: Any, names: Iterable[str] | None) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:

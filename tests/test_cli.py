@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -25,3 +26,11 @@ def test_without_the_extra_it_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from lp_dist.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.returncode == 1 and "'.[finetune]'" in shown.stderr and "Traceback" not in shown.stderr
+
+
+def test_bench_counting_prints_one_row_of_json():
+    shown = lp_dist("bench", "counting", "--layers", "1", "--hidden", "64", "--tokens", "8", "--repeats", "1")
+    row = json.loads(shown.stdout)
+    assert row["weights counted"] == 64 * 64 * 4 + 3 * 64 * 170 and set(row["seconds"]) == {"step", "count", "histogram"}
+    assert row["share of 10 steps"] == row["seconds"]["count"] / row["seconds"]["step"] / 10 > 0
+    assert "repeats" in lp_dist("bench", "counting", "--repeats", "0").stderr
