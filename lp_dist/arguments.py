@@ -57,6 +57,8 @@ class DecayArguments:
     decay_start: float = field(default=0.0, metadata={"help": "Where the decay begins: fraction of the run if <= 1, else a step."})
     decay_end: float = field(default=1.0, metadata={"help": "Where it ends and the zeros are frozen, likewise."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
+    overrides: str | None = field(default=None, metadata={
+        "help": 'Values of single parameters, by pattern on their names, as JSON: {"*.layers.0.*": {"weight_decay": 0}}.'})
     compare_with: str | None = field(default=None, metadata={"help": "output_dir of an earlier run to show beside this one."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
 
@@ -69,6 +71,18 @@ class DecayArguments:
             raise UsageError(f"--precondition {self.precondition} needs Adam's second moments; use --base adamw, or leave it out")
         check_hyperparameters(**values)
         return DecayWindow(self.decay_start, self.decay_end, values)
+
+    def own_values(self) -> dict[str, dict[str, Any]]:
+        """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""
+        try:
+            values = json.loads(self.overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--overrides is no JSON ({error}); write it as '{{\"*.layers.0.*\": {{\"weight_decay\": 0}}}}'") from None
+        if not isinstance(values, dict) or not all(isinstance(own, dict) for own in values.values()):
+            raise UsageError(f"--overrides {self.overrides} must map patterns to values, as {{\"*.layers.0.*\": {{\"weight_decay\": 0}}}} does")
+        for own in values.values():
+            check_hyperparameters(**own)
+        return values
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArguments)
@@ -122,6 +136,7 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
     check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
                           betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
     decays.window()
+    decays.own_values()
     if training.max_steps > 0 and training.weight_decay > 0:
         decays.window().steps(training.max_steps)
     if data.block_size < 2:

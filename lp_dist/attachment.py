@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from lp_dist.engines import summed
+from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
 from lp_dist.optim import LpOptimizer
 from lp_dist.segments import Segment, SegmentMap
@@ -70,9 +71,9 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     allowed = matrix_names(unwrap(model)) if names is None else set(names)
     unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
     if unknown:
-        raise ValueError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
+        raise UsageError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
     if not found:
-        raise ValueError("this optimizer steps none of the model's trainable parameters: it was made for another model, or before FSDP2 sharded "
+        raise UsageError("this optimizer steps none of the model's trainable parameters: it was made for another model, or before FSDP2 sharded "
                          "this one. Make it after fully_shard, or hand model and optimizer to one accelerator.prepare()")
     asked = _asked(live, found)
     own = _own_values(found, asked, allowed, overrides or {})
@@ -163,7 +164,7 @@ def _own_values(found: list[Shard], asked: list[dict[str, Any]], allowed: set[st
         if pattern not in known and values.get("weight_decay", 0.0):
             matches = [name for name in matches if name in allowed]
         if not matches:
-            raise ValueError(f"the override {pattern!r} matches no parameter that can take it; names look like {known[0]!r}, and * stands "
+            raise UsageError(f"the override {pattern!r} matches no parameter that can take it; names look like {known[0]!r}, and * stands "
                              f"for any part of one: try {'*' + pattern.strip('*') + '*'!r}")
         for name in matches:
             own[name] = {**own.get(name, {}), **values}

@@ -72,10 +72,12 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
 
     args.eval_on_start = resume is None     # the perplexity "before"; a resumed run has it in its log
     args.prediction_loss_only = True        # the logits of the held-out text would fill the memory
+    overrides = decay_args.own_values()
+    decays = args.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values())
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[LpCallback(decay_args.window() if args.weight_decay > 0 else None, names=counted)], counted=counted)
+        callbacks=[LpCallback(decay_args.window() if decays else None, names=counted, overrides=overrides)], counted=counted)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()

@@ -99,6 +99,13 @@ def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
     assert report.read(tmp_path)["zeros"] == 0
 
 
+def test_a_layer_can_be_left_dense(common, tmp_path):
+    finetune.main([*common, "--overrides", '{"*.layers.0.*": {"weight_decay": 0}}', "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    zeros = [sum(int((p == 0).sum()) for p in layer.parameters() if p.ndim == 2) for layer in model.model.layers]
+    assert zeros[0] == 0 and zeros[1] > 1000
+
+
 def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
     finetune.main([*common, "--weight_decay", "1e-4", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
     assert report.read(tmp_path)["sparsity"] < 0.01
@@ -131,6 +138,10 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
     (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
     (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+    (["--overrides", "{p: 0}"], ["--overrides is no JSON", '"*.layers.0.*"']),
+    (["--overrides", '{"*": 1}'], ["--overrides", "must map patterns to values"]),
+    (["--overrides", '{"*": {"p": 9}}'], ["p=9", "[-4, 4]"]),
+    (["--overrides", '{"layers.0.*": {"p": 0}}'], ["'layers.0.*'", "matches no parameter", "'*layers.0.*'"]),
     (["--load_best_model_at_end", "true", "--save_steps", "3"], ["--load_best_model_at_end", "set it to false"]),
 ])
 def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common, tmp_path):
