@@ -170,6 +170,38 @@ def test_histogram_bins_hold_what_they_say():
     assert counts[bin_of] >= 2
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.head = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(self.embed(x))))
+
+
+def tied(rank: int, world_size: int) -> dict:
+    found = {}
+    for kind in ("ddp", "zero1", "zero2", "zero3"):
+        engine = make(kind, Tied(), lambda model: LpAdamW(param_groups(model, 0.1), lr=1e-2))
+        attached = attach(engine.handle, engine.optimizer if kind == "ddp" else None)
+        for _ in range(2):
+            engine.step(engine(torch.arange(7)).square().mean())
+        names = [shard.name for shard in attached.shards]
+        found[kind] = (names, sorted(attached.decayed), measure_sparsity(engine.handle, names=names).elements,
+                       gathered(engine)["embed.weight"])
+    return found
+
+
+def test_a_tied_parameter_comes_once(run_ranks):
+    first, second = run_ranks(tied, 2)
+    for kind, (names, decayed, elements, weight) in first.items():
+        assert names == ["embed.weight", "body.weight", "body.bias"] and decayed == ["body.weight"] and elements == 65, kind
+        torch.testing.assert_close(weight, first["ddp"][3], rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, second[kind][3]), kind
+
+
 # -- what decays is decided by name -----------------------------------------------------------------------------------
 
 

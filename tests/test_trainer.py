@@ -76,6 +76,56 @@ def test_an_optimizer_that_is_not_ours_is_found_before_the_first_batch(tmp_path)
         train(tmp_path, lambda model: {}, [LpCallback(WINDOW)], optim="adamw_torch")
 
 
+def test_trap_1_accelerate_really_replaces_our_optimizer_under_offload(monkeypatch):
+    """What Accelerate calls under offload_optimizer, with the versions that are installed; its CPUAdam is not compiled for this."""
+    import deepspeed.ops.adam
+    from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+
+    monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", type("DeepSpeedCPUAdam", (torch.optim.Adam,), {
+        "__init__": lambda self, params, adamw_mode=True, **kwargs: torch.optim.Adam.__init__(self, params, **kwargs)}))
+    live = map_pytorch_optim_to_deepspeed(LpAdamW(param_groups(tiny(), 0.1), lr=1e-3))
+    assert type(live).__name__ == "DeepSpeedCPUAdam"
+    with pytest.raises(RuntimeError, match='DeepSpeedCPUAdam, not one of lp_dist.*"zero_force_ds_cpu_optimizer": false'):
+        verify(live)
+
+
+def test_trap_4_trainers_own_groups_leave_embeddings_and_head_dense(tmp_path):
+    model = train(tmp_path, lambda model: {"optimizer_cls_and_kwargs": (LpAdamW, {"lr": 1e-2})}, [LpCallback(WINDOW)], weight_decay=0.05)
+    everything = measure_sparsity(model, names=[name for name, _ in model.named_parameters()])
+    assert {name for name, (zeros, _) in everything.counts.items() if zeros} <= set(measure_sparsity(model).counts)
+    assert measure_sparsity(model).total > 0.05
+
+
+def test_overrides_reach_single_parameters_through_the_callback(tmp_path):
+    callback = LpCallback(WINDOW, overrides={"*.q_proj.weight": {"weight_decay": 0.0}, "*.up_proj.weight": {"weight_decay": 0.5}})
+    kinds = measure_sparsity(train(tmp_path, by_class, [callback])).by_kind()
+    assert kinds["q_proj"][0] == 0 and kinds["up_proj"][0] / kinds["up_proj"][1] > kinds["gate_proj"][0] / kinds["gate_proj"][1] > 0
+
+
+def test_a_spoiled_run_is_stopped_when_it_logs(tmp_path):
+    class Spoiler(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                next(model.parameters()).grad.fill_(math.nan)
+
+    with pytest.raises(RuntimeError, match=r"(loss|grad_norm) is nan at step [4-9].*Resume from the last checkpoint"):
+        train(tmp_path, by_class, [LpCallback(WINDOW), Spoiler()], logging_steps=1)
+
+
+def test_trap_11_a_step_that_was_skipped_does_not_advance_the_window(tmp_path):
+    """Trainer counts it all the same. The scaler's inf makes Accelerate leave the step out, as fp16 does."""
+    class Skipped(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step in (0, 4):
+                step = type(optimizer).step
+                optimizer.step = lambda *a, **k: setattr(optimizer, "step", step.__get__(optimizer))
+
+    recorder = Recorder()
+    train(tmp_path, by_class, [LpCallback(WINDOW), recorder, Skipped()])
+    # OFF in steps 0 and 1 that were taken, which are Trainer's 1 and 2; Trainer's 4 is asked again as its 5.
+    assert recorder.cutoffs == [OFF["cutoff"]] * 3 + [math.inf] * 7
+
+
 def test_a_window_that_could_do_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weight_decay=0"):
         train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.0), lr=1e-2), None)}, [LpCallback(WINDOW)])
