@@ -15,7 +15,7 @@ from lp_dist.engines import summed
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
 from lp_dist.optim import LpOptimizer
-from lp_dist.segments import Segment, SegmentMap
+from lp_dist.segments import Segment, SegmentMap, check_keys
 from lp_dist.shards import Shard, after_loading, foreign_steppers, live_optimizer, local_piece, shards, undo_dry_step, unwrap
 
 logger = logging.getLogger(__name__)
@@ -65,22 +65,16 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         ValueError: the optimizer steps nothing of the model, a pattern or name matches nothing, a value is bad, or a matrix that is to
             decay is all zeros before the first step.
     """
-    live = verify(model if optimizer is None else optimizer)
+    try:
+        live, found, asked, own = _looked_at(model, optimizer, names, overrides or {})
+        failure, told = None, _told(live, found, asked, own)
+    except (RuntimeError, TypeError, ValueError) as error:
+        failure, told = error, error
+    _agree(told)  # a rank that failed takes part, so that the others don't wait for it
+    if failure is not None:
+        raise failure
     undo_dry_step(model if optimizer is None else optimizer)
-    book, found = _book(live), shards(model, optimizer)
-    allowed = matrix_names(unwrap(model)) if names is None else set(names)
-    unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
-    if unknown:
-        raise UsageError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
-    if not found:
-        raise UsageError("this optimizer steps none of the model's trainable parameters: it was made for another model, or before FSDP2 sharded "
-                         "this one. Make it after fully_shard, or hand model and optimizer to one accelerator.prepare()")
-    asked = _asked(live, found)
-    own = _own_values(found, asked, allowed, overrides or {})
-    _agree(live, found, asked, own)
-    for shard in found:
-        if shard.name in own:
-            book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
+    book = _book(live)
 
     segments = SegmentMap()
     tensors: dict[Any, list[Segment]] = {}
@@ -133,6 +127,26 @@ def steps_taken(live: Optimizer) -> int:
     return max((int(state["step"]) for state in live.state.values() if "step" in state), default=0)
 
 
+def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, overrides: dict[str, dict[str, Any]]) -> tuple:
+    """The live optimizer, its shards, the values asked for by group, and those of single parameters; changes nothing."""
+    live = verify(model if optimizer is None else optimizer)
+    book, found = _book(live), shards(model, optimizer)
+    allowed = matrix_names(unwrap(model)) if names is None else set(names)
+    unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
+    if unknown:
+        raise UsageError(f"{len(unknown)} names are not parameters of the model, such as {unknown[0]!r}; pass names as named_parameters() gives them")
+    if not found:
+        raise UsageError("this optimizer steps none of the model's trainable parameters: it was made for another model, or before FSDP2 sharded "
+                         "this one. Make it after fully_shard, or hand model and optimizer to one accelerator.prepare()")
+    asked = _asked(live, found)
+    own = _own_values(found, asked, allowed, overrides)
+    for shard in found:
+        if shard.name in own:
+            check_keys(own[shard.name])
+            book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
+    return live, found, asked, own
+
+
 def _book(live: Any) -> Any:
     """Where the segments and the asked-for values are kept: our optimizer, or the handle of `add_lp_decay`."""
     return live if isinstance(live, LpOptimizer) else live.lp_decay
@@ -171,17 +185,25 @@ def _own_values(found: list[Shard], asked: list[dict[str, Any]], allowed: set[st
     return own
 
 
-def _agree(live: Optimizer, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]]) -> None:
-    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do."""
+def _told(live: Optimizer, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks must agree on."""
+    told = {"optimizer": type(live).__name__, "number of param groups": len(asked), **{f"param group of {s.name}": s.group for s in found}}
+    for i, group in enumerate(asked):
+        told |= {f"{key} of group {i}": float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+    return told | {f"{key} of {name}": value for name, values in own.items() for key, value in values.items()}
+
+
+def _agree(told: dict[str, Any] | Exception) -> None:
+    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one failed."""
     if not torch.distributed.is_initialized():
         return
-    plain = {"optimizer": type(live).__name__, "number of param groups": len(asked), **{f"param group of {s.name}": s.group for s in found}}
-    for i, group in enumerate(asked):
-        plain |= {f"{key} of group {i}": float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
-    plain |= {f"{key} of {name}": value for name, values in own.items() for key, value in values.items()}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, plain)
+    torch.distributed.all_gather_object(everyone, str(told) if isinstance(told, Exception) else told)
+    if isinstance(told, Exception):
+        return  # its own error says more
     for rank, other in enumerate(everyone):
+        if isinstance(other, str):
+            raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
         for key in sorted(set(everyone[0]) | set(other)):
             if everyone[0].get(key) != other.get(key):
                 raise RuntimeError(f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "

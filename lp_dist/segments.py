@@ -39,6 +39,14 @@ class Segment:
     shape: torch.Size
 
 
+def check_keys(values: Iterable[str]) -> None:
+    """Raises ValueError for a key that a single parameter can't have."""
+    wrong = [key for key in values if key not in KEYS]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are {', '.join(KEYS)}. "
+                         "Use another param group for it")
+
+
 class SegmentMap:
     """Segments of the tensors that an optimizer steps, and values of single parameters. Tensors are known by identity."""
 
@@ -67,10 +75,7 @@ class SegmentMap:
         Raises:
             ValueError: a key that a single parameter can't have, or a bad value.
         """
-        wrong = [key for key in values if key not in KEYS]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are {', '.join(KEYS)}. "
-                             "Use another param group for it")
+        check_keys(values)
         check_hyperparameters(**{key: value for key, value in values.items() if value is not None})
         merged = {**self._values.get(name, {}), **values}
         merged = {key: value for key, value in sorted(merged.items()) if value is not None}

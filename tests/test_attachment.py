@@ -400,20 +400,21 @@ def disagreeing(rank: int, world_size: int) -> list[str]:
     """Ranks that differ in λ, in an override, in what a group holds: all of them must say so, and none hang."""
     errors = []
     for lam, overrides, names in ((0.1 + rank, {}, None), (0.1, {"0.weight": {"p": float(rank)}}, None),
-                                  (0.1, {}, ["0.weight"] if rank else ["2.weight"])):
+                                  (0.1, {}, ["0.weight"] if rank else ["2.weight"]), (0.1, {"nothing": {"p": 0.0}} if rank else {}, None)):
         model = model_of()
         optimizer = LpAdamW(param_groups(model, lam, names=names), lr=1e-2)
         try:
             attach(model, optimizer, overrides=overrides)
             errors.append("")
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             errors.append(str(error))
     return errors
 
 
 def test_ranks_that_disagree_are_refused_on_every_rank(run_ranks):
     ranks = run_ranks(disagreeing, 2)
-    assert ranks[0] == ranks[1]
+    assert ranks[0][:3] == ranks[1][:3]
+    assert "'nothing' matches no parameter" in ranks[1][3] and ranks[0][3] == f"rank 1 could not attach its optimizer: {ranks[1][3]}"
     assert "weight_decay of group 0 is 0.1 on rank 0 and 1.1 on rank 1" in ranks[0][0]
     assert "p of 0.weight is 0.0 on rank 0 and 1.0 on rank 1" in ranks[0][1]
     assert "param group of 0.weight is 1 on rank 0 and 0 on rank 1" in ranks[0][2]
