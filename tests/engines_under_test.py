@@ -85,6 +85,25 @@ class Engine:
         return {"model": model, "optimizer": optimizer}
 
 
+@dataclass
+class Accelerated(Engine):
+    """What `accelerator.prepare` makes of them, in a loop as Accelerate's pages show it."""
+
+    accelerator: Any = None
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+
+    def save(self, directory: Path, tag: str) -> None:
+        self.accelerator.save_state(str(directory / tag))
+
+    def load(self, directory: Path, tag: str) -> None:
+        self.accelerator.load_state(str(directory / tag))
+
+
 def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
     zero = dict(ZERO.get(kind, {"stage": 0}))
     if kind == "bf16_optimizer":
@@ -92,13 +111,14 @@ def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
         more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **more}
     if zero["stage"] == 3:
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 20}
-    return {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": zero, **more}
+    # DeepSpeed clips the gradients' norm to 1.0 unless it is told otherwise.
+    return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero, **more}
 
 
 def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lambda optimizer: None, **more: Any) -> Engine:
-    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, or bf16_optimizer. optimizer_of(model) → optimizer, made when the engine wants it;
-    scheduler_of(optimizer) → its learning-rate scheduler. more: into the DeepSpeed config."""
+    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, bf16_optimizer, or "accelerate " and a key of ZERO. optimizer_of(model) → optimizer,
+    made when the engine wants it; scheduler_of(optimizer) → its learning-rate scheduler. more: into the DeepSpeed config."""
     if kind == "plain":
         return _engine(model, optimizer_of(model), scheduler_of)
     if kind == "ddp":
@@ -115,6 +135,8 @@ def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lam
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     optimizer = optimizer_of(model)
     scheduler = scheduler_of(optimizer)
+    if kind.startswith("accelerate "):
+        return _accelerated(deepspeed_config(kind.removeprefix("accelerate "), **more), model, optimizer, scheduler)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(kind, **more),
                                       dist_init_required=False)
     return Engine(engine, optimizer, scheduler)
@@ -122,6 +144,21 @@ def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lam
 
 def _engine(handle: nn.Module, optimizer: Any, scheduler_of: Any) -> Engine:
     return Engine(handle, optimizer, scheduler_of(optimizer))
+
+
+def _accelerated(config: dict[str, Any], *things: Any) -> Accelerated:
+    import os
+
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    from lp_dist.engines import join_deepspeed
+
+    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_TORCH_DEVICE="cpu")
+    join_deepspeed()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    return Accelerated(*accelerator.prepare(*things), accelerator)
 
 
 def full(param: torch.Tensor) -> torch.Tensor:
@@ -132,7 +169,7 @@ def full(param: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([param]):
             return param.detach().clone()
     data = param.detach()
-    return data.full_tensor() if hasattr(data, "full_tensor") else data.clone()
+    return (data.full_tensor() if hasattr(data, "full_tensor") else data).clone()  # on one rank full_tensor() is the parameter itself
 
 
 def gathered(engine: Engine) -> dict[str, torch.Tensor]:
