@@ -16,7 +16,7 @@ from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
 from lp_dist.optim import LpOptimizer
 from lp_dist.segments import Segment, SegmentMap, check_keys
-from lp_dist.shards import Shard, after_loading, foreign_steppers, live_optimizer, local_piece, shards, undo_dry_step, unwrap
+from lp_dist.shards import Shard, after_loading, foreign_steppers, is_wrapped, live_optimizer, local_piece, shards, undo_dry_step, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Attachment:
 
 
 def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None,
-           overrides: dict[str, dict[str, Any]] | None = None, lr_scheduler: Any = None, scheduled: Iterable[str] = ()) -> Attachment:
+           overrides: dict[str, dict[str, Any]] | None = None, lr_scheduler: Any = None, scheduled: dict[str, set] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
     After it, λ, p, l2, precondition and cutoff can differ per parameter inside one flat shard, what decays is decided by name whoever
@@ -58,8 +58,8 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             in a group with weight_decay > 0, as Hugging Face's Trainer makes them, get weight_decay 0.
         overrides: `{pattern: {key: value}}`, shell patterns on the names of `named_parameters()`; a later one wins. A pattern with a
             wildcard gives weight_decay only to parameters that may decay; a full name gives it to any.
-        lr_scheduler: its last learning rates are put back after loading a checkpoint; an engine's own is found by itself.
-        scheduled: group keys that the caller sets at every step, so that another value in a checkpoint is no news.
+        lr_scheduler: its last learning rates are put back after DeepSpeed has loaded a checkpoint; an engine's own is found by itself.
+        scheduled: values of group keys that the caller sets at some step, so that finding them in a checkpoint is no news.
     Raises:
         RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
         ValueError: the optimizer steps nothing of the model, a pattern or name matches nothing, a value is bad, or a matrix that is to
@@ -89,13 +89,21 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     book.segments = segments
 
     def restore(*_: Any) -> None:
-        _restore(live, asked, lr_scheduler or getattr(model, "lr_scheduler", None), set(scheduled))
+        _restore(live, asked, scheduled or {})
 
-    restore()
+    def restore_all(scheduler: Any = None) -> None:
+        restore()
+        # While an engine loads, only its own scheduler is sure to have been loaded with it.
+        _restore_rates(live, _asked_rates(live, found), scheduler or getattr(model, "lr_scheduler", None))
+
     if getattr(book, "restoring", None) is not None:
         book.restoring.remove()
     book.restoring = live.register_load_state_dict_post_hook(restore)
-    after_loading(model, restore)
+    after_loading(model, restore_all)
+    if is_wrapped(model if optimizer is None else optimizer):
+        restore_all(lr_scheduler)
+    else:
+        restore()
     logger.info("Lp decay on %d of %d parameters", len(decayed), len(found))
     return Attachment(live, found, decayed)
 
@@ -220,20 +228,40 @@ def _refuse_all_zero(candidates: list[Shard]) -> None:
                          "groups by lp_dist.param_groups, which does so by itself")
 
 
-def _restore(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any, scheduled: set[str]) -> None:
+def _asked_rates(live: Any, found: list[Shard]) -> list[float]:
+    """The learning rates with which the groups were made; empty where that is not known of all."""
+    book = _book(live)
+    rates = {shard.group: book.asked[shard.param]["lr"] for shard in found if "lr" in book.asked.get(shard.param, {})}
+    return [float(rates[i]) for i in range(len(live.param_groups))] if len(rates) == len(live.param_groups) else []
+
+
+def _restore(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, set]) -> None:
     """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
     for i, (group, values) in enumerate(zip(live.param_groups, asked)):
         if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate
             values = {key: value for key, value in values.items() if key not in ("betas", "momentum")}
         for key, value in values.items():
-            if key not in scheduled and group.get(key, value) != value:
+            if group.get(key, value) != value and group[key] not in scheduled.get(key, ()):
                 logger.warning("param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the optimizer was made",
                                i, key, group[key], key, value)
         group.update(values)
-    lrs = lr_scheduler.get_last_lr() if hasattr(lr_scheduler, "get_last_lr") and hasattr(lr_scheduler, "_last_lr") else []
-    if len(lrs) == len(live.param_groups):
-        for group, lr in zip(live.param_groups, lrs):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(float(lr))
-            else:
-                group["lr"] = lr
+
+
+def _restore_rates(live: Optimizer, asked: list[float], lr_scheduler: Any) -> None:
+    """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's: those of the scheduler,
+    which was loaded with the engine, else in the proportion in which the groups were made."""
+    groups = live.param_groups
+    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside Accelerate's
+    rates = list(getattr(lr_scheduler, "_last_lr", []))
+    if len(rates) != len(groups):
+        if len(set(asked)) <= 1 or len({float(group["lr"]) for group in groups}) > 1 or not asked[0]:
+            return  # nothing was lost
+        rates = [float(groups[0]["lr"]) * rate / asked[0] for rate in asked]
+    for group, rate in zip(groups, rates):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(float(rate))
+        else:
+            group["lr"] = rate
+    for group, rate in zip(groups, getattr(lr_scheduler, "base_lrs", [])):
+        if "initial_lr" in group:
+            group["initial_lr"] = rate

@@ -18,7 +18,6 @@ import datasets
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.data import load_text, pack
@@ -55,7 +54,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     set_seed(args.seed)
     resume = args.resume_from_checkpoint
     if resume in ("true", "True", True):
-        resume = get_last_checkpoint(args.output_dir)
+        resume = _last_checkpoint(args.output_dir)
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
@@ -86,6 +85,16 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # a sharded one is no checkpoint for users
     trainer.save_model()
     return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference)
+
+
+def _last_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written to its end: Trainer writes trainer_state.json after everything else."""
+    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    for path in found:
+        if (path / "trainer_state.json").exists():
+            return str(path)
+        logger.warning("%s was not written to its end; going back to the one before", path.name)
+    return None
 
 
 def _read(model_args: arguments.ModelArguments, data_args: arguments.DataArguments,

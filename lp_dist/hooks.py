@@ -24,7 +24,7 @@ _PER_PARAMETER = tuple(
     getattr(torch.optim, name) for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon",
                                             "NAdam", "RAdam", "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name))
 
-_ASKED = ("weight_decay", "p", "l2", "cutoff", "betas", "eps", "momentum")
+_ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "betas", "eps", "momentum")
 
 
 def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf,

@@ -69,6 +69,9 @@ class LpOptimizer(Optimizer):
                     group.setdefault(key, value)
             self.check(group)
             self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._check_state(self.state.get(param, {}), group)
         for param_state in self.state.values():
             if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
                 param_state["step"] = torch.tensor(float(param_state["step"]))
@@ -76,6 +79,14 @@ class LpOptimizer(Optimizer):
     def check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for group values out of their range, or that this base can't have."""
         decay.check_hyperparameters(**{key: value for key, value in group.items() if key != "params"})
+
+    def _check_state(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Raises ValueError for the state of another base: it would be left lying, or start anew, without a word."""
+        tensors, names = set(state) - {"step"}, set(self._state_names(group))
+        if tensors and tensors != names:
+            odd = ", ".join(sorted(tensors - names)) or "no " + ", ".join(sorted(names - tensors))
+            raise ValueError(f"the checkpoint is of another optimizer than {type(self).__name__}: it has {odd} in its state. Go on with that "
+                             "optimizer, or start without its state")
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -280,13 +291,16 @@ class LpLion(_Unconditioned):
     def _reference(group, lr, weights, grads, exp_avgs, steps):
         (w,), (g,), (m,) = weights, grads, exp_avgs
         beta1, beta2 = map(float, group["betas"])
-        w.add_(m.lerp(g, 1 - beta1).sign_(), alpha=-lr)             # u = w − α·sign(β1·m + (1−β1)·g)
+        d = m.lerp(g, 1 - beta1)
+        w.add_(d.sign().add_(d.mul_(0.0)), alpha=-lr)               # u = w − α·sign(β1·m + (1−β1)·g); sign(nan) is 0, so + 0·nan
         m.lerp_(g, 1 - beta2)                                       # m = β2·m + (1−β2)·g
 
     @staticmethod
     def _foreach(group, lr, weights, grads, exp_avgs, steps):
         beta1, beta2 = map(float, group["betas"])
         direction = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
+        nans = torch._foreach_mul(direction, 0.0)  # sign(nan) is 0: a spoiled weight would stand still and not be seen
         torch._foreach_sign_(direction)
+        torch._foreach_add_(direction, nans)
         torch._foreach_add_(weights, direction, alpha=-lr)
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)

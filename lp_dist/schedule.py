@@ -55,3 +55,8 @@ class DecayWindow:
         if step < start:
             return OFF
         return FROZEN if step >= end else {"cutoff": math.inf, **(self.values or {})}
+
+    def scheduled(self) -> dict[str, set]:
+        """Every value that the window gives to a group key at some step."""
+        phases = (OFF, FROZEN, {"cutoff": math.inf, **(self.values or {})})
+        return {key: {phase[key] for phase in phases if key in phase} for key in set().union(*phases)}

@@ -155,6 +155,11 @@ def live_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def is_wrapped(optimizer: Any) -> bool:
+    """Whether DeepSpeed's own optimizer stands between, so that its loaders write the groups."""
+    return _wrapper(optimizer) is not None
+
+
 def foreign_steppers(optimizer: Any) -> list[str]:
     """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
     wrapper = _wrapper(optimizer)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from lp_dist.attachment import attach, steps_taken
 from lp_dist.groups import decayed_names
+from lp_dist.optim import LpOptimizer
 from lp_dist.schedule import DecayWindow
 from lp_dist.sparsity import Sparsity, measure_sparsity
 
@@ -38,11 +39,13 @@ class LpCallback(TrainerCallback):
         self.window, self.names, self.overrides = window, names, overrides
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        scheduled = ("cutoff", "p", "precondition", *(self.window.values or {})) if self.window is not None else ()
+        scheduled = self.window.scheduled() if self.window is not None else {}
         attached = attach(model, optimizer, names=self.names, overrides=self.overrides, lr_scheduler=lr_scheduler, scheduled=scheduled)
         self._live, self._skipped = attached.optimizer, 0
         # A checkpoint without optimizer state: its steps are known from Trainer alone.
         self._before = 0 if steps_taken(self._live) else state.global_step
+        if self._before and isinstance(self._live, LpOptimizer):
+            logger.warning("going on at step %d without optimizer state: the checkpoint had none, so the moments start anew", self._before)
         self._decayed = sorted({shard.group for shard in attached.shards if shard.name in attached.decayed})
         if self.window is None:
             return

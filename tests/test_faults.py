@@ -149,8 +149,9 @@ def test_a_checkpoint_without_optimizer_state_is_gone_on_with_but_said(words, wh
 
 def test_other_values_than_the_checkpoints_hold_with_a_warning(words, whole, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        assert same(resumed(words, interrupted(whole, tmp_path / "same", 3, 6)), load_file(whole / "model.safetensors"))
-    assert "param group" not in caplog.text
+        for step in (6, 9):  # of the decay, and frozen
+            assert same(resumed(words, interrupted(whole, tmp_path / f"same {step}", step)), load_file(whole / "model.safetensors"))
+    assert "param group" not in caplog.text  # the phases of the window are no news
     for name, more, message in (("λ", ["--weight_decay", "0.2"], "param group 0 has weight_decay=0.1, from a checkpoint perhaps; going on with weight_decay=0.2"),
                                 ("p", ["--p", "0"], "param group 0 has p=0.5, from a checkpoint perhaps; going on with p=0.0")):
         with caplog.at_level(logging.WARNING):
