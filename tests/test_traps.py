@@ -1,7 +1,7 @@
 """What DeepSpeed, Accelerate and FSDP2 do to an optimizer that is passed in: one test for each trap, named after it.
 
 Traps 1, 3 and 4 (whose optimizer is it) are in test_attachment.py; 11, 13 and 15 (skipped steps and checkpoints) in
-test_checkpoints.py, test_world_size.py and test_faults.py.
+test_checkpoints.py, test_world_size.py and test_skipped_steps.py.
 """
 
 from __future__ import annotations
