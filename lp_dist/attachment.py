@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lp_dist.engines import summed
+from lp_dist.engines import (
+    after_loading, foreign_steppers, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, summed, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
+from lp_dist.hooks import COUNT
 from lp_dist.optim import LpOptimizer
 from lp_dist.segments import Segment, SegmentMap, check_keys
-from lp_dist.shards import Shard, after_loading, foreign_steppers, is_wrapped, live_optimizer, local_piece, shards, undo_dry_step, unwrap
+from lp_dist.shards import Shard, local_piece, shards
 
 logger = logging.getLogger(__name__)
-
-# Group keys that a learning-rate scheduler owns, and the parameters themselves: never put back.
-_NOT_ASKED = ("params", "lr", "initial_lr")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             decay is all zeros before the first step.
     """
     try:
+        optimizer = optimizer_of(model, optimizer)
         live, found, asked, own = _looked_at(model, optimizer, names, overrides or {})
         failure, told = None, _told(live, found, asked, own)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -73,7 +73,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     _agree(told)  # a rank that failed takes part, so that the others don't wait for it
     if failure is not None:
         raise failure
-    undo_dry_step(model if optimizer is None else optimizer)
+    undo_dry_step(optimizer)
     book = _book(live)
 
     segments = SegmentMap()
@@ -93,17 +93,23 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
 
     def restore_all(scheduler: Any = None) -> None:
         restore()
+        if isinstance(live, LpOptimizer):
+            for shard in found:  # an engine may load the state past load_state_dict
+                live.check_state(live.state.get(shard.tensor, {}), live.param_groups[shard.group])
         # While an engine loads, only its own scheduler is sure to have been loaded with it.
-        _restore_rates(live, _asked_rates(live, found), scheduler or getattr(model, "lr_scheduler", None))
+        scheduler = inner_scheduler(scheduler or getattr(model, "lr_scheduler", None))
+        _restore_rates(live, asked, scheduler)
+        _tell_of_rates(live, asked, scheduler)
 
     if getattr(book, "restoring", None) is not None:
         book.restoring.remove()
     book.restoring = live.register_load_state_dict_post_hook(restore)
     after_loading(model, restore_all)
-    if is_wrapped(model if optimizer is None else optimizer):
+    if is_wrapped(optimizer):
         restore_all(lr_scheduler)
     else:
         restore()
+        _tell_of_rates(live, asked, inner_scheduler(lr_scheduler))
     logger.info("Lp decay on %d of %d parameters", len(decayed), len(found))
     return Attachment(live, found, decayed)
 
@@ -128,16 +134,13 @@ def verify(optimizer: Any) -> Any:
 
 
 def steps_taken(live: Optimizer) -> int:
-    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none.
-
-    0 before the first one, and for an optimizer that counts none.
-    """
-    return max((int(state["step"]) for state in live.state.values() if "step" in state), default=0)
+    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0 before the first."""
+    return max((int(state[key]) for state in live.state.values() for key in ("step", COUNT) if key in state), default=0)
 
 
 def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, overrides: dict[str, dict[str, Any]]) -> tuple:
     """The live optimizer, its shards, the values asked for by group, and those of single parameters; changes nothing."""
-    live = verify(model if optimizer is None else optimizer)
+    live = verify(optimizer)
     book, found = _book(live), shards(model, optimizer)
     allowed = matrix_names(unwrap(model)) if names is None else set(names)
     unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
@@ -161,13 +164,13 @@ def _book(live: Any) -> Any:
 
 
 def _asked(live: Any, found: list[Shard]) -> list[dict[str, Any]]:
-    """The values of each live group as the script asked for them: known by the group's parameters, since engines drop empty groups;
+    """The values of each live group as the script asked for them, the learning rate among them: known by the group's parameters, since engines drop empty groups;
     by position where an engine has put other parameters into the groups (Accelerate's FSDP2); else what the group has now."""
     book = _book(live)
-    by_group = {shard.group: book.asked[shard.param] for shard in found if shard.param in book.asked}
-    positional = book.asked_groups if len(book.asked_groups) == len(live.param_groups) else live.param_groups
+    by_group = {shard.group: values for shard in found if (values := book.asked.of(shard.param)) is not None}
+    positional = book.asked.groups if len(book.asked.groups) == len(live.param_groups) else live.param_groups
     values = [by_group.get(i, positional[i]) for i in range(len(live.param_groups))]
-    return [{key: value for key, value in group.items() if key not in _NOT_ASKED} for group in values]
+    return [{key: value for key, value in group.items() if key not in ("params", "initial_lr")} for group in values]
 
 
 def _own_values(found: list[Shard], asked: list[dict[str, Any]], allowed: set[str],
@@ -228,18 +231,12 @@ def _refuse_all_zero(candidates: list[Shard]) -> None:
                          "groups by lp_dist.param_groups, which does so by itself")
 
 
-def _asked_rates(live: Any, found: list[Shard]) -> list[float]:
-    """The learning rates with which the groups were made; empty where that is not known of all."""
-    book = _book(live)
-    rates = {shard.group: book.asked[shard.param]["lr"] for shard in found if "lr" in book.asked.get(shard.param, {})}
-    return [float(rates[i]) for i in range(len(live.param_groups))] if len(rates) == len(live.param_groups) else []
-
-
 def _restore(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, set]) -> None:
     """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
     for i, (group, values) in enumerate(zip(live.param_groups, asked)):
         if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate
             values = {key: value for key, value in values.items() if key not in ("betas", "momentum")}
+        values = {key: value for key, value in values.items() if key != "lr"}  # the schedule's
         for key, value in values.items():
             if group.get(key, value) != value and group[key] not in scheduled.get(key, ()):
                 logger.warning("param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the optimizer was made",
@@ -247,16 +244,15 @@ def _restore(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, 
         group.update(values)
 
 
-def _restore_rates(live: Optimizer, asked: list[float], lr_scheduler: Any) -> None:
+def _restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
     """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's: those of the scheduler,
     which was loaded with the engine, else in the proportion in which the groups were made."""
-    groups = live.param_groups
-    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside Accelerate's
+    groups, made = live.param_groups, [float(values["lr"]) for values in asked]
     rates = list(getattr(lr_scheduler, "_last_lr", []))
     if len(rates) != len(groups):
-        if len(set(asked)) <= 1 or len({float(group["lr"]) for group in groups}) > 1 or not asked[0]:
+        if len(set(made)) <= 1 or len({float(group["lr"]) for group in groups}) > 1 or not made[0]:
             return  # nothing was lost
-        rates = [float(groups[0]["lr"]) * rate / asked[0] for rate in asked]
+        rates = [float(groups[0]["lr"]) * rate / made[0] for rate in made]
     for group, rate in zip(groups, rates):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(float(rate))
@@ -265,3 +261,13 @@ def _restore_rates(live: Optimizer, asked: list[float], lr_scheduler: Any) -> No
     for group, rate in zip(groups, getattr(lr_scheduler, "base_lrs", [])):
         if "initial_lr" in group:
             group["initial_lr"] = rate
+
+
+def _tell_of_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
+    """Says so where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which Trainer's
+    schedules are, starts from the groups' own.)"""
+    made = [float(values["lr"]) for values in asked]
+    rates = [float(rate) for rate in getattr(lr_scheduler, "base_lrs", [])]
+    if steps_taken(live) and isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and len(rates) == len(made) and rates != made:
+        logger.warning("the learning-rate schedule of the checkpoint goes on, from a rate of %g; the rate of %g with which the optimizer was made "
+                       "now does not count. For another rate start anew from the saved model", rates[0], made[0])

@@ -1,14 +1,131 @@
-"""How an engine must be set up: configs that would train something else are refused, and the ranks meet in one communicator."""
+"""What wraps a model and its optimizer: which one really steps, what an engine does to it, and how an engine must be set up.
+
+Engines are recognised by the names of their classes, so that none has to be imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
+
+TESTED_DEEPSPEED = "0.19"
+# DeepSpeed's optimizers around ours that were tested, exactly these: a subclass may step by another one.
+TESTED_WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "FP16_UnfusedOptimizer")
+
+
+def is_deepspeed(thing: Any) -> bool:
+    """Whether it is an object of a class of DeepSpeed's, or of one made from it."""
+    return any(cls.__module__.startswith("deepspeed.") for cls in type(thing).__mro__)
+
+
+def wrapper_of(optimizer: Any) -> Any:
+    """DeepSpeed's optimizer around the live one; None if there is none. Its own optimizers (CPUAdam) wrap nothing."""
+    while hasattr(optimizer, "optimizer"):
+        if is_deepspeed(optimizer) and not isinstance(optimizer, nn.Module):  # that would be the engine
+            return optimizer
+        optimizer = optimizer.optimizer
+    return None
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own called `module`.)"""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_deepspeed(model):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def optimizer_of(model: Any, optimizer: Any) -> Any:
+    """What to look into: a DeepSpeed engine's own optimizer, whatever is handed over with it (the one that it was made from steps no
+    parameter of the model any more), else `optimizer`. Raises ValueError where there is none."""
+    if is_deepspeed(model) and isinstance(model, nn.Module):
+        return model.optimizer
+    if optimizer is None:
+        raise ValueError("pass the optimizer as well; only a DeepSpeed engine knows its own")
+    return optimizer
+
+
+def live_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed; of an engine, its own."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def inner_scheduler(lr_scheduler: Any) -> Any:
+    """The learning-rate scheduler inside Accelerate's wrapper."""
+    return getattr(lr_scheduler, "scheduler", lr_scheduler)
+
+
+def foreign_steppers(optimizer: Any) -> list[str]:
+    """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
+    wrapper = wrapper_of(optimizer)
+    found = [] if wrapper is None or type(wrapper).__name__ in TESTED_WRAPPERS else [type(wrapper).__name__]
+    if hasattr(wrapper, "backup_optimizer"):
+        found.append("offload_optimizer.ratio < 1")
+    if getattr(wrapper, "zenflow", False):
+        found.append("zenflow")
+    return found
+
+
+def is_wrapped(optimizer: Any) -> bool:
+    """Whether DeepSpeed's own optimizer stands between, so that its loaders write the groups."""
+    return wrapper_of(optimizer) is not None
+
+
+def undo_dry_step(optimizer: Any) -> None:
+    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays the masters.
+
+    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before it.
+    """
+    wrapper, live = wrapper_of(optimizer), live_optimizer(optimizer)
+    if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
+        return
+    pairs = [pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)]
+    for _, master in pairs:
+        for key, value in live.state.get(master, {}).items():
+            if (int(value) != 1) if key == "step" else isinstance(value, Tensor) and bool(value.any()):
+                return
+    for param, master in pairs:
+        master.data.copy_(param.detach())
+        live.state.pop(master, None)
+
+
+def after_loading(engine: Any, restore: Callable[[], None]) -> None:
+    """Calls `restore` whenever a DeepSpeed engine has loaded a checkpoint. Its loaders write into the param groups: the one of
+    universal checkpoints copies group 0's values into all groups at stage 3."""
+    if not is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
+        return
+    load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        restore()
+        return result
+
+    load_checkpoint.without_lp_dist = load
+    engine.load_checkpoint = load_checkpoint
+
+
+def check_deepspeed_version() -> None:
+    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean something else."""
+    version = importlib.metadata.version("deepspeed")
+    if not version.startswith(TESTED_DEEPSPEED + "."):
+        raise RuntimeError(f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed; install "
+                           f"'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist")
 
 
 def reduction_device() -> torch.device:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,10 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
 
 def _last_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint that was written to its end: Trainer writes trainer_state.json after everything else."""
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    for path in found:
-        if (path / "trainer_state.json").exists():
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        with suppress(OSError, ValueError):  # it is not there, or was itself cut short
+            json.loads((path / "trainer_state.json").read_text())
             return str(path)
         logger.warning("%s was not written to its end; going back to the one before", path.name)
     return None

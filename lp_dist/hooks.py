@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lp_dist import decay
 from lp_dist.optim import LpOptimizer
-from lp_dist.segments import SegmentMap, effective, part
+from lp_dist.segments import Asked, SegmentMap, effective, part
 from lp_dist.slices import local, refuse_all_zero
 
 logger = logging.getLogger(__name__)
@@ -24,6 +23,8 @@ _PER_PARAMETER = tuple(
     getattr(torch.optim, name) for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon",
                                             "NAdam", "RAdam", "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name))
 
+# Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
+COUNT = "lp_decay_step"
 _ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "betas", "eps", "momentum")
 
 
@@ -71,12 +72,9 @@ class LpDecay:
         self.one_at_a_time = type(optimizer) in _PER_PARAMETER if one_at_a_time is None else one_at_a_time
         self._defaults = defaults
         self.segments = SegmentMap()  # filled by lp_dist.attach, as in our own optimizers
-        # As asked for. Other keys may be the optimizer's own state (Prodigy's d, FusedAdam's step).
-        self.asked, self.asked_groups = WeakIdKeyDictionary(), []
+        self.asked = Asked()
         for group in optimizer.param_groups:
-            self.asked_groups.append({key: group[key] for key in _ASKED if key in group})
-            for param in group["params"]:
-                self.asked[param] = self.asked_groups[-1]
+            self.asked.add(group, _ASKED)
         # What must be put back or used after the step; all empty between steps.
         self._olds: list[tuple[dict, list[Tensor], list[Tensor] | None]] = []         # values, weights, their x before the step
         self._decays: list[tuple[dict, float]] = []                                   # group, λ, which the base must not see
@@ -137,6 +135,11 @@ class LpDecay:
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._apply(optimizer)
         self._restore()
+        for group in optimizer.param_groups:
+            for param in _with_grad(group["params"]):
+                state = optimizer.state[param]
+                if "step" not in state:  # plain SGD counts none; `attachment.steps_taken` must know those that were skipped
+                    state[COUNT] = state.get(COUNT, 0) + 1  # no tensor: torch would load it in the dtype of the weight
 
     def _step_in_batches(self, optimizer: Optimizer) -> None:
         """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to do."""

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch.utils.weak import WeakIdKeyDictionary
-
 from lp_dist import decay
-from lp_dist.segments import SegmentMap, effective, part
+from lp_dist.segments import Asked, SegmentMap, effective, part
 from lp_dist.slices import Row, batches, local, refuse_all_zero
 
 _IMPLEMENTATIONS = ("reference", "foreach")
@@ -36,8 +34,7 @@ class LpOptimizer(Optimizer):
         self.implementation = implementation
         self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
         self.segments = SegmentMap()     # filled by lp_dist.attach; without it, each parameter has its group's values
-        # Group values as they were asked for, by parameter and in order: engines and checkpoints may replace what the groups hold.
-        self.asked, self.asked_groups = WeakIdKeyDictionary(), []
+        self.asked = Asked()
         super().__init__(params, defaults)
 
     # -- torch's own manners ------------------------------------------------------------------------------------------
@@ -51,9 +48,7 @@ class LpOptimizer(Optimizer):
             if param.is_complex():
                 self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
-        self.asked_groups.append({key: value for key, value in group.items() if key != "params"})
-        for param in group["params"]:
-            self.asked[param] = self.asked_groups[-1]
+        self.asked.add(group, group.keys() - {"params"})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "implementation": self.implementation, "_checked": set()}  # torch's has groups and state alone
@@ -61,17 +56,15 @@ class LpOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("segments", SegmentMap())  # not in a copy: its tensors are others; attach it anew
-        self.__dict__.setdefault("asked", WeakIdKeyDictionary())
-        self.__dict__.setdefault("asked_groups", [])
+        self.__dict__.setdefault("asked", Asked())
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
                     group.setdefault(key, value)
             self.check(group)
             self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
-        for group in self.param_groups:
             for param in group["params"]:
-                self._check_state(self.state.get(param, {}), group)
+                self.check_state(self.state.get(param, {}), group)
         for param_state in self.state.values():
             if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
                 param_state["step"] = torch.tensor(float(param_state["step"]))
@@ -80,7 +73,7 @@ class LpOptimizer(Optimizer):
         """Raises ValueError for group values out of their range, or that this base can't have."""
         decay.check_hyperparameters(**{key: value for key, value in group.items() if key != "params"})
 
-    def _check_state(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Raises ValueError for the state of another base: it would be left lying, or start anew, without a word."""
         tensors, names = set(state) - {"step"}, set(self._state_names(group))
         if tensors and tensors != names:

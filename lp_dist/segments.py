@@ -89,8 +89,8 @@ class SegmentMap:
     def runs(self, tensor: Tensor, numel: int) -> tuple[Run, ...]:
         """The tensor, of `numel` local elements, cut where the values change; one run with no values of its own if nothing differs.
 
-        Equal values are the same object. Padding and gaps belong to the run before them: they hold zeros, with zero gradients, and
-        stay so.
+        Equal values are the same object. Padding and gaps belong to the run before them; what they hold is nobody's (under ZeRO-3 it
+        is uninitialised memory), so they may be stepped, and must not be counted.
         """
         if tensor not in self._segments:
             return ((0, numel, _NOTHING),)
@@ -110,6 +110,24 @@ def _cut(segments: Iterable[Segment], values: dict[str, dict[str, Any]], numel: 
         return ((0, numel, _NOTHING),)
     ends = [offset for offset, _ in starts[1:]] + [numel]
     return tuple((offset, end - offset, own) for (offset, own), end in zip(starts, ends))
+
+
+class Asked:
+    """The values with which param groups were made, by parameter and in order: engines and checkpoints replace what groups hold."""
+
+    def __init__(self) -> None:
+        self._of = WeakIdKeyDictionary()
+        self.groups: list[dict[str, Any]] = []
+
+    def add(self, group: dict[str, Any], keys: Iterable[str]) -> None:
+        """Notes a group's values of `keys`."""
+        self.groups.append({key: group[key] for key in keys if key in group})
+        for param in group["params"]:
+            self._of[param] = self.groups[-1]
+
+    def of(self, param: Tensor) -> dict[str, Any] | None:
+        """Of the group that was made with `param`; None if there is none."""
+        return self._of.get(param)
 
 
 def effective(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

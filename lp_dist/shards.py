@@ -1,22 +1,19 @@
-"""The one room that knows engines: what of a parameter lies on this rank, and which optimizer really steps.
+"""What of a parameter lies on this rank, and where in the tensors that its optimizer steps. Nothing is gathered.
 
-Engines are recognised by what they put on a tensor and by the names of their classes, so that none has to be imported. DeepSpeed's
-private attributes are touched here alone, and only in the versions with which they were tested.
+DeepSpeed's private attributes are touched here and in `engines.py` alone, and only in the versions with which they were tested.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-TESTED_DEEPSPEED = "0.19"
+from lp_dist.engines import check_deepspeed_version, live_optimizer, optimizer_of, unwrap, wrapper_of
 
 
 @dataclass(frozen=True)
@@ -88,17 +85,6 @@ class Shard:
         return data.view(-1)[self.offset:self.offset + self.length]
 
 
-def unwrap(model: Any) -> nn.Module:
-    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own called `module`.)"""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_deepspeed(model):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 def full_shape(param: Tensor) -> torch.Size:
     """Shape of the whole parameter. Under zero.Init its own is (0,), and the real one is DeepSpeed's `ds_shape`."""
     return getattr(param, "ds_shape", param.shape)
@@ -122,17 +108,14 @@ def shards(model: Any, optimizer: Any = None) -> list[Shard]:
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
-        optimizer: ours, or Accelerate's or DeepSpeed's wrapper of it; may be left out for a DeepSpeed engine.
+        optimizer: ours, or Accelerate's or DeepSpeed's wrapper of it; a DeepSpeed engine has its own.
     A parameter that no group holds is left out, a tied one comes once.
 
     Raises:
         RuntimeError: an engine or a version of it that was not tested.
     """
-    if optimizer is None:
-        if not _is_deepspeed(model):
-            raise ValueError("pass the optimizer as well; only a DeepSpeed engine knows its own")
-        optimizer = model.optimizer
-    wrapper, live = _wrapper(optimizer), live_optimizer(optimizer)
+    optimizer = optimizer_of(model, optimizer)
+    wrapper, live = wrapper_of(optimizer), live_optimizer(optimizer)
     kind = type(wrapper).__name__ if wrapper is not None else ""
     if kind not in _LOCATORS:
         raise RuntimeError(f"lp_dist does not know the shards of DeepSpeed's {kind}, only those of ZeRO 0 to 3 and BF16_Optimizer; remove what asks "
@@ -146,85 +129,6 @@ def shards(model: Any, optimizer: Any = None) -> list[Shard]:
         if place is not None:
             found.append(Shard(name, param, full_shape(param), state_of=lambda tensor: live.state.get(tensor, {}), **place))
     return found
-
-
-def live_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed; of an engine, its own."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def is_wrapped(optimizer: Any) -> bool:
-    """Whether DeepSpeed's own optimizer stands between, so that its loaders write the groups."""
-    return _wrapper(optimizer) is not None
-
-
-def foreign_steppers(optimizer: Any) -> list[str]:
-    """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
-    wrapper = _wrapper(optimizer)
-    found = [] if wrapper is None or type(wrapper).__name__ in _LOCATORS else [type(wrapper).__name__]
-    if hasattr(wrapper, "backup_optimizer"):
-        found.append("offload_optimizer.ratio < 1")
-    if getattr(wrapper, "zenflow", False):
-        found.append("zenflow")
-    return found
-
-
-def undo_dry_step(optimizer: Any) -> None:
-    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays the masters.
-
-    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before it.
-    """
-    wrapper, live = _wrapper(optimizer), live_optimizer(optimizer)
-    if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
-        return
-    pairs = [pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)]
-    for _, master in pairs:
-        for key, value in live.state.get(master, {}).items():
-            if (int(value) != 1) if key == "step" else isinstance(value, Tensor) and bool(value.any()):
-                return
-    for param, master in pairs:
-        master.data.copy_(param.detach())
-        live.state.pop(master, None)
-
-
-def after_loading(engine: Any, restore: Callable[[], None]) -> None:
-    """Calls `restore` whenever a DeepSpeed engine has loaded a checkpoint. Its loaders write into the param groups: the one of
-    universal checkpoints copies group 0's values into all groups at stage 3."""
-    if not _is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
-        return
-    load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
-
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        result = load(*args, **kwargs)
-        restore()
-        return result
-
-    load_checkpoint.without_lp_dist = load
-    engine.load_checkpoint = load_checkpoint
-
-
-def check_deepspeed_version() -> None:
-    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean something else."""
-    version = importlib.metadata.version("deepspeed")
-    if not version.startswith(TESTED_DEEPSPEED + "."):
-        raise RuntimeError(f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed; install "
-                           f"'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist")
-
-
-def _is_deepspeed(thing: Any) -> bool:
-    return any(cls.__module__.startswith("deepspeed.") for cls in type(thing).__mro__)
-
-
-def _wrapper(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer around the live one; None if there is none. Its own optimizers (CPUAdam) wrap nothing."""
-    while hasattr(optimizer, "optimizer"):
-        if _is_deepspeed(optimizer) and not isinstance(optimizer, nn.Module):  # that would be the engine
-            return optimizer
-        optimizer = optimizer.optimizer
-    return None
 
 
 def _ranks() -> tuple[int, int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lp_dist import slices
-from lp_dist.engines import summed
+from lp_dist.engines import summed, unwrap
 from lp_dist.groups import matrix_names
-from lp_dist.shards import full_shape, local_piece, shards, unwrap
+from lp_dist.shards import full_shape, local_piece, shards
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,16 @@ def measure_histogram(model: Any, optimizer: Any = None, *, names: Iterable[str]
 
 def _binned(values: Tensor, bins: int) -> Tensor:
     """Weights per bin, and after them the number of zeros."""
-    counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
+    # Exponent and the first bits of the mantissa number the bins of all fp32 numbers: four equal ones to an octave.
+    every = torch.zeros(1 << (8 + _BITS), dtype=torch.int64, device=values.device)
     for part in slices.pieces(values):
-        # Exponent and the first bits of the mantissa number the bins: four equal ones to an octave. The sign bit is cleared by abs.
-        index = (part.float().abs().view(torch.int32) >> (23 - _BITS)) - ((127 + _LOWEST) << _BITS)
-        counts[:bins] += torch.bincount(index.clamp_(0, bins - 1), minlength=bins)
+        every += torch.bincount(part.float().abs().view(torch.int32) >> (23 - _BITS), minlength=len(every))
+    first = (127 + _LOWEST) << _BITS
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
+    counts[:bins] = every[first:first + bins]
+    counts[bins - 1] += every[first + bins:].sum()
     counts[bins] = slices.count_zeros(values)
-    counts[0] -= counts[bins]  # zeros fell into the first bin
+    counts[0] += every[:first].sum() - counts[bins]
     return counts
 
 

@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback
 
 from lp_dist.attachment import attach, steps_taken
 from lp_dist.groups import decayed_names
-from lp_dist.optim import LpOptimizer
 from lp_dist.schedule import DecayWindow
 from lp_dist.sparsity import Sparsity, measure_sparsity
 
@@ -41,10 +40,10 @@ class LpCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         scheduled = self.window.scheduled() if self.window is not None else {}
         attached = attach(model, optimizer, names=self.names, overrides=self.overrides, lr_scheduler=lr_scheduler, scheduled=scheduled)
-        self._live, self._skipped = attached.optimizer, 0
+        self._live = attached.optimizer
         # A checkpoint without optimizer state: its steps are known from Trainer alone.
         self._before = 0 if steps_taken(self._live) else state.global_step
-        if self._before and isinstance(self._live, LpOptimizer):
+        if self._before:
             logger.warning("going on at step %d without optimizer state: the checkpoint had none, so the moments start anew", self._before)
         self._decayed = sorted({shard.group for shard in attached.shards if shard.name in attached.decayed})
         if self.window is None:
@@ -60,24 +59,15 @@ class LpCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.window is not None:
-            values = self.window.at(self._steps(state), state.max_steps)
+            values = self.window.at(self._before + steps_taken(self._live), state.max_steps)
             for i in self._decayed:
                 self._live.param_groups[i].update(values)
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self._skipped += bool(getattr(optimizer, "step_was_skipped", False))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
         if bad and not args.fp16:
             raise RuntimeError(f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last checkpoint with a lower "
                                "learning rate or max_grad_norm; with DeepSpeed in bf16, \"check_grad_overflow\": true in its bf16 section skips such steps")
-
-    def _steps(self, state: Any) -> int:
-        """Optimizer steps really taken since the run began."""
-        if any("step" in param_state for param_state in self._live.state.values()):
-            return self._before + steps_taken(self._live)
-        return state.global_step - self._skipped  # an optimizer that counts none
 
 
 class LpTrainer(Trainer):

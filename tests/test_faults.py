@@ -131,6 +131,15 @@ def test_a_checkpoint_that_a_full_disk_cut_short_is_passed_over(words, whole, tm
     assert "checkpoint-6 was not written to its end" in caplog.text
 
 
+def test_a_checkpoint_whose_last_file_was_cut_short_is_passed_over(words, whole, tmp_path, caplog):
+    out = interrupted(whole, tmp_path, 3, 6)
+    (out / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": ')
+    (out / "checkpoint-best").mkdir()  # somebody's own
+    with caplog.at_level(logging.WARNING):
+        assert same(resumed(words, out), load_file(whole / "model.safetensors"))
+    assert "checkpoint-6 was not written to its end" in caplog.text
+
+
 def test_a_truncated_checkpoint_is_an_error(words, whole, tmp_path):
     for file in ("optimizer.pt", "scheduler.pt", "model.safetensors"):
         out = interrupted(whole, tmp_path / file, 6)
@@ -157,6 +166,10 @@ def test_other_values_than_the_checkpoints_hold_with_a_warning(words, whole, tmp
         with caplog.at_level(logging.WARNING):
             assert not same(resumed(words, interrupted(whole, tmp_path / name, 6), *more), load_file(whole / "model.safetensors"))
         assert message in caplog.text
+
+    with caplog.at_level(logging.WARNING):  # the schedule is the checkpoint's, and says so
+        assert same(resumed(words, interrupted(whole, tmp_path / "rate", 6), "--learning_rate", "2e-2"), load_file(whole / "model.safetensors"))
+    assert "from a rate of 0.01; the rate of 0.02 with which the optimizer was made" in caplog.text
 
 
 def test_another_base_or_model_is_an_error(words, whole, tiny_model, tmp_path):

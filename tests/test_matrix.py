@@ -132,21 +132,6 @@ def test_three_ranks(run_ranks):
         RESULTS[cell.engine, THREE].append(WITHIN)  # bitwise is luck here
 
 
-def ask(rank: int, world_size: int) -> dict[str, str]:
-    import deepspeed
-
-    def answer(cell: Cell, changes: dict) -> str:
-        model = matrix.model_of()
-        optimizer, config = matrix.optimizer_of(cell, model), matrix.config_of(cell) | changes
-        try:
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        except Exception as error:
-            message = re.sub(r" \(<class .*?>\)", "", str(error))  # ours may move
-            return f"{type(error).__name__}: {message.split('. ')[0].rstrip('.')}"
-        return f"takes {type(engine.optimizer).__name__}"
-    return {what: " or ".join(sorted({answer(cell, changes) for cell in cells})) for what, (cells, changes) in ASKED.items()}
-
-
 def ask(rank: int, world_size: int) -> tuple[dict[str, str], list[Run]]:
     import deepspeed
 
