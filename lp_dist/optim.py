@@ -284,16 +284,15 @@ class LpLion(_Unconditioned):
     def _reference(group, lr, weights, grads, exp_avgs, steps):
         (w,), (g,), (m,) = weights, grads, exp_avgs
         beta1, beta2 = map(float, group["betas"])
-        d = m.lerp(g, 1 - beta1)
-        w.add_(d.sign().add_(d.mul_(0.0)), alpha=-lr)               # u = w − α·sign(β1·m + (1−β1)·g); sign(nan) is 0, so + 0·nan
+        w.add_(m.lerp(g, 1 - beta1).sign_(), alpha=-lr)             # u = w − α·sign(β1·m + (1−β1)·g)
         m.lerp_(g, 1 - beta2)                                       # m = β2·m + (1−β2)·g
+        w.add_(m, alpha=0.0)                                        # sign(nan) is 0: a spoiled weight would stand still, unseen
 
     @staticmethod
     def _foreach(group, lr, weights, grads, exp_avgs, steps):
         beta1, beta2 = map(float, group["betas"])
         direction = torch._foreach_lerp(exp_avgs, grads, 1 - beta1)
-        nans = torch._foreach_mul(direction, 0.0)  # sign(nan) is 0: a spoiled weight would stand still and not be seen
         torch._foreach_sign_(direction)
-        torch._foreach_add_(direction, nans)
         torch._foreach_add_(weights, direction, alpha=-lr)
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
+        torch._foreach_add_(weights, exp_avgs, alpha=0.0)
