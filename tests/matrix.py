@@ -22,7 +22,7 @@ STEPS, HALVES, MAX_NORM = 20, (10, 20), 0.25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEEPSPEED = {"ZeRO 0": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3, "ZeRO 2, CPU offload": 2, "ZeRO 3, CPU offload": 3, "BF16_Optimizer": 1}
 ENGINES = ("one process", "DDP", *DEEPSPEED, "FSDP2")
-MAIN = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")  # these get every combination
+MAIN = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")  # these get every combination in fp32
 # Each p has a power that is a product or a square root: torch's pow rounds differently in a vector and in the rest after it.
 OPTIMIZERS = {
     "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.5, "p": 0.5}),
@@ -51,11 +51,11 @@ class Run:
 
 
 def cells_of(dtype: str) -> list[Cell]:
-    """All 16 combinations for the main engines, for the others 8 that hold every pair; in fp16 4 that hold every value."""
+    """In fp32 all 16 combinations for the main engines; else 8 that hold every pair, and in fp16 4 that hold every value."""
     cells = []
     for engine, (i, optimizer), accumulation, clipped in product(ENGINES, enumerate(OPTIMIZERS), (1, 4), (False, True)):
         even = (i + accumulation // 4 + clipped) % 2 == 0
-        if (even and clipped == i // 2) if dtype == "fp16" else (even or engine in MAIN):
+        if (even and clipped == i // 2) if dtype == "fp16" else (even or dtype == "fp32" and engine in MAIN):
             cells.append(Cell(engine, dtype, optimizer, accumulation, clipped))
     return [cell for cell in cells if cell.engine != "BF16_Optimizer" or dtype == "bf16"]
 

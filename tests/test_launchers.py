@@ -21,10 +21,9 @@ TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node"
 ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--num_processes", "2"]
 LAUNCHERS = {
     "torchrun-ddp": (TORCHRUN, []),
-    "torchrun-zero1": (TORCHRUN, ["--deepspeed", "configs/ds_zero1.json"]),
     "torchrun-zero3-offload": (TORCHRUN, ["--deepspeed", "configs/ds_zero3_offload.json"]),
-    "deepspeed-zero2": ([*PYTHON, "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"],
-                        ["--deepspeed", "configs/ds_zero2.json"]),
+    "deepspeed-zero1": ([*PYTHON, "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"],
+                        ["--deepspeed", "configs/ds_zero1.json"]),
     "torchrun-zero2-bf16": (TORCHRUN, ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true", "--gradient_checkpointing", "true"]),
     "accelerate-ddp": ([*ACCELERATE, "--config_file", "configs/accelerate_ddp.yaml", "-m"], []),
     "accelerate-zero2": ([*ACCELERATE, "--config_file", "configs/accelerate_zero2.yaml", "-m"], []),
