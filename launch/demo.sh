@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: bash launch/demo.sh [--key value ...]        the keys go to both runs, e.g. --max_steps 20
-# Fine-tunes SmolLM2-135M on Python's own language reference, once dense and once with Lp decay, and compares the two.
+# usage: bash launch/demo.sh [--key value ...]        the keys go to both runs, e.g. --sparsity 0.6
+# Fine-tunes SmolLM2-135M on Python's own language reference, once dense and once to a sparsity, and compares the two.
 # All GPUs that are there; without any, 2 CPU processes with DeepSpeed ZeRO-2 all the same. Writes to runs/demo.
 #   GPUS=n          use n GPUs; 0 means CPU even if there are some
 #   DRY_RUN=1       only print the commands
@@ -41,6 +41,6 @@ if [ -z "${DRY_RUN:-}" ]; then
   if [ -n "${LP_DIST_PYTHON:-}" ]; then build_cpu_op; fi   # else done when .venv was made
 fi
 say "1 of 2: the dense fine-tune, to compare with"
-finetune --output_dir "$out/dense" --weight_decay 0 "$@"
-say "2 of 2: the same with Lp decay"
+finetune --output_dir "$out/dense" "$@" --sparsity 0
+say "2 of 2: the same to the sparsity that is asked for"
 finetune --output_dir "$out/sparse" --compare_with "$out/dense" "$@"

@@ -16,6 +16,7 @@ from lp_dist.decay import check_hyperparameters
 from lp_dist.errors import UsageError
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow
+from lp_dist.target import CURVES, SparsityTarget
 
 
 @dataclass
@@ -46,7 +47,15 @@ class DataArguments:
 
 @dataclass
 class DecayArguments:
-    """How to decay; λ is --weight_decay, and 0 gives a dense fine-tune."""
+    """How to decay: name a --sparsity, or a λ by --weight_decay; without either the fine-tune is dense."""
+
+    sparsity: float | None = field(default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."})
+    sparsity_of: str = field(default="decayed", metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]})
+    scope: str = field(default="layer", metadata={"help": "Every tensor reaches the sparsity, or one threshold holds for all.",
+                                                  "choices": ["layer", "global"]})
+    curve: str = field(default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)})
+    cap: float = field(default=1.0, metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."})
+    every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window."})
 
     base: str = field(default="adamw", metadata={"help": "Base optimizer: adamw, sgd or lion.", "choices": ["adamw", "sgd", "lion"]})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
@@ -54,8 +63,9 @@ class DecayArguments:
     l2: float = field(default=0.0, metadata={"help": "λ2 of the elastic net."})
     precondition: float = field(default=0.0, metadata={"help": "γ: weights on which the loss is sensitive decay less (adamw only)."})
     cutoff: float = field(default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."})
-    decay_start: float = field(default=0.0, metadata={"help": "Where the decay begins: fraction of the run if <= 1, else a step."})
-    decay_end: float = field(default=1.0, metadata={"help": "Where it ends and the zeros are frozen, likewise."})
+    decay_start: float | None = field(default=None, metadata={
+        "help": "Where the decay begins: fraction of the run if <= 1, else a step. 0 for a λ, 0.1 for a sparsity."})
+    decay_end: float | None = field(default=None, metadata={"help": "Where it ends and the zeros are frozen, likewise. 1 for a λ, 0.7 for a sparsity."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
     overrides: str | None = field(default=None, metadata={
         "help": 'Values of single parameters, by pattern on their names, as JSON: {"*.layers.0.*": {"weight_decay": 0}}.'})
@@ -63,14 +73,26 @@ class DecayArguments:
     overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
 
     def window(self) -> DecayWindow:
-        """The decay window with this run's values; raises UsageError where they are bad."""
+        """The decay window with this run's values; raises ValueError where they are bad."""
         values = {"p": self.p, "l2": self.l2, "cutoff": self.cutoff}
         if self.base == "adamw":
             values["precondition"] = self.precondition
         elif self.precondition:
             raise UsageError(f"--precondition {self.precondition} needs Adam's second moments; use --base adamw, or leave it out")
         check_hyperparameters(**values)
-        return DecayWindow(self.decay_start, self.decay_end, values)
+        return DecayWindow(0.0 if self.decay_start is None else self.decay_start, 1.0 if self.decay_end is None else self.decay_end, values)
+
+    def target(self) -> SparsityTarget | None:
+        """The sparsity that is asked for, if one is; raises ValueError where it is bad."""
+        if self.sparsity is None:
+            for key in ("sparsity_of", "scope", "curve", "cap", "every"):
+                if getattr(self, key) != self.__dataclass_fields__[key].default:
+                    raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
+        if not self.sparsity:
+            return None
+        window = {key: value for key, value in (("start", self.decay_start), ("end", self.decay_end)) if value is not None}
+        return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, curve=self.curve,
+                              every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition if self.base == "adamw" else None)
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""
@@ -136,7 +158,14 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
     check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
                           betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
     decays.window()
-    decays.own_values()
+    own, target = decays.own_values(), decays.target()
+    if target is not None:
+        if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in own.values()):
+            raise UsageError(f"--sparsity {decays.sparsity:g} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
+        if decays.cutoff != float("inf"):
+            raise UsageError(f"--sparsity {decays.sparsity:g} finds the cutoff by itself; leave --cutoff out, and see --cap")
+        if training.load_best_model_at_end:
+            raise UsageError("--load_best_model_at_end true would put back weights from before they were sparse; set it to false")
     if training.max_steps > 0 and training.weight_decay > 0:
         decays.window().steps(training.max_steps)
     if data.block_size < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,25 +12,53 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lp_dist.control import Control
 from lp_dist.engines import (
-    after_loading, foreign_steppers, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, summed, undo_dry_step, unwrap)
+    foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, summed, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
-from lp_dist.hooks import COUNT
+from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
 from lp_dist.segments import Segment, SegmentMap, check_keys
-from lp_dist.shards import Shard, local_piece, shards
+from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
+from lp_dist.schedule import values_of
+from lp_dist.shards import Shard, full_shape, local_piece, shards
+from lp_dist.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, and the names of those that decay."""
+    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, and the names of those that decay; `control`
+    brings it to a target, if there is one."""
 
     optimizer: Optimizer
     shards: list[Shard]
     decayed: frozenset[str]
+    control: Control | None = None
+
+    def after_step(self) -> None:
+        """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps that the optimizer has
+        really taken: after a micro-batch, or a step that fp16 skipped, it does nothing."""
+        if self.control is not None:
+            self.control.after_step()
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """Target, plan and measured share of zeros, λ and dead channels, as of the last look at the weights; empty without a target."""
+        return dict(self.control.logs) if self.control is not None else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The target's own state, plain JSON types; to be saved with the optimizer's. A DeepSpeed engine saves and loads it by itself."""
+        return {} if self.control is None else self.control.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was, after the optimizer's own state was loaded; raises UsageError if it is of another target or run."""
+        if self.control is not None:
+            self.control.load_state_dict(state)
+        elif state:
+            raise UsageError(f"the checkpoint was trained for {state['target']}, and now there is no target; give the same one")
 
     def set(self, name: str, **values: Any) -> None:
         """Values (weight_decay, p, l2, precondition, cutoff) of one parameter instead of its group's; None gives one back to the group.
@@ -42,7 +71,8 @@ class Attachment:
 
 
 def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None,
-           overrides: dict[str, dict[str, Any]] | None = None, lr_scheduler: Any = None, scheduled: dict[str, set] | None = None) -> Attachment:
+           overrides: dict[str, dict[str, Any]] | None = None, target: SparsityTarget | None = None, total_steps: int | None = None,
+           lr_scheduler: Any = None, scheduled: dict[str, set] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
     After it, λ, p, l2, precondition and cutoff can differ per parameter inside one flat shard, what decays is decided by name whoever
@@ -57,7 +87,10 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             in a group with weight_decay > 0, as Hugging Face's Trainer makes them, get weight_decay 0.
         overrides: `{pattern: {key: value}}`, shell patterns on the names of `named_parameters()`; a later one wins. A pattern with a
             wildcard gives weight_decay only to parameters that may decay; a full name gives it to any.
-        lr_scheduler: its last learning rates are put back after DeepSpeed has loaded a checkpoint; an engine's own is found by itself.
+        target: the share of zeros to end with, instead of a λ; the groups' weight_decay must be 0. Call the result's `after_step()` after each
+            optimizer step. total_steps: optimizer steps of the whole run, needed with a target.
+        lr_scheduler: gives a target the learning rates ahead, and its last ones are put back after DeepSpeed has loaded a checkpoint; an
+            engine's own is found by itself.
         scheduled: values of group keys that the caller sets at some step, so that finding them in a checkpoint is no news.
     Raises:
         RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
@@ -66,8 +99,10 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     """
     try:
         optimizer = optimizer_of(model, optimizer)
-        live, found, asked, own = _looked_at(model, optimizer, names, overrides or {})
-        failure, told = None, _told(live, found, asked, own)
+        live, found, asked, own, allowed = _looked_at(model, optimizer, names, overrides or {})
+        if target is not None:
+            _check_target(live, found, asked, own, target, total_steps)
+        failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps}
     except (RuntimeError, TypeError, ValueError) as error:
         failure, told = error, error
     _agree(told)  # a rank that failed takes part, so that the others don't wait for it
@@ -83,13 +118,17 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     segments.replace(tensors)
     for name, values in own.items():
         segments.set(name, **values)
-    decayed = frozenset(s.name for s in found if own.get(s.name, {}).get("weight_decay", asked[s.group]["weight_decay"]) > 0)
-    if not steps_taken(live):
-        _refuse_all_zero([s for s in found if s.name in decayed and {**asked[s.group], **own.get(s.name, {})}["p"] < 2])
+    if target is None:
+        decayed = frozenset(s.name for s in found if own.get(s.name, {}).get("weight_decay", asked[s.group]["weight_decay"]) > 0)
+        if not steps_taken(live):
+            _refuse_all_zero([s for s in found if s.name in decayed and {**asked[s.group], **own.get(s.name, {})}["p"] < 2])
     book.segments = segments
+    control: Control | None = None
 
     def restore(*_: Any) -> None:
-        _restore(live, asked, scheduled or {})
+        restore_values(live, asked, scheduled or {})
+        if control is not None and control.seen >= 0:
+            control.set_phase(steps_taken(live))
 
     def restore_all(scheduler: Any = None) -> None:
         restore()
@@ -98,20 +137,37 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
                 live.check_state(live.state.get(shard.tensor, {}), live.param_groups[shard.group])
         # While an engine loads, only its own scheduler is sure to have been loaded with it.
         scheduler = inner_scheduler(scheduler or getattr(model, "lr_scheduler", None))
-        _restore_rates(live, asked, scheduler)
-        _tell_of_rates(live, asked, scheduler)
+        restore_rates(live, asked, scheduler)
+        tell_of_rates(live, asked, scheduler)
 
     if getattr(book, "restoring", None) is not None:
         book.restoring.remove()
     book.restoring = live.register_load_state_dict_post_hook(restore)
-    after_loading(model, restore_all)
     if is_wrapped(optimizer):
         restore_all(lr_scheduler)
     else:
         restore()
-        _tell_of_rates(live, asked, inner_scheduler(lr_scheduler))
+        tell_of_rates(live, asked, inner_scheduler(lr_scheduler))
+    if target is not None:
+        candidates = [s for s in found if s.name in allowed and own.get(s.name, {}).get("weight_decay") != 0.0]
+        left_out = [] if steps_taken(live) else _all_zero(candidates)
+        if left_out:
+            logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0])
+        everything = sum(full_shape(param).numel() for param in unwrap(model).parameters())
+        control = Control(target, live, segments, candidates, left_out, everything, total_steps, lr_scheduler or getattr(model, "lr_scheduler", None))
+        scheduled = values_of(control.phase)
+        decayed = frozenset(shard.name for shard in control.shards)
+        control.begin(steps_taken(live))
+    attached = Attachment(live, found, decayed, control)
+
+    def load(state: dict[str, Any] | None) -> None:
+        restore_all()
+        if state is not None:
+            attached.load_state_dict(state)
+
+    in_checkpoints(model, lambda: attached.state_dict() or None, load)
     logger.info("Lp decay on %d of %d parameters", len(decayed), len(found))
-    return Attachment(live, found, decayed)
+    return attached
 
 
 def verify(optimizer: Any) -> Any:
@@ -133,11 +189,6 @@ def verify(optimizer: Any) -> Any:
     return live
 
 
-def steps_taken(live: Optimizer) -> int:
-    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0 before the first."""
-    return max((int(state[key]) for state in live.state.values() for key in ("step", COUNT) if key in state), default=0)
-
-
 def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, overrides: dict[str, dict[str, Any]]) -> tuple:
     """The live optimizer, its shards, the values asked for by group, and those of single parameters; changes nothing."""
     live = verify(optimizer)
@@ -155,7 +206,25 @@ def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, override
         if shard.name in own:
             check_keys(own[shard.name])
             book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
-    return live, found, asked, own
+    return live, found, asked, own, allowed
+
+
+def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], target: SparsityTarget,
+                  total_steps: int | None) -> None:
+    """Raises UsageError for what contradicts a target."""
+    if not isinstance(total_steps, int) or total_steps < 1:
+        raise UsageError(f"total_steps={total_steps!r}: a target needs the number of optimizer steps of the whole run; pass attach(..., total_steps=n)")
+    lambdas = [group["weight_decay"] for group in asked] + [values.get("weight_decay", 0.0) for values in own.values()]
+    if any(value > 0 for value in lambdas):
+        raise UsageError(f"weight_decay={max(lambdas):g} is set as well as a target, which finds λ by itself; set weight_decay=0 everywhere, or leave "
+                         "the target out")
+    for values in [*asked, *own.values()]:
+        if values.get("cutoff", math.inf) != math.inf:
+            raise UsageError(f"cutoff={values['cutoff']:g} is set as well as a target, which finds the cutoff by itself; leave it out, and see "
+                             "SparsityTarget(cap=)")
+    form = {key: getattr(target, key) for key in ("p", "precondition") if getattr(target, key) is not None}
+    for shard in found:
+        _book(live).check({**live.param_groups[shard.group], **asked[shard.group], **form, **own.get(shard.name, {})})
 
 
 def _book(live: Any) -> Any:
@@ -221,53 +290,16 @@ def _agree(told: dict[str, Any] | Exception) -> None:
                                    f"{rank}; start every rank with the same script and config")
 
 
-def _refuse_all_zero(candidates: list[Shard]) -> None:
-    """Raises ValueError, on every rank, for a parameter that is to decay and is all zeros over all ranks."""
+def _all_zero(candidates: list[Shard]) -> list[str]:
+    """Names of those that are all zeros over all ranks."""
     counts = torch.tensor([int(torch.count_nonzero(local_piece(shard.param).share)) for shard in candidates])
-    dead = [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
+    return [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
+
+
+def _refuse_all_zero(candidates: list[Shard]) -> None:
+    """Raises ValueError, on every rank, for a parameter that is to decay and is all zeros."""
+    dead = _all_zero(candidates)
     if dead:
         raise ValueError(f"{len(dead)} parameters are to decay, but are all zeros, such as {dead[0]!r}: zero absorbs for p < 2, so they could "
                          f"never move. Give them weight_decay=0: attach(..., overrides={{{dead[0]!r}: {{'weight_decay': 0.0}}}}), or build the "
                          "groups by lp_dist.param_groups, which does so by itself")
-
-
-def _restore(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, set]) -> None:
-    """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
-    for i, (group, values) in enumerate(zip(live.param_groups, asked)):
-        if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate
-            values = {key: value for key, value in values.items() if key not in ("betas", "momentum")}
-        values = {key: value for key, value in values.items() if key != "lr"}  # the schedule's
-        for key, value in values.items():
-            if group.get(key, value) != value and group[key] not in scheduled.get(key, ()):
-                logger.warning("param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the optimizer was made",
-                               i, key, group[key], key, value)
-        group.update(values)
-
-
-def _restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's: those of the scheduler,
-    which was loaded with the engine, else in the proportion in which the groups were made."""
-    groups, made = live.param_groups, [float(values["lr"]) for values in asked]
-    rates = list(getattr(lr_scheduler, "_last_lr", []))
-    if len(rates) != len(groups):
-        if len(set(made)) <= 1 or len({float(group["lr"]) for group in groups}) > 1 or not made[0]:
-            return  # nothing was lost
-        rates = [float(groups[0]["lr"]) * rate / made[0] for rate in made]
-    for group, rate in zip(groups, rates):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(float(rate))
-        else:
-            group["lr"] = rate
-    for group, rate in zip(groups, getattr(lr_scheduler, "base_lrs", [])):
-        if "initial_lr" in group:
-            group["initial_lr"] = rate
-
-
-def _tell_of_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Says so where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which Trainer's
-    schedules are, starts from the groups' own.)"""
-    made = [float(values["lr"]) for values in asked]
-    rates = [float(rate) for rate in getattr(lr_scheduler, "base_lrs", [])]
-    if steps_taken(live) and isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and len(rates) == len(made) and rates != made:
-        logger.warning("the learning-rate schedule of the checkpoint goes on, from a rate of %g; the rate of %g with which the optimizer was made "
-                       "now does not count. For another rate start anew from the saved model", rates[0], made[0])

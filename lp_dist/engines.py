@@ -69,6 +69,15 @@ def inner_scheduler(lr_scheduler: Any) -> Any:
     return getattr(lr_scheduler, "scheduler", lr_scheduler)
 
 
+def scheduler_steps(lr_scheduler: Any) -> int:
+    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each process."""
+    if not hasattr(lr_scheduler, "step_with_optimizer") or not lr_scheduler.step_with_optimizer or lr_scheduler.split_batches:
+        return 1
+    from accelerate.state import AcceleratorState
+
+    return AcceleratorState().num_processes
+
+
 def foreign_steppers(optimizer: Any) -> list[str]:
     """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
     wrapper = wrapper_of(optimizer)
@@ -103,21 +112,28 @@ def undo_dry_step(optimizer: Any) -> None:
         live.state.pop(master, None)
 
 
-def after_loading(engine: Any, restore: Callable[[], None]) -> None:
-    """Calls `restore` whenever a DeepSpeed engine has loaded a checkpoint. Its loaders write into the param groups: the one of
-    universal checkpoints copies group 0's values into all groups at stage 3."""
+def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any], None]) -> None:
+    """Has a DeepSpeed engine save `state()` with every checkpoint, in its client state, if that is not None; and calls `restore`, with
+    what a checkpoint had of it, whenever one was loaded. Its loaders write into the param groups: the one of universal checkpoints
+    copies group 0's values into all groups at stage 3."""
     if not is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
         return
     load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
+    save = getattr(engine.save_checkpoint, "without_lp_dist", engine.save_checkpoint)
 
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        result = load(*args, **kwargs)
-        restore()
-        return result
+        path, client = load(*args, **kwargs)
+        restore((client or {}).get("lp_dist"))
+        return path, client
 
-    load_checkpoint.without_lp_dist = load
-    engine.load_checkpoint = load_checkpoint
+    @functools.wraps(save)
+    def save_checkpoint(save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
+        mine = state()
+        return save(save_dir, tag, {**(client_state or {}), **({} if mine is None else {"lp_dist": mine})}, *args, **kwargs)
+
+    load_checkpoint.without_lp_dist, save_checkpoint.without_lp_dist = load, save
+    engine.load_checkpoint, engine.save_checkpoint = load_checkpoint, save_checkpoint
 
 
 def check_deepspeed_version() -> None:

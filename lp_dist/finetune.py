@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 
 from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
+from lp_dist.control import Control
 from lp_dist.data import load_text, pack
 from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device, zero_init_disabled
 from lp_dist.errors import UsageError
@@ -60,6 +61,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
+    target = decay_args.target()
     if args.weight_decay > 0 and decay_args.p > 1:
         logger.warning("p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p)
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
@@ -78,7 +80,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[LpCallback(decay_args.window() if decays else None, names=counted, overrides=overrides)], counted=counted)
+        callbacks=[LpCallback(decay_args.window() if decays else None, target=target, names=counted, overrides=overrides)], counted=counted)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
@@ -86,7 +88,10 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # a sharded one is no checkpoint for users
     trainer.save_model()
-    return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference)
+    reached = next(callback.attached.control for callback in trainer.callback_handler.callbacks if isinstance(callback, LpCallback))
+    if reached is not None and reached.closed is None:
+        logger.warning("the run ended before the target's window did: the sparsity is %.2f%%, not %.2f%%", 100 * sparsity.total, 100 * reached.sparsity)
+    return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference, reached)
 
 
 def _last_checkpoint(output_dir: str) -> str | None:
@@ -144,7 +149,7 @@ def _optimizer(model: torch.nn.Module, names: set[str], decay_args: arguments.De
 
 
 def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.DecayArguments, before: float, parameters: int,
-            metrics: dict[str, float], sparsity: Sparsity, reference: dict[str, Any] | None) -> dict[str, Any]:
+            metrics: dict[str, float], sparsity: Sparsity, reference: dict[str, Any] | None, reached: Control | None) -> dict[str, Any]:
     """On rank 0: counts the zeros in the files that were written, writes the report, shows it."""
     summary: dict[str, Any] = {}
     if trainer.is_world_process_zero():
@@ -161,7 +166,7 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.D
             "zeros": sparsity.zeros, "decayed_weights": sparsity.elements, "parameters": parameters,
             "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
             "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
-            "decay": dataclasses.asdict(decay_args), "versions": report.versions(), "log": trainer.state.log_history,
+            "decay": dataclasses.asdict(decay_args), "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed}, "versions": report.versions(), "log": trainer.state.log_history,
             "next": _next(sparsity, args),
         }
         report.write(args.output_dir, summary)

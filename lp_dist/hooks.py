@@ -218,3 +218,8 @@ def _packed(pairs: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
         batches[-1].append(pair)
         size += numel
     return batches
+
+
+def steps_taken(live: Optimizer) -> int:
+    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0 before the first."""
+    return max((int(state[key]) for state in live.state.values() for key in ("step", COUNT) if key in state), default=0)

@@ -102,6 +102,10 @@ def show(report: dict[str, Any], reference: dict[str, Any] | None = None) -> Non
         for kind, (zeros, elements) in report["kinds"].items():
             kinds.add_row(kind, f"{elements:,}", f"{zeros:,}", f"{zeros / elements:.2%}")
         console.print(kinds)
+    if target := report.get("target"):
+        closed = target["closed"]
+        console.print(f"Target: {target['sparsity']:.2%} zeros" + (f"; {closed['before']:.2%} died by decay, {closed['by_threshold']:.2%} at the last threshold."
+                                                                   if closed else ", but the run ended before its window did."), soft_wrap=True)
     console.print(f"Saved to [bold]{report['output_dir']}[/bold], {report['zeros']:,} exact zeros counted in its files; loads with "
                   "from_pretrained.", soft_wrap=True, highlight=False)
     console.print(f"Next: {report['next']}", soft_wrap=True, highlight=False, markup=False)

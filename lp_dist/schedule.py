@@ -12,6 +12,30 @@ OFF = {"cutoff": -1.0}                                       # x > cutoff for ev
 FROZEN = {"p": 1.0, "precondition": 0.0, "cutoff": 0.0}      # x = |w| > 0: free; x = 0: dead. Zeros stay, survivors train
 
 
+def values_of(phase: dict[str, Any]) -> dict[str, set]:
+    """Every value that a group key has in `phase`, in which the decay acts, before it or after it."""
+    phases = (OFF, FROZEN, phase)
+    return {key: {values[key] for values in phases if key in values} for key in set().union(*phases)}
+
+
+def check_window(start: float, end: float) -> None:
+    """Raises ValueError if start or end is negative or nan, or start is not before end."""
+    for key, value in (("start", start), ("end", end)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{key}={value!r} must be a number >= 0: a fraction of the run if <= 1, else an optimizer step")
+    if (start <= 1) == (end <= 1) and start >= end:
+        raise ValueError(f"the decay must start before it ends, but start={start:g} and end={end:g}; lower start or raise end")
+
+
+def window_steps(start: float, end: float, total: int) -> tuple[int, int]:
+    """The window [start, end) in optimizer steps of a run of `total` steps; raises ValueError if it holds none."""
+    start, end = (round(x * total) if x <= 1 else int(x) for x in (start, end))
+    if start >= min(end, total):
+        raise ValueError(f"the decay window from step {start} to {end} holds no step of a run of {total} steps; "
+                         "lower its start, raise its end, or train for longer")
+    return start, end
+
+
 @dataclass(frozen=True)
 class DecayWindow:
     """Warm-up without decay, then decay, then recovery with the zeros frozen.
@@ -31,11 +55,7 @@ class DecayWindow:
     values: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for key, value in (("start", self.start), ("end", self.end)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{key}={value!r} must be a number >= 0: a fraction of the run if <= 1, else an optimizer step")
-        if (self.start <= 1) == (self.end <= 1) and self.start >= self.end:
-            raise ValueError(f"the decay must start before it ends, but start={self.start:g} and end={self.end:g}; lower start or raise end")
+        check_window(self.start, self.end)
 
     def steps(self, total: int) -> tuple[int, int]:
         """The window [start, end) in optimizer steps of a run of `total` steps.
@@ -43,11 +63,7 @@ class DecayWindow:
         Raises:
             ValueError: the window holds no step.
         """
-        start, end = (round(x * total) if x <= 1 else int(x) for x in (self.start, self.end))
-        if start >= min(end, total):
-            raise ValueError(f"the decay window from step {start} to {end} holds no step of a run of {total} steps; "
-                             "lower its start, raise its end, or train for longer")
-        return start, end
+        return window_steps(self.start, self.end, total)
 
     def at(self, step: int, total: int) -> dict[str, Any]:
         """Values of the decayed groups for optimizer step `step` (from 0) of `total`."""
@@ -58,5 +74,4 @@ class DecayWindow:
 
     def scheduled(self) -> dict[str, set]:
         """Every value that the window gives to a group key at some step."""
-        phases = (OFF, FROZEN, {"cutoff": math.inf, **(self.values or {})})
-        return {key: {phase[key] for phase in phases if key in phase} for key in set().union(*phases)}
+        return values_of({"cutoff": math.inf, **(self.values or {})})

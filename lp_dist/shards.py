@@ -63,9 +63,14 @@ class Shard:
     replicas: int = 1
 
     @property
+    def is_on_disk(self) -> bool:
+        """Whether NVMe offload has swapped it out."""
+        return not hasattr(self.tensor, "to_local") and self.length > self.tensor.numel()
+
+    @property
     def piece(self) -> Piece:
         """The master values, a view to read and write. Under NVMe offload they are read from the disk, and are a copy."""
-        if self.length > self.tensor.numel():  # swapped out
+        if self.is_on_disk:
             from deepspeed.utils import safe_get_local_fp32_param
             values = safe_get_local_fp32_param(self.param)[: self.length].clone()
         else:

@@ -5,47 +5,71 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from lp_dist.attachment import attach, steps_taken
+from lp_dist.attachment import Attachment, attach
+from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names
+from lp_dist.hooks import steps_taken
 from lp_dist.schedule import DecayWindow
 from lp_dist.sparsity import Sparsity, measure_sparsity
+from lp_dist.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
 
 
-class LpCallback(TrainerCallback):
-    """`Trainer(..., callbacks=[LpCallback(DecayWindow(...))])`: attaches the optimizer at train begin, and runs the decay window.
+class LpCallback(TrainerCallback, ExportableState):
+    """`Trainer(..., callbacks=[LpCallback(target=SparsityTarget(0.5))])`, or `LpCallback(DecayWindow(...))` with a λ of your own: attaches
+    the optimizer at train begin, and runs the decay.
 
     Args:
         window: when the decay acts and with which values; it is asked anew at every step, so a resumed run goes on as it would
-            have. None: always, with the groups' own values.
+            have. None, and no target: always, with the groups' own values.
+        target: the share of zeros to end with; λ is found, so the groups' weight_decay must be 0. Its state is kept in Trainer's
+            checkpoints. One of the two, as an object or as a mapping of its arguments.
         names, overrides: which parameters may decay, and values of single ones, as of `lp_dist.attach`.
-    The window advances with the optimizer steps that were really taken: an fp16 overflow, which Trainer counts as a step, is none.
+    The decay advances with the optimizer steps that were really taken: an fp16 overflow, which Trainer counts as a step, is none.
 
     Raises (at train begin):
         RuntimeError: the optimizer that really steps is not ours, or ranks disagree on hyperparameters.
-        ValueError: nothing decays, the window holds no step of this run, or it would replace a group's cutoff.
+        ValueError: nothing decays, the window holds no step of this run, it would replace a group's cutoff, or a target can't be reached.
     Raises (when Trainer logs):
         RuntimeError: the gradients have become nan; without fp16's loss scaling nothing skips such a step.
     """
 
-    def __init__(self, window: DecayWindow | None = None, *, names: Iterable[str] | None = None,
-                 overrides: dict[str, dict[str, Any]] | None = None) -> None:
-        self.window, self.names, self.overrides = window, names, overrides
+    def __init__(self, window: DecayWindow | dict[str, Any] | None = None, *, target: SparsityTarget | dict[str, Any] | None = None,
+                 names: Iterable[str] | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> None:
+        if window is not None and target is not None:
+            raise ValueError("a window and a target were given, but a target has a window of its own; set its start and end")
+        self.window = DecayWindow(**window) if isinstance(window, dict) else window
+        self.target = SparsityTarget(**target) if isinstance(target, dict) else target
+        self.names = None if names is None else sorted(names)
+        self.overrides = overrides
+        self.attached: Attachment | None = None
+
+    def state(self) -> dict[str, Any]:
+        """For Trainer's checkpoints: what this callback was made with, and where the target stands."""
+        window = None if self.window is None else {**asdict(self.window), "values": None if self.window.values is None else {
+            key: value if isinstance(value, (int, float)) else repr(value) for key, value in self.window.values.items()}}
+        made = {"window": window, "target": self.target and self.target.described(), "names": self.names, "overrides": self.overrides}
+        return {"args": made, "attributes": {}, "progress": self.attached.state_dict() if self.attached is not None else {}}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         scheduled = self.window.scheduled() if self.window is not None else {}
-        attached = attach(model, optimizer, names=self.names, overrides=self.overrides, lr_scheduler=lr_scheduler, scheduled=scheduled)
-        self._live = attached.optimizer
+        self.attached = attach(model, optimizer, names=self.names, overrides=self.overrides, target=self.target,
+                               total_steps=state.max_steps if self.target else None, lr_scheduler=lr_scheduler, scheduled=scheduled)
+        self._live = self.attached.optimizer
         # A checkpoint without optimizer state: its steps are known from Trainer alone.
         self._before = 0 if steps_taken(self._live) else state.global_step
-        if self._before:
+        if self._before and self.target is None:
             logger.warning("going on at step %d without optimizer state: the checkpoint had none, so the moments start anew", self._before)
-        self._decayed = sorted({shard.group for shard in attached.shards if shard.name in attached.decayed})
+        self._resume_target(state)
+        decayed = [shard for shard in self.attached.shards if shard.name in self.attached.decayed]
+        self._decayed = sorted({shard.group for shard in decayed})
         if self.window is None:
             return
         if not self._decayed:
@@ -57,11 +81,25 @@ class LpCallback(TrainerCallback):
         start, end = self.window.steps(state.max_steps)
         logger.info("Lp decay acts from optimizer step %d to %d of %d; afterwards zeros are frozen", start, end, state.max_steps)
 
+    def _resume_target(self, state) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[-1] if isinstance(saved, list) else saved
+        progress = (saved or {}).get("progress")
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # Trainer wants it there when it saves
+        if self._before and self.target is not None:
+            raise UsageError(f"the checkpoint of step {self._before} has no optimizer state, so the target's plan can't go on from it; train with "
+                             "save_only_model=False, or start anew from its weights with another output_dir")
+        if progress and state.global_step:
+            self.attached.load_state_dict(progress)
+
     def on_step_begin(self, args, state, control, **kwargs):
         if self.window is not None:
             values = self.window.at(self._before + steps_taken(self._live), state.max_steps)
             for i in self._decayed:
                 self._live.param_groups[i].update(values)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.attached.after_step()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
@@ -71,7 +109,7 @@ class LpCallback(TrainerCallback):
 
 
 class LpTrainer(Trainer):
-    """Trainer whose evaluations also report perplexity and sparsity, to the progress bar and to every `report_to` logger.
+    """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every `report_to` logger.
 
     A callback comes after the loggers and could not add to what they see, hence a subclass; use it or not, as you like.
 
@@ -85,6 +123,10 @@ class LpTrainer(Trainer):
         self._counted = set(counted) if counted is not None else decayed_names(self.model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LpCallback) and callback.attached is not None:
+                    logs.update(callback.attached.logs)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))  # beyond 700 a float is infinite
             logs["eval_sparsity"] = self.measure_sparsity().total

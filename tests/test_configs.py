@@ -166,7 +166,7 @@ def test_every_key_of_a_recipe_is_an_argument(path: Path):
     from lp_dist.arguments import ARGUMENT_CLASSES
     recipe = yaml.safe_load(path.read_text())
     assert not set(recipe) - {field.name for arguments in ARGUMENT_CLASSES for field in fields(arguments)}
-    assert recipe["weight_decay"] > 0 and recipe["p"] < 1, "exact zeros need p < 1"
+    assert 0 < recipe["sparsity"] < 1 and recipe["p"] <= 1 and "weight_decay" not in recipe
 
 
 @each(RECIPES)

@@ -1,0 +1,252 @@
+"""Control: brings an optimizer to a `SparsityTarget`. λ and the cutoff are found from the weights as they are, again and again, and land on it.
+
+With x of `decay.py`, and no gradients, x falls by (2−p)·λ·α a step. So the λ by which the share s of the weights is dead h steps from now is
+`x_s / ((2−p)·Σα)`, with x_s the quantile of the present x at s and Σα the learning rates of those steps. Gradients push back; hence the
+same is asked anew every `every` steps, for the share that the plan has `every` steps later (a receding horizon: no gains to tune).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from statistics import median
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lp_dist.engines import summed
+from lp_dist.errors import UsageError
+from lp_dist.hooks import steps_taken
+from lp_dist.quantiles import Part, dead_rows, smallest, zero_below
+from lp_dist.rates import rates_ahead
+from lp_dist.schedule import FROZEN, OFF, window_steps
+from lp_dist.segments import SegmentMap, effective
+from lp_dist.shards import Shard
+from lp_dist.target import SparsityTarget, check_p
+
+logger = logging.getLogger(__name__)
+
+SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
+_TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while the decay acts
+VERSION = 1
+
+
+class Control:
+    """Brings the optimizer to a `SparsityTarget`; made by `lp_dist.attach`. Collective: every rank does the same at the same step.
+
+    Args:
+        target: what to reach. optimizer: the live one. segments: its.
+        candidates: shards of the parameters that may decay. left_out: names of those that start at zero, and don't.
+        everything: elements of all parameters of the model. total: optimizer steps of the run. lr_scheduler: gives the learning rates ahead.
+    Raises:
+        UsageError: the target can't be reached in this run; the message says what to change.
+    """
+
+    def __init__(self, target: SparsityTarget, optimizer: Optimizer, segments: SegmentMap, candidates: list[Shard], left_out: list[str],
+                 everything: int, total: int, lr_scheduler: Any) -> None:
+        self.target, self.total, self.lr_scheduler = target, total, lr_scheduler
+        self.optimizer, self.segments = optimizer, segments
+        self.candidates, self.left_out = candidates, left_out
+        self.start, self.end = window_steps(target.start, target.end, total)
+        self.end = min(self.end, total)
+        self.groups = sorted({shard.group for shard in candidates})
+        self.phase: dict[str, Any] = {"cutoff": math.inf}
+        for key in ("p", "precondition"):
+            if getattr(target, key) is not None:
+                self.phase[key] = getattr(target, key)
+        self._check(everything)
+        elements = sum(shard.shape.numel() for shard in self.shards)
+        self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
+        self.every = target.every or max(1, round((self.end - self.start) / 20))
+        self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
+        self.seen = -1                          # optimizer steps at the last call
+        self.next = self.start                  # optimizer steps at which the weights are looked at again
+        self.logs: dict[str, float] = {}
+        self.closed: dict[str, float] | None = None
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Of the parameters that decay."""
+        return [shard for shard in self.candidates if shard.name not in self.left_out]
+
+    def _check(self, everything: int) -> None:
+        target, live = self.target, self.optimizer
+        if not self.shards:
+            raise UsageError("a sparsity is asked for, but no parameter decays: all are frozen, all zeros, left out by an override, or of modules that are "
+                             "not linear, convolution or attention layers. Unfreeze some, or name them (names=)")
+        if self.end - self.start < SHORTEST:
+            short = f"the window from step {self.start} to {self.end} of {self.total} has {self.end - self.start} steps, and a collapse takes {SHORTEST}"
+            share = target.end - target.start
+            longer = f"train for at least {math.ceil(SHORTEST / share) + 1} steps, or " if max(target.start, target.end) <= 1 else ""
+            raise UsageError(f"{short}; {longer}lower start, or raise end")
+        if any(shard.is_on_disk for shard in self.shards):
+            raise UsageError("a target can't be followed under NVMe offload, since the weights to be looked at lie on the disk; offload to the "
+                             "CPU instead, or give a weight_decay (λ) and no target")
+        for shard in self.shards:
+            values = self._values(shard)
+            try:
+                check_p(values["p"])
+            except ValueError as error:
+                raise UsageError(f"{shard.name}: {error}") from None
+        if target.scope == "global" and len({(self._values(s)["p"], self._values(s).get("precondition", 0.0)) for s in self.shards}) > 1:
+            raise UsageError("scope='global' has one threshold for all weights, so p and precondition must not differ between them; use scope='layer'")
+        if any(self._values(s).get("precondition") for s in self.shards):
+            self.start = max(1, self.start)     # before the first step there are no second moments
+        elements = sum(shard.shape.numel() for shard in self.shards)
+        if target.of == "all" and target.sparsity * everything >= elements:
+            raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} ({elements / everything:.1%}) "
+                             f"decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
+        ahead = rates_ahead(self.lr_scheduler, live, self.end - 1 - steps_taken(live))[max(0, self.start - steps_taken(live)):]
+        if ahead and not any(rate[i] > 0 for rate in ahead for i in self.groups):
+            raise UsageError(f"the learning rate is 0 in the whole window from step {self.start} to {self.end}, so nothing can decay; move the window")
+
+    # -- what runs ----------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """Call it after each optimizer step (and the scheduler's); a step that was skipped, or a micro-batch, changes nothing."""
+        t = steps_taken(self.optimizer)
+        if t != self.seen:
+            if t > self.start and not self.before:
+                raise RuntimeError(f"the optimizer has taken {t} steps, and the window began at {self.start}, but the target's own state is not here: "
+                                   "load it (load_state_dict of what attach returned), or call after_step() after each optimizer step from the first on")
+            self.run(t)
+
+    def begin(self, t: int) -> None:
+        """Makes the optimizer ready for its first step here; after a resume beyond the start, `load_state_dict` does."""
+        if t <= self.start:
+            self.run(t)
+
+    def run(self, t: int) -> None:
+        """Makes the optimizer ready for step t (from 0)."""
+        self.seen = t
+        self.set_phase(t)
+        if t < self.start:
+            return
+        if not self.before:
+            self._begin()
+        if t >= self.end - 1:
+            if self.closed is None:
+                self._close()
+        elif t >= self.next:
+            self._look(t)
+            self.next = t + self.every - (t - self.start) % self.every
+
+    def set_phase(self, t: int) -> None:
+        """The groups' values for step t: no decay, decay, or frozen zeros. The step after the last threshold is frozen in any case."""
+        values = OFF if t < self.start or (t >= self.end and not self.target.freeze) else self.phase if t < self.end - 1 else FROZEN
+        for i in self.groups:
+            self.optimizer.param_groups[i].update(values)
+
+    def plan(self, t: int) -> float:
+        """Share of the way to the target that lies behind after t steps."""
+        return self.target.at((t - self.start) / (self.end - 1 - self.start))
+
+    def _begin(self) -> None:
+        counts = self._counts()
+        self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
+        sparser = [(scope, share) for scope, share in self.before.items() if share >= self.sparsity]
+        if sparser:
+            scope, share = sparser[0]
+            raise UsageError(f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for more, leave it out by an override "
+                             "{\"weight_decay\": 0}, or use scope='global'")
+        logger.info("target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d", 100 * self.sparsity,
+                    sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
+
+    def _look(self, t: int) -> None:
+        """λ and cutoff of each scope, for the share that the plan has `every` steps from now."""
+        horizon = min(self.every, self.end - 1 - t)
+        counts = self._counts()
+        share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
+        found = smallest(self._parts(), {scope: round(share[scope] * elements) for scope, (_, elements) in counts.items()}, passes=2)
+        rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
+        lambdas = []
+        for shard in self.shards:
+            x, p = found[self._scope(shard)], self._values(shard)["p"]
+            total = sum(rate[shard.group] for rate in rates)
+            weight_decay = min(max(x / ((2.0 - p) * total), _TINY), 1e30) if total > 0.0 else _TINY
+            cutoff = math.inf if self.target.cap is None else self.target.cap * x
+            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff)
+            lambdas.append(weight_decay)
+        self._log(t, counts, lambdas)
+
+    def _close(self) -> None:
+        """What remains dies at once, by the same x; the next step, which is frozen, carries it into an engine's copies of the weights."""
+        before = self._counts()
+        found = smallest(self._parts(), {scope: round(self.sparsity * elements) for scope, (_, elements) in before.items()}, passes=3)
+        zero_below(self._parts(whole=True), found)
+        after = self._counts()
+        for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
+            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
+        total = sum(elements for _, elements in after.values())
+        had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
+        worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
+        self.closed = {"before": had, "after": have, "by_threshold": have - had}
+        logger.info("target: %.2f%% zeros by decay, %.2f%% after the last threshold; furthest from the target is %s, at %.2f%%", 100 * had, 100 * have,
+                    worst, 100 * after[worst][0] / after[worst][1])
+        self._log(self.end - 1, after, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
+
+    # -- what it looks at ---------------------------------------------------------------------------------------------
+
+    def _scope(self, shard: Shard) -> str:
+        return shard.name if self.target.scope == "layer" else "all"
+
+    def _values(self, shard: Shard) -> dict[str, Any]:
+        group = {**self.optimizer.param_groups[shard.group], **self.phase}
+        own = {key: value for key, value in self.segments.values(shard.name).items() if key in ("p", "precondition")}
+        return effective(group, own)
+
+    def _parts(self, whole: bool = False) -> list[Part]:
+        return [Part.of(self._scope(shard), shard, self._values(shard), whole) for shard in self.shards]
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        """Zeros and elements of each scope, over all ranks."""
+        scopes = list(dict.fromkeys(map(self._scope, self.shards)))
+        counts = torch.zeros(len(scopes), 2, dtype=torch.int64)
+        for part in self._parts():
+            counts[scopes.index(part.scope)] += torch.tensor([part.zeros(), part.weights.numel()])
+        return {scope: (zeros, elements) for scope, (zeros, elements) in zip(scopes, summed(counts).tolist())}
+
+    def _log(self, t: int, counts: dict[str, tuple[int, int]], lambdas: list[float]) -> None:
+        total = sum(elements for _, elements in counts.values())
+        first = sum(self.before[scope] * elements for scope, (_, elements) in counts.items()) / total
+        dead, rows = dead_rows(self.shards)
+        self.logs = {
+            "lp/target": self.sparsity, "lp/plan": first + (self.sparsity - first) * self.plan(t),
+            "lp/measured": sum(zeros for zeros, _ in counts.values()) / total, "lp/lambda_min": min(lambdas), "lp/lambda_median": median(lambdas),
+            "lp/lambda_max": max(lambdas), "lp/dead_channels": dead / max(1, rows)}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the same on every rank."""
+        return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every],
+                "left_out": list(self.left_out), "before": dict(self.before), "next": self.next, "closed": self.closed, "logs": dict(self.logs),
+                "values": {shard.name: {key: _plain(value) for key, value in self.segments.values(shard.name).items() if key in ("weight_decay", "cutoff")}
+                           for shard in self.shards}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was. Call it after the optimizer's state was loaded.
+
+        Raises:
+            UsageError: it is of another target, another run, or another version.
+        """
+        if state.get("version") != VERSION:
+            raise UsageError(f"the target's state is of version {state.get('version')!r}, and this lp_dist reads {VERSION}; install the one that wrote it")
+        mine = self.state_dict()
+        for key in ("target", "window"):
+            if mine[key] != state[key]:
+                raise UsageError(f"the checkpoint was trained for another {key} than the script asks for: {state[key]}, and now {mine[key]}; go on with "
+                                 "the same target and as many steps, or start anew from the saved model without its optimizer state")
+        self.left_out = list(state["left_out"])
+        odd = sorted(set(state["values"]) ^ {shard.name for shard in self.shards})
+        if odd:
+            raise UsageError(f"other parameters decay than in the checkpoint, {odd[0]!r} among them; use the same names and overrides")
+        self.before, self.next, self.closed, self.logs = dict(state["before"]), state["next"], state["closed"], dict(state["logs"])
+        for name, values in state["values"].items():
+            self.segments.set(name, **{key: float(value) for key, value in values.items()})
+        self.run(steps_taken(self.optimizer))
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no infinity

@@ -1,0 +1,83 @@
+"""SparsityTarget: a sparsity instead of a λ, and by which steps it is to be reached. `control.py` brings the weights there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lp_dist.decay import P_MIN, check_hyperparameters
+from lp_dist.schedule import check_window
+
+CURVES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda u: 1.0 - (1.0 - u) ** 3,   # Zhu and Gupta, arXiv 1710.01878: fast while there is much to spare, slow at the end
+    "linear": lambda u: u,
+}
+
+
+@dataclass(frozen=True)
+class SparsityTarget:
+    """The share of exact zeros to end with.
+
+    Args:
+        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1.
+        start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
+            Adam's second moments can fill; after it survivors recover.
+        scope: "layer", every tensor reaches the target; "global", one threshold for all of them.
+        p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them.
+        cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent; None: all feel it.
+        curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1) = 1.
+        freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
+        every: optimizer steps between two looks at the weights; None: a twentieth of the window.
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    sparsity: float
+    start: float = 0.1
+    end: float = 0.7
+    scope: str = "layer"
+    p: float | None = None
+    precondition: float | None = None
+    cap: float | None = 1.0
+    curve: str | Callable[[float], float] = "cubic"
+    freeze: bool = True
+    every: int | None = None
+    of: str = "decayed"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
+            raise ValueError(f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of the weights")
+        for key, choices in (("scope", ("layer", "global")), ("of", ("decayed", "all"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
+        check_window(self.start, self.end)
+        if self.p is not None:
+            check_p(self.p)
+        if self.precondition is not None:
+            check_hyperparameters(precondition=self.precondition)
+        if self.cap is not None and not self.cap >= 1.0:
+            raise ValueError(f"cap={self.cap!r} must be at least 1, else weights that are to die feel no decay; None lets all weights feel it")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window")
+        if not callable(self.curve) and self.curve not in CURVES:
+            raise ValueError(f"curve={self.curve!r} must be one of {', '.join(CURVES)}, or a function of the part of the window that is over")
+        points = [self.at(i / 16) for i in range(17)]
+        if abs(points[0]) > 1e-9 or abs(points[-1] - 1.0) > 1e-9 or any(a > b + 1e-9 for a, b in zip(points, points[1:])):
+            raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is dead stays dead")
+
+    def at(self, u: float) -> float:
+        """Share of the way from the first sparsity to the last when the part u of the window is over."""
+        return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
+
+    def described(self) -> dict[str, Any]:
+        """Plain JSON types: what a checkpoint must agree on."""
+        return {**asdict(self), "curve": getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve}
+
+
+def check_p(p: float) -> None:
+    """Raises ValueError for an exponent with which a target makes no sense: above 1 weights become small and not zero, so that nearly all of
+    them would die at the last threshold (docs/which-p.md has the figures)."""
+    if not P_MIN <= p <= 1.0:
+        raise ValueError(f"p={p:g} reaches no sparsity by itself: for p > 1 weights become small, and not zero. Take p in [{P_MIN:g}, 1]; 0.5 is the "
+                         "default, 0 the log penalty")
