@@ -131,12 +131,14 @@ def test_demo(project: Project, gpus: str, ranks: str, on_cpu: bool):
         assert parsed.nproc_per_node == ranks and parsed.standalone and parsed.module
         assert parsed.training_script == "lp_dist.finetune"
         assert (ROOT / parsed.training_script_args[0]).is_file()
-        assert parsed.training_script_args[-2:] == ["--max_steps", "3"], "the user's keys must come last, so that they win"
         rest = parsed.training_script_args[1:]
         keys.append(dict(zip(rest[::2], rest[1::2])))
     dense, sparse = keys
+    ends = [list(one.items())[-2:] for one in keys]
+    assert ends[1][1] == ends[0][0] == ("--max_steps", "3"), "the user's keys must come last, so that they win"
+    assert ends[0][1] == ("--sparsity", "0"), "but the dense run stays dense"
     assert dense["--overwrite"] == sparse["--overwrite"] == "true", "the demo can be started again"
-    assert dense["--weight_decay"] == "0" and "--weight_decay" not in sparse, "the recipe's λ must reach the sparse run"
+    assert "--sparsity" not in sparse, "the recipe's target must reach the sparse run"
     assert sparse["--compare_with"] == dense["--output_dir"] != sparse["--output_dir"]
     assert dense["--model"] == sparse["--model"] and dense["--dataset"] == sparse["--dataset"]
 
