@@ -6,12 +6,12 @@ from lp_dist.attachment import attach
 from lp_dist.groups import param_groups
 from lp_dist.hooks import add_lp_decay
 from lp_dist.optim import LpAdamW, LpLion, LpSGD
-from lp_dist.schedule import DecayWindow
+from lp_dist.schedule import DecayWindow, Ramp
 from lp_dist.sparsity import measure_histogram, measure_sparsity
 from lp_dist.target import SparsityTarget
 
 __version__ = "0.1.0"
-__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "SparsityTarget", "add_lp_decay", "attach",
+__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "Ramp", "SparsityTarget", "add_lp_decay", "attach",
            "measure_histogram", "measure_sparsity", "param_groups"]
 
 

@@ -65,7 +65,8 @@ class DecayArguments:
     cutoff: float = field(default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."})
     decay_start: float | None = field(default=None, metadata={
         "help": "Where the decay begins: fraction of the run if <= 1, else a step. 0 for a λ, 0.1 for a sparsity."})
-    decay_end: float | None = field(default=None, metadata={"help": "Where it ends and the zeros are frozen, likewise. 1 for a λ, 0.7 for a sparsity."})
+    decay_end: float | None = field(default=None, metadata={
+        "help": "Where it ends and the zeros are frozen, likewise. 1 for a λ, 0.7 for a sparsity."})
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
     overrides: str | None = field(default=None, metadata={
         "help": 'Values of single parameters, by pattern on their names, as JSON: {"*.layers.0.*": {"weight_decay": 0}}.'})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,7 +72,7 @@ class Attachment:
 
 def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None,
            overrides: dict[str, dict[str, Any]] | None = None, target: SparsityTarget | None = None, total_steps: int | None = None,
-           lr_scheduler: Any = None, scheduled: dict[str, set] | None = None) -> Attachment:
+           lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
     After it, λ, p, l2, precondition and cutoff can differ per parameter inside one flat shard, what decays is decided by name whoever
@@ -233,8 +233,8 @@ def _book(live: Any) -> Any:
 
 
 def _asked(live: Any, found: list[Shard]) -> list[dict[str, Any]]:
-    """The values of each live group as the script asked for them, the learning rate among them: known by the group's parameters, since engines drop empty groups;
-    by position where an engine has put other parameters into the groups (Accelerate's FSDP2); else what the group has now."""
+    """The values of each live group as the script asked for them, the learning rate among them: known by the group's parameters, since
+    engines drop empty groups; by position where an engine has put other parameters into them (Accelerate's FSDP2); else what it has now."""
     book = _book(live)
     by_group = {shard.group: values for shard in found if (values := book.asked.of(shard.param)) is not None}
     positional = book.asked.groups if len(book.asked.groups) == len(live.param_groups) else live.param_groups

@@ -51,6 +51,18 @@ def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
     torch._foreach_mul_(x, denom)
 
 
+def lag_(x: list[Tensor], s: list[Tensor], lag: float) -> None:
+    """x ← 1/s with s ← lag·s + (1−lag)/x, in place in both: the paper's auxiliary s at a rate of its own.
+
+    Where s is 0, which it is at first, it starts as 1/x. A weight that is zero makes s infinite for good, so zero still absorbs.
+    """
+    for t, state in zip(x, s):
+        t.reciprocal_()
+        now = torch.where(state == 0, t, state * lag + t * (1.0 - lag))
+        state.copy_(now)
+        torch.reciprocal(state, out=t)
+
+
 def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
     """Whether the Lp term acts at all. A negative cutoff switches it off, since x > cutoff everywhere."""
     return lr * weight_decay > 0.0 and cutoff >= 0.0
@@ -142,7 +154,7 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, precondition, eps, momentum, betas, nesterov; other keys are ignored.
+    Knows lr, weight_decay, p, l2, cutoff, precondition, lag, eps, momentum, betas, nesterov; other keys are ignored.
     A tensor on an accelerator is not looked at, since that would make the host wait for it.
     """
     for key, value in values.items():
@@ -154,6 +166,8 @@ def check_hyperparameters(**values: Any) -> None:
             value = value.item()
         if key in _NOT_NEGATIVE and not (_is_real(value) and 0.0 <= value < math.inf):
             raise ValueError(f"{key}={value!r} must be a finite number >= 0; {_WAY_OUT[key]}")
+        if key == "lag" and not (_is_real(value) and 0.0 <= value < 1.0):
+            raise ValueError(f"lag={value!r} must be a number in [0, 1): the share of the last |w|^(p-2) that is kept; set it to 0 for none")
         if key == "p" and not (_is_real(value) and P_MIN <= value <= P_MAX):
             raise ValueError(
                 f"p={value!r} must be a number in [{P_MIN:g}, {P_MAX:g}]: |w|^(2-p) leaves fp32's range beyond it. Use p < 1 for "

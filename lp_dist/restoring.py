@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lp_dist.hooks import steps_taken
 logger = logging.getLogger(__name__)
 
 
-def restore_values(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, set]) -> None:
+def restore_values(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, Container]) -> None:
     """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
     for i, (group, values) in enumerate(zip(live.param_groups, asked)):
         if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
+
+from lp_dist.decay import check_hyperparameters
 
 # Group values for a phase in which the base optimizer's step is left exactly as it is. λ itself stays in the groups, so that
 # a group that decays is known by weight_decay > 0 at any time, also after a resume in the middle of such a phase.
@@ -12,10 +15,52 @@ OFF = {"cutoff": -1.0}                                       # x > cutoff for ev
 FROZEN = {"p": 1.0, "precondition": 0.0, "cutoff": 0.0}      # x = |w| > 0: free; x = 0: dead. Zeros stay, survivors train
 
 
-def values_of(phase: dict[str, Any]) -> dict[str, set]:
+@dataclass(frozen=True)
+class Ramp:
+    """A value that goes from `first` to `last` over a window, as a pure function of the part of the window that is over.
+
+    For `DecayWindow(values=...)`: `{"p": Ramp(2.0, 0.5)}` lets weights settle before the sparse norm bites, `{"weight_decay": Ramp(1e-3, 1e-1,
+    "geometric")}` warms λ up, `{"l2": Ramp(0.1, 0.0)}` fades an L2 term out.
+
+    Args:
+        first, last: the value at the start and at the end.
+        shape: "linear"; "cosine", slow at both ends; "geometric", by equal factors.
+        until: the part of the window at which `last` is reached; it stays from there on.
+    Raises:
+        ValueError: shape is unknown, until is not in (0, 1], or a geometric ramp has an end that is not above 0.
+    """
+
+    first: float
+    last: float
+    shape: str = "linear"
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("linear", "cosine", "geometric"):
+            raise ValueError(f"shape={self.shape!r} must be one of linear, cosine, geometric")
+        if not 0.0 < self.until <= 1.0:
+            raise ValueError(f"until={self.until!r} must be in (0, 1], a part of the window")
+        if self.shape == "geometric" and not min(self.first, self.last) > 0.0:
+            raise ValueError(f"a geometric ramp from {self.first:g} to {self.last:g} needs both above 0; use shape='linear'")
+
+    def __call__(self, u: float) -> float:
+        u = min(max(u / self.until, 0.0), 1.0)
+        if self.shape == "geometric":
+            return self.first ** (1.0 - u) * self.last ** u
+        u = u if self.shape == "linear" else (1.0 - math.cos(math.pi * u)) / 2.0
+        return self.first * (1.0 - u) + self.last * u
+
+
+class _Anything:
+    def __contains__(self, value: Any) -> bool:
+        return True
+
+
+def values_of(phase: dict[str, Any]) -> dict[str, Container]:
     """Every value that a group key has in `phase`, in which the decay acts, before it or after it."""
     phases = (OFF, FROZEN, phase)
-    return {key: {values[key] for values in phases if key in values} for key in set().union(*phases)}
+    found: dict[str, Container] = {key: {values[key] for values in phases if key in values} for key in set().union(*phases)}
+    return {key: _Anything() if callable(phase.get(key)) else values for key, values in found.items()}
 
 
 def check_window(start: float, end: float) -> None:
@@ -44,18 +89,21 @@ class DecayWindow:
         start: where the decay begins: a fraction of the run if it is ≤ 1, else an optimizer step. Before it nothing decays, so
             that Adam's second moments can fill (the preconditioned form needs them).
         end: where it ends, likewise; 1 is the end of the run. From there zeros stay zero and survivors train without decay.
-        values: group keys while it acts, such as p, l2, precondition; what is not named stays as the groups have it. The window
-            owns `cutoff`, by which it switches: what is not named here is inf while it acts.
+        values: group keys while it acts, such as p, l2, precondition, weight_decay; what is not named stays as the groups have it. A
+            function gives the value for the part of the window that is over, such as a `Ramp`. The window owns `cutoff`, by which it
+            switches: what is not named here is inf while it acts.
     Raises:
-        ValueError: start or end is negative or nan, or start is not before end.
+        ValueError: start or end is negative or nan, start is not before end, or a value is out of its range.
     """
 
     start: float = 0.0
     end: float = 1.0
-    values: dict[str, Any] | None = None
+    values: dict[str, float | Callable[[float], float]] | None = None
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
+        for part in (0.0, 0.5, 1.0):
+            check_hyperparameters(**self._values(part))
 
     def steps(self, total: int) -> tuple[int, int]:
         """The window [start, end) in optimizer steps of a run of `total` steps.
@@ -70,8 +118,11 @@ class DecayWindow:
         start, end = self.steps(total)
         if step < start:
             return OFF
-        return FROZEN if step >= end else {"cutoff": math.inf, **(self.values or {})}
+        return FROZEN if step >= end else self._values((step - start) / max(1, min(end, total) - 1 - start))
 
-    def scheduled(self) -> dict[str, set]:
+    def _values(self, part: float) -> dict[str, Any]:
+        return {"cutoff": math.inf, **{key: value(part) if callable(value) else value for key, value in (self.values or {}).items()}}
+
+    def scheduled(self) -> dict[str, Container]:
         """Every value that the window gives to a group key at some step."""
         return values_of({"cutoff": math.inf, **(self.values or {})})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lp_dist import LpAdamW
-from lp_dist.schedule import FROZEN, OFF, DecayWindow
+from lp_dist.schedule import FROZEN, OFF, DecayWindow, Ramp
 
 
 def test_fractions_and_steps_give_the_same_window():
@@ -73,3 +73,51 @@ def test_after_the_window_zeros_stay_and_survivors_train_without_decay():
         assert (after[~dead] != before[~dead]).all()
     # Without decay Adam's step is bounded by about lr: nothing is pulled towards zero in proportion to the weight.
     assert ((history[-1] - history[19])[~dead].abs() <= 10 * 1e-2 * 1.2).all()
+
+
+@pytest.mark.parametrize("shape, half", [("linear", 1.25), ("cosine", 1.25), ("geometric", 1.0)])
+def test_a_ramp_goes_from_first_to_last(shape, half):
+    ramp = Ramp(2.0, 0.5, shape)
+    assert (ramp(0.0), ramp(1.0), ramp(2.0)) == (2.0, 0.5, 0.5) and ramp(0.5) == pytest.approx(half)
+    values = [ramp(i / 50) for i in range(51)]
+    assert values == sorted(values, reverse=True)
+    early = Ramp(2.0, 0.5, shape, until=0.5)
+    assert early(0.25) == ramp(0.5) and early(0.5) == early(0.9) == 0.5
+
+
+@pytest.mark.parametrize("values, part", [
+    ({"shape": "cubic"}, "shape='cubic'"), ({"until": 0.0}, "until=0.0"), ({"first": 0.0, "shape": "geometric"}, "from 0 to 0.5 needs both above 0")])
+def test_a_bad_ramp_is_refused(values, part):
+    with pytest.raises(ValueError, match=part):
+        Ramp(**{"first": 2.0, "last": 0.5, **values})
+
+
+def test_a_window_moves_its_values_step_by_step():
+    window = DecayWindow(2, 7, {"p": Ramp(2.0, 0.0), "weight_decay": Ramp(1e-3, 1e-1, "geometric"), "l2": lambda part: 0.1 * (1 - part)})
+    assert [window.at(step, 9)["p"] for step in range(2, 7)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert [window.at(step, 9)["weight_decay"] for step in (2, 4, 6)] == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert [window.at(step, 9)["l2"] for step in (2, 6)] == pytest.approx([0.1, 0.0])
+    assert window.at(1, 9) == OFF and window.at(7, 9) == FROZEN
+    scheduled = window.scheduled()
+    assert 0.123 in scheduled["p"] and 3 in scheduled["weight_decay"] and 0.5 not in scheduled["cutoff"]
+
+
+def test_a_value_that_leaves_its_range_on_the_way_is_refused():
+    with pytest.raises(ValueError, match=r"p=-4.5 must be a number in \[-4, 4\]"):
+        DecayWindow(values={"p": Ramp(2.0, -4.5)})
+
+
+def test_p_comes_down_from_2_and_then_kills():
+    torch.manual_seed(0)
+    weights = torch.randn(1000) * 0.1
+    zeros = {}
+    for name, p in (("ramp", Ramp(2.0, 0.5, until=0.5)), ("fixed", 2.0)):
+        w = torch.nn.Parameter(weights.clone())
+        optimizer = LpAdamW([w], lr=1e-3, weight_decay=1.0)
+        window = DecayWindow(0.0, 1.0, {"p": p})
+        for step in range(60):
+            optimizer.param_groups[0].update(window.at(step, 60))
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        zeros[name] = int((w == 0).sum())
+    assert zeros["fixed"] == 0 and 100 < zeros["ramp"] < 900, zeros

@@ -1,0 +1,175 @@
+"""LpOptimizer: what LpAdamW, LpSGD and LpLion have in common, torch's manners and the walk of a step over groups, runs and slices.
+
+Nothing here knows an engine: DeepSpeed, FSDP2 and DDP hand over ordinary tensors (flat shards) or DTensors, and the step works on what is
+local.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lp_dist import decay
+from lp_dist.segments import Asked, SegmentMap, effective, part
+from lp_dist.slices import Row, batches, local, refuse_all_zero
+
+logger = logging.getLogger(__name__)
+
+_IMPLEMENTATIONS = ("reference", "foreach")
+LAGGED = "s"  # the state of the non-adiabatic variant
+
+
+class LpOptimizer(Optimizer):
+    """What the three have in common. A subclass gives its state names, its direction, and its own defaults."""
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: Iterable, defaults: dict[str, Any], implementation: str | None) -> None:
+        if implementation == "fused":
+            raise ValueError("implementation='fused' is not there yet in this version; use 'foreach', or None to let lp_dist choose")
+        if implementation is not None and implementation not in _IMPLEMENTATIONS:
+            raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
+        self.implementation = implementation
+        self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
+        self.segments = SegmentMap()     # filled by lp_dist.attach; without it, each parameter has its group's values
+        self.asked = Asked()
+        super().__init__(params, defaults)
+
+    # -- torch's own manners ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; raises ValueError on a bad hyperparameter and TypeError on complex parameters."""
+        self.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if param.is_complex():
+                self.param_groups.pop()
+                raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
+        self.asked.add(group, group.keys() - {"params"})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "implementation": self.implementation, "_checked": set()}  # torch's has groups and state alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("segments", SegmentMap())  # not in a copy: its tensors are others; attach it anew
+        self.__dict__.setdefault("asked", Asked())
+        for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
+                    group.setdefault(key, value)
+            self.check(group)
+            self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
+            for param in group["params"]:
+                self.check_state(self.state.get(param, {}), group)
+        for param_state in self.state.values():
+            if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
+                param_state["step"] = torch.tensor(float(param_state["step"]))
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for group values out of their range, or that this base can't have."""
+        decay.check_hyperparameters(**{key: value for key, value in group.items() if key != "params"})
+
+    def check_state(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Raises ValueError for the state of another base: it would be left lying, or start anew, without a word."""
+        tensors, names = set(state) - {"step"}, set(self._state_names(group))
+        if tensors and names - tensors == {LAGGED}:  # universal checkpoints carry Adam's state alone
+            logger.warning("the checkpoint has no %s, the lagging |w|^(p-2): it starts anew from the weights as they are", LAGGED)
+        elif tensors and tensors != names:
+            odd = ", ".join(sorted(tensors - names)) or "no " + ", ".join(sorted(names - tensors))
+            raise ValueError(f"the checkpoint is of another optimizer than {type(self).__name__}: it has {odd} in its state. Go on with that "
+                             "optimizer, or start without its state")
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Parameters without a gradient are left alone: neither stepped nor decayed.
+
+        Raises:
+            TypeError: a gradient is sparse.
+            ValueError: a hyperparameter is out of range, or a tensor that is to decay is all zeros at its first step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.check(group)
+            for values, rows in self._work(group):
+                if self.implementation == "reference":
+                    for row in rows:
+                        self._update(values, [row], self._reference)
+                else:
+                    for batch in batches(rows):
+                        self._update(values, batch, self._foreach)
+        return loss
+
+    def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
+        """The group's rows, by the values that hold for them: one list unless parameters have values of their own."""
+        work: dict[int, tuple[dict[str, Any], list[Row]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            row = self._row(param, group)
+            for offset, length, own in self.segments.runs(param, row[0].numel()):
+                if id(own) not in work:
+                    work[id(own)] = effective(group, own), []
+                work[id(own)][1].append((*(part(t, offset, length) for t in row[:-1]), row[-1]))
+        return list(work.values())
+
+    def _row(self, param: Tensor, group: dict[str, Any]) -> Row:
+        grad = param.grad
+        if grad.layout is not torch.strided:
+            raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
+        if id(param) not in self._checked:
+            if param not in self.segments:  # else attach has looked, over all ranks
+                refuse_all_zero(param, group)
+            self._checked.add(id(param))
+        names = self._state_names(group)
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU as torch's: reading it makes no GPU wait
+        for name in names:
+            if name not in state:  # |w|^(p-2) is beyond 16 bits
+                dtype = torch.promote_types(param.dtype, torch.float32) if name == LAGGED else param.dtype
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        # Not in place: DeepSpeed's loader of universal checkpoints gives all tensors one and the same `step`.
+        state["step"] = state["step"] + 1
+        step = float(state["step"])
+        if getattr(grad, "placements", None) != getattr(param, "placements", None):
+            grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
+        return (*(local(t) for t in (param, grad, *(state[name] for name in names))), step)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*self.state_names, LAGGED) if group["lag"] else self.state_names
+
+    def _update(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> None:
+        """w_new of the equation for some rows: x from the old weights, the base's step, then the decay."""
+        columns = [list(column) for column in zip(*rows)]
+        weights, grads = columns[:2]
+        lagged = columns.pop(-2) if group["lag"] else None
+        if group["maximize"] or any(g.dtype != w.dtype for w, g in zip(weights, grads)):
+            columns[1] = [(-g if group["maximize"] else g).to(w.dtype) for w, g in zip(weights, grads)]
+        lr = float(group["lr"])
+        x = None
+        if decay.is_active(lr, group["weight_decay"], group["cutoff"]):
+            x = decay.resistance(weights, group["p"])
+            if lagged is not None and group["cutoff"] > 0:  # else zeros are frozen: only whether a weight is zero counts
+                decay.lag_(x, lagged, group["lag"])
+        denom = direction(group, lr, *columns)
+        if x is not None and group.get("precondition"):
+            decay.precondition_(x, denom, group["precondition"])
+        decay.decay_(weights, x, lr=lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff")})
+
+    # Each base gives its direction twice. Both get the group, the learning rate and the columns of the rows (weights,
+    # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of each
+    # weight where the base has it.
+    _reference: Callable[..., list[Tensor] | None]  # one row, in plain torch: the equation
+    _foreach: Callable[..., list[Tensor] | None]    # many rows, a call for all of them
