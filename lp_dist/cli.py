@@ -36,9 +36,16 @@ def counting(layers: _Positive = 30, hidden: _Positive = 576, tokens: _Positive 
     typer.echo(json.dumps(measure(layers, hidden, tokens, repeats, seed)))
 
 
-@bench.callback()
-def _benchmarks() -> None:
-    """Keeps `counting` a subcommand although it is the only one so far."""
+@bench.command()
+def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: float = 0.5, seed: int = 0) -> None:
+    """What each p does to single weights of a small Llama, and how well a target's plan is followed: which-p.png and which-p.json."""
+    from lp_dist.errors import UsageError
+    from lp_dist.trajectories import trajectories as draw
+
+    try:
+        typer.echo(draw(out, steps, sparsity, seed))
+    except UsageError as error:
+        sys.exit(f"lp-dist: error: {error}")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 # Each room may import those before it, never one after it.
 ORDER = ["errors", "decay", "slices", "segments", "base", "optim", "hooks", "engines", "shards", "groups", "schedule", "sparsity",
-         "rates", "quantiles", "target", "control", "restoring", "attachment", "footprint", "trainer", "report", "bench", "data", "arguments",
+         "rates", "quantiles", "target", "control", "restoring", "attachment", "footprint", "trainer", "report", "bench", "trajectories", "data", "arguments",
          "finetune", "cli"]
 
 
