@@ -70,8 +70,9 @@ def inner_scheduler(lr_scheduler: Any) -> Any:
 
 
 def scheduler_steps(lr_scheduler: Any) -> int:
-    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each process."""
-    if not hasattr(lr_scheduler, "step_with_optimizer") or not lr_scheduler.step_with_optimizer or lr_scheduler.split_batches:
+    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each process. (Its wrapper for
+    DeepSpeed, a subclass, leaves that to the engine, which does so once.)"""
+    if type(lr_scheduler).__name__ != "AcceleratedScheduler" or not lr_scheduler.step_with_optimizer or lr_scheduler.split_batches:
         return 1
     from accelerate.state import AcceleratorState
 

@@ -222,4 +222,9 @@ def _packed(pairs: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
 
 def steps_taken(live: Optimizer) -> int:
     """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0 before the first."""
-    return max((int(state[key]) for state in live.state.values() for key in ("step", COUNT) if key in state), default=0)
+    counts = [state[key] for state in live.state.values() for key in ("step", COUNT) if key in state]
+    on_device = [count for count in counts if isinstance(count, Tensor) and count.device.type != "cpu"]
+    if on_device:  # a fused base keeps them there: one wait for all of them
+        counts = [count for count in counts if not (isinstance(count, Tensor) and count.device.type != "cpu")]
+        counts.append(torch.stack([count.reshape(()).float() for count in on_device]).max())
+    return max(map(int, counts), default=0)
