@@ -97,7 +97,8 @@ class Control:
         if target.of == "all" and target.sparsity * everything >= elements:
             raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} ({elements / everything:.1%}) "
                              f"decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
-        ahead = rates_ahead(self.lr_scheduler, live, self.end - 1 - steps_taken(live))[max(0, self.start - steps_taken(live)):]
+        taken = steps_taken(live)
+        ahead = rates_ahead(self.lr_scheduler, live, self.end - 1 - taken)[self.start - taken:] if taken <= self.start else []
         if ahead and not any(rate[i] > 0 for rate in ahead for i in self.groups):
             raise UsageError(f"the learning rate is 0 in the whole window from step {self.start} to {self.end}, so nothing can decay; move the window")
 

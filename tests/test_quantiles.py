@@ -1,0 +1,226 @@
+"""Order statistics from histograms, against sorted arrays: one process, and ranks that are threads here and meet at every sum."""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lp_dist import LpAdamW, attach, quantiles
+from lp_dist.quantiles import Part, dead_rows, smallest, zero_below
+from lp_dist.shards import Shard, shards
+
+few = settings(max_examples=150, deadline=None, derandomize=True)
+SMALLEST = 2.0**-149  # the least denormal of fp32
+AWKWARD = (0.0, -0.0, SMALLEST, -1e-40, 1e-38, 1e-13, 0.25, -0.25, 0.2500001, 1.0, -1.0, 3.0, 1e20, 3e38, -3e38)
+number = st.one_of(st.sampled_from(AWKWARD), st.floats(-4.0, 4.0, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False))
+vector = st.lists(number, min_size=1, max_size=40)
+
+
+def part(scope: str, weights, p: float = 1.0, second=None, **values) -> Part:
+    """With p = 1 and nothing else x is |w|, so that numpy can sort it."""
+    return Part(scope, torch.as_tensor(weights, dtype=torch.float32), second, {"p": p, **values}, values.get("step", 0.0))
+
+
+def ordered(x) -> np.ndarray:
+    return np.sort(np.abs(np.asarray(x, dtype=np.float32)))
+
+
+def cut(flat: torch.Tensor, places: list[float]) -> list[tuple[int, int]]:
+    """First and last element (beyond it) of the pieces between `places`, fractions of the whole."""
+    edges = [0, *sorted(round(place * flat.numel()) for place in places), flat.numel()]
+    return list(zip(edges, edges[1:]))
+
+
+@contextmanager
+def meeting(ranks: int):
+    """`summed` of `ranks` threads, as all_reduce would do it."""
+    barrier, mine, slots = threading.Barrier(ranks, timeout=30), threading.local(), [None] * ranks
+
+    def summed(counts: torch.Tensor) -> torch.Tensor:
+        slots[mine.rank] = counts.clone()
+        barrier.wait()
+        total = sum(slots[1:], slots[0].clone())
+        barrier.wait()
+        return total
+
+    def run(functions):
+        results = [None] * ranks
+
+        def one(rank: int) -> None:
+            mine.rank = rank
+            results[rank] = functions[rank]()
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+    with mock.patch.object(quantiles, "summed", summed):
+        yield run
+
+
+# -- order statistics ---------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@few
+def test_the_threshold_is_an_order_statistic_of_each_scope(data):
+    """After three passes exactly; after two not below it, and above it by less than a part in 8,192 (for denormals: 2¹⁰ of the least)."""
+    scopes = {name: data.draw(vector) for name in "abc"[:data.draw(st.integers(1, 3))]}
+    parts = []
+    for name, values in scopes.items():
+        flat = torch.tensor(values, dtype=torch.float32)
+        parts += [part(name, flat[i:j]) for i, j in cut(flat, data.draw(st.lists(st.floats(0, 1), max_size=3)))]
+    ranks = {name: data.draw(st.integers(0, len(values))) for name, values in scopes.items()}
+    exact, close = (smallest(data.draw(st.permutations(parts)), ranks, passes=passes) for passes in (3, 2))
+    for name, rank in ranks.items():
+        wanted = float(ordered(scopes[name])[rank - 1]) if rank else 0.0
+        assert exact[name] == wanted, f"rank {rank} of {name}: {exact[name]} is not the exact one, {wanted}"
+        if rank:
+            assert wanted <= close[name] <= wanted + max(wanted / 8192, 1023 * SMALLEST), f"rank {rank} of {name}: {close[name]} for {wanted}"
+        else:
+            assert close[name] == 0.0, "nothing is to die, and yet there is a threshold"
+
+
+def test_two_passes_are_coarser_than_three():
+    """Else the third one would have no work to do, and the test above no bound to keep."""
+    parts = [part("a", torch.linspace(0.5, 0.5001, 1000))]
+    assert smallest(parts, {"a": 500}, passes=2)["a"] > smallest(parts, {"a": 500}, passes=3)["a"]
+
+
+@given(st.data(), st.sampled_from((-4.0, -1.0, 0.0, 0.5, 0.8, 1.0)), st.sampled_from((0.5, 1.0)))
+@few
+def test_x_is_that_of_the_decay_with_adams_second_moments(data, p, gamma):
+    """An oracle in float64, so that x itself is compared too; the order statistic is of fp32."""
+    weights = torch.tensor(data.draw(st.lists(st.floats(0.0625, 4.0, width=32), min_size=1, max_size=30)))
+    second = torch.tensor(data.draw(st.lists(st.floats(0.0, 4.0, width=32), min_size=len(weights), max_size=len(weights))))
+    step, beta2, eps = 3.0, 0.9, 1e-3
+    one = part("a", weights, p, second, precondition=gamma, betas=(0.5, beta2), eps=eps, step=step)
+    denom = (second.double() / (1 - beta2**step)).sqrt() + eps
+    wanted = (weights.double().abs() ** (2 - p) * denom**gamma).sort().values
+    rank = data.draw(st.integers(1, len(weights)))
+    assert smallest([one], {"a": rank}, passes=3)["a"] == pytest.approx(float(wanted[rank - 1]), rel=1e-5)
+
+
+def test_large_parts_are_taken_in_slices_with_their_second_moments():
+    """More elements than one slice has, and a second part that is not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    weights, second = torch.randn(150_001, generator=generator), torch.rand(150_001, generator=generator)
+    strided = torch.randn(70, 300, generator=generator).t()
+    parts = [part("a", weights, 1.0, second, precondition=1.0, betas=(0.9, 0.99), eps=1e-8, step=1.0), part("b", strided), part("b", strided[:7])]
+    x = weights.numpy().__abs__() * (np.sqrt(second.numpy()) / np.float32((1 - 0.99) ** 0.5) + np.float32(1e-8))
+    found = smallest(parts, {"a": 100_000, "b": 12_345}, passes=3)
+    assert found["a"] == pytest.approx(float(np.sort(x)[99_999]), rel=1e-6)
+    assert found["b"] == ordered(np.concatenate([strided.numpy().ravel(), strided[:7].numpy().ravel()]))[12_344]
+
+
+@given(st.data(), st.integers(1, 4))
+@few
+def test_ranks_find_together_what_one_process_finds(data, ranks):
+    """Each holds a piece, perhaps an empty one."""
+    flat = torch.tensor(data.draw(vector), dtype=torch.float32)
+    pieces = cut(flat, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1)))
+    rank, passes = data.draw(st.integers(0, len(flat))), data.draw(st.sampled_from((2, 3)))
+    with meeting(ranks) as run:
+        together = run([lambda i=i, j=j: smallest([part("a", flat[i:j])], {"a": rank}, passes) for i, j in pieces])
+    alone = smallest([part("a", flat)], {"a": rank}, passes)
+    assert together == [alone] * ranks, f"{together} on {ranks} ranks, {alone} on one"
+
+
+# -- what dies ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@few
+def test_exactly_what_is_at_or_below_the_threshold_becomes_zero(data):
+    scopes = {name: data.draw(vector) for name in "ab"}
+    tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in scopes.items()}
+    parts = [part(name, tensors[name][i:j]) for name in scopes for i, j in cut(tensors[name], data.draw(st.lists(st.floats(0, 1), max_size=2)))]
+    thresholds = {name: data.draw(st.sampled_from([0.0, *(abs(float(np.float32(value))) for value in values)])) for name, values in scopes.items()}
+    zero_below(parts, thresholds)
+    for name, values in scopes.items():
+        old = np.asarray(values, dtype=np.float32)
+        wanted = np.where(np.abs(old) <= thresholds[name], np.float32(0), old)
+        assert np.array_equal(tensors[name].numpy(), wanted), f"threshold {thresholds[name]} of {name} made {wanted} of {old}"
+
+
+def test_a_threshold_of_zero_kills_nothing():
+    """Not even where x, here |w|³, is too small for fp32."""
+    weights = torch.tensor([1e-20, 0.0, 1.0])
+    zero_below([part("a", weights, p=-1.0)], {"a": 0.0})
+    assert weights.tolist() == torch.tensor([1e-20, 0.0, 1.0]).tolist()
+
+
+def test_what_is_no_number_stays_and_a_strided_part_is_refused():
+    spoiled = torch.tensor([math.nan, math.inf, 0.1])
+    zero_below([part("a", spoiled)], {"a": 0.5})
+    assert spoiled[0].isnan() and spoiled[1:].tolist() == [math.inf, 0.0]
+    with pytest.raises(RuntimeError, match="part of a on this rank is not contiguous"):
+        zero_below([part("a", torch.ones(4, 3).t())], {"a": 0.5})
+
+
+# -- what a part is made of ---------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_live_optimizer_have_its_second_moments_and_a_share_of_each_replica():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7))
+    optimizer = LpAdamW(model.parameters(), lr=1e-2, precondition=1.0)
+    attach(model, optimizer)
+    model(torch.randn(3, 5)).square().sum().backward()
+    optimizer.step()
+    (shard,) = [shard for shard in shards(model, optimizer) if shard.name == "0.weight"]
+    values = {**optimizer.param_groups[0], "p": 0.0}
+    whole = Part.of("a", shard, values, whole=True)
+    assert whole.step == 1.0 and whole.weights.data_ptr() == model[0].weight.data_ptr(), "it must be a view, since zeros are written through it"
+    assert torch.equal(whole.second, optimizer.state[model[0].weight]["exp_avg_sq"].flatten())
+    counted = [Part.of("a", Shard(**{**vars(shard), "replica": i, "replicas": 3}), values, whole=False) for i in range(3)]
+    assert torch.equal(torch.cat([one.weights for one in counted]), whole.weights), "the shares of three replicas are the whole, each weight once"
+    assert torch.equal(torch.cat([one.second for one in counted]), whole.second)
+    assert smallest(counted, {"a": 20}, passes=3) == smallest([whole], {"a": 20}, passes=3)
+    assert Part.of("a", shard, {**values, "precondition": 0.0}, whole=True).second is None
+
+
+# -- dead rows ----------------------------------------------------------------------------------------------------------
+
+
+def shard_of(flat: torch.Tensor, shape: tuple[int, ...], first: int, last: int, gap: int = 0, **replica: int) -> Shard:
+    """Elements first to last of the parameter, inside a tensor with `gap` other ones on both sides."""
+    tensor = torch.cat([torch.ones(gap), flat[first:last], torch.ones(gap)])
+    return Shard("w", flat, torch.Size(shape), first, tensor, gap, last - first, 0, lambda _: {}, **replica)
+
+
+@given(st.data(), st.integers(1, 4))
+@few
+def test_dead_rows_are_those_of_the_whole_parameter(data, ranks):
+    """Pieces start and end inside of rows, some hold none; or each rank has all of it and counts its share."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    total = math.prod(shape)
+    whole = torch.tensor(data.draw(st.lists(st.sampled_from((0.0, 0.0, 0.0, -0.0, 1e-40, -2.0)), min_size=total, max_size=total)))
+    gap = data.draw(st.integers(0, 2))
+    if data.draw(st.booleans()):
+        pieces = cut(whole, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1)))
+        mine = [[shard_of(whole, shape, i, j, gap)] for i, j in pieces]
+    else:
+        mine = [[shard_of(whole, shape, 0, total, gap, replica=i, replicas=ranks)] for i in range(ranks)]
+    other = torch.zeros(3, 2)  # a second parameter, all of it on rank 0
+    mine = [[*shards_, shard_of(other.flatten(), (3, 2), 0, 0 if i else 6)] for i, shards_ in enumerate(mine)]
+    wanted = int((whole.view(shape[0], -1) == 0).all(1).sum()) + 3, shape[0] + 3
+    with meeting(ranks) as run:
+        found = run([lambda one=one: dead_rows(one) for one in mine])
+    assert found == [wanted] * ranks, f"{found} are not the dead and all rows of {whole.view(shape)}, {wanted}"
+
+
+def test_what_has_no_rows_is_not_counted():
+    assert dead_rows([]) == (0, 0)
+    assert dead_rows([shard_of(torch.zeros(1), (), 0, 1)]) == (0, 0), "a scalar has no rows"
+    strips = Shard("w", torch.zeros(4), torch.Size((2, 4)), None, torch.zeros(4), 0, 4, 0, lambda _: {})
+    assert dead_rows([strips]) == (0, 0), "where rows lie in several strips, none is known"

@@ -1,0 +1,146 @@
+"""A target's state in one process: saved as JSON at whatever step, it goes on bit for bit; that of another run is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from lp_dist import LpLion, SparsityTarget, add_lp_decay
+from target_cases import CLOSING, END, START, TOTAL, Run, model_of, same
+
+
+def hooked(params, lr):
+    """One that counts no steps of its own."""
+    optimizer = torch.optim.SGD(params, lr=10 * lr, momentum=0.9)
+    add_lp_decay(optimizer)
+    return optimizer
+
+
+def with_a_zero_matrix() -> nn.Sequential:
+    model = model_of()
+    nn.init.zeros_(model[4].weight)
+    return model
+
+
+RUNS = {
+    "layer": {"target": SparsityTarget(0.6)},
+    "global, from the first step, preconditioned": {"target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)},
+    "no freeze, looks of its own": {"target": SparsityTarget(0.5, freeze=False, every=7, curve=lambda u: u * u)},
+    "SGD by hooks": {"target": SparsityTarget(0.6, p=0.0), "make": hooked},
+    "Lion without a scheduler": {"target": SparsityTarget(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
+    "p of its own": {"target": SparsityTarget(0.6), "overrides": {"2.weight": {"p": -1.0}, "4.weight": {"weight_decay": 0.0}}},
+}
+
+
+@cache
+def uninterrupted(name: str) -> Run:
+    return Run(**RUNS[name]).to(TOTAL)
+
+
+def saved(run: Run) -> tuple[bytes, str]:
+    """As a script would: torch's part by torch, the target's as JSON."""
+    file = io.BytesIO()
+    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+                "scheduler": None if run.scheduler is None else run.scheduler.state_dict()}, file)
+    return file.getvalue(), json.dumps(run.attached.state_dict(), allow_nan=False)
+
+
+def load(run: Run, checkpoint: tuple[bytes, str], taken: int, attach: bool) -> Run:
+    state = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+    if attach:
+        run.attach()
+    run.attached.load_state_dict(json.loads(checkpoint[1]))
+    run.taken = taken
+    return run
+
+
+def resumed(checkpoint: tuple[bytes, str], taken: int, attach_first: bool = False, **how) -> Run:
+    """A run made anew, as in another process."""
+    return load(Run(**how, attached=attach_first), checkpoint, taken, attach=not attach_first)
+
+
+# Before the start, at it, at a look, between two, before the last threshold, at it, where the window ends, after it.
+STEPS = [1, START, START + 4, START + 5, CLOSING - 1, CLOSING, END, 50]
+
+
+@pytest.mark.parametrize("attach_first", [False, True], ids=["loaded, then attached", "attached, then loaded"])
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first):
+    whole = uninterrupted(name)
+    run = Run(**RUNS[name])
+    for step in STEPS if name == "layer" else STEPS[3 + attach_first::3]:
+        checkpoint = saved(run.to(step))
+        other = resumed(checkpoint, step, attach_first, **RUNS[name])
+        assert json.loads(checkpoint[1]) == other.attached.state_dict(), f"the state that was loaded at step {step}"
+        assert other.attached.logs == run.attached.logs
+        other.to(TOTAL)
+        assert same(other.weights(), whole.weights()), f"interrupted at step {step}"
+        assert other.attached.state_dict() == whole.attached.state_dict(), f"interrupted at step {step}"
+    assert same(run.to(TOTAL).weights(), whole.weights()), "saving has changed the run that was saved"
+
+
+def test_a_run_can_be_interrupted_again_and_again():
+    how = RUNS["layer"]
+    run = Run(**how)
+    for step in range(3, TOTAL + 1, 3):
+        run = resumed(saved(run.to(step)), step, **how)
+    assert same(run.weights(), uninterrupted("layer").weights())
+
+
+@pytest.mark.parametrize("step", [2, 20, 50])
+def test_a_run_can_be_taken_back(step):
+    """Into the same objects, long after the step at which it was saved."""
+    run = Run(**RUNS["layer"])
+    checkpoint = saved(run.to(step))
+    load(run.to(TOTAL), checkpoint, step, attach=False)
+    assert same(run.to(TOTAL).weights(), uninterrupted("layer").weights())
+
+
+def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
+    """It is no longer zero then, and would decay."""
+    whole, run = (Run(SparsityTarget(0.5), model=with_a_zero_matrix()) for _ in range(2))
+    other = resumed(saved(run.to(10)), 10, target=SparsityTarget(0.5))
+    assert other.model[4].weight.any() and "4.weight" not in {shard.name for shard in other.attached.control.shards}
+    assert same(whole.to(TOTAL).weights(), other.to(TOTAL).weights())
+    assert whole.zeros()["4.weight"] == 0
+
+
+def test_the_state_is_plain_json_and_small():
+    run = Run(SparsityTarget(0.5, cap=None, curve=lambda u: u)).to(20)
+    text = json.dumps(run.attached.state_dict(), allow_nan=False)
+    assert json.loads(text) == run.attached.state_dict()
+    assert len(text) < 2000 and json.loads(text)["version"] == 1 and json.loads(text)["target"]["curve"] == "<lambda>"
+    assert json.loads(text)["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
+
+
+@pytest.mark.parametrize("how, change, words", [
+    ({"target": SparsityTarget(0.7)}, {}, ["another target", "'sparsity': 0.6", "'sparsity': 0.7", "start anew"]),
+    ({"target": SparsityTarget(0.6, p=0.0)}, {}, ["another target", "'p': None", "'p': 0.0"]),
+    ({"target": SparsityTarget(0.6), "total": 70}, {}, ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"]),
+    ({"target": SparsityTarget(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}}, {}, ["other parameters decay", "'2.weight'", "same names"]),
+    ({"target": SparsityTarget(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]}, {}, ["other parameters decay", "'0.bias'"]),
+    ({"target": SparsityTarget(0.6)}, {"version": 2}, ["version 2", "reads 1", "install the one that wrote it"]),
+    ({"target": SparsityTarget(0.6)}, {"version": None}, ["version None"]),
+    ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
+])
+def test_the_state_of_another_run_is_refused(how, change, words):
+    weights, state = saved(Run(SparsityTarget(0.6)).to(20))
+    state = json.dumps({**json.loads(state), **change})
+    with pytest.raises(ValueError) as caught:
+        resumed((weights, state), 20, **how)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_no_state_is_no_error_where_there_is_no_target():
+    run = Run(None)
+    run.attached.load_state_dict({})
+    assert run.attached.state_dict() == {}
