@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lp_dist.control import Control
 from lp_dist.engines import (
-    foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, summed, undo_dry_step, unwrap)
+    foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
@@ -22,7 +22,7 @@ from lp_dist.optim import LpOptimizer
 from lp_dist.segments import Segment, SegmentMap, check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
-from lp_dist.shards import Shard, full_shape, local_piece, shards
+from lp_dist.shards import Shard, all_zero, full_shape, shards
 from lp_dist.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     segments.replace(tensors)
     for name, values in own.items():
         segments.set(name, **values)
-    if target is None:
+    if target is not None:
+        scheduled = values_of(target.phase())
+    else:
         decayed = frozenset(s.name for s in found if own.get(s.name, {}).get("weight_decay", asked[s.group]["weight_decay"]) > 0)
         if not steps_taken(live):
             _refuse_all_zero([s for s in found if s.name in decayed and {**asked[s.group], **own.get(s.name, {})}["p"] < 2])
@@ -150,12 +152,11 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         tell_of_rates(live, asked, inner_scheduler(lr_scheduler))
     if target is not None:
         candidates = [s for s in found if s.name in allowed and own.get(s.name, {}).get("weight_decay") != 0.0]
-        left_out = [] if steps_taken(live) else _all_zero(candidates)
+        left_out = [] if steps_taken(live) else all_zero(candidates)
         if left_out:
             logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0])
         everything = sum(full_shape(param).numel() for param in unwrap(model).parameters())
         control = Control(target, live, segments, candidates, left_out, everything, total_steps, lr_scheduler or getattr(model, "lr_scheduler", None))
-        scheduled = values_of(control.phase)
         decayed = frozenset(shard.name for shard in control.shards)
         control.begin(steps_taken(live))
     attached = Attachment(live, found, decayed, control)
@@ -222,9 +223,8 @@ def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], ow
         if values.get("cutoff", math.inf) != math.inf:
             raise UsageError(f"cutoff={values['cutoff']:g} is set as well as a target, which finds the cutoff by itself; leave it out, and see "
                              "SparsityTarget(cap=)")
-    form = {key: getattr(target, key) for key in ("p", "precondition") if getattr(target, key) is not None}
     for shard in found:
-        _book(live).check({**live.param_groups[shard.group], **asked[shard.group], **form, **own.get(shard.name, {})})
+        _book(live).check({**live.param_groups[shard.group], **asked[shard.group], **target.phase(), **own.get(shard.name, {})})
 
 
 def _book(live: Any) -> Any:
@@ -290,15 +290,9 @@ def _agree(told: dict[str, Any] | Exception) -> None:
                                    f"{rank}; start every rank with the same script and config")
 
 
-def _all_zero(candidates: list[Shard]) -> list[str]:
-    """Names of those that are all zeros over all ranks."""
-    counts = torch.tensor([int(torch.count_nonzero(local_piece(shard.param).share)) for shard in candidates])
-    return [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
-
-
 def _refuse_all_zero(candidates: list[Shard]) -> None:
     """Raises ValueError, on every rank, for a parameter that is to decay and is all zeros."""
-    dead = _all_zero(candidates)
+    dead = all_zero(candidates)
     if dead:
         raise ValueError(f"{len(dead)} parameters are to decay, but are all zeros, such as {dead[0]!r}: zero absorbs for p < 2, so they could "
                          f"never move. Give them weight_decay=0: attach(..., overrides={{{dead[0]!r}: {{'weight_decay': 0.0}}}}), or build the "

@@ -51,10 +51,7 @@ class Control:
         self.start, self.end = window_steps(target.start, target.end, total)
         self.end = min(self.end, total)
         self.groups = sorted({shard.group for shard in candidates})
-        self.phase: dict[str, Any] = {"cutoff": math.inf}
-        for key in ("p", "precondition"):
-            if getattr(target, key) is not None:
-                self.phase[key] = getattr(target, key)
+        self.phase = target.phase()
         self._check(everything)
         elements = sum(shard.shape.numel() for shard in self.shards)
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
@@ -239,10 +236,10 @@ class Control:
             if mine[key] != state[key]:
                 raise UsageError(f"the checkpoint was trained for another {key} than the script asks for: {state[key]}, and now {mine[key]}; go on with "
                                  "the same target and as many steps, or start anew from the saved model without its optimizer state")
-        self.left_out = list(state["left_out"])
-        odd = sorted(set(state["values"]) ^ {shard.name for shard in self.shards})
+        odd = sorted(set(state["values"]) ^ ({shard.name for shard in self.candidates} - set(state["left_out"])))
         if odd:
             raise UsageError(f"other parameters decay than in the checkpoint, {odd[0]!r} among them; use the same names and overrides")
+        self.left_out = list(state["left_out"])
         self.before, self.next, self.closed, self.logs = dict(state["before"]), state["next"], state["closed"], dict(state["logs"])
         for name, values in state["values"].items():
             self.segments.set(name, **{key: float(value) for key, value in values.items()})

@@ -15,6 +15,7 @@ from lp_dist.shards import Piece, Shard
 
 # A positive fp32 has 31 bits, and their order is that of the numbers: 11 of them, then 10, then 10 more.
 _BITS = (11, 10, 10)
+_INFINITY = 0x7F800000  # nan lies beyond it
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def smallest(parts: list[Part], ranks: dict[str, int], passes: int) -> dict[str,
             left[row] -= int(below[row, bin_ - 1]) if bin_ else 0
             prefix[row] = prefix[row] << bits | bin_
         used += bits
-    uppermost = [(p + 1 << 31 - used) - 1 for p in prefix]  # the largest number with these first bits
+    uppermost = [min((p + 1 << 31 - used) - 1, _INFINITY) for p in prefix]  # the largest number with these first bits
     found = torch.tensor(uppermost, dtype=torch.int32).view(torch.float32).tolist()
     return {scope: value if ranks[scope] else 0.0 for scope, value in zip(scopes, found)}
 

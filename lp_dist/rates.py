@@ -42,26 +42,21 @@ def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[f
     groups = [{**{key: value for key, value in group.items() if key != "params"}, "lr": float(group["lr"]), "params": [torch.zeros(1)]}
               for group in optimizer.param_groups]
     stand_in = torch.optim.SGD(groups)
-    memo = {id(optimizer): stand_in, **{id(other): stand_in for other in _optimizers_of(inner)}}
+    memo = {id(optimizer): stand_in, id(inner.optimizer): stand_in}
     rates: list[list[float]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a scheduler that is stepped before its optimizer
         clone = copy.deepcopy(inner, memo)
         for _ in range(steps):
+            over = False
             try:
                 for _ in range(calls):
                     clone.step()
-            except ValueError:  # OneCycleLR at its end: no step is to come that would need a rate
-                if not rates:
+            except ValueError:
+                over = hasattr(clone, "total_steps")  # OneCycleLR at its end: the rate stays
+                if not over:
                     raise
-                break
             rates.append([float(group["lr"]) for group in stand_in.param_groups])
+            if over:
+                break
     return rates
-
-
-def _optimizers_of(scheduler: Any) -> list[Any]:
-    """What a scheduler, and those that it is made of (SequentialLR, ChainedScheduler), steps."""
-    found = [scheduler.optimizer] if hasattr(scheduler, "optimizer") else []
-    for part in getattr(scheduler, "_schedulers", []):
-        found += _optimizers_of(part)
-    return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist.engines import check_deepspeed_version, live_optimizer, optimizer_of, unwrap, wrapper_of
+from lp_dist.engines import check_deepspeed_version, live_optimizer, optimizer_of, summed, unwrap, wrapper_of
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,12 @@ def shards(model: Any, optimizer: Any = None) -> list[Shard]:
         if place is not None:
             found.append(Shard(name, param, full_shape(param), state_of=lambda tensor: live.state.get(tensor, {}), **place))
     return found
+
+
+def all_zero(candidates: list[Shard]) -> list[str]:
+    """Names of those whose parameter is all zeros over all ranks; one small reduction."""
+    counts = torch.tensor([int(torch.count_nonzero(local_piece(shard.param).share)) for shard in candidates])
+    return [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
 
 
 def _ranks() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,8 +57,8 @@ class SparsityTarget:
             check_p(self.p)
         if self.precondition is not None:
             check_hyperparameters(precondition=self.precondition)
-        if self.cap is not None and not self.cap >= 1.0:
-            raise ValueError(f"cap={self.cap!r} must be at least 1, else weights that are to die feel no decay; None lets all weights feel it")
+        if self.cap is not None and not 1.0 <= self.cap < math.inf:
+            raise ValueError(f"cap={self.cap!r} must be a number from 1 up, else weights that are to die feel no decay; None lets all weights feel it")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window")
         if not callable(self.curve) and self.curve not in CURVES:
@@ -69,6 +70,11 @@ class SparsityTarget:
     def at(self, u: float) -> float:
         """Share of the way from the first sparsity to the last when the part u of the window is over."""
         return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
+
+    def phase(self) -> dict[str, Any]:
+        """The param groups' values while it acts."""
+        form = {key: getattr(self, key) for key in ("p", "precondition") if getattr(self, key) is not None}
+        return {"cutoff": math.inf, **form}
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: what a checkpoint must agree on."""

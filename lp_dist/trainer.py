@@ -17,7 +17,7 @@ from lp_dist.groups import decayed_names
 from lp_dist.hooks import steps_taken
 from lp_dist.schedule import DecayWindow
 from lp_dist.sparsity import Sparsity, measure_sparsity
-from lp_dist.target import SparsityTarget
+from lp_dist.target import CURVES, SparsityTarget
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ class LpCallback(TrainerCallback, ExportableState):
         if window is not None and target is not None:
             raise ValueError("a window and a target were given, but a target has a window of its own; set its start and end")
         self.window = DecayWindow(**window) if isinstance(window, dict) else window
+        if isinstance(target, dict) and target.get("curve") not in (None, *CURVES):
+            raise UsageError(f"a target with a curve of your own ({target['curve']}) can't be made again from a checkpoint; train with "
+                             "restore_callback_states_from_checkpoint=False, which the target does not need")
         self.target = SparsityTarget(**target) if isinstance(target, dict) else target
         self.names = None if names is None else sorted(names)
         self.overrides = overrides

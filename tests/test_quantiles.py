@@ -224,3 +224,11 @@ def test_what_has_no_rows_is_not_counted():
     assert dead_rows([shard_of(torch.zeros(1), (), 0, 1)]) == (0, 0), "a scalar has no rows"
     strips = Shard("w", torch.zeros(4), torch.Size((2, 4)), None, torch.zeros(4), 0, 4, 0, lambda _: {})
     assert dead_rows([strips]) == (0, 0), "where rows lie in several strips, none is known"
+
+
+@pytest.mark.parametrize("worst", [1e20, math.nan, math.inf])
+def test_a_threshold_beyond_all_numbers_is_infinite_and_never_nan(worst):
+    """x of 1e20 at p = −1 is 1e60."""
+    parts = [Part("a", torch.tensor([worst, 1.0, 2.0]), None, {"p": -1.0}, 0.0)]
+    assert [smallest(parts, {"a": 3}, passes)["a"] for passes in (2, 3)] == [math.inf] * 2
+    assert smallest(parts, {"a": 2}, 3)["a"] == 8.0

@@ -203,3 +203,15 @@ def test_accelerates_wrapper_steps_once_for_each_process(make, more, calls, monk
     assert ahead == stepped(optimizer, scheduler, 10)
     alone = made()
     assert ahead == stepped(alone, make(alone), TOTAL)[3 * calls::calls][:10], "the schedule of one process, every so many"
+
+
+def test_one_cycle_at_its_end_is_no_surprise(caplog):
+    """It refuses to be stepped further; the rate after its last step stays."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ValueError):
+        scheduler.step()
+    assert rates_ahead(scheduler, optimizer, 3) == [[optimizer.param_groups[0]["lr"]]] * 3 and not caplog.text

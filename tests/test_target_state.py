@@ -74,7 +74,7 @@ STEPS = [1, START, START + 4, START + 5, CLOSING - 1, CLOSING, END, 50]
 
 @pytest.mark.parametrize("attach_first", [False, True], ids=["loaded, then attached", "attached, then loaded"])
 @pytest.mark.parametrize("name", RUNS)
-def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first):
+def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first, caplog):
     whole = uninterrupted(name)
     run = Run(**RUNS[name])
     for step in STEPS if name == "layer" else STEPS[3 + attach_first::3]:
@@ -86,6 +86,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first):
         assert same(other.weights(), whole.weights()), f"interrupted at step {step}"
         assert other.attached.state_dict() == whole.attached.state_dict(), f"interrupted at step {step}"
     assert same(run.to(TOTAL).weights(), whole.weights()), "saving has changed the run that was saved"
+    assert "checkpoint" not in caplog.text, "a resume like any other needs no warning"
 
 
 def test_a_run_can_be_interrupted_again_and_again():

@@ -83,6 +83,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, whole, tmp_path)
     assert resumed.state.global_step == STEPS and same(resumed, whole)
 
 
+def test_a_curve_of_ones_own_can_not_come_from_a_checkpoint(tmp_path):
+    target = SparsityTarget(0.6, curve=lambda u: u * u)
+    train(tmp_path, [LpCallback(target=target), Interrupted(6)])
+    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=False"):
+        train(tmp_path, [LpCallback(target=target)], resume=get_last_checkpoint(str(tmp_path)), restore_callback_states_from_checkpoint=True)
+
+
 def test_a_run_can_be_resumed_twice(whole, tmp_path):
     """The second checkpoint is one that a resumed run has written."""
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(6)])
@@ -251,7 +258,7 @@ def test_the_program_takes_a_global_share_of_all_parameters(common, tmp_path):
     (["--cutoff", "1"], ["--sparsity 0.5 finds the cutoff by itself", "--cap"]),
     (["--load_best_model_at_end", "true", "--eval_strategy", "steps"], ["--load_best_model_at_end", "set it to false"]),
     (["--sparsity", "50"], ["sparsity=50.0", "between 0 and 1"]),
-    (["--cap", "0.5"], ["cap=0.5", "at least 1"]),
+    (["--cap", "0.5"], ["cap=0.5", "from 1 up"]),
     (["--p", "1.5"], ["p=1.5", "[-4, 1]"]),
     (["--max_steps", "10"], ["6 steps", "takes 8", "at least 15 steps"]),
     (["--sparsity_of", "all", "--sparsity", "0.95"], ["sparsity=0.95 of all", "can't be reached", "of='decayed'"]),
