@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lp_dist.control import Control
 from lp_dist.engines import (
-    foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
+    agree, foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, and the names of those that decay; `control`
-    brings it to a target, if there is one."""
+    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, the names of those that decay, and what brings it
+    to a target, if there is one."""
 
     optimizer: Optimizer
     shards: list[Shard]
@@ -39,14 +39,18 @@ class Attachment:
     control: Control | None = None
 
     def after_step(self) -> None:
-        """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps that the optimizer has
-        really taken: after a micro-batch, or a step that fp16 skipped, it does nothing."""
+        """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps really taken."""
         if self.control is not None:
             self.control.after_step()
 
+    def finish(self) -> None:
+        """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing dies now."""
+        if self.control is not None:
+            self.control.finish()
+
     @property
     def logs(self) -> dict[str, float]:
-        """Target, plan and measured share of zeros, λ and dead channels, as of the last look at the weights; empty without a target."""
+        """Target, plan, measured share of zeros, λ, dead channels, as of the last look at the weights; empty without a target."""
         return dict(self.control.logs) if self.control is not None else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps}
     except (RuntimeError, TypeError, ValueError) as error:
         failure, told = error, error
-    _agree(told)  # a rank that failed takes part, so that the others don't wait for it
+    agree(told)  # a rank that failed takes part, so that the others don't wait for it
     if failure is not None:
         raise failure
     undo_dry_step(optimizer)
@@ -156,7 +160,8 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         if left_out:
             logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0])
         everything = sum(full_shape(param).numel() for param in unwrap(model).parameters())
-        control = Control(target, live, segments, candidates, left_out, everything, total_steps, lr_scheduler or getattr(model, "lr_scheduler", None))
+        control = Control(target, live, segments, candidates, left_out, everything, total_steps,
+                          lr_scheduler or getattr(model, "lr_scheduler", None), optimizer)
         decayed = frozenset(shard.name for shard in control.shards)
         control.begin(steps_taken(live))
     attached = Attachment(live, found, decayed, control)
@@ -271,23 +276,6 @@ def _told(live: Optimizer, found: list[Shard], asked: list[dict[str, Any]], own:
     for i, group in enumerate(asked):
         told |= {f"{key} of group {i}": float(value) if isinstance(value, torch.Tensor) else value for key, value in group.items()}
     return told | {f"{key} of {name}": value for name, values in own.items() for key, value in values.items()}
-
-
-def _agree(told: dict[str, Any] | Exception) -> None:
-    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one failed."""
-    if not torch.distributed.is_initialized():
-        return
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, str(told) if isinstance(told, Exception) else told)
-    if isinstance(told, Exception):
-        return  # its own error says more
-    for rank, other in enumerate(everyone):
-        if isinstance(other, str):
-            raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
-        for key in sorted(set(everyone[0]) | set(other)):
-            if everyone[0].get(key) != other.get(key):
-                raise RuntimeError(f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
-                                   f"{rank}; start every rank with the same script and config")
 
 
 def _refuse_all_zero(candidates: list[Shard]) -> None:

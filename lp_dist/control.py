@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lp_dist.engines import summed
+from lp_dist.engines import summed, update_copies
 from lp_dist.errors import UsageError
 from lp_dist.hooks import steps_taken
 from lp_dist.quantiles import Part, dead_rows, smallest, zero_below
@@ -39,14 +39,15 @@ class Control:
         target: what to reach. optimizer: the live one. segments: its.
         candidates: shards of the parameters that may decay. left_out: names of those that start at zero, and don't.
         everything: elements of all parameters of the model. total: optimizer steps of the run. lr_scheduler: gives the learning rates ahead.
+        wrapper: the engine's optimizer around the live one, or that itself.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
     def __init__(self, target: SparsityTarget, optimizer: Optimizer, segments: SegmentMap, candidates: list[Shard], left_out: list[str],
-                 everything: int, total: int, lr_scheduler: Any) -> None:
+                 everything: int, total: int, lr_scheduler: Any, wrapper: Any) -> None:
         self.target, self.total, self.lr_scheduler = target, total, lr_scheduler
-        self.optimizer, self.segments = optimizer, segments
+        self.optimizer, self.segments, self.wrapper = optimizer, segments, wrapper
         self.candidates, self.left_out = candidates, left_out
         self.start, self.end = window_steps(target.start, target.end, total)
         self.end = min(self.end, total)
@@ -136,6 +137,15 @@ class Control:
         for i in self.groups:
             self.optimizer.param_groups[i].update(values)
 
+    def finish(self) -> None:
+        """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps. Collective."""
+        if self.closed is None:
+            logger.warning("the run ended after %d steps that were really taken, before the target's window did at %d; closing what is missing now",
+                           steps_taken(self.optimizer), self.end)
+            if not self.before:
+                self._begin()
+            self._close()
+
     def plan(self, t: int) -> float:
         """Share of the way to the target that lies behind after t steps."""
         return self.target.at((t - self.start) / (self.end - 1 - self.start))
@@ -169,10 +179,11 @@ class Control:
         self._log(t, counts, lambdas)
 
     def _close(self) -> None:
-        """What remains dies at once, by the same x; the next step, which is frozen, carries it into an engine's copies of the weights."""
+        """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
         before = self._counts()
         found = smallest(self._parts(), {scope: round(self.sparsity * elements) for scope, (_, elements) in before.items()}, passes=3)
         zero_below(self._parts(whole=True), found)
+        update_copies(self.wrapper)
         after = self._counts()
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
             self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)

@@ -113,6 +113,23 @@ def undo_dry_step(optimizer: Any) -> None:
         live.state.pop(master, None)
 
 
+def update_copies(optimizer: Any) -> None:
+    """Writes the fp32 masters into the copies of the weights that DeepSpeed computes with, as it does after a step. Collective."""
+    wrapper = wrapper_of(optimizer)
+    if hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
+        wrapper.update_lp_params()
+    elif type(wrapper).__name__ == "FP16_UnfusedOptimizer":
+        for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups):
+            for param, master in zip(params, masters):
+                param.data.copy_(master.data)
+    elif wrapper is not None:  # ZeRO-3
+        for i in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(i)
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        wrapper.invalidate_secondary_tensor()
+
+
 def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any], None]) -> None:
     """Has a DeepSpeed engine save `state()` with every checkpoint, in its client state, if that is not None; and calls `restore`, with
     what a checkpoint had of it, whenever one was loaded. Its loaders write into the param groups: the one of universal checkpoints
@@ -158,6 +175,23 @@ def summed(counts: torch.Tensor) -> torch.Tensor:
         counts = counts.to(reduction_device())
         torch.distributed.all_reduce(counts)
     return counts
+
+
+def agree(told: dict[str, Any] | Exception) -> None:
+    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one failed."""
+    if not torch.distributed.is_initialized():
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, str(told) if isinstance(told, Exception) else told)
+    if isinstance(told, Exception):
+        return  # its own error says more
+    for rank, other in enumerate(everyone):
+        if isinstance(other, str):
+            raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
+        for key in sorted(set(everyone[0]) | set(other)):
+            if everyone[0].get(key) != other.get(key):
+                raise RuntimeError(f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
+                                   f"{rank}; start every rank with the same script and config")
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:

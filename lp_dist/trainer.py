@@ -104,6 +104,10 @@ class LpCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         self.attached.after_step()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # else it was stopped, and is to be resumed perhaps
+            self.attached.finish()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
         if bad and not args.fp16:
