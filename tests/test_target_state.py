@@ -145,3 +145,18 @@ def test_no_state_is_no_error_where_there_is_no_target():
     run = Run(None)
     run.attached.load_state_dict({})
     assert run.attached.state_dict() == {}
+
+
+@pytest.mark.parametrize("step", [3, 20, CLOSING, TOTAL])
+def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
+    """As where fp16 has skipped steps, and the window went up to the end."""
+    run = Run(SparsityTarget(0.6)).to(step)
+    before = run.weights()
+    run.attached.finish()
+    assert all(zeros == round(0.6 * before[name].numel()) for name, zeros in run.zeros().items())
+    assert ("closing what is missing" in caplog.text) == (step < CLOSING)
+    if step >= CLOSING:
+        assert same(before, run.weights())
+    again = run.weights()
+    run.attached.finish()
+    assert same(again, run.weights())

@@ -90,6 +90,19 @@ def test_a_curve_of_ones_own_can_not_come_from_a_checkpoint(tmp_path):
         train(tmp_path, [LpCallback(target=target)], resume=get_last_checkpoint(str(tmp_path)), restore_callback_states_from_checkpoint=True)
 
 
+def test_skipped_steps_do_not_keep_a_run_from_its_target(tmp_path):
+    """A window up to the end of the run, and steps that fp16 would skip, which Trainer counts all the same."""
+    class Skipping(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step in (4, 12, 20):
+                model.zero_grad()
+
+    callback = LpCallback(target=SparsityTarget(0.6, p=0.0, end=1.0))
+    trainer = train(tmp_path, [callback, Skipping()])
+    assert callback.attached.control.seen == STEPS - 3 and trainer.state.global_step == STEPS
+    assert all(count == round(0.6 * elements) for count, elements in zeros(trainer).values())
+
+
 def test_a_run_can_be_resumed_twice(whole, tmp_path):
     """The second checkpoint is one that a resumed run has written."""
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(6)])
