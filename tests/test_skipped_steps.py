@@ -147,7 +147,7 @@ def test_a_grad_scaler_skips_the_step():
 def test_trap_11_the_window_of_the_callback_does_not_count_skipped_steps(optimizer_of):
     """Trainer counts them: global_step goes on."""
     model = nn.Sequential(nn.Linear(5, 3))
-    optimizer, state = optimizer_of(param_groups(model, 0.1)), SimpleNamespace(global_step=0, max_steps=8)
+    optimizer, state = optimizer_of(param_groups(model, 0.1)), SimpleNamespace(global_step=0, max_steps=8, stateful_callbacks={})
     callback, phases = LpCallback(DecayWindow(2, 4)), []
     callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
     for skipped in (True, False, True, False, False, False, True, False):
