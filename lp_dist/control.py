@@ -93,8 +93,8 @@ class Control:
             self.start = max(1, self.start)     # before the first step there are no second moments
         elements = sum(shard.shape.numel() for shard in self.shards)
         if target.of == "all" and target.sparsity * everything >= elements:
-            raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} ({elements / everything:.1%}) "
-                             f"decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
+            raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} "
+                             f"({elements / everything:.1%}) decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
         taken = steps_taken(live)
         ahead = rates_ahead(self.lr_scheduler, live, self.end - 1 - taken)[self.start - taken:] if taken <= self.start else []
         if ahead and not any(rate[i] > 0 for rate in ahead for i in self.groups):
@@ -156,8 +156,8 @@ class Control:
         sparser = [(scope, share) for scope, share in self.before.items() if share >= self.sparsity]
         if sparser:
             scope, share = sparser[0]
-            raise UsageError(f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for more, leave it out by an override "
-                             "{\"weight_decay\": 0}, or use scope='global'")
+            way_out = ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'" if self.target.scope == "layer" else ""
+            raise UsageError(f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for more{way_out}")
         logger.info("target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d", 100 * self.sparsity,
                     sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
 
@@ -231,8 +231,8 @@ class Control:
         """Plain JSON types, the same on every rank."""
         return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every],
                 "left_out": list(self.left_out), "before": dict(self.before), "next": self.next, "closed": self.closed, "logs": dict(self.logs),
-                "values": {shard.name: {key: _plain(value) for key, value in self.segments.values(shard.name).items() if key in ("weight_decay", "cutoff")}
-                           for shard in self.shards}}
+                "values": {shard.name: {key: _plain(value) for key, value in self.segments.values(shard.name).items()
+                                        if key in ("weight_decay", "cutoff")} for shard in self.shards}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was. Call it after the optimizer's state was loaded.

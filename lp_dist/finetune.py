@@ -166,7 +166,8 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.D
             "zeros": sparsity.zeros, "decayed_weights": sparsity.elements, "parameters": parameters,
             "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
             "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
-            "decay": dataclasses.asdict(decay_args), "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed}, "versions": report.versions(), "log": trainer.state.log_history,
+            "decay": dataclasses.asdict(decay_args), "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed},
+            "versions": report.versions(), "log": trainer.state.log_history,
             "next": _next(sparsity, args),
         }
         report.write(args.output_dir, summary)

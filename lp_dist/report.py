@@ -104,8 +104,9 @@ def show(report: dict[str, Any], reference: dict[str, Any] | None = None) -> Non
         console.print(kinds)
     if target := report.get("target"):
         closed = target["closed"]
-        console.print(f"Target: {target['sparsity']:.2%} zeros" + (f"; {closed['before']:.2%} died by decay, {closed['by_threshold']:.2%} at the last threshold."
-                                                                   if closed else ", but the run ended before its window did."), soft_wrap=True)
+        rest = (f"; {closed['before']:.2%} died by decay, {closed['by_threshold']:.2%} at the last threshold." if closed
+                else ", but the run was stopped before its window ended.")
+        console.print(f"Target: {target['sparsity']:.2%} zeros{rest}", soft_wrap=True)
     console.print(f"Saved to [bold]{report['output_dir']}[/bold], {report['zeros']:,} exact zeros counted in its files; loads with "
                   "from_pretrained.", soft_wrap=True, highlight=False)
     console.print(f"Next: {report['next']}", soft_wrap=True, highlight=False, markup=False)
