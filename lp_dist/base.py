@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist import decay
+from lp_dist import decay, kernels
 from lp_dist.segments import Asked, SegmentMap, effective, part
 from lp_dist.slices import Row, batches, local, refuse_all_zero
 
 logger = logging.getLogger(__name__)
 
-_IMPLEMENTATIONS = ("reference", "foreach")
+_IMPLEMENTATIONS = ("reference", "foreach", "fused")
 LAGGED = "s"  # the state of the non-adiabatic variant
+_REFUSED = "implementation='fused' can't step this: {}. Use None, which takes the fused step wherever it can, or 'foreach'"
 
 
 class LpOptimizer(Optimizer):
     """What the three have in common. A subclass gives its state names, its direction, and its own defaults."""
 
     state_names: tuple[str, ...] = ()
+    kernel: str  # the base's name in `kernels`
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], implementation: str | None) -> None:
-        if implementation == "fused":
-            raise ValueError("implementation='fused' is not there yet in this version; use 'foreach', or None to let lp_dist choose")
         if implementation is not None and implementation not in _IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
         self.implementation = implementation
@@ -51,6 +52,10 @@ class LpOptimizer(Optimizer):
             if param.is_complex():
                 self.param_groups.pop()
                 raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
+            why = self._not_fused(group, param.device) if self.implementation == "fused" and param.device.type != "meta" else None
+            if why is not None:
+                self.param_groups.pop()
+                raise ValueError(_REFUSED.format(why))
         self.asked.add(group, group.keys() - {"params"})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,16 +105,39 @@ class LpOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fused: kernels.Work = []
         for group in self.param_groups:
             self.check(group)
             for values, rows in self._work(group):
+                if self.implementation in (None, "fused"):
+                    ours, rows = self._divided(values, rows)
+                    fused.append((values, ours))
                 if self.implementation == "reference":
                     for row in rows:
                         self._update(values, [row], self._reference)
                 else:
                     for batch in batches(rows):
                         self._update(values, batch, self._foreach)
+        kernels.step(self.kernel, fused)
         return loss
+
+    def _divided(self, values: dict[str, Any], rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        """Rows that the fused step takes, and the others, which raise if it was asked for by name."""
+        ours, others = [], []
+        for row in rows:
+            why = self._not_fused(values, row[0].device) or kernels.refusal(row)
+            if why is not None and self.implementation == "fused":
+                raise ValueError(_REFUSED.format(why))
+            (others if why else ours).append(row)
+        return ours, others
+
+    def _not_fused(self, values: dict[str, Any], device: torch.device) -> str | None:
+        if values.get("lag"):
+            return f"lag={values['lag']}, which only the other implementations have"
+        why = kernels.unavailable(device)
+        if why is not None and self.implementation is None:
+            _tell(device.type, why)
+        return why
 
     def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
         """The group's rows, by the values that hold for them: one list unless parameters have values of their own."""
@@ -173,3 +201,8 @@ class LpOptimizer(Optimizer):
     # weight where the base has it.
     _reference: Callable[..., list[Tensor] | None]  # one row, in plain torch: the equation
     _foreach: Callable[..., list[Tensor] | None]    # many rows, a call for all of them
+
+
+@cache
+def _tell(device_type: str, why: str) -> None:
+    logger.warning("the fused step is not used on %s: %s. The foreach step is used instead, which takes several times as long", device_type, why)

@@ -37,7 +37,7 @@ class LpAdamW(LpOptimizer):
     State of each parameter: `step` (fp32 scalar on the CPU), `exp_avg`, `exp_avg_sq` (like the parameter), with lag `s`, nothing else.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
+    kernel, state_names = "adamw", ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -87,6 +87,8 @@ class LpSGD(_Unconditioned):
     `momentum_buffer` if there is momentum.
     """
 
+    kernel = "sgd"
+
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, lag: float = 0.0,
@@ -122,7 +124,7 @@ class LpLion(_Unconditioned):
     Lion's direction has magnitude 1, so lr is usually 3 to 10 times smaller than Adam's, and λ as much larger.
     """
 
-    state_names = ("exp_avg",)
+    kernel, state_names = "lion", ("exp_avg",)
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,

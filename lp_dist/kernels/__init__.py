@@ -1,0 +1,79 @@
+"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `gpu` is Triton."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lp_dist.slices import Row
+
+_WEIGHTS = (torch.float32, torch.bfloat16)
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+_MODULES = {"cpu": "lp_dist.kernels.cpu", "cuda": "lp_dist.kernels.gpu"}
+
+Work = list[tuple[Mapping[str, Any], list[Row]]]
+
+
+class Unavailable(Exception):
+    """The fused step can't run on a kind of device here; its message says why."""
+
+
+@cache
+def _module(device_type: str) -> ModuleType | Unavailable:
+    if device_type not in _MODULES:
+        return Unavailable(f"there is none for {device_type} tensors, only for {' and '.join(_MODULES)}")
+    try:
+        module = importlib.import_module(_MODULES[device_type])
+        module.prepare()
+    except ImportError as error:
+        return Unavailable(f"it needs triton there ({error})")
+    except Unavailable as error:
+        return error
+    return module
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the fused step can't run on tensors of `device`; None if it can. The first call for the CPU builds it."""
+    found = _module(device.type)
+    return str(found) if isinstance(found, Unavailable) else None
+
+
+def refusal(row: Row) -> str | None:
+    """What keeps a row from the fused step; None if nothing does."""
+    weights, grads, *states = row[:-1]
+    if weights.dtype not in _WEIGHTS:
+        return f"weights of {weights.dtype}; it takes float32 and bfloat16"
+    if grads.dtype not in _GRADIENTS:
+        return f"gradients of {grads.dtype}; it takes float32, bfloat16 and float16"
+    for state in states:
+        if state.dtype is not weights.dtype:
+            return f"state of {state.dtype} for weights of {weights.dtype}; it takes both in one dtype"
+    if not all(t.is_contiguous() for t in row[:-1]) and not _laid_out_alike(row[:-1]):
+        return f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
+    return None
+
+
+def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors fill memory without gaps and in the same order, as channels-last ones do: then they can be walked flat."""
+    first = tensors[0]
+    order = sorted(range(first.ndim), key=lambda i: (-first.stride(i), i))
+    return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
+
+
+def step(base: str, work: Work) -> None:
+    """One step of `base` ("adamw", "sgd", "lion") for rows, each list of them with the values that hold for it.
+
+    Every row has passed `refusal`, and no device is `unavailable`. Weights and state are changed in place.
+    """
+    by_device: dict[str, Work] = {}
+    for values, rows in work:
+        for device_type in {row[0].device.type for row in rows}:
+            by_device.setdefault(device_type, []).append((values, [row for row in rows if row[0].device.type == device_type]))
+    for device_type, part in by_device.items():
+        _module(device_type).step(base, part)
