@@ -71,7 +71,7 @@ class Footprint:
 
 def footprint(
     parameters: int, ranks: int, stage: int | str, *, optimizer: str = "LpAdamW", momentum: bool = False, dtype: str = "bf16",
-    offload: bool = False, accelerator: bool = True, counted: int = 0, bins: int = 0,
+    offload: bool = False, accelerator: bool = True, fused: bool = True, counted: int = 0, bins: int = 0,
 ) -> Footprint:
     """Bytes per rank of the training state, and bytes that a rank sends.
 
@@ -83,7 +83,8 @@ def footprint(
         momentum: of LpSGD.
         dtype: "bf16" is mixed precision over fp32 masters (by autocast under DDP), "fp32" is fp32 throughout.
         offload: masters and state lie in host memory and are stepped there; under FSDP2 all shards do.
-        accelerator: False if the model itself is on the CPU, where the step takes smaller slices.
+        accelerator: False if the model itself is on the CPU, where a foreach step takes smaller slices.
+        fused: False for the foreach step, which has temporaries; the fused one has none.
         counted: tensors whose zeros are counted at each control interval.
         bins: of a histogram of each of them, reduced at the same time.
     Raises:
@@ -98,7 +99,7 @@ def footprint(
     stepping = dict(
         masters=4 * stepped,
         optimizer_state=4 * stepped * (_STATES[optimizer] + momentum),
-        temporaries=4 * _TEMPORARIES[optimizer] * min(batch, stepped),
+        temporaries=0 if fused else 4 * _TEMPORARIES[optimizer] * min(batch, stepped),
     )
     device, host = (_torch if stage in (0, "fsdp2") else _deepspeed)(parameters, share, ranks, stage, width, offload)
     (host if offload else device).update(stepping)
