@@ -22,6 +22,7 @@ from lp_dist.slices import Row, batches, local, refuse_all_zero
 logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS = ("reference", "foreach", "fused")
+_ONE = torch.ones(())
 LAGGED = "s"  # the state of the non-adiabatic variant
 _REFUSED = "implementation='fused' can't step this: {}. Use None, which takes the fused step wherever it can, or 'foreach'"
 
@@ -33,6 +34,8 @@ class LpOptimizer(Optimizer):
     kernel: str  # the base's name in `kernels`
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], implementation: str | None) -> None:
+        if defaults["capturable"] and implementation in ("reference", "foreach"):
+            raise ValueError(f"capturable=True needs the fused step, not implementation={implementation!r}; use None or 'fused'")
         if implementation is not None and implementation not in _IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
         self.implementation = implementation
@@ -105,31 +108,43 @@ class LpOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fused: kernels.Work = []
+        fused: dict[str, kernels.Work] = {}
         for group in self.param_groups:
             self.check(group)
             for values, rows in self._work(group):
                 if self.implementation in (None, "fused"):
-                    ours, rows = self._divided(values, rows)
-                    fused.append((values, ours))
+                    rows = self._divide(values, rows, fused)
                 if self.implementation == "reference":
                     for row in rows:
                         self._update(values, [row], self._reference)
                 else:
                     for batch in batches(rows):
                         self._update(values, batch, self._foreach)
-        kernels.step(self.kernel, fused)
+        for device_type, work in fused.items():
+            kernels.step(device_type, self.kernel, work)
         return loss
 
-    def _divided(self, values: dict[str, Any], rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """Rows that the fused step takes, and the others, which raise if it was asked for by name."""
-        ours, others = [], []
+    def _divide(self, values: dict[str, Any], rows: list[Row], fused: dict[str, kernels.Work]) -> list[Row]:
+        """Adds rows that the fused step takes to `fused`, by device; returns the others, which raise if it was asked for by name."""
+        others: list[Row] = []
+        ours: dict[str, list[Row]] = {}
+        reasons: dict[str, str | None] = {}
         for row in rows:
-            why = self._not_fused(values, row[0].device) or kernels.refusal(row)
-            if why is not None and self.implementation == "fused":
+            device = row[0].device
+            if device.type not in reasons:
+                reasons[device.type] = self._not_fused(values, device)
+            why = reasons[device.type] or kernels.refusal(row)
+            if why is None:
+                ours.setdefault(device.type, []).append(row)
+            elif self.implementation == "fused":
                 raise ValueError(_REFUSED.format(why))
-            (others if why else ours).append(row)
-        return ours, others
+            elif values["capturable"]:
+                raise ValueError(f"capturable=True needs the fused step, which can't step this: {why}. Set capturable=False, and capture no graph")
+            else:
+                others.append(row)
+        for device_type, taken in ours.items():
+            fused.setdefault(device_type, []).append((values, taken))
+        return others
 
     def _not_fused(self, values: dict[str, Any], device: torch.device) -> str | None:
         if values.get("lag"):
@@ -141,39 +156,55 @@ class LpOptimizer(Optimizer):
 
     def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
         """The group's rows, by the values that hold for them: one list unless parameters have values of their own."""
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return []
+        names = self._state_names(group)
+        states = [self._state_of(param, group, names) for param in params]
+        capturable = group["capturable"]
+        if len({id(state["step"]) for state in states}) < len(states):  # DeepSpeed's loader of universal checkpoints gives all tensors one `step`
+            for state in states:
+                state["step"] = state["step"].clone()
+        counts = [state["step"] for state in states]
+        # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
+        torch._foreach_add_(counts, 1 if capturable else _ONE)
         work: dict[int, tuple[dict[str, Any], list[Row]]] = {}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            row = self._row(param, group)
-            for offset, length, own in self.segments.runs(param, row[0].numel()):
+        for param, state, count in zip(params, states, counts):
+            step = count.item() if count.device.type == "cpu" else count
+            tensors = self._local(param, [state[name] for name in names])
+            numel = tensors[0].numel()
+            for offset, length, own in self.segments.runs(param, numel):
                 if id(own) not in work:
                     work[id(own)] = effective(group, own), []
-                work[id(own)][1].append((*(part(t, offset, length) for t in row[:-1]), row[-1]))
+                run = tensors if length == numel else [part(t, offset, length) for t in tensors]
+                work[id(own)][1].append((*run, step))
         return list(work.values())
 
-    def _row(self, param: Tensor, group: dict[str, Any]) -> Row:
-        grad = param.grad
-        if grad.layout is not torch.strided:
-            raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
+    def _state_of(self, param: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
         if id(param) not in self._checked:
             if param not in self.segments:  # else attach has looked, over all ranks
                 refuse_all_zero(param, group)
             self._checked.add(id(param))
-        names = self._state_names(group)
         state = self.state[param]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU as torch's: reading it makes no GPU wait
+            # On the CPU as torch's: reading it makes no GPU wait. Where a graph counts the steps, it must be on the device.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
         for name in names:
             if name not in state:  # |w|^(p-2) is beyond 16 bits
                 dtype = torch.promote_types(param.dtype, torch.float32) if name == LAGGED else param.dtype
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        # Not in place: DeepSpeed's loader of universal checkpoints gives all tensors one and the same `step`.
-        state["step"] = state["step"] + 1
-        step = float(state["step"])
-        if getattr(grad, "placements", None) != getattr(param, "placements", None):
-            grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
-        return (*(local(t) for t in (param, grad, *(state[name] for name in names))), step)
+        return state
+
+    def _local(self, param: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """The weight, its gradient and its state, as far as they lie on this rank."""
+        grad = param.grad
+        if grad.layout is not torch.strided:
+            raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
+        if hasattr(grad, "placements") or hasattr(param, "placements"):
+            if getattr(grad, "placements", None) != getattr(param, "placements", None):
+                grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
+            return [local(t) for t in (param, grad, *states)]
+        return [param, grad, *states]
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (*self.state_names, LAGGED) if group["lag"] else self.state_names

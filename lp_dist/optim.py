@@ -16,7 +16,7 @@ from lp_dist.base import LpOptimizer
 
 
 class LpAdamW(LpOptimizer):
-    """AdamW with decoupled Lp decay (arXiv 2404.10824); with weight_decay = 0 bit for bit torch.optim.AdamW without decay.
+    """AdamW with decoupled Lp decay (arXiv 2404.10824); with weight_decay = 0 bit for bit torch.optim.AdamW of the same implementation.
 
     Args:
         params: parameters or groups; every argument below but `implementation` is a group key too.
@@ -33,8 +33,10 @@ class LpAdamW(LpOptimizer):
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
         maximize: step along the gradient, not against it.
-        implementation: None chooses; "reference" is the clear loop; "foreach" takes many tensors at a time.
-    State of each parameter: `step` (fp32 scalar on the CPU), `exp_avg`, `exp_avg_sq` (like the parameter), with lag `s`, nothing else.
+        capturable: the count of steps is kept on the device, so that a step can be captured in a CUDA graph, with lr a tensor if it is to change.
+        implementation: None chooses, for each tensor: "fused" where it can, which is one pass over memory, else "foreach", which takes many tensors
+            at a time; "reference" is the clear loop. "fused" computes in fp32 and takes denormals for zero on a CPU.
+    State of each parameter: `step` (fp32 scalar, on the CPU unless capturable), `exp_avg`, `exp_avg_sq` (like the parameter), with lag `s`, nothing else.
     """
 
     kernel, state_names = "adamw", ("exp_avg", "exp_avg_sq")
@@ -42,10 +44,10 @@ class LpAdamW(LpOptimizer):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = 0.0, cutoff: float = math.inf,
-        lag: float = 0.0, maximize: bool = False, implementation: str | None = None,
+        lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
-                                      cutoff=cutoff, lag=lag, maximize=maximize), implementation)
+                                      cutoff=cutoff, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod
     def _reference(group, lr, weights, grads, exp_avgs, exp_avg_sqs, steps):
@@ -81,7 +83,7 @@ class _Unconditioned(LpOptimizer):
 
 
 class LpSGD(_Unconditioned):
-    """SGD with momentum and decoupled Lp decay; with weight_decay = 0 bit for bit torch.optim.SGD.
+    """SGD with momentum and decoupled Lp decay; with weight_decay = 0 bit for bit torch.optim.SGD of the same implementation.
 
     Args as LpAdamW's, and momentum ≥ 0; nesterov: look ahead along the momentum. State: `step`, and
     `momentum_buffer` if there is momentum.
@@ -92,10 +94,10 @@ class LpSGD(_Unconditioned):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.0, nesterov: bool = False,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, lag: float = 0.0,
-        maximize: bool = False, implementation: str | None = None,
+        maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, p=p, l2=l2,
-                                      cutoff=cutoff, lag=lag, maximize=maximize), implementation)
+                                      cutoff=cutoff, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (("momentum_buffer",) if group["momentum"] else ()) + super()._state_names(group)
@@ -129,10 +131,10 @@ class LpLion(_Unconditioned):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
         *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, lag: float = 0.0, maximize: bool = False,
-        implementation: str | None = None,
+        capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, lag=lag,
-                                      maximize=maximize), implementation)
+                                      maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod
     def _reference(group, lr, weights, grads, exp_avgs, steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class SegmentMap:
 
     def __init__(self) -> None:
         self._segments = WeakIdKeyDictionary()
-        self._runs = WeakIdKeyDictionary()
+        self._runs: dict[int, tuple[weakref.ref[Tensor], tuple[Run, ...]]] = {}
         self._values: dict[str, dict[str, Any]] = {}
         self._interned: dict[tuple, dict[str, Any]] = {(): _NOTHING}  # equal values are one object, so that a step can group runs by it
 
@@ -65,7 +66,7 @@ class SegmentMap:
 
     def replace(self, segments: dict[Tensor, list[Segment]]) -> None:
         """Takes a new map; values of single parameters are forgotten with the old one."""
-        self._segments, self._runs, self._values = WeakIdKeyDictionary(), WeakIdKeyDictionary(), {}
+        self._segments, self._runs, self._values = WeakIdKeyDictionary(), {}, {}
         for tensor, pieces in segments.items():
             self._segments[tensor] = tuple(sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.offset))
 
@@ -92,12 +93,11 @@ class SegmentMap:
         Equal values are the same object. Padding and gaps belong to the run before them; what they hold is nobody's (under ZeRO-3 it
         is uninitialised memory), so they may be stepped, and must not be counted.
         """
-        if tensor not in self._segments:
-            return ((0, numel, _NOTHING),)
-        runs = self._runs.get(tensor)
-        if runs is None:
-            runs = self._runs[tensor] = _cut(self.of(tensor), self._values, numel)
-        return runs
+        found = self._runs.get(id(tensor))  # an optimizer's step asks for every tensor: a weak dictionary would take longer than the rest of it
+        if found is None or found[0]() is not tensor:
+            runs = _cut(self.of(tensor), self._values, numel)
+            found = self._runs[id(tensor)] = weakref.ref(tensor), runs
+        return found[1]
 
 
 def _cut(segments: Iterable[Segment], values: dict[str, dict[str, Any]], numel: int) -> tuple[Run, ...]:

@@ -30,7 +30,7 @@ def values(**changed):
 def decayed(weights, **changed):
     """Weights after the decay alone: SGD with a gradient of zero."""
     weights = weights.clone()
-    kernels.step("sgd", [(values(**changed), [(weights, torch.zeros_like(weights), 1.0)])])
+    kernels.step("cpu", "sgd", [(values(**changed), [(weights, torch.zeros_like(weights), 1.0)])])
     return weights
 
 
@@ -39,7 +39,7 @@ def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
     weights = weights.clone()
     lr = 1e-36
     group = values(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
-    kernels.step("adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])])
+    kernels.step("cpu", "adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])])
     return weights
 
 
@@ -278,7 +278,7 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
     results = []
     for taken in (grads, grads.float()):
         row = [torch.linspace(-1, 1, 1010), taken, *(torch.zeros(1010) for _ in range(states))]
-        kernels.step(base, [(group, [(*row, 1.0)])])
+        kernels.step("cpu", base, [(group, [(*row, 1.0)])])
         results.append([row[0], *row[2:]])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

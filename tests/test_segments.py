@@ -133,7 +133,7 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
 
 def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     flat = torch.randn(4000, requires_grad=True)
-    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, implementation="foreach")
     pieces = [Segment(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
     optimizer.segments.replace({flat: pieces})
     for i in range(0, 1000, 2):

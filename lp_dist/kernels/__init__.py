@@ -46,15 +46,17 @@ def unavailable(device: torch.device) -> str | None:
 
 def refusal(row: Row) -> str | None:
     """What keeps a row from the fused step; None if nothing does."""
-    weights, grads, *states = row[:-1]
-    if weights.dtype not in _WEIGHTS:
-        return f"weights of {weights.dtype}; it takes float32 and bfloat16"
+    weights, grads = row[0], row[1]
+    dtype, alike = weights.dtype, weights.is_contiguous() and grads.is_contiguous()
+    if dtype not in _WEIGHTS:
+        return f"weights of {dtype}; it takes float32 and bfloat16"
     if grads.dtype not in _GRADIENTS:
         return f"gradients of {grads.dtype}; it takes float32, bfloat16 and float16"
-    for state in states:
-        if state.dtype is not weights.dtype:
-            return f"state of {state.dtype} for weights of {weights.dtype}; it takes both in one dtype"
-    if not all(t.is_contiguous() for t in row[:-1]) and not _laid_out_alike(row[:-1]):
+    for state in row[2:-1]:
+        if state.dtype is not dtype:
+            return f"state of {state.dtype} for weights of {dtype}; it takes both in one dtype"
+        alike = alike and state.is_contiguous()
+    if not alike and not _laid_out_alike(row[:-1]):
         return f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
     return None
 
@@ -66,14 +68,9 @@ def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
     return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
 
 
-def step(base: str, work: Work) -> None:
-    """One step of `base` ("adamw", "sgd", "lion") for rows, each list of them with the values that hold for it.
+def step(device_type: str, base: str, work: Work) -> None:
+    """One step of `base` ("adamw", "sgd", "lion") for rows on one kind of device, each list of them with the values that hold for it.
 
-    Every row has passed `refusal`, and no device is `unavailable`. Weights and state are changed in place.
+    Every row has passed `refusal`, and the device is not `unavailable`. Weights and state are changed in place.
     """
-    by_device: dict[str, Work] = {}
-    for values, rows in work:
-        for device_type in {row[0].device.type for row in rows}:
-            by_device.setdefault(device_type, []).append((values, [row for row in rows if row[0].device.type == device_type]))
-    for device_type, part in by_device.items():
-        _module(device_type).step(base, part)
+    _module(device_type).step(base, work)

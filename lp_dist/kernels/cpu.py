@@ -100,9 +100,10 @@ def step(base: str, work: Work) -> None:
         numbers.extend(map(float, (
             values["lr"], *betas, values.get("eps", 0.0), values.get("momentum", 0.0), values.get("nesterov", False), values["maximize"],
             values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], SNAP)))
-        for weights, grads, *states, t in rows:
-            addresses = [state.data_ptr() for state in states]
-            table.extend((weights.data_ptr(), grads.data_ptr(), *addresses, *(0,) * (2 - len(addresses)), weights.numel(),
-                          _TYPES[weights.dtype], _TYPES[grads.dtype], i, int(t)))
+        for row in rows:
+            weights, grads = row[0], row[1]
+            m = row[2].data_ptr() if len(row) > 3 else 0
+            v = row[3].data_ptr() if len(row) > 4 else 0
+            table.extend((weights.data_ptr(), grads.data_ptr(), m, v, weights.numel(), _TYPES[weights.dtype], _TYPES[grads.dtype], i, int(row[-1])))
     rows, values = table.buffer_info()[0], numbers.buffer_info()[0]
     _library.lp_dist_step(_BASES[base], len(table) // 9, rows, values, torch.get_num_threads())
