@@ -51,14 +51,14 @@ def _median(name: str, work: Callable[[], Any], repeats: int) -> float:
     work()
     times = []
     for _ in tqdm(range(repeats), desc=name, leave=False):
-        _wait()
+        wait()
         start = time.perf_counter()
         work()
-        _wait()
+        wait()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 
 
-def _wait() -> None:
+def wait() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

@@ -35,8 +35,8 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 # Each room may import those before it, never one after it.
 ORDER = ["errors", "decay", "slices", "segments", "base", "optim", "hooks", "engines", "shards", "groups", "schedule", "sparsity",
-         "rates", "quantiles", "target", "control", "restoring", "attachment", "footprint", "trainer", "report", "bench", "trajectories", "data", "arguments",
-         "finetune", "cli"]
+         "rates", "quantiles", "target", "control", "restoring", "attachment", "footprint", "trainer", "report", "bench", "trajectories",
+         "stepping_whole", "stepping_contenders", "stepping", "data", "arguments", "finetune", "cli"]
 
 
 def imports(path: Path) -> set[str]:
