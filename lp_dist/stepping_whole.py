@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lp_dist.attachment import attach
-from lp_dist.bench import _wait
+from lp_dist.bench import wait
 from lp_dist.optim import LpAdamW
 from lp_dist.sparsity import measure_sparsity
 from lp_dist.target import SparsityTarget
@@ -208,7 +208,7 @@ def _wrapped(engine: str, model: nn.Module, device: torch.device, config: dict[s
 
 
 def _together(distributed: bool) -> None:
-    _wait()
+    wait()
     if distributed:
         torch.distributed.barrier()
 

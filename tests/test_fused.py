@@ -344,3 +344,28 @@ def test_what_it_can_not_step_is_refused_by_name_and_left_to_foreach_without():
         LpAdamW([param], lr=0.1, weight_decay=0.1, **changed).step()
         LpAdamW([other], lr=0.1, weight_decay=0.1, implementation="foreach", **changed).step()
         assert torch.equal(param, other)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_capturable_is_for_the_fused_step_alone_and_changes_no_value(cls):
+    params, others = tensors(), tensors()
+    _train_in_their_order(cls(params, lr=0.01, weight_decay=0.1, capturable=True), params)
+    _train_in_their_order(cls(others, lr=0.01, weight_decay=0.1), others)
+    assert_same(params, others)
+    with pytest.raises(ValueError, match="capturable=True needs the fused step, not implementation='foreach'; use None"):
+        cls(params, capturable=True, implementation="foreach")
+    double = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    double.grad = torch.ones_like(double)
+    with pytest.raises(ValueError, match="capturable=True needs the fused step, which can't step this: weights of torch.float64.*Set capturable=False"):
+        cls([double], capturable=True).step()
+
+
+def test_step_counts_that_are_one_tensor_count_apart():
+    """DeepSpeed's loader of universal checkpoints gives all tensors one `step`."""
+    params = tensors()
+    optimizer = LpAdamW(params, lr=0.01, weight_decay=0.1)
+    train(optimizer, params, 1)
+    for param in params:
+        optimizer.state[param]["step"] = optimizer.state[params[0]]["step"]
+    train(optimizer, params, 2)
+    assert {float(optimizer.state[param]["step"]) for param in params} == {3.0}

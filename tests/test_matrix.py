@@ -164,8 +164,8 @@ def test_what_deepspeed_refuses_or_does_wrong(run_ranks):
     # ZeRO 0 in 16 bits takes a step with zero gradients when it is made: √v̂ is 0, so everything that decays dies.
     assert not matrix.decayed(dry.weights[-1]).any(), "no longer so? Then docs/matrix.md and engines.undo_dry_step can forget it"
     # And it divides the gradients by a loss scale that the loss was not multiplied by.
-    zeros = [matrix.decayed(run.weights[-1]) == 0 for run in (unscaled, scaled)]
-    assert not torch.equal(*zeros), "mended? Then docs/matrix.md and matrix.how can forget it"
+    ends = [matrix.decayed(run.weights[-1]) for run in (unscaled, scaled)]
+    assert not torch.allclose(*ends, rtol=1e-3), "mended? Then docs/matrix.md and matrix.how can forget it"
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------------------
