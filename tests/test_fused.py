@@ -290,10 +290,11 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_nan_gradient_shows(cls):
-    param = torch.nn.Parameter(torch.tensor([0.5, 0.0, -0.5]))
-    param.grad = torch.tensor([math.nan, 0.1, 0.1])
-    cls([param], lr=0.01, weight_decay=0.1, implementation="fused").step()
-    assert param[0].isnan() and not param[1:].isnan().any()
+    for settings in ({}, {"cutoff": 0.0}, {"weight_decay": 0.0}, {"p": 0.8}, {"p": 2.0}):
+        param = torch.nn.Parameter(torch.tensor([0.5, 0.0, -0.5, 0.0]))
+        param.grad = torch.tensor([math.nan, math.nan, 0.1, 0.1])
+        cls([param], **{"lr": 0.01, "weight_decay": 0.1, "implementation": "fused", **settings}).step()
+        assert param[:2].isnan().all() and not param[2:].isnan().any(), settings
 
 
 def test_denormals_are_flushed_here_and_nowhere_else():

@@ -274,8 +274,8 @@ template <bool FREEZE> void undecayed(const Plan& s, float* w, const Buffers& b,
     const int32_t snap = s.snap;
     sweep(next, [=](int i) {
         const float u = N[i] * inv_base;
-        const bool dead = FREEZE && (magnitude(w[i]) == 0 || (as_int(u) & 0x7fffffff) <= snap);
-        w[i] = dead ? 0.f : u;
+        const float kept = FREEZE && magnitude(w[i]) == 0 ? 0.f * u : u;   // a nan shows
+        w[i] = FREEZE && (as_int(kept) & 0x7fffffff) <= snap ? 0.f : kept;
     });
 }
 
