@@ -40,6 +40,7 @@ class LpOptimizer(Optimizer):
             raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
         self.implementation = implementation
         self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
+        self._counts: dict[int, Tensor] = {}  # `step` by id of its parameter, as far as it is the optimizer's own
         self.segments = SegmentMap()     # filled by lp_dist.attach; without it, each parameter has its group's values
         self.asked = Asked()
         super().__init__(params, defaults)
@@ -62,12 +63,13 @@ class LpOptimizer(Optimizer):
         self.asked.add(group, group.keys() - {"params"})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "implementation": self.implementation, "_checked": set()}  # torch's has groups and state alone
+        return {**super().__getstate__(), "implementation": self.implementation, "_checked": set(), "_counts": {}}  # torch's has groups and state alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("segments", SegmentMap())  # not in a copy: its tensors are others; attach it anew
         self.__dict__.setdefault("asked", Asked())
+        self.__dict__.setdefault("_counts", {})
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
@@ -162,9 +164,6 @@ class LpOptimizer(Optimizer):
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
         capturable = group["capturable"]
-        if len({id(state["step"]) for state in states}) < len(states):  # DeepSpeed's loader of universal checkpoints gives all tensors one `step`
-            for state in states:
-                state["step"] = state["step"].clone()
         counts = [state["step"] for state in states]
         # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
         torch._foreach_add_(counts, 1 if capturable else _ONE)
@@ -189,6 +188,8 @@ class LpOptimizer(Optimizer):
         if "step" not in state:
             # On the CPU as torch's: reading it makes no GPU wait. Where a graph counts the steps, it must be on the device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
+        if self._counts.get(id(param)) is not state["step"]:  # DeepSpeed's loader of universal checkpoints gives all tensors one and the same
+            state["step"] = self._counts[id(param)] = state["step"].clone()
         for name in names:
             if name not in state:  # |w|^(p-2) is beyond 16 bits
                 dtype = torch.promote_types(param.dtype, torch.float32) if name == LAGGED else param.dtype

@@ -251,9 +251,9 @@ def test_rows_have_values_of_their_own_in_one_call():
     (LpSGD, {"lr": 0.02, "weight_decay": 0.2}), (LpLion, {"lr": 0.01, "weight_decay": 0.2}), (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "cutoff": 0.0})])
 def test_bf16_weights_are_stepped_in_fp32_and_rounded_once(cls, settings):
     params = tensors(torch.bfloat16)
+    ours = cls(params, implementation="fused", **settings)
     for step in range(4):
         others = [torch.nn.Parameter(p.detach().float()) for p in params]
-        ours = cls(params, implementation="fused", **settings) if step == 0 else ours
         theirs = cls(others, implementation="fused", **settings)
         for p, q in zip(params, others, strict=True):
             theirs.state[q] = {key: t.clone() if key == "step" else t.float() for key, t in ours.state.get(p, {}).items()}
@@ -290,11 +290,11 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_nan_gradient_shows(cls):
-    for settings in ({}, {"cutoff": 0.0}, {"weight_decay": 0.0}, {"p": 0.8}, {"p": 2.0}):
+    for changed in ({}, {"cutoff": 0.0}, {"weight_decay": 0.0}, {"p": 0.8}, {"p": 2.0}):
         param = torch.nn.Parameter(torch.tensor([0.5, 0.0, -0.5, 0.0]))
         param.grad = torch.tensor([math.nan, math.nan, 0.1, 0.1])
-        cls([param], **{"lr": 0.01, "weight_decay": 0.1, "implementation": "fused", **settings}).step()
-        assert param[:2].isnan().all() and not param[2:].isnan().any(), settings
+        cls([param], **{"lr": 0.01, "weight_decay": 0.1, "implementation": "fused", **changed}).step()
+        assert param[:2].isnan().all() and not param[2:].isnan().any(), changed
 
 
 def test_denormals_are_flushed_here_and_nowhere_else():

@@ -36,9 +36,10 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def test_ranks_that_start_together_all_get_it_and_the_next_finds_it_built(tmp_path):
-    for out, err in map(finish, [start(CHOSEN, tmp_path) for _ in range(3)]):
-        assert out == "as fused", err
-        assert "INFO building the fused step for this processor" in err and "INFO built the fused step in" in err
+    ends = [finish(process) for process in [start(CHOSEN, tmp_path) for _ in range(3)]]
+    assert [out for out, _ in ends] == ["as fused"] * 3, ends
+    # One that comes late may find it there already.
+    assert any("INFO building the fused step for this processor" in err and "INFO built the fused step in" in err for _, err in ends)
     assert len(list(tmp_path.iterdir())) == 1, "one library, and nothing left over"
     out, err = finish(start(CHOSEN, tmp_path, CXX="false"))
     assert out == "as fused" and "building" not in err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpLion, LpSGD, SparsityTarget, add_lp_decay
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, model_of, same
 
 CAPPED, UNCAPPED, PRECONDITIONED = {}, {"cap": None}, {"cap": None, "precondition": 1.0}
@@ -25,7 +25,8 @@ def hooked(cls, **kwargs):
 
 
 def plain_adamw(params, lr):
-    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    """Which test_fused.py and test_optim.py hold to be torch's AdamW, bit for bit."""
+    return LpAdamW(params, lr=lr, weight_decay=0.0)
 
 
 # -- the sparsity -------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
 
 
 def base_from(run: Run) -> Run:
-    """torch's AdamW without decay, from where `run` is."""
+    """AdamW without decay, from where `run` is."""
     base = Run(None, make=plain_adamw, attached=False)
     base.model.load_state_dict(run.model.state_dict())
     base.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))  # else both would have one state
