@@ -1,11 +1,15 @@
 """What the optimizer tests share: parameters of awkward layouts, repeatable gradients, and a strict comparison."""
 
+import math
+
 import torch
 
 from lp_dist.optim import LpAdamW, LpLion, LpSGD
 
 IMPLEMENTATIONS = ("reference", "foreach")
 OPTIMIZERS = (LpAdamW, LpSGD, LpLion)
+# For tests that run over p: those with a form of their own in the fused step, and those that are approximated
+EXPONENTS = (-4.0, -1.5, -1.0, -0.3, 0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 1.99, 2.0, 2.3, 4.0)
 
 
 def make_params(dtype, seed=0):
@@ -36,3 +40,8 @@ def train(optimizer, params, steps):
 def assert_same(params, others):
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param, other), (param.shape, (param - other).abs().max())
+
+
+def group_of(**changed):
+    """Values of a param group, for `kernels.step`."""
+    return {"lr": 1.0, "maximize": False, "weight_decay": 1.0, "p": 0.5, "l2": 0.0, "cutoff": math.inf, **changed}
