@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lp_dist import decay, kernels
@@ -130,14 +131,15 @@ class LpOptimizer(Optimizer):
         """Adds rows that the fused step takes to `fused`, by device; returns the others, which raise if it was asked for by name."""
         others: list[Row] = []
         ours: dict[str, list[Row]] = {}
-        reasons: dict[str, str | None] = {}
+        reasons: dict[torch.device, str | None] = {}
         for row in rows:
             device = row[0].device
-            if device.type not in reasons:
-                reasons[device.type] = self._not_fused(values, device)
-            why = reasons[device.type] or kernels.refusal(row)
+            if device not in reasons:
+                reasons[device] = self._not_fused(values, device)
+                ours.setdefault(device.type, [])
+            why = reasons[device] or kernels.refusal(row)
             if why is None:
-                ours.setdefault(device.type, []).append(row)
+                ours[device.type].append(row)
             elif self.implementation == "fused":
                 raise ValueError(_REFUSED.format(why))
             elif values["capturable"]:
@@ -145,7 +147,8 @@ class LpOptimizer(Optimizer):
             else:
                 others.append(row)
         for device_type, taken in ours.items():
-            fused.setdefault(device_type, []).append((values, taken))
+            if taken:
+                fused.setdefault(device_type, []).append((values, taken))
         return others
 
     def _not_fused(self, values: dict[str, Any], device: torch.device) -> str | None:
@@ -201,11 +204,11 @@ class LpOptimizer(Optimizer):
         grad = param.grad
         if grad.layout is not torch.strided:
             raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
-        if hasattr(grad, "placements") or hasattr(param, "placements"):
-            if getattr(grad, "placements", None) != getattr(param, "placements", None):
-                grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
-            return [local(t) for t in (param, grad, *states)]
-        return [param, grad, *states]
+        if type(grad) is Tensor and type(param) is Parameter:
+            return [param, grad, *states]
+        if getattr(grad, "placements", None) != getattr(param, "placements", None):
+            grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
+        return [local(t) for t in (param, grad, *states)]
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (*self.state_names, LAGGED) if group["lag"] else self.state_names
