@@ -154,6 +154,8 @@ class LpOptimizer(Optimizer):
     def _not_fused(self, values: dict[str, Any], device: torch.device) -> str | None:
         if values.get("lag"):
             return f"lag={values['lag']}, which only the other implementations have"
+        if values.get("precondition", 0.0) > kernels.LARGEST_GAMMA:
+            return f"precondition={values['precondition']}; it takes at most {kernels.LARGEST_GAMMA}"
         why = kernels.unavailable(device)
         if why is not None and self.implementation is None:
             _tell(device.type, why)

@@ -206,7 +206,8 @@ def test_memory_of_a_step_does_not_grow(cls, settings):
 def test_what_it_can_not_step_is_refused_by_name_and_left_to_foreach_without():
     strided = torch.nn.Parameter(torch.randn(4, 6)[:, ::2])
     cases = [(torch.nn.Parameter(torch.randn(3, dtype=torch.float64)), {}, "weights of torch.float64"), (strided, {}, "tensors that lie in memory in different ways"),
-             (torch.nn.Parameter(torch.randn(3)), {"lag": 0.5}, "lag=0.5")]
+             (torch.nn.Parameter(torch.randn(3)), {"lag": 0.5}, "lag=0.5"),
+             (torch.nn.Parameter(torch.randn(3)), {"precondition": 9.0}, "precondition=9.0; it takes at most 8.0")]
     for param, changed, message in cases:
         param.grad = torch.ones_like(param)
         with pytest.raises(ValueError, match=f"implementation='fused' can't step this: {message}.*Use None"):

@@ -135,3 +135,16 @@ def test_the_cap(p, gamma):
     torch.testing.assert_close(capped[above & clear], free[above & clear], rtol=3e-7, atol=0)
     assert torch.equal(capped[~above & clear], plain[~above & clear])
     assert 1000 < int(above.sum()) < 3000
+
+
+@pytest.mark.parametrize("gamma", (0.0, 0.5, 0.37))
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_zero_absorbs_whatever_its_gradient_below_p_2_and_is_any_other_weight_from_there_on(p, gamma):
+    """αλ is so small that a power taken of some tiny number instead of zero would let it go."""
+    grads = torch.tensor([1.0, -0.5, 2.0])
+    group = group_of(lr=0.1, weight_decay=10.0 if p == 2 else 1e-6, betas=(0.0, 0.0), eps=0.0, p=p, precondition=gamma)
+    weights = torch.zeros(3)
+    kernels.step("cpu", "adamw", [(group, [(weights, grads, torch.zeros(3), torch.zeros(3), 1.0)])])
+    pull = 1.0 * grads.double().abs() ** -gamma if p == 2 else 0.0  # |0|^(p−2) is infinite, 1 or zero
+    exact = torch.zeros(3).double() if p < 2 else -0.1 * grads.double().sign() / (1 + pull)
+    torch.testing.assert_close(weights.double(), exact, rtol=3e-7, atol=0)

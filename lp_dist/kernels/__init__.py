@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lp_dist.slices import Row
 
+LARGEST_GAMMA = 8.0  # the power's exponent is exact up to here; (√v̂+ε)^γ has left fp32's range long before
 _WEIGHTS = (torch.float32, torch.bfloat16)
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {"cpu": "lp_dist.kernels.cpu", "cuda": "lp_dist.kernels.gpu"}
