@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lp_dist.engines import summed, update_copies
 from lp_dist.errors import UsageError
 from lp_dist.hooks import steps_taken
-from lp_dist.quantiles import Part, dead_rows, smallest, zero_below
+from lp_dist.quantiles import Census, Part, census, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
 from lp_dist.schedule import FROZEN, OFF, window_steps
 from lp_dist.segments import SegmentMap, effective
@@ -151,7 +151,7 @@ class Control:
         return self.target.at((t - self.start) / (self.end - 1 - self.start))
 
     def _begin(self) -> None:
-        counts = self._counts()
+        counts = self._counts(census(self.shards))
         self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
         sparser = [(scope, share) for scope, share in self.before.items() if share >= self.sparsity]
         if sparser:
@@ -162,11 +162,14 @@ class Control:
                     sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
 
     def _look(self, t: int) -> None:
-        """λ and cutoff of each scope, for the share that the plan has `every` steps from now."""
+        """λ and cutoff of each scope, for the share that the plan has `every` steps from now; from a sample, since the next look mends it."""
         horizon = min(self.every, self.end - 1 - t)
-        counts = self._counts()
+        seen = census(self.shards)
+        counts = self._counts(seen)
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
-        found = smallest(self._parts(), {scope: round(share[scope] * elements) for scope, (_, elements) in counts.items()}, passes=2)
+        all_ = {scope: elements for scope, (_, elements) in counts.items()}
+        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope])) for scope, shard in self._scoped()]
+        found = smallest(sample, {scope: round(share[scope] * elements) for scope, elements in all_.items()}, passes=2, elements=all_)
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
         lambdas = []
         for shard in self.shards:
@@ -176,15 +179,17 @@ class Control:
             cutoff = math.inf if self.target.cap is None else self.target.cap * x
             self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff)
             lambdas.append(weight_decay)
-        self._log(t, counts, lambdas)
+        self._log(t, seen, lambdas)
 
     def _close(self) -> None:
         """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
-        before = self._counts()
-        found = smallest(self._parts(), {scope: round(self.sparsity * elements) for scope, (_, elements) in before.items()}, passes=3)
-        zero_below(self._parts(whole=True), found)
+        before = self._counts(census(self.shards))
+        mine, here = ([Part.of(scope, shard, self._values(shard), whole) for scope, shard in self._scoped()] for whole in (False, True))
+        found = smallest(mine, {scope: round(self.sparsity * elements) for scope, (_, elements) in before.items()}, passes=3)
+        zero_below(here, found)
         update_copies(self.wrapper)
-        after = self._counts()
+        seen = census(self.shards)
+        after = self._counts(seen)
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
             self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
         total = sum(elements for _, elements in after.values())
@@ -193,7 +198,7 @@ class Control:
         self.closed = {"before": had, "after": have, "by_threshold": have - had}
         logger.info("target: %.2f%% zeros by decay, %.2f%% after the last threshold; furthest from the target is %s, at %.2f%%", 100 * had, 100 * have,
                     worst, 100 * after[worst][0] / after[worst][1])
-        self._log(self.end - 1, after, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
+        self._log(self.end - 1, seen, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
 
     # -- what it looks at ---------------------------------------------------------------------------------------------
 
@@ -205,25 +210,25 @@ class Control:
         own = {key: value for key, value in self.segments.values(shard.name).items() if key in ("p", "precondition")}
         return effective(group, own)
 
-    def _parts(self, whole: bool = False) -> list[Part]:
-        return [Part.of(self._scope(shard), shard, self._values(shard), whole) for shard in self.shards]
+    def _scoped(self) -> list[tuple[str, Shard]]:
+        return [(self._scope(shard), shard) for shard in self.shards]
 
-    def _counts(self) -> dict[str, tuple[int, int]]:
-        """Zeros and elements of each scope, over all ranks."""
-        scopes = list(dict.fromkeys(map(self._scope, self.shards)))
-        counts = torch.zeros(len(scopes), 2, dtype=torch.int64)
-        for part in self._parts():
-            counts[scopes.index(part.scope)] += torch.tensor([part.zeros(), part.weights.numel()])
-        return {scope: (zeros, elements) for scope, (zeros, elements) in zip(scopes, summed(counts).tolist())}
+    def _counts(self, seen: Census) -> dict[str, tuple[int, int]]:
+        """Zeros and elements of each scope."""
+        counts: dict[str, tuple[int, int]] = {}
+        for shard, (zeros, elements) in zip(self.shards, seen.counts):
+            before = counts.get(self._scope(shard), (0, 0))
+            counts[self._scope(shard)] = before[0] + zeros, before[1] + elements
+        return counts
 
-    def _log(self, t: int, counts: dict[str, tuple[int, int]], lambdas: list[float]) -> None:
+    def _log(self, t: int, seen: Census, lambdas: list[float]) -> None:
+        counts = self._counts(seen)
         total = sum(elements for _, elements in counts.values())
         first = sum(self.before[scope] * elements for scope, (_, elements) in counts.items()) / total
-        dead, rows = dead_rows(self.shards)
         self.logs = {
             "lp/target": self.sparsity, "lp/plan": first + (self.sparsity - first) * self.plan(t),
             "lp/measured": sum(zeros for zeros, _ in counts.values()) / total, "lp/lambda_min": min(lambdas), "lp/lambda_median": median(lambdas),
-            "lp/lambda_max": max(lambdas), "lp/dead_channels": dead / max(1, rows)}
+            "lp/lambda_max": max(lambdas), "lp/dead_channels": seen.dead / max(1, seen.rows)}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

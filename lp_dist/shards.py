@@ -37,6 +37,11 @@ class Piece:
             return self.values if self.replica == 0 else self.values.new_empty(0)
         return self.values.view(-1)[numel * self.replica // self.replicas: numel * (self.replica + 1) // self.replicas]
 
+    @property
+    def first(self) -> int | None:
+        """The first element of `share` in the whole parameter, taken flat; None as for `start`."""
+        return None if self.start is None else self.start + self.values.numel() * self.replica // self.replicas
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_dist import LpAdamW, attach, quantiles
-from lp_dist.quantiles import Part, dead_rows, smallest, zero_below
+from lp_dist.quantiles import Census, Part, census, smallest, stride_of, zero_below
 from lp_dist.shards import Shard, shards
 
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -189,7 +189,7 @@ def test_parts_of_a_live_optimizer_have_its_second_moments_and_a_share_of_each_r
     assert Part.of("a", shard, {**values, "precondition": 0.0}, whole=True).second is None
 
 
-# -- dead rows ----------------------------------------------------------------------------------------------------------
+# -- zeros and dead rows ------------------------------------------------------------------------------------------------
 
 
 def shard_of(flat: torch.Tensor, shape: tuple[int, ...], first: int, last: int, gap: int = 0, **replica: int) -> Shard:
@@ -200,7 +200,7 @@ def shard_of(flat: torch.Tensor, shape: tuple[int, ...], first: int, last: int, 
 
 @given(st.data(), st.integers(1, 4))
 @few
-def test_dead_rows_are_those_of_the_whole_parameter(data, ranks):
+def test_zeros_and_dead_rows_are_those_of_the_whole_parameter(data, ranks):
     """Pieces start and end inside of rows, some hold none; or each rank has all of it and counts its share."""
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     total = math.prod(shape)
@@ -213,17 +213,63 @@ def test_dead_rows_are_those_of_the_whole_parameter(data, ranks):
         mine = [[shard_of(whole, shape, 0, total, gap, replica=i, replicas=ranks)] for i in range(ranks)]
     other = torch.zeros(3, 2)  # a second parameter, all of it on rank 0
     mine = [[*shards_, shard_of(other.flatten(), (3, 2), 0, 0 if i else 6)] for i, shards_ in enumerate(mine)]
-    wanted = int((whole.view(shape[0], -1) == 0).all(1).sum()) + 3, shape[0] + 3
+    dead = int((whole.view(shape[0], -1) == 0).all(1).sum())
+    wanted = Census([(int((whole == 0).sum()), total), (6, 6)], dead + 3, shape[0] + 3)
     with meeting(ranks) as run:
-        found = run([lambda one=one: dead_rows(one) for one in mine])
-    assert found == [wanted] * ranks, f"{found} are not the dead and all rows of {whole.view(shape)}, {wanted}"
+        found = run([lambda one=one: census(one) for one in mine])
+    assert found == [wanted] * ranks, f"{found} are not the zeros, the dead and all rows of {whole.view(shape)}, {wanted}"
 
 
-def test_what_has_no_rows_is_not_counted():
-    assert dead_rows([]) == (0, 0)
-    assert dead_rows([shard_of(torch.zeros(1), (), 0, 1)]) == (0, 0), "a scalar has no rows"
-    strips = Shard("w", torch.zeros(4), torch.Size((2, 4)), None, torch.zeros(4), 0, 4, 0, lambda _: {})
-    assert dead_rows([strips]) == (0, 0), "where rows lie in several strips, none is known"
+def test_what_has_no_rows_is_counted_without_them():
+    assert census([]) == Census([], 0, 0)
+    assert census([shard_of(torch.zeros(1), (), 0, 1)]) == Census([(1, 1)], 0, 0), "a scalar has no rows"
+    strips = Shard("w", torch.zeros(4), torch.Size((2, 4)), None, torch.tensor([0.0, 1.0, 0.0, 0.0]), 0, 4, 0, lambda _: {})
+    assert census([strips]) == Census([(3, 4)], 0, 0), "where rows lie in several strips, none is known"
+
+
+# -- samples ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.lists(st.floats(0, 1), max_size=3), st.integers(1, 3))
+@few
+def test_a_sample_is_of_the_same_weights_however_they_are_sharded(rows, width, stride, places, replicas):
+    flat = torch.arange(1.0, rows * width + 1)
+    taken = []
+    for first, last in cut(flat, places):
+        for replica in range(replicas):
+            shard = shard_of(flat, (rows, width), first, last, 2, replica=replica, replicas=replicas)
+            taken += Part.of("a", shard, {"p": 1.0}, stride=stride).weights.tolist()
+    assert taken == flat[::stride].tolist()
+
+
+def test_second_moments_are_those_of_the_sample():
+    flat = torch.arange(60.0)
+    shard = Shard("w", flat, torch.Size((6, 10)), 7, flat[7:47], 0, 40, 0, lambda _: {"exp_avg_sq": flat[7:47] * 10, "step": torch.tensor(3.0)})
+    one = Part.of("a", shard, {"p": 1.0, "precondition": 1.0}, stride=9)
+    assert one.weights.tolist() == [9, 18, 27, 36, 45] and one.second.tolist() == [90, 180, 270, 360, 450]
+
+
+@given(st.integers(0, 10**12), st.integers(1, 5000), st.integers(1, 5000))
+@few
+def test_a_stride_takes_a_sample_that_is_large_enough_and_from_every_column(elements, rows, width):
+    stride = stride_of(shard_of(torch.zeros(0), (rows, width), 0, 0), elements)
+    assert stride == 1 or elements / stride >= quantiles._SAMPLE
+    assert math.gcd(stride, width) == 1, f"every {stride}th weight of rows of {width} is never in some columns"
+    assert stride > 0.5 * elements / quantiles._SAMPLE - 20, "it leaves out what it can"
+
+
+def test_a_sample_finds_the_threshold_of_all_and_an_exact_rank_needs_no_sample():
+    """Small columns, as an LLM's outlier channels are large ones: a stride that divides a row would see only some."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3000, 512, generator=generator) * torch.linspace(0.01, 1, 512).roll(100)
+    shard, elements = shard_of(weights.flatten(), (3000, 512), 0, weights.numel()), weights.numel()
+    sample = Part.of("a", shard, {"p": 1.0}, stride=stride_of(shard, elements))
+    assert sample.weights.numel() < elements / 40
+    for share in (0.1, 0.5, 0.95):
+        found = smallest([sample], {"a": round(share * elements)}, 2, elements={"a": elements})["a"]
+        assert float((weights.abs() <= found).float().mean()) == pytest.approx(share, abs=4 * 0.5 / quantiles._SAMPLE**0.5), "within 4 deviations"
+    whole = Part.of("a", shard, {"p": 1.0})
+    assert smallest([whole], {"a": 12345}, 3, elements={"a": elements}) == smallest([whole], {"a": 12345}, 3)
 
 
 @pytest.mark.parametrize("worst", [1e20, math.nan, math.inf])
