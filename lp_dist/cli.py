@@ -50,7 +50,7 @@ def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: fl
 
 @bench.command()
 def step(sizes: str = "1e6,2e7", repeats: _Positive = 11, out: str = "docs/results", whole: bool = True, seed: int = 0, compiled: bool = True,
-         layers: _Positive = 8, hidden: _Positive = 448, tokens: _Positive = 128, blocks: _Positive = 6) -> None:
+         layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6) -> None:
     """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama; step.jsonl and step.md."""
     from lp_dist.errors import UsageError
     from lp_dist.stepping import step as measure

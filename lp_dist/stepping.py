@@ -257,8 +257,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             lines += [
                 f"{row['model']}.",
                 f"LpAdamW has p = 0.5, γ = 0.5 and a `SparsityTarget` that acts all the time and looks at the weights every {LOOK} steps, and",
-                f"zeros are counted every {LOOK} steps. Both train in the same processes, {LOOK} steps in turn; medians of",
-                f"{row['blocks']} turns each, quartiles in brackets.", ""]
+                f"zeros are counted every {LOOK} steps. Both train in the same processes, a step each in turn; medians over",
+                f"{row['blocks']} blocks of {LOOK} steps, quartiles in brackets; the ratio is the median of the blocks' ratios.", ""]
         lines += _markdown_table(_WHOLE_COLUMNS, map(_whole_cells, whole), left=(0, 2))
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ ENGINES = {
     "one process": None, "ZeRO-2": {"stage": 2}, "ZeRO-3": {"stage": 3},
     "ZeRO-2, CPU offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
 }
-LOOK = 10       # steps between two looks at the weights: the controller's, and a count of the zeros, as for a log; also the steps of a block
+LOOK = 10       # steps between two looks at the weights: the controller's, and a count of the zeros, as for a log; also the steps of a timed block
 _LR, _LAMBDA, _VOCABULARY, _WARM = 1e-4, 0.1, 8192, 3
 
 
@@ -41,8 +42,8 @@ class Shape:
     """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each optimizer."""
 
     layers: int = 8
-    hidden: int = 448
-    tokens: int = 128
+    hidden: int = 320
+    tokens: int = 1024
     blocks: int = 6
 
     def described(self) -> dict[str, int]:
@@ -108,7 +109,7 @@ def _launched(engine: str, ranks: int, shape: Shape, seed: int, timeout: float) 
 
 
 def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
-    """Both optimizers in turn, a block each; on every rank. Tokens a second of all ranks together."""
+    """Both optimizers in turn, a step each; on every rank. Tokens a second of all ranks together, over blocks of LOOK steps."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     runs = {"ours": _ours(engine, shape, seed, device), "peer": _peer(engine, shape, seed, device)}
     speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -119,20 +120,23 @@ def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
     for run in runs.values():
         for i in range(_WARM):
             run.step(batches[i])
-    for block in range(shape.blocks):
-        for name in list(runs) if block % 2 else list(runs)[::-1]:
-            _together(distributed)
-            start = time.perf_counter()
-            for batch in batches:
+    for _ in range(shape.blocks):
+        seconds = dict.fromkeys(runs, 0.0)
+        for i, batch in enumerate(batches):
+            for name in list(runs) if i % 2 else list(runs)[::-1]:  # in turn, step by step, so that what disturbs the machine disturbs both
+                _together(distributed)
+                start = time.perf_counter()
                 runs[name].step(batch)
-            _together(distributed)
-            speeds[name].append(world * shape.tokens * LOOK / (time.perf_counter() - start))
+                _together(distributed)
+                seconds[name] += time.perf_counter() - start
+        for name, value in seconds.items():
+            speeds[name].append(world * shape.tokens * LOOK / value)
     quartiles = {name: torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
                  for name, values in speeds.items()}
     weights = sum(p.numel() for p in shape.model().parameters())
     return {"model": f"A Llama with {weights:,} random weights ({shape.layers} layers of {shape.hidden}), {shape.tokens} tokens a step and rank, "
                      f"{'bf16' if _low(device) else 'fp32'}",
-            "blocks": shape.blocks, "ratio": quartiles["ours"][1] / quartiles["peer"][1], "zeros": measure_sparsity(runs["ours"].handle).total,
+            "blocks": shape.blocks, "ratio": median(ours / peer for ours, peer in zip(*speeds.values())), "zeros": measure_sparsity(runs["ours"].handle).total,
             **{name: {"name": runs[name].name, "tokens/s": q[1], "quartiles": [q[0], q[2]]} for name, q in quartiles.items()}}
 
 
