@@ -6,12 +6,10 @@ It runs alone, under torchrun (DDP), `deepspeed` (ZeRO 1 to 3) and `accelerate l
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.control import Control
 from lp_dist.data import load_text, pack
-from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device, zero_init_disabled
+from lp_dist.dequantise import dequantised
+from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
 from lp_dist.shards import full_shape
@@ -109,7 +108,7 @@ def _read(model_args: arguments.ModelArguments, data_args: arguments.DataArgumen
           args: TrainingArguments) -> tuple[str | Path, Any, datasets.Dataset, datasets.Dataset]:
     """Where the model is, its tokenizer, and the packed blocks to train and to evaluate on; once a node, then from its cache."""
     with args.main_process_first(desc="reading the model and the data"):
-        path = _dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
+        path = dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
         context = getattr(AutoConfig.from_pretrained(path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code),
                           "max_position_embeddings", None)
         if context is not None and data_args.block_size > context:
@@ -194,40 +193,6 @@ def _check_engine(trainer: LpTrainer) -> None:
         raise UsageError("FSDP version 1 flattens parameters in a way that is not supported; set fsdp_version: 2")
     if trainer.is_deepspeed_enabled:
         check_deepspeed_config(state.deepspeed_plugin.hf_ds_config.config)
-
-
-def _dequantised(gguf: str) -> Path:
-    """A GGUF file as a plain Hugging Face directory, made once and kept in the user's cache.
-
-    Made on each node by its first process. Not inside the training's own loading, where ZeRO-3 would partition it.
-    """
-    source = Path(gguf).expanduser().resolve()
-    if not source.is_file():
-        raise UsageError(f"--model {gguf} is not a file")
-    key = hashlib.sha256(f"{source} {source.stat().st_size} {source.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist" / "gguf"
-    target = cache / f"{source.stem}-{key}"
-    if target.exists():
-        return target
-    logger.info("dequantising %s", source.name)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as room:
-        partial = Path(room) / "model"
-        with zero_init_disabled():
-            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-            # The weights are plain from here on, but the model object still says that it is quantised, and won't be saved.
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            plain = type(model)(model.config)
-        plain.load_state_dict(model.state_dict())
-        plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.exists():  # else another run was faster
-                raise
-    return target
 
 
 def _set_up_logging(args: TrainingArguments) -> None:

@@ -30,6 +30,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The CPU's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def write(directory: str | os.PathLike, report: dict[str, Any]) -> Path:
     """Writes the report beside the checkpoint, whole or not at all."""
     path = Path(directory) / FILE

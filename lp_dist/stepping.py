@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shlex
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,7 @@ def step(sizes: str = "1e6,2e7", repeats: int = 11, out: str = "docs/results", w
     run = max((row["run"] for row in rows_of(path)), default=0) + 1
     append(path, {
         "benchmark": "step", "run": run, "command": f"lp-dist bench step {words}", "seed": seed, "repeats": repeats, "device": _name(device),
-        "machine": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": report.versions()})
+        "machine": report.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": report.versions()})
     for n in numbers:
         for kind in SHAPES:
             for row in _group(n, kind, device, repeats, seed, compiled):
@@ -87,14 +85,6 @@ def _numbers(sizes: str) -> list[int]:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else str(device)
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _available(device: torch.device) -> int:

