@@ -62,5 +62,23 @@ def step(sizes: str = "1e6,2e7", repeats: _Positive = 11, out: str = "docs/resul
         sys.exit(f"lp-dist: error: {error}")
 
 
+@bench.command()
+def quality(work: str = "chars", text: str = "", model: str = "", methods: str = "baselines ours", sparsities: str = "50 70 80 90 95", seeds: str = "0 1 2",
+            steps: Annotated[int, typer.Option(min=20)] | None = None, block: _Positive = 1024, jobs: _Positive = 1,
+            out: str = "docs/results") -> None:
+    """What each way to sparsity loses: one row a run in quality.jsonl, and the page quality.md from all of them; runs that have a row are skipped.
+
+    --work: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), lm (a language model, --model). --text: a file or hub
+    dataset. --methods: baselines, ours, forms, or lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
+    """
+    from lp_dist.errors import UsageError
+    from lp_dist.quality.command import quality as measure
+
+    try:
+        typer.echo(measure(work, text, model, methods, sparsities, seeds, steps, block, jobs, out))
+    except UsageError as error:
+        sys.exit(f"lp-dist: error: {error}")
+
+
 def main() -> None:
     app()

@@ -1,0 +1,100 @@
+"""Table and plot of the bench's rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lp_dist.quality.methods import BASELINES, OURS, Spec
+
+Row = dict[str, Any]
+_NAMES = {
+    "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
+    "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
+    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "lp": "ours (the defaults)"}
+DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "lp")
+
+
+def name_of(method: str) -> str:
+    return _NAMES.get(method, method)
+
+
+def draw(rows: list[Row], directory: Path) -> Path:
+    """Writes quality.md, and quality-WORK.png for each work; returns the page's path. Rows of other settings than the last ones are left out of
+    both, and stay in the file."""
+    lines = [
+        "# What sparsity costs: ours against the ways that others go", "",
+        "Cross-entropy on held-out text, in nats a token (perplexity in brackets where the tokens are words), lower is better. Same data, tokens,",
+        "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of [quality.jsonl](quality.jsonl)."]
+    for name in dict.fromkeys(row["work"]["name"] for row in rows):
+        latest = next(row["work"] for row in reversed(rows) if row["work"]["name"] == name)
+        of_work = [row for row in rows if row["work"] == latest]
+        lines += ["", *_section(name, latest, of_work)]
+        _plot(name, of_work, directory / f"quality-{name}.png")
+    path = directory / "quality.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: a line for each method, baselines first, and a column for each sparsity."""
+    sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
+    words = rows[0]["work"]["name"] == "lm"
+    known = [*BASELINES, *OURS]
+    methods = sorted({row["method"] for row in rows}, key=lambda m: (known.index(m) if m in known else len(known), m))
+    cells = []
+    for method in methods:
+        of_method = [row for row in rows if row["method"] == method]
+        at = {s: [row["loss"] for row in of_method if row["sparsity"] == s] for s in (0.0, *sparsities)}
+        cells.append([name_of(method), *(_cell(at[s] or at[0.0], words) for s in sparsities), str(max(map(len, at.values())))])
+    return ["method", *(f"{s:.0%}" for s in sparsities), "seeds"], cells
+
+
+def _cell(losses: list[float | None], words: bool) -> str:
+    if not losses:
+        return ""
+    if None in losses:
+        return "diverged"
+    middle, spread = mean(losses), (max(losses) - min(losses)) / 2
+    return f"{middle:.3f}" + (f" ± {spread:.3f}" if len(losses) > 1 else "") + (f" ({math.exp(middle):.2f})" if words else "")
+
+
+def _section(name: str, work: Row, rows: list[Row]) -> Iterable[str]:
+    schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} threads a run" for row in rows})
+    before = f"A dense model trained for {work['pretraining']['steps']:,} steps, then" if work["pretraining"] else "The model as it is given, then"
+    columns, cells = table(rows)
+    return [
+        f"## {name}", "",
+        f"{work['text']}. {before} {schedule['steps']:,} steps of {work['rows']} × {work['block']} tokens, learning rate {schedule['lr']:g} unless the method's",
+        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity](quality-{name}.png)", "",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (columns, ["---", *["---:"] * (len(columns) - 1)], *cells))]
+
+
+def _plot(name: str, rows: list[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    dense = [row["loss"] for row in rows if row["method"] == "dense"]
+    if dense:
+        axes.axhline(mean(dense), color="0.4", linestyle=":", label="dense")
+    highest = mean(dense) if dense else 0.0
+    for method in DRAWN:
+        points = sorted({row["sparsity"] for row in rows if row["method"] == method and row["loss"] is not None})
+        if not points:
+            continue
+        at = [[row["loss"] for row in rows if row["method"] == method and row["sparsity"] == s] for s in points]
+        means = [mean(losses) for losses in at]
+        highest = max(highest, means[-1]) if Spec.read(method).family in ("gmp", "lp") else highest
+        line, = axes.plot([100 * s for s in points], means, marker="o", markersize=4, linewidth=2.4 if method == "lp" else 1.3, label=name_of(method),
+                          color="C3" if method == "lp" else None, zorder=3 if method == "lp" else 2)
+        axes.fill_between([100 * s for s in points], list(map(min, at)), list(map(max, at)), alpha=0.2, color=line.get_color())
+    if highest and dense:
+        axes.set_ylim(mean(dense) * 0.98, highest * 1.03)     # what is far worse would flatten the rest
+    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{name}: lower is better")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

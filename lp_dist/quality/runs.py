@@ -1,0 +1,154 @@
+"""Runs of the bench: one trains a model by one method to one sparsity, and is one row. What has a row is not run again."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lp_dist import report, slices
+from lp_dist.groups import decayed_names, param_groups
+from lp_dist.optim import LpAdamW
+from lp_dist.quality.methods import Run, Spec
+from lp_dist.quality.works import Schedule, Work, cached, loss_of
+
+CALIBRATION = 64    # windows of the training text that Wanda and SparseGPT see; at most 32,768 tokens
+Made = Callable[[], Work]
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """Runs with the same key have the same row."""
+    return json.dumps([row["work"], row["method"], row["sparsity"], row["seed"]], sort_keys=True)
+
+
+def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
+    """The rows that are asked for, as far as they are known before a run. A dense run has no sparsity."""
+    found = []
+    for seed in seeds:
+        for spec in specs:
+            for sparsity in sparsities if spec.family != "dense" else [0.0]:
+                found.append({"work": work.described(), "method": spec.line, "sparsity": sparsity, "seed": seed})
+    return found
+
+
+def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> None:
+    """Runs what `path` doesn't have yet, and appends each row as soon as it is there. jobs: processes at a time, with one thread each if there
+    are several. make: makes the work anew in each of them, so it must be picklable."""
+    have = {key_of(row) for row in read(path)}
+    left = [row for row in rows if key_of(row) not in have]
+    tqdm.write(f"{len(rows) - len(left)} of {len(rows)} runs are in {path} already")
+    context = {"machine": report.processor(), "threads": 1 if jobs > 1 else torch.get_num_threads(), "versions": report.versions()}
+    bar = tqdm(total=len(left), desc="runs", unit="run")
+    if jobs == 1:
+        work = make()
+        for row in left:
+            append(path, {**row, **one(work, row), **context})
+            bar.update()
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+        waiting = {pool.submit(_one_in_process, make, row): row for row in left}
+        for done in as_completed(waiting):
+            append(path, {**waiting[done], **done.result(), **context})
+            bar.update()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+
+
+_works: dict[str, Work] = {}
+
+
+def _one_in_process(make: Made, row: dict[str, Any]) -> dict[str, Any]:
+    if not _works:
+        _works["it"] = make()
+    return one(_works["it"], row)
+
+
+# -- one run ------------------------------------------------------------------------------------------------------------
+
+
+def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
+    """Trains and evaluates; what the row gets from it."""
+    spec, seed = Spec.read(row["method"]), row["seed"]
+    start = time.perf_counter()
+    model = _dense(work, seed)
+    before = work.evaluate(model)
+    if spec.family != "dense" and dict(spec.given).get("at") == 1:
+        model.load_state_dict(_fine_tuned(work, seed, spec.lr))
+        run = _run(work, model, seed, row["sparsity"], _schedule(work, spec.lr))
+        spec.method(run).after_step(run.steps)
+    else:
+        run = _train(work, model, seed, row["sparsity"], _schedule(work, spec.lr), spec)
+    zeros = sum(int(slices.count_zeros(weight)) for weight in run.weights.values())
+    loss = work.evaluate(model)
+    return {"loss": loss if math.isfinite(loss) else None, "loss before": before, "zeros": zeros / sum(weight.numel() for weight in run.weights.values()),
+            "weights": sum(weight.numel() for weight in run.weights.values()), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _schedule(work: Work, lr: float | None) -> Schedule:
+    return work.schedule if lr is None else Schedule(work.schedule.steps, lr, work.schedule.warmup, work.schedule.last)
+
+
+def _dense(work: Work, seed: int) -> nn.Module:
+    """The model that is to become sparse: as it is given, or trained once for each seed."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = work.build(seed).to(device)
+    if work.pretraining is not None:
+        described = {**work.described(), "schedule": None}
+
+        def pretrained() -> dict[str, Any]:
+            return _train(work, model, seed, 0.0, work.pretraining, Spec("dense", ())).model.state_dict()
+        model.load_state_dict(cached(["pretrained", described, seed], pretrained))
+    return model
+
+
+def _fine_tuned(work: Work, seed: int, lr: float | None) -> dict[str, Any]:
+    """What the dense fine-tune makes."""
+    def trained() -> dict[str, Any]:
+        return _train(work, _dense(work, seed), seed, 0.0, _schedule(work, lr), Spec("dense", ())).model.state_dict()
+    return cached(["fine-tuned", work.described(), seed, lr], trained)
+
+
+def _run(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> Run:
+    names = sorted(decayed_names(model))
+    optimizer = LpAdamW(param_groups(model, 0.0, names=names), lr=schedule.lr, betas=work.betas)  # torch's AdamW, unless something decays
+
+    def inputs() -> torch.Tensor:
+        rows = min(CALIBRATION * work.rows, 32768 // work.block)
+        return work.text.batch(torch.Generator().manual_seed(seed + 10**6), rows, work.block)[0]
+    return Run(model, optimizer, schedule.of(optimizer), names, sparsity, schedule.steps, inputs)
+
+
+def _train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule, spec: Spec) -> Run:
+    run = _run(work, model, seed, sparsity, schedule)
+    method = spec.method(run)
+    generator = torch.Generator().manual_seed(seed + (10**5 if schedule is work.pretraining else 0))
+    model.train()
+    method.start()
+    for t in tqdm(range(1, run.steps + 1), desc=f"{spec.line} to {sparsity:.0%}", leave=False, mininterval=1):
+        loss_of(model, *work.text.batch(generator, work.rows, work.block)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), work.clip)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        method.after_step(t)
+    return run

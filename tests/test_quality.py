@@ -1,0 +1,260 @@
+"""The bench of quality: that the baselines are what they are called, that every method ends at its sparsity, and that rows are kept."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lp_dist.cli import app
+from lp_dist.errors import UsageError
+from lp_dist.quality import methods, oneshot, page, runs, works
+from lp_dist.quality.methods import Spec
+from lp_dist.quality.works import Schedule, Text, Work
+
+STEPS, SPARSITY = 40, 0.6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LP_DIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def gpt2(seed: int) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=17, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                      use_cache=False, bos_token_id=None, eos_token_id=None))
+
+
+def llama() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                        num_key_value_heads=1, max_position_embeddings=16, use_cache=False))
+
+
+def tiny() -> Work:
+    tokens = torch.arange(3000) * 7 % 17 * (torch.arange(3000) % 3) % 17
+    return Work("tiny", Text(tokens[:2500], tokens[2500:], 17, "counting"), gpt2, Schedule(20, 3e-3, 2), Schedule(STEPS, 3e-3, 2), rows=4, block=16,
+                evaluated=20)
+
+
+# -- one-shot -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 1))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_the_smallest_share_dies_in_every_scope(sizes, sparsity):
+    generator = torch.Generator().manual_seed(sum(sizes))
+    scores = {str(i): torch.rand(n, generator=generator) for i, n in enumerate(sizes)}
+    layer, whole = (oneshot.smallest(scores, sparsity, scope) for scope in ("layer", "global"))
+    for name, score in scores.items():
+        assert int((~layer[name]).sum()) == round(sparsity * len(score))
+        assert not (~layer[name]).any() or not layer[name].any() or score[~layer[name]].max() <= score[layer[name]].min()
+    every, kept = torch.cat(list(scores.values())), torch.cat([whole[name] for name in scores])
+    assert int((~kept).sum()) == round(sparsity * len(every))
+    assert kept.all() or not kept.any() or every[~kept].max() <= every[kept].min()
+
+
+@pytest.mark.parametrize("make", [partial(gpt2, 0), llama], ids=["gpt2", "llama"])
+def test_wanda_is_what_its_paper_says(make):
+    """In the first layer of the first block, whose inputs can be had without it: |w|·‖x‖, the smallest of each output go."""
+    model = make()
+    inputs = torch.randint(17, (5, 16), generator=torch.Generator().manual_seed(1))
+    name, module = next((name, module) for name, module in model.named_modules() if name.endswith(("h.0.attn.c_attn", "layers.0.self_attn.q_proj")))
+    seen = []
+    hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(input_ids=inputs)
+    hook.remove()
+    before = module.weight.detach().clone()
+    masks = oneshot.wanda(model, sorted(runs.decayed_names(model)), 0.5, inputs)
+    outputs = (lambda w: w.t() if "c_attn" in name else w)
+    scores = outputs(before).abs() * seen[0].flatten(0, 1).norm(dim=0)
+    mask = outputs(masks[f"{name}.weight"])
+    for score, kept in zip(scores, mask):
+        assert int(kept.sum()) == 8 and score[~kept].max() <= score[kept].min()
+    assert torch.equal(module.weight, before * masks[f"{name}.weight"]), "what stays is as it was"
+
+
+def test_sparsegpt_mends_by_least_squares():
+    """Two inputs with correlation ρ: without the first, the best weight of the second is w2 + ρ·w1."""
+    rho, weight = 0.8, torch.tensor([[0.1, 2.0], [0.3, -1.0]], dtype=torch.float64)
+    gram = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
+    kept = oneshot._sparsegpt(weight, gram, 0.5, damping=0.0)
+    assert kept.tolist() == [[False, True], [False, True]]
+    assert weight.mul_(kept).flatten().tolist() == pytest.approx([0.0, 2.0 + rho * 0.1, 0.0, -1.0 + rho * 0.3])
+
+
+def test_sparsegpt_of_inputs_that_say_nothing_of_each_other_is_magnitude():
+    """Its score is then w², within each of its blocks of inputs; and nothing is mended."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 300)
+    before = weight.clone()
+    kept = oneshot._sparsegpt(weight, 3 * torch.eye(300), 0.4)
+    for first in (0, 128, 256):
+        part = before[:, first:first + 128].abs()
+        assert torch.equal(kept[:, first:first + 128], oneshot.smallest({"w": part}, 0.4, "layer")["w"])
+    assert torch.allclose(weight * kept, before * kept)
+
+
+def test_sparsegpt_comes_near_the_best_weights_for_its_mask():
+    """Inputs that say much of each other. The best weights are those of least squares, output by output; magnitude mends nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(3000, 10) @ torch.randn(10, 192) + 1.6 * torch.randn(3000, 192)
+    weight, gram = torch.randn(30, 192), x.t() @ x
+    mended = weight.clone()
+    kept = oneshot._sparsegpt(mended, gram, 0.5)
+    best = torch.zeros_like(weight)
+    for row, (mask, w) in enumerate(zip(kept, weight)):
+        best[row, mask] = torch.linalg.solve(gram[mask][:, mask], gram[mask] @ w)
+    plain = weight * oneshot.smallest({"w": weight.abs()}, 0.5, "layer")["w"]
+    error = (lambda w: float((x @ (w - weight).t()).norm()))
+    assert int((~kept).sum()) == 30 * 96
+    assert error(best) < error(mended * kept) < 1.35 * error(best) and error(mended * kept) < 0.7 * error(plain)
+
+
+def test_unused_inputs_need_no_weights():
+    weight, gram = torch.randn(4, 8), torch.eye(8)
+    gram[3, 3] = 0
+    oneshot._sparsegpt(weight, gram, 0.25)
+    assert not weight[:, 3].any() and weight.isfinite().all()
+
+
+# -- methods ------------------------------------------------------------------------------------------------------------
+
+LINES = ["dense", *methods.BASELINES[1:], "gmp:c=0.33,scope=global", "magnitude:at=0.5,scope=global", "lp", "lp:precondition=0.5,scope=global",
+         "lp:cap=none,lr=0.001,p=0"]
+
+
+@pytest.fixture(scope="module")
+def rows(cache, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "quality.jsonl"
+    runs.run_all(tiny, runs.wanted(tiny(), map(Spec.read, LINES), [SPARSITY], [0]), path, jobs=1)
+    return path
+
+
+def test_every_method_ends_at_its_sparsity(rows):
+    found = {row["method"]: row for row in runs.read(rows)}
+    assert list(found) == LINES
+    for method, row in found.items():
+        # Wanda has as many zeros in each output, here of 16 inputs; the others are exact to a weight for each of 8 tensors.
+        rounding = 0.5 / 16 if method.startswith("wanda") else 8 * 0.5 / row["weights"]
+        assert row["zeros"] == (0 if method == "dense" else pytest.approx(SPARSITY, abs=rounding)), method
+    assert found["dense"]["loss"] < found["dense"]["loss before"] - 0.1, "the fine-tune learns"
+    assert len({row["loss before"] for row in found.values()}) == 1, "all start from the same dense model"
+    assert len({row["loss"] for row in found.values()}) == len(LINES), "each does something of its own"
+
+
+def test_one_shot_prunes_what_the_dense_fine_tune_has_made(rows):
+    dense = next(row for row in runs.read(rows) if row["method"] == "dense")
+    pruned = runs.one(tiny(), {"method": "magnitude:at=1", "sparsity": 0.0, "seed": 0})
+    assert pruned["loss"] == dense["loss"], "nothing is pruned, so it is the same model"
+
+
+def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
+    seen, dead = [], {}
+
+    class Watched(methods.GMP):
+        def after_step(self, t):
+            super().after_step(t)
+            zeros = {name: weight == 0 for name, weight in self.run.weights.items()}
+            assert all((zeros[name] | ~was).all() for name, was in dead.items())
+            dead.update(zeros)
+            seen.append(sum(int(z.sum()) for z in zeros.values()) / sum(z.numel() for z in zeros.values()))
+    run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
+    watched = Watched(run, start=0.25, end=0.75, every=4)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(1, STEPS + 1):
+        works.loss_of(run.model, *tiny().text.batch(generator, 4, 16)).backward()
+        run.optimizer.step()
+        watched.after_step(t)
+    for t, share in enumerate(seen, start=1):
+        look = min(max(10, 10 + (t - 10) // 4 * 4), 30) if t < 30 else 30
+        planned = 0.0 if t < 10 else SPARSITY * (1 - (1 - (look - 10) / 20) ** 3)
+        assert share == pytest.approx(planned, abs=2e-3), f"after {t} steps"
+
+
+def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
+    run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
+    works.loss_of(run.model, *tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)).backward()
+    run.optimizer.step()
+    name, weight = next(iter(run.weights.items()))
+    v = run.optimizer.state[dict(run.model.named_parameters())[name]]["exp_avg_sq"]
+    score = methods.GMP(run, c=0.33)._score(name, weight)
+    torch.testing.assert_close(score, weight.abs() * v.sqrt() ** 0.33)
+    assert torch.equal(methods.GMP(run)._score(name, weight), weight.abs())
+
+
+@pytest.mark.parametrize("line, word", [("gmpp", "'gmpp' is none of"), ("gmp:d=1", "gmp has no 'd'"), ("lp:p=x.y", "'x.y' is neither"),
+                                        ("", "names nothing")])
+def test_a_method_that_there_is_not_is_named(line, word):
+    with pytest.raises(UsageError, match=word):
+        methods.specs(line)
+
+
+def test_a_line_says_the_same_when_it_is_read_again():
+    for spec in methods.specs("baselines ours forms lp:lr=3e-05,cap=none"):
+        assert Spec.read(spec.line) == spec
+    assert len(methods.FORMS) == 80 and len(methods.specs("forms gmp gmp")) == 81
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_a_row_is_not_run_again_and_processes_come_to_the_same(rows, tmp_path, monkeypatch):
+    before = rows.read_text()
+    monkeypatch.setattr(runs, "one", lambda *_: pytest.fail("it has a row"))
+    runs.run_all(tiny, runs.wanted(tiny(), map(Spec.read, LINES), [SPARSITY], [0]), rows, jobs=1)
+    assert rows.read_text() == before
+    monkeypatch.undo()
+    again = tmp_path / "quality.jsonl"
+    runs.run_all(tiny, runs.wanted(tiny(), map(Spec.read, ["gmp", "lp"]), [SPARSITY], [0]), again, jobs=2)
+    alone = {row["method"]: row["loss"] for row in map(json.loads, before.splitlines())}
+    assert {row["method"]: row["loss"] for row in runs.read(again)} == {method: alone[method] for method in ("gmp", "lp")}
+
+
+def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
+    found = runs.read(rows)
+    other = {**found[-1], "seed": 1, "loss": found[-1]["loss"] + 0.5}
+    old = {**found[1], "work": {**found[1]["work"], "rows": 99}}
+    text = page.draw([old, *found, other], tmp_path).read_text()
+    assert (tmp_path / "quality-tiny.png").stat().st_size > 10_000
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
+    assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | 2 |" in text, "mean and half of the range"
+    assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--work", "words"], "chars, scratch or lm"), ([], "--text is missing"), (["--text", "a", "--work", "lm"], "needs a --model"),
+    (["--text", "a", "--model", "b"], "--model is for"), (["--text", "a", "--sparsities", "half"], "must be numbers"),
+    (["--text", "a", "--sparsities", "0.5 100"], "percents"), (["--text", "missing.txt"], "must be an existing file")])
+def test_the_command_says_what_is_wrong(tmp_path, arguments, word):
+    result = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path), *arguments])
+    assert result.exit_code == 1 and word in str(result.exception.code if isinstance(result.exception, SystemExit) else result.output)
+
+
+def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the line {i} of it\n" for i in range(400)))
+    chars = works.chars(str(text))
+    whole = text.read_text()
+    assert len(chars.text.train) == len(whole) * 9 // 10 and len(chars.text.train) + len(chars.text.held_out) == len(whole)
+    x, y = chars.text.batch(torch.Generator().manual_seed(0), 3, 8)
+    assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
+    model = chars.build(0)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.02), "nanoGPT's CPU setting"
+    lm = works.lm(str(tiny_model), str(text), 30, 64)
+    assert lm.schedule.steps == 30 and lm.evaluate(lm.build(0)) == pytest.approx(torch.tensor(384.0).log().item(), rel=0.1), "random weights know nothing"
+    with pytest.raises(UsageError, match="lower --block"):
+        works.lm(str(tiny_model), str(text), 30, 10**6)
