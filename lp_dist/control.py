@@ -12,10 +12,9 @@ import math
 from statistics import median
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from lp_dist.engines import summed, update_copies
+from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
 from lp_dist.hooks import steps_taken
 from lp_dist.quantiles import Census, Part, census, smallest, stride_of, zero_below

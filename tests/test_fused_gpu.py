@@ -1,14 +1,11 @@
 """The fused step on a GPU. Where there is none, it runs on the CPU in Triton's interpreter, and is compiled for GPUs that are not there."""
 
-import importlib
 import math
-import subprocess
-import sys
 
 import pytest
 import reference
 import torch
-from gpu_cases import BASES, COMPILE, DEVICE, EXPONENTS, GAMMAS, Launches, assert_right, copy, row, run, values
+from gpu_cases import BASES, DEVICE, EXPONENTS, GAMMAS, assert_right, copy, row, run, values
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities, in the interpreter

@@ -1,10 +1,10 @@
 """The fused step on a GPU, what it is given: rows, runs, dtypes, tables of addresses and numbers, graphs."""
 
+import math
 import subprocess
 import sys
 
 import pytest
-import reference
 import torch
 from gpu_cases import BASES, COMPILE, DEVICE, assert_right, copy, row, run, values
 
