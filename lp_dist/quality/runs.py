@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,22 @@ def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> No
     tqdm.write(f"{len(rows) - len(left)} of {len(rows)} runs are in {path} already")
     context = {"machine": report.processor(), "threads": 1 if jobs > 1 else torch.get_num_threads(), "versions": report.versions()}
     bar = tqdm(total=len(left), desc="runs", unit="run")
+    # What others build on comes first, so that no two processes make the same dense model.
+    stages = [[row for row in left if (row["method"] == "dense") is dense] for dense in (True, False)]
+    seeds = sorted({row["seed"] for row in left})
     if jobs == 1:
         work = make()
-        for row in left:
+        for row in sum(stages, []):
             append(path, {**row, **one(work, row), **context})
             bar.update()
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_alone) as pool:
-        waiting = {pool.submit(_one_in_process, make, row): row for row in left}
-        for done in as_completed(waiting):
-            append(path, {**waiting[done], **done.result(), **context})
-            bar.update()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(_in_process, repeat(make), repeat(_prepare), seeds))
+        for stage in stages:
+            waiting = {pool.submit(_in_process, make, one, row): row for row in stage}
+            for done in as_completed(waiting):
+                append(path, {**waiting[done], **done.result(), **context})
+                bar.update()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -70,17 +76,18 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def _alone() -> None:
-    torch.set_num_threads(1)
+_works: list[Work] = []     # of this process
 
 
-_works: dict[str, Work] = {}
-
-
-def _one_in_process(make: Made, row: dict[str, Any]) -> dict[str, Any]:
+def _in_process(make: Made, do: Callable[[Work, Any], dict[str, Any]], what: Any) -> dict[str, Any]:
     if not _works:
-        _works["it"] = make()
-    return one(_works["it"], row)
+        _works.append(make())
+    return do(_works[0], what)
+
+
+def _prepare(work: Work, seed: int) -> dict[str, Any]:
+    _dense(work, seed)
+    return {}
 
 
 # -- one run ------------------------------------------------------------------------------------------------------------
@@ -92,10 +99,10 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     model = _dense(work, seed)
     before = work.evaluate(model)
-    if spec.family != "dense" and dict(spec.given).get("at") == 1:
+    if spec.family == "dense" or dict(spec.given).get("at") == 1:
         model.load_state_dict(_fine_tuned(work, seed, spec.lr))
         run = _run(work, model, seed, row["sparsity"], _schedule(work, spec.lr))
-        spec.method(run).after_step(run.steps)
+        spec.method(run).after_step(run.steps)  # a dense one does nothing there
     else:
         run = _train(work, model, seed, row["sparsity"], _schedule(work, spec.lr), spec)
     zeros = sum(int(slices.count_zeros(weight)) for weight in run.weights.values())
