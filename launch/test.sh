@@ -4,4 +4,5 @@
 #   DRY_RUN=1       only print the command
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-run "$PYTHON" -m pytest "$@"
+# A file at a time in each of up to 4 processes: most of a test's time is one core's, starting ranks and importing.
+run "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

