@@ -134,30 +134,27 @@ struct Buffers { alignas(64) float w[B], g[B], m[B], v[B], N[B], D[B], S[B], E[B
 
 void moments_adam(const Plan& s, const float* w, const float* g, float* m, float* v, Buffers& b, const float* next) {
     const float sign = s.sign, lerp = s.lerp1, beta2 = s.beta2, rest = s.one_minus_beta2, step = s.step, eps = s.eps;
+    const float bc2 = s.bc2, inv_bc2 = s.inv_bc2;
     float *N = b.N, *D = b.D;
-    if (s.power == NONE || s.power == FROZEN) {     // as torch's fused AdamW rounds it
-        const float bc2 = s.bc2;
-        sweep(next, [=](int i) {
-            const float gi = sign * g[i];
-            const float mi = FMA(lerp, gi - m[i], m[i]);
-            const float vi = FMA(rest * gi, gi, beta2 * v[i]);
-            m[i] = mi;
-            v[i] = vi;
-            N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
-        });
-    } else {                                        // one division in all, the last phase's
-        const float inv_bc2 = s.inv_bc2;
-        sweep(next, [=](int i) {
-            const float gi = sign * g[i];
-            const float mi = FMA(lerp, gi - m[i], m[i]);
-            const float vi = FMA(rest * gi, gi, beta2 * v[i]);
-            m[i] = mi;
-            v[i] = vi;
-            const float d = FMA(std::sqrt(vi), inv_bc2, eps);
-            D[i] = d;
-            N[i] = FMA(w[i], d, step * mi);
-        });
-    }
+    const auto moments = [=](int i, float& mi, float& vi) __attribute__((always_inline)) {
+        const float gi = sign * g[i];
+        mi = FMA(lerp, gi - m[i], m[i]);
+        vi = FMA(rest * gi, gi, beta2 * v[i]);
+        m[i] = mi;
+        v[i] = vi;
+    };
+    if (s.power == NONE || s.power == FROZEN) sweep(next, [=](int i) {      // as torch's fused AdamW rounds it
+        float mi, vi;
+        moments(i, mi, vi);
+        N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
+    });
+    else sweep(next, [=](int i) {                                           // one division in all, the last phase's
+        float mi, vi;
+        moments(i, mi, vi);
+        const float d = FMA(std::sqrt(vi), inv_bc2, eps);
+        D[i] = d;
+        N[i] = FMA(w[i], d, step * mi);
+    });
 }
 
 void step_sgd(const Plan& s, const float* w, const float* g, float* m, Buffers& b, const float* next) {
