@@ -11,11 +11,13 @@ from typing import Any
 from lp_dist.quality.methods import BASELINES, OURS, Spec
 
 Row = dict[str, Any]
+BEST = "lp:precondition=0.5"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
-    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "lp": "ours (the defaults)"}
-DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "lp")
+    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "lp": "ours, p = 0.5",
+    BEST: "ours, p = 0.5, γ = 0.5", "lp:precondition=0.5,scope=global": "ours, p = 0.5, γ = 0.5, global"}
+DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "lp", BEST)
 
 
 def name_of(method: str) -> str:
@@ -28,7 +30,8 @@ def draw(rows: list[Row], directory: Path) -> Path:
     lines = [
         "# What sparsity costs: ours against the ways that others go", "",
         "Cross-entropy on held-out text, in nats a token (perplexity in brackets where the tokens are words), lower is better. Same data, tokens,",
-        "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of [quality.jsonl](quality.jsonl)."]
+        "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of [quality.jsonl](quality.jsonl), and",
+        "`lp-dist bench quality --work W --text FILE --methods METHOD --sparsities PERCENT --seeds SEED`, with its values, makes it again."]
     for name in dict.fromkeys(row["work"]["name"] for row in rows):
         latest = next(row["work"] for row in reversed(rows) if row["work"]["name"] == name)
         of_work = [row for row in rows if row["work"] == latest]
@@ -63,7 +66,7 @@ def _cell(losses: list[float | None], words: bool) -> str:
 
 
 def _section(name: str, work: Row, rows: list[Row]) -> Iterable[str]:
-    schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} threads a run" for row in rows})
+    schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run" for row in rows})
     before = f"A dense model trained for {work['pretraining']['steps']:,} steps, then" if work["pretraining"] else "The model as it is given, then"
     columns, cells = table(rows)
     return [
@@ -89,8 +92,8 @@ def _plot(name: str, rows: list[Row], path: Path) -> None:
         at = [[row["loss"] for row in rows if row["method"] == method and row["sparsity"] == s] for s in points]
         means = [mean(losses) for losses in at]
         highest = max(highest, means[-1]) if Spec.read(method).family in ("gmp", "lp") else highest
-        line, = axes.plot([100 * s for s in points], means, marker="o", markersize=4, linewidth=2.4 if method == "lp" else 1.3, label=name_of(method),
-                          color="C3" if method == "lp" else None, zorder=3 if method == "lp" else 2)
+        line, = axes.plot([100 * s for s in points], means, marker="o", markersize=4, linewidth=2.4 if method == BEST else 1.3,
+                          label=name_of(method), color="black" if method == BEST else None, zorder=3 if method == BEST else 2)
         axes.fill_between([100 * s for s in points], list(map(min, at)), list(map(max, at)), alpha=0.2, color=line.get_color())
     if highest and dense:
         axes.set_ylim(mean(dense) * 0.98, highest * 1.03)     # what is far worse would flatten the rest
