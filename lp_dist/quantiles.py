@@ -143,7 +143,7 @@ def census(shards: list[Shard]) -> Census:
 
 
 def _count_rows(values: Tensor, start: int, width: int, rows: Tensor) -> Tensor:
-    """Adds the non-zero weights of each row to `rows`, and returns their number. values: a range of the parameter that begins at `start`."""
+    """Writes the non-zero weights of each row into `rows`, and returns their number. values: a range of the parameter that begins at `start`."""
     if values.numel():
         first, last = start // width, (start + values.numel() - 1) // width
         some = torch.zeros((last - first + 1) * width, dtype=torch.bool, device=values.device)  # whole rows
