@@ -188,7 +188,7 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
     watched = Watched(run, start=0.25, end=0.75, every=4)
     generator = torch.Generator().manual_seed(0)
     for t in range(1, STEPS + 1):
-        works.loss_of(run.model, *tiny().text.batch(generator, 4, 16)).backward()
+        tiny().loss_of(run.model, *tiny().text.batch(generator, 4, 16)).backward()
         run.optimizer.step()
         watched.after_step(t)
     for t, share in enumerate(seen, start=1):
@@ -199,7 +199,7 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
 
 def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
     run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
-    works.loss_of(run.model, *tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)).backward()
+    tiny().loss_of(run.model, *tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)).backward()
     run.optimizer.step()
     name, weight = next(iter(run.weights.items()))
     v = run.optimizer.state[dict(run.model.named_parameters())[name]]["exp_avg_sq"]

@@ -20,7 +20,7 @@ from lp_dist import report, slices
 from lp_dist.groups import decayed_names, param_groups
 from lp_dist.optim import LpAdamW
 from lp_dist.quality.methods import Run, Spec
-from lp_dist.quality.works import Schedule, Work, cached, loss_of
+from lp_dist.quality.works import Schedule, Work, cached
 
 CALIBRATION = 64    # windows of the training text that Wanda and SparseGPT see; at most 32,768 tokens
 Made = Callable[[], Work]
@@ -98,7 +98,7 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
     spec, seed = Spec.read(row["method"]), row["seed"]
     start = time.perf_counter()
     model = _dense(work, seed)
-    before = work.evaluate(model)
+    before = cached(["loss", {**work.described(), "schedule": None}, seed], lambda: work.evaluate(model))
     if spec.family == "dense" or dict(spec.given).get("at") == 1:
         model.load_state_dict(_fine_tuned(work, seed, spec.lr))
         run = _run(work, model, seed, row["sparsity"], _schedule(work, spec.lr))
@@ -152,7 +152,7 @@ def _train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: S
     model.train()
     method.start()
     for t in tqdm(range(1, run.steps + 1), desc=f"{spec.line} to {sparsity:.0%}", leave=False, mininterval=1):
-        loss_of(model, *work.text.batch(generator, work.rows, work.block)).backward()
+        work.loss_of(model, *work.text.batch(generator, work.rows, work.block)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), work.clip)
         run.optimizer.step()
         run.scheduler.step()

@@ -63,7 +63,7 @@ class Work:
         name: "chars", "scratch" or "lm". text: its tokens. build: makes the model before any training, of a seed.
         pretraining: of the dense model that is to become sparse; None: `build` gives it as it is.
         schedule: of the run that makes it sparse. rows, block: of a batch. evaluated: windows of the held-out text that are evaluated.
-        betas, clip: Adam's, and the largest norm of a gradient.
+        betas, clip: Adam's, and the largest norm of a gradient. bf16: matrix products in bfloat16 (autocast); the weights are fp32 in any case.
     """
 
     name: str
@@ -76,12 +76,19 @@ class Work:
     evaluated: int
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
+    bf16: bool = False
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: rows can be compared where this is equal."""
         return {"name": self.name, "text": self.text.description, "pretraining": self.pretraining and asdict(self.pretraining),
                 "schedule": asdict(self.schedule), "rows": self.rows, "block": self.block, "evaluated": self.evaluated, "betas": list(self.betas),
-                "clip": self.clip}
+                "clip": self.clip, "bf16": self.bf16}
+
+    def loss_of(self, model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            logits = model(input_ids=inputs.to(device)).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction=reduction)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -89,16 +96,9 @@ class Work:
         windows = self.text.held_out[: (len(self.text.held_out) - 1) // self.block * self.block + 1]
         inputs, targets = windows[:-1].view(-1, self.block)[:self.evaluated], windows[1:].view(-1, self.block)[:self.evaluated]
         model.eval()
-        total = sum(float(loss_of(model, x, y, "sum")) for x, y in zip(inputs.split(self.rows), targets.split(self.rows)))
+        total = sum(float(self.loss_of(model, x, y, "sum")) for x, y in zip(inputs.split(self.rows), targets.split(self.rows)))
         model.train()
         return total / inputs.numel()
-
-
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-        logits = model(input_ids=inputs.to(device)).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction=reduction)
 
 
 # -- the works ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def chars(text: str, steps: int | None = None, scratch: bool = False) -> Work:
 
         torch.manual_seed(seed)
         return GPT2LMHeadModel(GPT2Config(vocab_size=len(alphabet), n_positions=64, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-                                          attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None))
+                                          attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one pass
+                                          use_cache=False, bos_token_id=None, eos_token_id=None))
     whole = Schedule(2000, 1e-3, 100)
     return Work("scratch" if scratch else "chars", Text(*tokens, len(alphabet), described), build, None if scratch else whole,
                 Schedule(steps or 2000, 1e-3, 100) if scratch else Schedule(steps or 600, 1e-3, 20), rows=12, block=64, evaluated=10**9)
@@ -143,7 +144,7 @@ def lm(model: str, text: str, steps: int | None = None, block: int = 1024) -> Wo
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_cache=False)
     described = f"{Path(text).name}, {sum(map(len, tokens)):,} tokens of {Path(model).stem}, the last tenth held out"
     return Work("lm", Text(*tokens, len(tokenizer), described), build, None, Schedule(steps or 100, 1e-4, 5), rows=1, block=block, evaluated=16,
-                betas=(0.9, 0.999))
+                betas=(0.9, 0.999), bf16=True)
 
 
 def _read(text: str) -> tuple[str, str]:
