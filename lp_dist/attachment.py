@@ -65,7 +65,7 @@ class Attachment:
             raise UsageError(f"the checkpoint was trained for {state['target']}, and now there is no target; give the same one")
 
     def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff) of one parameter instead of its group's; None gives one back to the group.
+        """Values (weight_decay, p, l2, precondition, cutoff, floor) of one parameter instead of its group's; None gives one back to the group.
 
         Takes effect at the next step, costs no communication, and must be called alike on every rank.
         """
@@ -79,7 +79,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
            lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
-    After it, λ, p, l2, precondition and cutoff can differ per parameter inside one flat shard, what decays is decided by name whoever
+    After it, λ, p, l2, precondition, cutoff and floor can differ per parameter inside one flat shard, what decays is decided by name whoever
     made the param groups, and the hyperparameters that the script asked for hold, whatever a checkpoint loader puts into the groups.
     Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and one exchange of
     hyperparameters now, nothing per step, no gather.

@@ -231,7 +231,7 @@ class LpOptimizer(Optimizer):
         denom = direction(group, lr, *columns)
         if x is not None and group.get("precondition"):
             decay.precondition_(x, denom, group["precondition"])
-        decay.decay_(weights, x, lr=lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff")})
+        decay.decay_(weights, x, lr=lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")})
 
     # Each base gives its direction twice. Both get the group, the learning rate and the columns of the rows (weights,
     # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of each

@@ -3,6 +3,7 @@
 With x of `decay.py`, and no gradients, x falls by (2−p)·λ·α a step. So the λ by which the share s of the weights is dead h steps from now is
 `x_s / ((2−p)·Σα)`, with x_s the quantile of the present x at s and Σα the learning rates of those steps. Gradients push back; hence the
 same is asked anew every `every` steps, for the share that the plan has `every` steps later (a receding horizon: no gains to tune).
+Until the last fifth of the window x has a floor, so that what fades is not lost yet (the target's `grace`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
 from lp_dist.hooks import steps_taken
-from lp_dist.quantiles import Census, Part, census, smallest, stride_of, zero_below
+from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
 from lp_dist.schedule import FROZEN, OFF, window_steps
 from lp_dist.segments import SegmentMap, effective
@@ -27,8 +28,9 @@ from lp_dist.target import SparsityTarget, check_p
 logger = logging.getLogger(__name__)
 
 SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
+GRACE_ENDS = 0.8   # of the window, but a collapse before its end: what has faded needs no more
 _TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while the decay acts
-VERSION = 1
+VERSION = 2
 
 
 class Control:
@@ -55,6 +57,8 @@ class Control:
         self._check(everything)
         elements = sum(shard.shape.numel() for shard in self.shards)
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
+        collapse = SHORTEST * (1 if all(self._values(shard)["p"] <= 0.5 for shard in self.shards) else 2)    # the nearer p is to 1, the longer
+        self.grace_ends = min(self.start + round(GRACE_ENDS * (self.end - self.start)), self.end - collapse)
         self.every = target.every or max(1, round((self.end - self.start) / 20))
         self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
         self.seen = -1                          # optimizer steps at the last call
@@ -168,6 +172,7 @@ class Control:
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
         all_ = {scope: elements for scope, (_, elements) in counts.items()}
         sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope])) for scope, shard in self._scoped()]
+        faded = self._faded(sample, all_)
         found = smallest(sample, {scope: round(share[scope] * elements) for scope, elements in all_.items()}, passes=2, elements=all_)
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
         lambdas = []
@@ -176,9 +181,18 @@ class Control:
             total = sum(rate[shard.group] for rate in rates)
             weight_decay = min(max(x / ((2.0 - p) * total), _TINY), 1e30) if total > 0.0 else _TINY
             cutoff = math.inf if self.target.cap is None else self.target.cap * x
-            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff)
+            floor = self.target.grace * x if t < self.grace_ends and t + self.every < self.end - 1 else 0.0
+            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=floor)
             lambdas.append(weight_decay)
-        self._log(t, seen, lambdas)
+        self._log(t, seen, lambdas, faded)
+
+    def _faded(self, sample: list[Part], elements: dict[str, int]) -> float | None:
+        """Share of the weights whose x is at or below the floor of the last look: zeros, and what is as good as zero. None if there is no floor."""
+        floors = {self._scope(shard): self.segments.values(shard.name).get("floor", 0.0) for shard in self.shards}
+        if not any(floors.values()):
+            return None
+        below = share_below(sample, floors)
+        return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
 
     def _close(self) -> None:
         """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
@@ -190,7 +204,7 @@ class Control:
         seen = census(self.shards)
         after = self._counts(seen)
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
-            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
+            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY, floor=0.0)
         total = sum(elements for _, elements in after.values())
         had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
         worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
@@ -220,13 +234,14 @@ class Control:
             counts[self._scope(shard)] = before[0] + zeros, before[1] + elements
         return counts
 
-    def _log(self, t: int, seen: Census, lambdas: list[float]) -> None:
+    def _log(self, t: int, seen: Census, lambdas: list[float], faded: float | None = None) -> None:
         counts = self._counts(seen)
         total = sum(elements for _, elements in counts.values())
         first = sum(self.before[scope] * elements for scope, (_, elements) in counts.items()) / total
+        measured = sum(zeros for zeros, _ in counts.values()) / total
         self.logs = {
             "lp/target": self.sparsity, "lp/plan": first + (self.sparsity - first) * self.plan(t),
-            "lp/measured": sum(zeros for zeros, _ in counts.values()) / total, "lp/lambda_min": min(lambdas), "lp/lambda_median": median(lambdas),
+            "lp/measured": measured, "lp/faded": measured if faded is None else faded, "lp/lambda_min": min(lambdas), "lp/lambda_median": median(lambdas),
             "lp/lambda_max": max(lambdas), "lp/dead_channels": seen.dead / max(1, seen.rows)}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -236,7 +251,7 @@ class Control:
         return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every],
                 "left_out": list(self.left_out), "before": dict(self.before), "next": self.next, "closed": self.closed, "logs": dict(self.logs),
                 "values": {shard.name: {key: _plain(value) for key, value in self.segments.values(shard.name).items()
-                                        if key in ("weight_decay", "cutoff")} for shard in self.shards}}
+                                        if key in ("weight_decay", "cutoff", "floor")} for shard in self.shards}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was. Call it after the optimizer's state was loaded.

@@ -5,8 +5,10 @@ Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm", arXiv 2404.10824.
 
     w_new = u / (1 + α·λ2 + α·λ/x)        x = |w_old|^(2−p)        (1/x is the paper's auxiliary s = |w|^(p−2))
 
-The weight in x is the one from BEFORE the gradient step. Two forms of ours change x and cost no state:
-preconditioned, `x = |w_old|^(2−p)·(√v̂+ε)^γ`, and capped, where a weight with `x > cutoff` feels no Lp term.
+The weight in x is the one from BEFORE the gradient step. Three forms of ours change x and cost no state:
+preconditioned, `x = |w_old|^(2−p)·(√v̂+ε)^γ`; capped, where a weight with `x > cutoff` feels no Lp term; and with a
+floor, where x is taken as at least that: then zero does not absorb, as in iteratively reweighted least squares, whose ε
+it is, and a weight that has faded comes back if its gradient asks for it.
 
 λ is `weight_decay` and carries the 1/p: a code whose factor is `1/(1 + p·α·λ'·|w|^(p−2))` has `λ = p·λ'`.
 p = 2 is AdamW's decay to first order; p = 0 is the log penalty; p < 0 continues the same formula.
@@ -70,14 +72,14 @@ def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
 
 def decay_(
     weights: list[Tensor], x: list[Tensor] | None, *, lr: float, weight_decay: float, p: float,
-    l2: float = 0.0, cutoff: float = math.inf, skip: Tensor | None = None,
+    l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, skip: Tensor | None = None,
 ) -> None:
     """weights ← weights / (1 + αλ2 + αλ/x), in place; `weights` hold u, the base optimizer's step.
 
     x: from `resistance`, preconditioned or not, of the weights before that step; it is consumed. None where the Lp term
     is not active. skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere (AMP's found_inf).
     With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero, and 0 where x = inf:
-    one form is right for every p, p ≥ 2 included, and 0/0 can't occur.
+    one form is right for every p, p ≥ 2 included, and 0/0 can't occur. A cutoff of 0 freezes zeros, whatever the floor.
     """
     active = is_active(lr, weight_decay, cutoff)
     if not active and lr * l2 == 0.0:
@@ -90,6 +92,9 @@ def decay_(
         if cutoff < math.inf:
             for t in x:
                 t.masked_fill_(t > cutoff, math.inf)        # the penalty is flat here: no pull
+        if floor > 0.0 and cutoff > 0.0:
+            for t in x:
+                t.clamp_(min=floor)
         torch._foreach_reciprocal_(x)                       # s = 1/x
         torch._foreach_mul_(x, strength)                    # α·λ·s
         torch._foreach_add_(x, base)                        # 1 + α·λ2 + α·λ·s
@@ -108,7 +113,7 @@ def decay_(
 
 def lp_decay(
     u: Tensor, w_old: Tensor, *, lr: float, weight_decay: float, p: float = 0.5, l2: float = 0.0,
-    cutoff: float = math.inf, precondition: float = 0.0, denom: Tensor | None = None,
+    cutoff: float = math.inf, floor: float = 0.0, precondition: float = 0.0, denom: Tensor | None = None,
 ) -> Tensor:
     """One decay of the stepped weight `u`, as a pure function of tensors.
 
@@ -120,6 +125,7 @@ def lp_decay(
         p: exponent of the norm, in [−4, 4].
         l2: λ2, an L2 term beside the Lp one (elastic net).
         cutoff: weights with x above it feel no Lp term.
+        floor: x is taken as at least this where it is not above the cutoff; 0: as it is, and zero absorbs.
         precondition: γ ≥ 0, exponent on `denom` in x.
         denom: √v̂+ε of Adam, same shape; needed when γ > 0.
     Returns:
@@ -127,7 +133,7 @@ def lp_decay(
     Raises:
         ValueError: a hyperparameter is out of its range, or γ > 0 without `denom`.
     """
-    check_hyperparameters(lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, precondition=precondition)
+    check_hyperparameters(lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, precondition=precondition)
     if precondition and denom is None:
         raise ValueError(f"precondition={precondition} needs denom (√v̂+ε of Adam); pass it, or set precondition=0")
     out = u.clone()
@@ -136,16 +142,17 @@ def lp_decay(
         x = resistance([w_old], p)
         if precondition:
             precondition_(x, [denom], precondition)
-    decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff)
+    decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor)
     return out
 
 
-_NOT_NEGATIVE = ("lr", "weight_decay", "l2", "precondition", "eps", "momentum")
+_NOT_NEGATIVE = ("lr", "weight_decay", "l2", "precondition", "floor", "eps", "momentum")
 _WAY_OUT = {
     "lr": "set it to 0 to stand still",
     "weight_decay": "it is λ; set it to 0 for no decay",
     "l2": "it is λ2 of the elastic net; set it to 0 for none",
     "precondition": "it is the exponent γ on √v̂; set it to 0 for the plain form",
+    "floor": "it is the least x that a weight is taken to have; set it to 0 so that zeros stay zero",
     "eps": "1e-8 is usual",
     "momentum": "set it to 0 for none",
 }
@@ -154,7 +161,7 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, precondition, lag, eps, momentum, betas, nesterov; other keys are ignored.
+    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, lag, eps, momentum, betas, nesterov; other keys are ignored.
     A tensor on an accelerator is not looked at, since that would make the host wait for it.
     """
     for key, value in values.items():

@@ -25,15 +25,15 @@ _PER_PARAMETER = tuple(
 
 # Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
 COUNT = "lp_decay_step"
-_ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "betas", "eps", "momentum")
+_ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "floor", "betas", "eps", "momentum")
 
 
-def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf,
+def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0,
                  one_at_a_time: bool | None = None) -> LpDecay:
     """Gives `optimizer` (8-bit Adam, Adafactor, Muon, DeepSpeedCPUAdam, ...) the decoupled Lp decay of arXiv 2404.10824.
 
     λ is each group's `weight_decay`, which the optimizer itself no longer sees: it is 0 while the base steps, so nothing is
-    decayed twice. p, l2 and cutoff become group keys, with these values where a group has none of its own. α is the group's `lr`.
+    decayed twice. p, l2, cutoff and floor become group keys, with these values where a group has none of its own. α is the group's `lr`.
 
     The decay needs the weights from before the step, hence memory: one temporary of the largest decayed tensor where the
     optimizer can be stepped a few parameters at a time, else one copy of all decayed weights (fp32 for 16-bit ones). Under ZeRO
@@ -47,7 +47,7 @@ def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutof
     Raises:
         ValueError: the optimizer is one of ours, LBFGS, has the decay already, or a hyperparameter is bad.
     """
-    return LpDecay(optimizer, {"p": p, "l2": l2, "cutoff": cutoff}, one_at_a_time)
+    return LpDecay(optimizer, {"p": p, "l2": l2, "cutoff": cutoff, "floor": floor}, one_at_a_time)
 
 
 class LpDecay:
@@ -107,7 +107,7 @@ class LpDecay:
         for key, way_out in (("lr", "with Adafactor set relative_step=False and an lr"), ("weight_decay", "give the groups a weight_decay, λ")):
             if group.get(key) is None:
                 raise ValueError(f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a number; {way_out}")
-        decay.check_hyperparameters(**{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff")})
+        decay.check_hyperparameters(**{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff", "floor")})
 
     # -- around a step ------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class LpDecay:
     def _apply(self, optimizer: Optimizer) -> None:
         skip = getattr(optimizer, "found_inf", None)  # AMP's GradScaler: a fused base leaves out the step by itself
         for values, weights, x in self._olds:
-            decay.decay_(weights, x, lr=float(values["lr"]), skip=skip, **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff")})
+            decay.decay_(weights, x, lr=float(values["lr"]), skip=skip, **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")})
         self._olds = []
 
     def _restore(self) -> None:

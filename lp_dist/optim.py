@@ -30,6 +30,8 @@ class LpAdamW(LpOptimizer):
         l2: λ2, an L2 term beside it (elastic net).
         precondition: γ ≥ 0: weights on which the loss is sensitive decay less, x = |w|^(2−p)·(√v̂+ε)^γ.
         cutoff: weights with x above it feel no Lp term; negative: none does.
+        floor: x is taken as at least this, so that weights fade out without being lost: those whose gradient asks for it come back. 0: as it is,
+            and zero absorbs.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
         maximize: step along the gradient, not against it.
@@ -44,10 +46,10 @@ class LpAdamW(LpOptimizer):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = 0.0, cutoff: float = math.inf,
-        lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
+        floor: float = 0.0, lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
-                                      cutoff=cutoff, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod
     def _reference(group, lr, weights, grads, exp_avgs, exp_avg_sqs, steps):
@@ -93,11 +95,11 @@ class LpSGD(_Unconditioned):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.0, nesterov: bool = False,
-        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, lag: float = 0.0,
+        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, lag: float = 0.0,
         maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, p=p, l2=l2,
-                                      cutoff=cutoff, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (("momentum_buffer",) if group["momentum"] else ()) + super()._state_names(group)
@@ -130,10 +132,10 @@ class LpLion(_Unconditioned):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
-        *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, lag: float = 0.0, maximize: bool = False,
+        *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, lag: float = 0.0, maximize: bool = False,
         capturable: bool = False, implementation: str | None = None,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, lag=lag,
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, lag=lag,
                                       maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod

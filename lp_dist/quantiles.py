@@ -102,6 +102,17 @@ def smallest(parts: list[Part], ranks: dict[str, int], passes: int, elements: di
     return {scope: value if ranks[scope] else 0.0 for scope, value in zip(scopes, found)}
 
 
+def share_below(parts: list[Part], thresholds: dict[str, float]) -> dict[str, float]:
+    """For each scope the share of what its parts hold, over all ranks, with x at or below its threshold."""
+    scopes = list(thresholds)
+    counts = torch.zeros(len(scopes), 2, dtype=torch.int64)
+    for part in parts:
+        row = scopes.index(part.scope)
+        for _, x in part.x():
+            counts[row] += torch.tensor([int((x <= thresholds[part.scope]).sum()), x.numel()])
+    return {scope: below / max(1, all_) for scope, (below, all_) in zip(scopes, summed(counts).tolist())}
+
+
 @torch.no_grad()
 def zero_below(parts: list[Part], thresholds: dict[str, float]) -> None:
     """Sets the weights with x ≤ the threshold of their scope to zero, in place."""

@@ -28,6 +28,8 @@ class SparsityTarget:
         p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them.
         cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent; None: all feel it.
         curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1) = 1.
+        grace: for the first four fifths of the window weights with x below `grace` times the planned threshold decay no faster than at it: they
+            fade to next to nothing, and come back if their gradient asks for it. Then they die. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
         every: optimizer steps between two looks at the weights; None: a twentieth of the window.
     Raises:
@@ -41,6 +43,7 @@ class SparsityTarget:
     p: float | None = None
     precondition: float | None = None
     cap: float | None = 1.0
+    grace: float = 0.1
     curve: str | Callable[[float], float] = "cubic"
     freeze: bool = True
     every: int | None = None
@@ -59,6 +62,8 @@ class SparsityTarget:
             check_hyperparameters(precondition=self.precondition)
         if self.cap is not None and not 1.0 <= self.cap < math.inf:
             raise ValueError(f"cap={self.cap!r} must be a number from 1 up, else weights that are to die feel no decay; None lets all weights feel it")
+        if not 0.0 <= self.grace <= 1.0:
+            raise ValueError(f"grace={self.grace!r} must be a number from 0, no way back, to 1; 0.1 is the default")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window")
         if not callable(self.curve) and self.curve not in CURVES:

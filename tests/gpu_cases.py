@@ -19,7 +19,7 @@ def values(base: str = "adamw", **changed: Any) -> dict[str, Any]:
     """A group of hyperparameters. "momentum" and "nesterov" are SGD with it."""
     own = {"adamw": {"betas": (0.9, 0.99), "eps": 1e-6, "precondition": 0.0}, "lion": {"betas": (0.9, 0.99)}, "sgd": {"momentum": 0.0},
            "momentum": {"momentum": 0.9, "nesterov": False}, "nesterov": {"momentum": 0.9, "nesterov": True}}[base]
-    return {"lr": 0.02, "weight_decay": 0.1, "p": 0.5, "l2": 0.0, "cutoff": math.inf, "maximize": False, **own, **changed}
+    return {"lr": 0.02, "weight_decay": 0.1, "p": 0.5, "l2": 0.0, "cutoff": math.inf, "floor": 0.0, "maximize": False, **own, **changed}
 
 
 def row(base: str, n: int, seed: int = 0, step: Any = 3.0, dtype: torch.dtype = torch.float32, grad: torch.dtype | None = None) -> tuple:
@@ -60,7 +60,7 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         buffer = a["momentum"] * states[0] + g
         move, states = lr * (g + a["momentum"] * buffer if base == "nesterov" else buffer), [buffer]
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
-    pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x)
+    pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0))
     divisor = 1 + lr * a["l2"] + (pull if a["weight_decay"] > 0 and lr > 0 else 0.0)
     new = (w - move) / divisor
     if lr * a["weight_decay"] > 0 and a["cutoff"] >= 0 and a["p"] < 2:

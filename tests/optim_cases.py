@@ -44,4 +44,4 @@ def assert_same(params, others):
 
 def group_of(**changed):
     """Values of a param group, for `kernels.step`."""
-    return {"lr": 1.0, "maximize": False, "weight_decay": 1.0, "p": 0.5, "l2": 0.0, "cutoff": math.inf, **changed}
+    return {"lr": 1.0, "maximize": False, "weight_decay": 1.0, "p": 0.5, "l2": 0.0, "cutoff": math.inf, "floor": 0.0, **changed}

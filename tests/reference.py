@@ -13,7 +13,7 @@ import math
 SNAP = 1e-13  # a decayed weight below this becomes an exact zero
 
 
-def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, precondition=0.0, denom=1.0):
+def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, floor=0.0, precondition=0.0, denom=1.0):
     """The number in [0, 1] that the stepped weight is multiplied by; w_old is the weight from before the step."""
     shrink = 1.0 + lr * l2
     strength = lr * weight_decay
@@ -23,6 +23,8 @@ def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, preconditi
     x = _power(abs(w_old), 2.0 - p) * _power(denom, precondition)
     if x > cutoff:  # the penalty is flat up here
         return 1.0 / shrink
+    if floor > 0.0 and x < floor and cutoff > 0.0:
+        return 1.0 / (shrink + strength / floor)
     if p < 2:
         if x > 1e300:  # strength / x is nil, and x * shrink might overflow
             return 1.0 / shrink
@@ -41,7 +43,7 @@ def lp_weight(u, w_old, *, lr, weight_decay, p, **variants):
 
 
 def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, p=0.5, l2=0.0,
-               precondition=0.0, cutoff=math.inf, maximize=False):
+               precondition=0.0, cutoff=math.inf, floor=0.0, maximize=False):
     """Adam (Kingma and Ba, arXiv 1412.6980), then the Lp decay. State: step, exp_avg, exp_avg_sq."""
     beta1, beta2 = betas
     state = state or {"step": 0, "exp_avg": [0.0] * len(weights), "exp_avg_sq": [0.0] * len(weights)}
@@ -54,7 +56,7 @@ def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, 
         v_hat = v / (1.0 - beta2**t)
         denom = math.sqrt(v_hat) + eps
         u = w - lr * m_hat / denom
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff,
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor,
                                      precondition=precondition, denom=denom))
         new_m.append(m)
         new_v.append(v)
@@ -62,19 +64,19 @@ def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, 
 
 
 def sgd_step(weights, grads, state=None, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0, p=0.5, l2=0.0,
-             cutoff=math.inf, maximize=False):
+             cutoff=math.inf, floor=0.0, maximize=False):
     """SGD with (Nesterov) momentum, then the Lp decay. State: momentum_buffer, whose first value is the first gradient."""
     new_weights, new_buffer = [], []
     for i, (w, g) in enumerate(zip(weights, _signed(grads, maximize), strict=True)):
         buffer = momentum * state["momentum_buffer"][i] + g if state else g
         direction = g + momentum * buffer if nesterov else buffer
         u = w - lr * direction
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff))
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor))
         new_buffer.append(buffer)
     return new_weights, {"momentum_buffer": new_buffer}
 
 
-def lion_step(weights, grads, state=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, p=0.5, l2=0.0, cutoff=math.inf,
+def lion_step(weights, grads, state=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, p=0.5, l2=0.0, cutoff=math.inf, floor=0.0,
               maximize=False):
     """Lion (Chen et al., arXiv 2302.06675), then the Lp decay. State: exp_avg."""
     beta1, beta2 = betas
@@ -84,7 +86,7 @@ def lion_step(weights, grads, state=None, *, lr, betas=(0.9, 0.99), weight_decay
         mix = beta1 * m + (1.0 - beta1) * g
         direction = (mix > 0) - (mix < 0)
         u = w - lr * direction
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff))
+        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor))
         new_m.append(beta2 * m + (1.0 - beta2) * g)
     return new_weights, {"exp_avg": new_m}
 

@@ -20,7 +20,8 @@ from lp_dist.attachment import Attachment
 from lp_dist.shards import live_optimizer
 
 RANKS, ROWS, INPUTS, LARGE, PEAK = 2, 64, 64, 10_000, 5e-3
-FORMS: dict[str, tuple[float, float | None]] = {"plain": (0.0, None), "preconditioned": (0.5, None), "capped": (0.5, 1.0)}  # γ, cap
+FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, grace
+    "plain": (0.0, None, 0.0), "preconditioned": (0.5, None, 0.0), "capped": (0.5, 1.0, 0.1)}
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 128.0}}
 
 
@@ -41,7 +42,7 @@ class Case:
 
     @property
     def asked(self) -> SparsityTarget:
-        return SparsityTarget(self.target, end=self.end, scope=self.scope, cap=FORMS[self.form][1], every=self.every)
+        return SparsityTarget(self.target, end=self.end, scope=self.scope, cap=FORMS[self.form][1], grace=FORMS[self.form][2], every=self.every)
 
 
 def model_of(seed: int = 0) -> nn.Sequential:

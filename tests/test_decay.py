@@ -51,6 +51,14 @@ BY_HAND = [
     # the cutoff is compared with the preconditioned x = 0.1 > 0.09
     ("precondition and cutoff", 0.6, 0.5,
      {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 1.0, "denom": 0.2, "cutoff": 0.09}, 0.6),
+    # x = 0 is raised to the floor of 0.1: f = 1/(1 + 0.1/0.1), and zero does not absorb; x = 0.5 is above it
+    ("floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1}, 0.3),
+    ("above floor", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "floor": 0.1}, 0.5),
+    # the floor is compared with the preconditioned x = 0.1 < 0.2, and so is the cutoff, with what it was before
+    ("precondition and floor", 0.6, 0.5,
+     {"p": 1.0, "lr": 0.1, "weight_decay": 2.0, "precondition": 1.0, "denom": 0.2, "floor": 0.2, "cutoff": 0.15}, 0.3),
+    # a floor keeps what a cutoff of 0 has frozen dead
+    ("frozen with floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1, "cutoff": 0.0}, 0.0),
     # snap: f = 1/2 takes 1.9e-13 to 0.95e-13 < 1e-13, hence to zero, and 2.1e-13 to 1.05e-13, which stays
     ("snap", 1.9e-13, 0.5, {"p": 1.0, "lr": 0.5, "weight_decay": 1.0}, 0.0),
     ("no snap", 2.1e-13, 0.5, {"p": 1.0, "lr": 0.5, "weight_decay": 1.0}, 1.05e-13),
@@ -103,6 +111,7 @@ awkward = [0.0, -0.0, 5e-324, 1e-310, 1e-45, -1e-40, 6e-8, 1e-13, 1e-5, -0.5, 1.
 values = st.one_of(st.sampled_from(awkward), st.floats(allow_nan=False, allow_infinity=False), st.floats(-2.0, 2.0))
 strengths = st.one_of(st.sampled_from([0.0, 1e-300, 1e-50, 1e-8, 0.1, 1.0, 1e4, 1e30]), st.floats(0.0, 100.0))
 cutoffs = st.sampled_from([0.0, 1e-3, 1.0, math.inf])
+floors = st.sampled_from([0.0, 1e-300, 1e-4, 1.0, 1e30])
 pairs = st.lists(st.tuples(values, values), min_size=1, max_size=12)
 dtypes = st.sampled_from(DTYPES)
 
@@ -114,10 +123,10 @@ def tensors(pairs, dtype):
 
 
 @few
-@given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs)
-def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2, cutoff):
+@given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs, floors)
+def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2, cutoff, floor):
     u, w_old = tensors(pairs, dtype)
-    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff)
+    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor)
     assert result.dtype == dtype
     assert not result.isnan().any()
     assert ((result == 0) | (result.sign() == u.sign())).all()
@@ -145,6 +154,14 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 
 
 @few
+@given(pairs, dtypes, exponents, strengths, strengths, cutoffs, floors, floors)
+def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, one, other):
+    u, w_old = tensors(pairs, dtype)
+    low, high = (lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor) for floor in sorted((one, other)))
+    assert (low.abs() <= high.abs()).all()
+
+
+@few
 @given(pairs, dtypes, exponents, strengths, cutoffs, st.booleans())
 def test_no_strength_leaves_the_step_untouched(pairs, dtype, p, strength, cutoff, rate_is_zero):
     u, w_old = tensors(pairs, dtype)
@@ -160,12 +177,12 @@ huge_range = st.one_of(st.sampled_from([0.0, 5e-324, 1e-50, 1e50, 1.7e308]), st.
 
 @few
 @given(pairs, st.lists(values, min_size=12, max_size=12), dtypes, exponents, huge_range, huge_range,
-       st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 1.0, math.inf]))
-def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff):
+       st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 1.0, math.inf]), floors)
+def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff, floor):
     u, w_old = tensors(pairs, dtype)
     denom = next(tensors([(abs(d), 0.0) for d in denoms[: len(pairs)]], dtype))
     denom.clamp_(min=torch.finfo(dtype).tiny)  # sqrt(v) + eps > 0: then x has a limit even where a power leaves the range
-    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, precondition=precondition, denom=denom)
+    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor, precondition=precondition, denom=denom)
     assert not result.isnan().any()
     assert (result.abs() <= u.abs()).all()
 
@@ -245,3 +262,10 @@ def test_cutoff_equals_the_oracle(pairs, lr, weight_decay, p, cutoff):
     edge = [abs(abs(w) ** (2.0 - p) - cutoff) <= 1e-12 * cutoff if w else False for _, w in pairs]
     pairs = [(1.0, 0.25) if on_edge else pair for on_edge, pair in zip(edge, pairs, strict=True)]  # no coin tossing at x = cutoff
     assert_equals_oracle(pairs, torch.float64, 1e-14, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff)
+
+
+@few
+@given(cases[0], coefficients, coefficients, st.sampled_from([-1.0, 0.5, 1.0, 2.0, 3.0]), st.sampled_from([0.0, 1e-6, 0.3, 1e3]))
+def test_floor_equals_the_oracle(pairs, lr, weight_decay, p, floor):
+    for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
+        assert_equals_oracle(pairs, dtype, rtol, lr=lr, weight_decay=weight_decay, p=p, floor=floor)

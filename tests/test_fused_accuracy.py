@@ -137,6 +137,23 @@ def test_the_cap(p, gamma):
     assert 1000 < int(above.sum()) < 3000
 
 
+@pytest.mark.parametrize("gamma", (0.0, 0.37, 0.5, 1.0, 1.5, 2.0))
+@pytest.mark.parametrize("p", (-1.0, 0.5, 0.8, 1.0, 1.7, 2.0, 2.5))
+def test_the_floor(p, gamma):
+    """Below it the pull is that at the floor, for zeros too; above it nothing changes."""
+    weights, denom = spread(4096, 1e-6, 1e2, 4, signed=True), spread(4096, 1e-4, 1e1, 5)
+    weights[::64] = 0
+    x = weights.double().abs() ** (2 - p) * denom.double() ** gamma
+    floor = 2 * x.median().item()
+    changed = {"lr_weight_decay": 0.5 * floor, "p": p, "precondition": gamma}
+    floored, plain = decayed_in_metric(weights, denom, floor=floor, **changed), decayed_in_metric(weights, denom, **changed)
+    free = decayed_in_metric(weights, denom, lr_weight_decay=0.0, p=p)
+    clear, below = (x / floor - 1).abs() > 1e-5, x < floor
+    assert torch.equal(floored[~below & clear], plain[~below & clear])
+    torch.testing.assert_close(floored[below & clear], free[below & clear] / 1.5, rtol=2e-6, atol=1e-13)
+    assert below.sum() > 1000 and ((~below).sum() > 1000 or (p, gamma) == (2.0, 0.0))
+
+
 @pytest.mark.parametrize("gamma", (0.0, 0.5, 0.37))
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_zero_absorbs_whatever_its_gradient_below_p_2_and_is_any_other_weight_from_there_on(p, gamma):

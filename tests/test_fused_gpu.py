@@ -49,13 +49,13 @@ def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
         assert (got <= (w + 1).double() / 1e38 + 2e-30)[~ordinary].all()
 
 
-MODES = {"plain": {"cutoff": math.inf, "l2": 0.3}, "capped": {"cutoff": 1e-3}, "frozen": {"cutoff": 0.0, "l2": 0.3}, "off": {"cutoff": -1.0}}
+MODES = {"plain": {"cutoff": math.inf, "l2": 0.3}, "capped": {"cutoff": 1e-3}, "floored": {"cutoff": 1e-2, "floor": 1e-4}, "frozen": {"cutoff": 0.0, "l2": 0.3}, "off": {"cutoff": -1.0}}
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_adamw_against_float64(gpu, p, gamma):
-    for mode in MODES if gamma in (0.0, 0.37) else ("plain", "capped"):
+    for mode in MODES if gamma in (0.0, 0.37) else ("plain", "capped", "floored"):
         a = values(p=p, precondition=gamma, **MODES[mode])
         after = copy(before := row("adamw", 700))
         run(gpu, "adamw", a, after)

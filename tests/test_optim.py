@@ -23,15 +23,16 @@ CASES = {
     "adamw precondition": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "precondition": 1.0}),
     "adamw precondition cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1}),
     "adamw cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "cutoff": 0.2}),
+    "adamw floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "floor": 0.05}),
     "adamw frozen": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "p": 1.0, "cutoff": 0.0}),
     "adamw maximize": (LpAdamW, {"lr": 0.02, "weight_decay": 0.05, "maximize": True}),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2}),
     "sgd momentum": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "l2": 0.2, "p": 1.0}),
-    "sgd nesterov": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8, "nesterov": True, "p": 0.0, "cutoff": 0.5}),
+    "sgd nesterov": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8, "nesterov": True, "p": 0.0, "cutoff": 0.5, "floor": 0.02}),
     "sgd maximize": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "maximize": True}),
     "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2}),
     "lion all": (LpLion, {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.9), "p": 1.0, "l2": 0.1, "cutoff": 0.7,
-                          "maximize": True}),
+                          "floor": 0.1, "maximize": True}),
 }
 all_cases = pytest.mark.parametrize(("cls", "settings"), CASES.values(), ids=CASES.keys())
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -195,7 +196,7 @@ def test_a_late_gradient_starts_at_step_one(implementation):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
-    common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "lag", "maximize", "capturable"}
+    common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "lag", "maximize", "capturable"}
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),
         (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_dist import LpAdamW, attach, quantiles
-from lp_dist.quantiles import Census, Part, census, smallest, stride_of, zero_below
+from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
 from lp_dist.shards import Shard, shards
 
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -136,6 +136,19 @@ def test_ranks_find_together_what_one_process_finds(data, ranks):
 
 
 # -- what dies ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(1, 4))
+@few
+def test_the_share_below_is_that_over_all_ranks(data, ranks):
+    wholes = {scope: torch.tensor(data.draw(vector)) for scope in ("a", "b")}
+    thresholds = {scope: abs(data.draw(st.sampled_from(whole.tolist()))) for scope, whole in wholes.items()}
+    places = {scope: cut(whole, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1))) for scope, whole in wholes.items()}
+    with meeting(ranks) as run:
+        found = run([lambda rank=rank: share_below([part(scope, whole[slice(*places[scope][rank])]) for scope, whole in wholes.items()], thresholds)
+                     for rank in range(ranks)])
+    expected = {scope: float((whole.abs() <= thresholds[scope]).float().mean()) for scope, whole in wholes.items()}
+    assert all(each == pytest.approx(expected) for each in found)
 
 
 @given(st.data())

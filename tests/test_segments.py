@@ -80,7 +80,7 @@ MAKERS = {"adamw": lambda p: adamw(p, "foreach"), "adamw, reference": lambda p: 
 # p for which torch's arithmetic on a CPU is bitwise the same in any layout: see test_engines.
 VALUES = st.fixed_dictionaries({}, optional={
     "weight_decay": st.sampled_from([0.0, 0.1, 0.9]), "p": st.sampled_from([-1.0, 0.0, 0.5, 1.0]), "l2": st.sampled_from([0.0, 0.3]),
-    "cutoff": st.sampled_from([0.02, math.inf])})
+    "cutoff": st.sampled_from([0.02, math.inf]), "floor": st.sampled_from([0.0, 1e-3])})
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, model_of, same
 
-CAPPED, UNCAPPED, PRECONDITIONED = {}, {"cap": None}, {"cap": None, "precondition": 1.0}
+CAPPED, UNCAPPED, PRECONDITIONED = {"grace": 0.0}, {"cap": None, "grace": 0.0}, {"cap": None, "precondition": 1.0, "grace": 0.0}
 
 
 def hooked(cls, **kwargs):
@@ -34,7 +34,7 @@ def plain_adamw(params, lr):
 
 @pytest.mark.parametrize("p, sparsity, form", [
     (-1.0, 0.3, CAPPED), (-1.0, 0.9, UNCAPPED), (0.0, 0.3, PRECONDITIONED), (0.0, 0.9, CAPPED), (0.5, 0.3, UNCAPPED), (0.5, 0.9, PRECONDITIONED),
-    (0.5, 0.9, {"precondition": 0.5}), (0.8, 0.3, CAPPED), (0.8, 0.9, PRECONDITIONED), (1.0, 0.3, {"cap": 2.0}), (1.0, 0.9, CAPPED)])
+    (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}), (0.8, 0.3, CAPPED), (0.8, 0.9, PRECONDITIONED), (1.0, 0.3, {"cap": 2.0, "grace": 0.0}), (1.0, 0.9, CAPPED)])
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
     run = Run(SparsityTarget(sparsity, p=p, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
@@ -102,6 +102,51 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
         assert values["cutoff"] == pytest.approx(x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4)
     lambdas = sorted(values["weight_decay"] for values in found.values())
     assert [run.attached.logs[f"lp/lambda_{key}"] for key in ("min", "median", "max")] == lambdas
+
+
+@pytest.mark.parametrize("p, sparsity, form", [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})])
+def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
+    run = Run(SparsityTarget(sparsity, p=p, **form)).to(TOTAL)
+    control, grace = run.attached.control, form.get("grace", 0.1)
+    assert control.grace_ends == END - 8
+    last = 0.0
+    for step, logs in run.history[:-1]:
+        faded = logs["lp/faded"]
+        if step <= control.grace_ends:
+            assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
+            assert last - 0.01 <= faded <= logs["lp/plan"] + 0.01, f"at step {step}"
+            assert faded >= sparsity * control.plan(max(step - 16, START)) - 0.01, f"at step {step} only {faded:.4f} have faded"
+        else:
+            assert logs["lp/measured"] >= last - 0.01 or step <= control.grace_ends + 4
+        last = faded
+    assert last > 0.9 * sparsity
+    assert control.closed["after"] == pytest.approx(sparsity, abs=1e-4) and control.closed["by_threshold"] <= 0.012
+
+    again = Run(SparsityTarget(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
+    for name in MATRICES:
+        values = again.optimizer.segments.values(name)
+        assert values["floor"] == pytest.approx(grace * values["cutoff"], rel=1e-6) and values["floor"] > 0
+    assert all(again.optimizer.segments.values(name)["floor"] == 0.0 for name in MATRICES if again.to(control.grace_ends + 2))
+
+
+@pytest.mark.parametrize("grace", [0.1, 0.0])
+def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
+    """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
+    run = Run(SparsityTarget(0.5, p=0.5, grace=grace, every=12), lr=1e-2)
+    weight = run.model[0].weight
+    weight.data[0, :2] = 1e-3
+
+    def gradient(grad):
+        grad = grad.clone()
+        grad[0, 0] = -1.0 if run.taken >= 14 else 0.0
+        grad[0, 1] = -1.0 if run.taken >= 36 else 0.0
+        return grad
+    weight.register_hook(gradient)
+    run.to(14)
+    assert weight[0, :2].abs().max() < (1e-4 if grace else 1e-12)
+    run.to(TOTAL)
+    assert (weight[0, 0] != 0) == (grace > 0) and weight[0, 1] == 0
+    assert run.zeros() == {name: round(0.5 * elements) for name, elements in MATRICES.items()}
 
 
 # -- around the window --------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, whole, tmp_path)
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(step)])
     checkpoint = get_last_checkpoint(str(tmp_path))
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["stateful_callbacks"]["LpCallback"]
-    assert state["progress"]["version"] == 1 and (state["progress"]["closed"] is not None) == (step >= END - 1)
+    assert state["progress"]["version"] == 2 and (state["progress"]["closed"] is not None) == (step >= END - 1)
     resumed = train(tmp_path, [LpCallback(target=TARGET)], resume=checkpoint, restore_callback_states_from_checkpoint=restored)
     assert resumed.state.global_step == STEPS and same(resumed, whole)
 

@@ -24,8 +24,8 @@ _SIZE, _WARPS = 1024, 4     # 8 elements a thread: two vectors of 16 bytes of ea
 _ALIGNED = 8                # elements that make at least 16 bytes of any dtype here: what a vector load needs
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # What the numbers are made of
-_GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "step")
-_ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff")
+_GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "floor", "step")
+_ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff", "floor")
 
 
 def prepare() -> None:
@@ -93,7 +93,7 @@ def step(base: str, work: Work) -> None:
         form, lr = _form(base, values), values["lr"]
         own = tuple(map(float, (
             *values.get("betas", (0, 0)), values.get("eps", 0), values.get("momentum", 0), -1 if values["maximize"] else 1,
-            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0), values["cutoff"])))
+            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0), values["cutoff"], values.get("floor", 0))))
         for row in rows:
             weights, grads, *states, t = row
             if weights.numel():
@@ -157,7 +157,7 @@ def _plans(base: str, given: Tensor, lr: Tensor | None = None, step: Tensor | No
     lr = a["lr"] if lr is None else lr.double()
     step = a["step"] if step is None else step.double()
     strength, exponent, zeros = lr * a["weight_decay"], 2 - a["p"], torch.zeros_like(lr)
-    active = (strength > 0) & (a["cutoff"] >= 0)    # else αλ/x is to be 0 in every form: no number reaches an infinite floor
+    active = (strength > 0) & (a["cutoff"] >= 0)    # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
     kept = strength.clamp(torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact
     (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = ((high := (x * 512).round() / 512, x - high) for x in (kept.log2(), exponent, a["gamma"]))
@@ -166,5 +166,6 @@ def _plans(base: str, given: Tensor, lr: Tensor | None = None, step: Tensor | No
         a["sign"], 1 - a["beta1"], 1 - a["beta2"], a["beta2"], (1 - a["beta2"] ** step).sqrt(), a["eps"],
         -lr / (1 - a["beta1"] ** step) if base == "adamw" else -lr, a["momentum"],
         (kept ** (1 / exponent.clamp(min=1))).masked_fill(~active, 0), l_hi, l_lo, exponent, c_hi, c_lo, a["gamma"], y_hi, y_lo,
-        (kept / a["cutoff"]).masked_fill(~active, math.inf), at_zero, (1 + lr * a["l2"]).clamp(1, LARGEST.value),
+        (kept / a["cutoff"]).masked_fill(~active, math.inf), (kept / a["floor"]).clamp(max=LARGEST.value).masked_fill(a["floor"] <= 0, math.inf),
+        at_zero, (1 + lr * a["l2"]).clamp(1, LARGEST.value),
         (zeros - 1).masked_fill(active & (exponent > 0), SNAP)], dim=1).float()

@@ -13,8 +13,8 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 # Of a row's addresses: its first block, its elements [HEAD, END) from the addresses on, whether these are multiples of 16 bytes, the addresses.
 FIRST, HEAD, END, ALIGNED, W, G, M, V, ADDRESSES = map(tl.constexpr, range(9))
 # Of its numbers, the Plan of step.cpp:
-(SIGN, LERP1, LERP2, BETA2, BC2, EPS, STEP, MOMENTUM, K, L_HI, L_LO, C, C_HI, C_LO, Y, Y_HI, Y_LO, FLOOR, AT_ZERO, BASE, SNAPPED,
- NUMBERS) = map(tl.constexpr, range(22))
+(SIGN, LERP1, LERP2, BETA2, BC2, EPS, STEP, MOMENTUM, K, L_HI, L_LO, C, C_HI, C_LO, Y, Y_HI, Y_LO, LEAST, MOST, AT_ZERO, BASE, SNAPPED,
+ NUMBERS) = map(tl.constexpr, range(23))
 # Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at most 4, or ODD.
 NONE, FROZEN, ANY, ODD = map(tl.constexpr, (-1, -2, -3, -4))
 
@@ -93,7 +93,7 @@ def _store(address, values, TYPE: tl.constexpr, start, at, inside):
 
 @triton.jit
 def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
-    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff."""
+    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff, and no more than at the floor."""
     if POWER == ANY:
         pull = _power_any(a, d, plan, GAMMA)
     else:               # nothing needs to be approximated: products of q = k/|w|, k = (αλ)^(1/(2−p))
@@ -113,10 +113,10 @@ def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
             for _ in tl.static_range(GAMMA // 2):
                 pull *= r
             pull = pull * tl.sqrt_rn(r) if GAMMA % 2 == 1 else pull
-    pull = tl.where(pull < tl.load(plan + FLOOR), 0.0, pull)
+    pull = tl.where(pull < tl.load(plan + LEAST), 0.0, pull)
     if POWER != 0:      # |w|^0 is 1 of a zero too
         pull = tl.where(a == tl.minimum(tl.load(plan + AT_ZERO), 0.0), tl.load(plan + AT_ZERO), pull)
-    return pull
+    return tl.minimum(pull, tl.load(plan + MOST))
 
 
 @triton.jit

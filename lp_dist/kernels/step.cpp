@@ -56,7 +56,7 @@ struct Row {
 };
 
 struct Values {
-    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, snap;
+    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, floor, snap;
 };
 
 // -- what a row needs, in single precision ------------------------------------------------------------------------------
@@ -71,7 +71,8 @@ struct Plan {
     int halves, gamma_halves;                           // 2·(2−p) if power is HALVES; 2γ, or ODD
     float k;                                            // (αλ)^(1/(2−p))
     float L_hi, L_lo, c, c_hi, c_lo, y, y_hi, y_lo;     // log2(αλ), 2−p and γ: see power_any
-    float floor, at_zero, base, inv_base;
+    float least, most;                                  // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
+    float at_zero, base, inv_base;
     int32_t snap;                                       // bits of the largest magnitude that becomes zero; −1: none does
 };
 
@@ -110,7 +111,8 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     if (s.power != ANY) return s;
 
     const double kept = clamped(strength, SMALLEST, LARGEST);
-    s.floor = static_cast<float>(kept / a.cutoff);
+    s.least = static_cast<float>(kept / a.cutoff);
+    s.most = a.floor > 0 ? clamped(kept / a.floor, 0, LARGEST) : INFINITY;
     s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(kept);
     s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : ODD;
     const double k = exponent == 0 ? kept : std::pow(kept, 1 / exponent);
@@ -251,12 +253,13 @@ template <int HALVES_> void power_halves(const Plan& s, const float* w, float* S
 // w_new = u/(1 + αλ2 + S/D^γ), or without S where it is below the cap, with u = N/D. D is 1 for bases without second moments.
 template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* w, const Buffers& b, const float* next) {
     const float *N = b.N, *D = b.D, *S = b.S;
-    const float base = s.base, floor = s.floor;
+    const float base = s.base, least = s.least, most = s.most;
     const int32_t snap = s.snap;
     sweep(next, [=](int i) {
         const float d = ADAM ? D[i] : 1.f, root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
         const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
-        const float pull = S[i] < floor * power ? 0.f : S[i];
+        const float limit = most * power, limited = S[i] < limit ? S[i] : limit;
+        const float pull = S[i] < least * power ? 0.f : limited;
         float divisor = d * (base + pull);                  // D·(1 + αλ2 + S/D^γ)
         if (GAMMA_HALVES == 1) divisor = FMA(pull, root, base * d);
         if (GAMMA_HALVES == 2) divisor = FMA(base, d, pull);

@@ -124,7 +124,7 @@ class Lp(Method):
     """Ours: a `SparsityTarget`, with its keys."""
 
     keys = {key: SparsityTarget.__dataclass_fields__[key].default
-            for key in ("start", "end", "scope", "p", "precondition", "cap", "curve", "every")}
+            for key in ("start", "end", "scope", "p", "precondition", "cap", "grace", "curve", "every")}
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
