@@ -248,6 +248,14 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
 
 
+def test_a_row_from_before_a_default_has_changed_is_no_row_of_the_method(rows, tmp_path):
+    found = runs.read(rows)
+    lp = next(row for row in found if row["method"].startswith("lp"))
+    old = {**lp, "settings": {**lp["settings"], "every": 7}, "loss": lp["loss"] + 1.0}
+    assert runs.key_of(old) != runs.key_of(lp) == runs.key_of(runs.wanted(tiny(), [Spec.read(lp["method"])], [SPARSITY], [0])[0])
+    assert page.draw([*found, old], tmp_path).read_text() == page.draw(found, tmp_path).read_text()
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["--work", "words"], "chars, scratch or lm"), ([], "--text is missing"), (["--text", "a", "--work", "lm"], "needs a --model"),
     (["--text", "a", "--model", "b"], "--model is for"), (["--text", "a", "--sparsities", "half"], "must be numbers"),

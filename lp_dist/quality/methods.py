@@ -165,6 +165,11 @@ class Spec:
         return self.family + (":" if self.given else "") + ",".join(f"{key}={'none' if value is None else value}" for key, value in self.given)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All that it is run with, in plain JSON types: a line means something else when a default changes."""
+        return {**FAMILIES[self.family].keys, **_COMMON, **dict(self.given)}
+
+    @property
     def lr(self) -> float | None:
         return dict(self.given).get("lr")
 

@@ -28,7 +28,7 @@ Made = Callable[[], Work]
 
 def key_of(row: dict[str, Any]) -> str:
     """Runs with the same key have the same row."""
-    return json.dumps([row["work"], row["method"], row["sparsity"], row["seed"]], sort_keys=True)
+    return json.dumps([row["work"], row["method"], row["settings"], row["sparsity"], row["seed"]], sort_keys=True)
 
 
 def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds
     for seed in seeds:
         for spec in specs:
             for sparsity in sparsities if spec.family != "dense" else [0.0]:
-                found.append({"work": work.described(), "method": spec.line, "sparsity": sparsity, "seed": seed})
+                found.append({"work": work.described(), "method": spec.line, "settings": spec.settings, "sparsity": sparsity, "seed": seed})
     return found
 
 
