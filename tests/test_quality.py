@@ -197,6 +197,19 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
         assert share == pytest.approx(planned, abs=2e-3), f"after {t} steps"
 
 
+def test_a_teacher_is_asked_for_its_part_of_the_loss(cache, rows):
+    model, other, batch = gpt2(0), gpt2(1), tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)
+    plain = tiny().loss_of(model, *batch)
+    torch.testing.assert_close(tiny().loss_of(model, *batch, teacher=model, distill=0.25), 0.75 * plain)
+    p, q = (m(input_ids=batch[0]).logits.softmax(-1).double() for m in (other, model))
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    torch.testing.assert_close(tiny().loss_of(model, *batch, teacher=other, distill=1.0).double(), divergence)
+    teacher, dense = runs._teacher(tiny(), 0), next(row for row in runs.read(rows) if row["method"] == "dense")
+    assert tiny().evaluate(teacher) == dense["loss"], "the dense fine-tune is the teacher"
+    asked = [runs.one(tiny(), {"method": f"lp:distill={part}", "sparsity": SPARSITY, "seed": 0}) for part in (0.0, 0.5)]
+    assert asked[0]["loss"] == next(row["loss"] for row in runs.read(rows) if row["method"] == "lp") != asked[1]["loss"]
+
+
 def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
     run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
     tiny().loss_of(run.model, *tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)).backward()
@@ -248,12 +261,14 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
 
 
-def test_a_row_from_before_a_default_has_changed_is_no_row_of_the_method(rows, tmp_path):
+def test_a_row_is_called_by_what_differs_from_the_defaults_of_now(rows, tmp_path):
     found = runs.read(rows)
-    lp = next(row for row in found if row["method"].startswith("lp"))
-    old = {**lp, "settings": {**lp["settings"], "every": 7}, "loss": lp["loss"] + 1.0}
-    assert runs.key_of(old) != runs.key_of(lp) == runs.key_of(runs.wanted(tiny(), [Spec.read(lp["method"])], [SPARSITY], [0])[0])
-    assert page.draw([*found, old], tmp_path).read_text() == page.draw(found, tmp_path).read_text()
+    lp = next(row for row in found if row["method"] == "lp")
+    old = {**lp, "settings": {**lp["settings"], "every": 7}, "loss": 9.0}   # from when another default held
+    same = runs.wanted(tiny(), [Spec.read("lp:curve=cubic,end=0.7")], [SPARSITY], [0])[0]
+    assert runs.key_of(old) != runs.key_of(lp) == runs.key_of(same)
+    lines = page.draw([*found, old], tmp_path).read_text().splitlines()
+    assert sum("lp:every=7 | 9.000" in line for line in lines) == 1 and len(lines) == 1 + len(page.draw(found, tmp_path).read_text().splitlines())
 
 
 @pytest.mark.parametrize("arguments, word", [

@@ -136,7 +136,8 @@ class Lp(Method):
 
 
 FAMILIES: dict[str, type[Method]] = {"dense": Dense, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "gmp": GMP, "lp": Lp}
-_COMMON = {"lr": None}  # instead of the work's
+# lr: instead of the work's. distill: the part of the loss that is the divergence from the dense fine-tune.
+_COMMON = {"lr": None, "distill": 0.0}
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,19 @@ class Spec:
         """All that it is run with, in plain JSON types: a line means something else when a default changes."""
         return {**FAMILIES[self.family].keys, **_COMMON, **dict(self.given)}
 
+    @classmethod
+    def of(cls, family: str, settings: dict[str, Any]) -> Spec:
+        """The shortest that is run with these settings: it names what differs from the defaults."""
+        usual = cls(family, ()).settings
+        return cls(family, tuple(sorted((key, value) for key, value in settings.items() if value != usual.get(key))))
+
     @property
     def lr(self) -> float | None:
-        return dict(self.given).get("lr")
+        return self.settings["lr"]
+
+    @property
+    def distill(self) -> float:
+        return self.settings["distill"]
 
     def method(self, run: Run) -> Method:
         return FAMILIES[self.family](run, **{key: value for key, value in self.given if key not in _COMMON})

@@ -25,8 +25,8 @@ def name_of(method: str) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> Path:
-    """Writes quality.md, and quality-WORK.png for each work; returns the page's path. Rows of another work than the last one of its name, or
-    of a method whose defaults have changed since, are left out of both, and stay in the file."""
+    """Writes quality.md, and quality-WORK.png for each work; returns the page's path. Rows of another work than the last one of its name are
+    left out of both, and stay in the file. A method is called by what differs from the defaults of now, whatever they were when it ran."""
     lines = [
         "# What sparsity costs: ours against the ways that others go", "",
         "Cross-entropy on held-out text, in nats a token (perplexity in brackets where the tokens are words), lower is better. Same data, tokens,",
@@ -34,7 +34,7 @@ def draw(rows: list[Row], directory: Path) -> Path:
         "`lp-dist bench quality --work W --text FILE --methods METHOD --sparsities PERCENT --seeds SEED`, with its values, makes it again."]
     for name in dict.fromkeys(row["work"]["name"] for row in rows):
         latest = next(row["work"] for row in reversed(rows) if row["work"]["name"] == name)
-        of_work = [row for row in rows if row["work"] == latest and row["settings"] == Spec.read(row["method"]).settings]
+        of_work = [{**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line} for row in rows if row["work"] == latest]
         lines += ["", *_section(name, latest, of_work)]
         _plot(name, of_work, directory / f"quality-{name}.png")
     path = directory / "quality.md"

@@ -28,7 +28,7 @@ Made = Callable[[], Work]
 
 def key_of(row: dict[str, Any]) -> str:
     """Runs with the same key have the same row."""
-    return json.dumps([row["work"], row["method"], row["settings"], row["sparsity"], row["seed"]], sort_keys=True)
+    return json.dumps([row["work"], Spec.read(row["method"]).family, row["settings"], row["sparsity"], row["seed"]], sort_keys=True)
 
 
 def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -135,6 +135,12 @@ def _fine_tuned(work: Work, seed: int, lr: float | None) -> dict[str, Any]:
     return cached(["fine-tuned", work.described(), seed, lr], trained)
 
 
+def _teacher(work: Work, seed: int) -> nn.Module:
+    teacher = _dense(work, seed)
+    teacher.load_state_dict(_fine_tuned(work, seed, None))
+    return teacher.eval()
+
+
 def _run(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> Run:
     names = sorted(decayed_names(model))
     optimizer = LpAdamW(param_groups(model, 0.0, names=names), lr=schedule.lr, betas=work.betas)  # torch's AdamW, unless something decays
@@ -148,11 +154,12 @@ def _run(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Sch
 def _train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule, spec: Spec) -> Run:
     run = _run(work, model, seed, sparsity, schedule)
     method = spec.method(run)
+    teacher = _teacher(work, seed) if spec.distill else None
     generator = torch.Generator().manual_seed(seed + (10**5 if schedule is work.pretraining else 0))
     model.train()
     method.start()
     for t in tqdm(range(1, run.steps + 1), desc=f"{spec.line} to {sparsity:.0%}", leave=False, mininterval=1):
-        work.loss_of(model, *work.text.batch(generator, work.rows, work.block)).backward()
+        work.loss_of(model, *work.text.batch(generator, work.rows, work.block), teacher=teacher, distill=spec.distill).backward()
         nn.utils.clip_grad_norm_(model.parameters(), work.clip)
         run.optimizer.step()
         run.scheduler.step()

@@ -84,11 +84,21 @@ class Work:
                 "schedule": asdict(self.schedule), "rows": self.rows, "block": self.block, "evaluated": self.evaluated, "betas": list(self.betas),
                 "clip": self.clip, "bf16": self.bf16}
 
-    def loss_of(self, model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss_of(self, model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean", teacher: nn.Module | None = None,
+                distill: float = 0.0) -> Tensor:
+        """Cross-entropy; or the part `distill` of it is the divergence from what a teacher says instead (Hinton et al., arXiv 1503.02531)."""
+        logits = self._logits(model, inputs)
+        loss = F.cross_entropy(logits, targets.to(logits.device).flatten(), reduction=reduction)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            theirs = self._logits(teacher, inputs).log_softmax(-1)
+        return (1 - distill) * loss + distill * F.kl_div(logits.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
+
+    def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         device = next(model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            logits = model(input_ids=inputs.to(device)).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction=reduction)
+            return model(input_ids=inputs.to(device)).logits.float().flatten(0, 1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
