@@ -75,10 +75,10 @@ class LpOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
                     group.setdefault(key, value)
+            for param in group["params"]:  # before its values, which may be another base's as well
+                self.check_state(self.state.get(param, {}), group)
             self.check(group)
             self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
-            for param in group["params"]:
-                self.check_state(self.state.get(param, {}), group)
         for param_state in self.state.values():
             if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
                 param_state["step"] = torch.tensor(float(param_state["step"]))

@@ -117,6 +117,8 @@ class Control:
     def begin(self, t: int) -> None:
         """Makes the optimizer ready for its first step here; after a resume beyond the start, `load_state_dict` does."""
         if t <= self.start:
+            if t < self.start:
+                self._zeros()   # what can't be reached is known now
             self.run(t)
 
     def run(self, t: int) -> None:
@@ -153,14 +155,20 @@ class Control:
         """Share of the way to the target that lies behind after t steps."""
         return self.target.at((t - self.start) / (self.end - 1 - self.start))
 
-    def _begin(self) -> None:
+    def _zeros(self) -> dict[str, tuple[int, int]]:
+        """Zeros and elements of each scope before the window; raises UsageError where there are more than the target asks for."""
         counts = self._counts(census(self.shards))
-        self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
-        sparser = [(scope, share) for scope, share in self.before.items() if share >= self.sparsity]
+        shares = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
+        sparser = [(scope, share) for scope, share in shares.items() if share >= self.sparsity]
         if sparser:
             scope, share = sparser[0]
             way_out = ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'" if self.target.scope == "layer" else ""
             raise UsageError(f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for more{way_out}")
+        return counts
+
+    def _begin(self) -> None:
+        counts = self._zeros()
+        self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
         logger.info("target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d", 100 * self.sparsity,
                     sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
 

@@ -167,7 +167,8 @@ def _ours(tensors: Tensors, implementation: str = "fused", weight_decay: float |
     why = kernels.unavailable(tensors.weights[0].device) if implementation == "fused" else None
     if why is not None:
         raise Missing(why)
-    middle = float(tensors.resistance(settings.get("p", 0.5), settings.get("precondition", 0.0)).median())
+    settings.setdefault("precondition", 0.0)
+    middle = float(tensors.resistance(settings.get("p", 0.5), settings["precondition"]).median())
     if capped:
         settings["cutoff"] = middle
     if weight_decay is None:

@@ -96,7 +96,7 @@ def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
     quantile = float(magnitudes[round(sparsity * (len(magnitudes) - 1))])
     total = _LR * steps
     lam = 2.3026 / total if p == 2 else quantile ** (2 - p) / ((2 - p) * total)
-    optimizer = LpAdamW(param_groups(model, lam), lr=_LR, p=p)
+    optimizer = LpAdamW(param_groups(model, lam), lr=_LR, p=p, precondition=0.0)
     shown = params[names[0]].detach().abs().flatten().argsort()[:: params[names[0]].numel() // _SHOWN]
     paths = [params[names[0]].detach().abs().flatten()[shown]]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -30,7 +32,7 @@ def backward(model: nn.Module, step: int) -> None:
 class Run:
     """A model, its optimizer, scheduler and attachment, which go step by step."""
 
-    def __init__(self, target: SparsityTarget | None, *, make=LpAdamW, lr: float = 3e-3, total: int = TOTAL, scheduled: bool = True,
+    def __init__(self, target: SparsityTarget | None, *, make=partial(LpAdamW, precondition=0.0), lr: float = 3e-3, total: int = TOTAL, scheduled: bool = True,
                  model: nn.Module | None = None, attached: bool = True, **kwargs) -> None:
         self.model = model_of() if model is None else model
         self.optimizer = make(self.model.parameters(), lr=lr)

@@ -55,7 +55,7 @@ def test_names_that_are_given_decay_instead():
 
 def test_a_pattern_reaches_what_decays_and_a_full_name_reaches_anything():
     model = Tiny()
-    optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1)
+    optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0)
     attached = attach(model, optimizer, overrides={"*": {"weight_decay": 2.0}, "embed.weight": {"weight_decay": 3.0}})
     assert attached.decayed == {"module.weight", "embed.weight"}
     assert optimizer.segments.values("norm.weight") == {}
@@ -72,7 +72,7 @@ def test_a_pattern_reaches_what_decays_and_a_full_name_reaches_anything():
 ])
 def test_bad_overrides_raise_and_change_nothing(overrides, message):
     model = Tiny()
-    optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1)
+    optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0)
     attach(model, optimizer, overrides={"module.weight": {"p": 0.0}})
     with pytest.raises(ValueError, match=message):
         attach(model, optimizer, overrides=overrides)
@@ -140,7 +140,7 @@ def test_what_the_script_asked_for_holds_after_loading(caplog):
 def test_groups_that_an_engine_refilled_are_known_by_position():
     """Accelerate puts FSDP2's sharded parameters into the groups of an optimizer that was made before."""
     before, after = Tiny(), Tiny()
-    optimizer = LpAdamW(param_groups(before, 1.0), lr=0.1)
+    optimizer = LpAdamW(param_groups(before, 1.0), lr=0.1, precondition=0.0)
     sharded = dict(after.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[name] for name, param in before.named_parameters() if any(param is p for p in group["params"])]
@@ -151,7 +151,7 @@ def test_groups_that_an_engine_refilled_are_known_by_position():
 
 def test_the_state_of_another_base_is_refused():
     model = Tiny()
-    adam, lion = LpAdamW(param_groups(model, 1.0), lr=0.1), LpLion(param_groups(model, 1.0), lr=0.1)
+    adam, lion = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0), LpLion(param_groups(model, 1.0), lr=0.1)
     model(torch.arange(6)).sum().backward()
     adam.step()
     with pytest.raises(ValueError, match="of another optimizer than LpLion: it has exp_avg_sq in its state"):
@@ -159,14 +159,14 @@ def test_the_state_of_another_base_is_refused():
     lion = LpLion(param_groups(model, 1.0), lr=0.1)
     lion.step()
     with pytest.raises(ValueError, match="of another optimizer than LpAdamW: it has no exp_avg_sq in its state"):
-        LpAdamW(param_groups(model, 1.0), lr=0.1).load_state_dict(lion.state_dict())
+        LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0).load_state_dict(lion.state_dict())
 
 
 @pytest.mark.parametrize("lr, told", [(0.1, False), (0.2, True)])
 def test_a_learning_rate_that_the_resumed_schedule_does_not_take_is_told(lr, told, caplog):
     def made(rate):
         model = Tiny()
-        optimizer = LpAdamW(param_groups(model, 1.0), lr=rate)
+        optimizer = LpAdamW(param_groups(model, 1.0), lr=rate, precondition=0.0)
         return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
 
     model, optimizer, schedule = made(0.1)
@@ -267,7 +267,7 @@ def disagreeing(rank: int, world_size: int) -> list[str]:
     for lam, overrides, names in ((0.1 + rank, {}, None), (0.1, {"0.weight": {"p": float(rank)}}, None),
                                   (0.1, {}, ["0.weight"] if rank else ["2.weight"]), (0.1, {"nothing": {"p": 0.0}} if rank else {}, None)):
         model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
-        optimizer = LpAdamW(param_groups(model, lam, names=names), lr=1e-2)
+        optimizer = LpAdamW(param_groups(model, lam, names=names), lr=1e-2, precondition=0.0)
         try:
             attach(model, optimizer, overrides=overrides)
             errors.append("")

@@ -48,7 +48,7 @@ def wider() -> nn.Sequential:
 def another_script(model: nn.Sequential) -> LpAdamW:
     groups = optimizer_of(model).param_groups
     return LpAdamW([{"params": groups[0]["params"], "lr": 1e-2, "weight_decay": 4.0}, {"params": groups[1]["params"], "lr": 2e-2, "p": 0.0},
-                    {"params": groups[2]["params"], "lr": 1e-2, "weight_decay": 0.0}], p=0.5, weight_decay=0.25)
+                    {"params": groups[2]["params"], "lr": 1e-2, "weight_decay": 0.0}], p=0.5, weight_decay=0.25, precondition=0.0)
 
 
 def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def groups_of(model: nn.Sequential) -> list[dict[str, Any]]:
 
 
 def optimizer_of(model: nn.Sequential) -> LpAdamW:
-    return LpAdamW(groups_of(model), p=0.5)
+    return LpAdamW(groups_of(model), p=0.5, precondition=0.0)
 
 
 def scheduler_of(optimizer: torch.optim.Optimizer) -> Any:

@@ -20,7 +20,7 @@ def batch_of(step: int, rank: int) -> torch.Tensor:
 
 
 def native(model: nn.Module) -> LpAdamW:
-    return LpAdamW(param_groups(model, LAMBDA), lr=LR, p=P, implementation="foreach")  # the hooks decay as it does, bit for bit
+    return LpAdamW(param_groups(model, LAMBDA), lr=LR, p=P, precondition=0.0, implementation="foreach")  # the hooks decay as it does, bit for bit
 
 
 def hooked(model: nn.Module) -> torch.optim.Optimizer:

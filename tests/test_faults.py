@@ -50,7 +50,7 @@ torch.distributed.destroy_process_group()
 @pytest.fixture(scope="module")
 def words(tiny_model, topics) -> list[str]:
     return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "10", "--learning_rate", "1e-2",
-            "--weight_decay", "0.1", "--decay_start", "0.2", "--decay_end", "0.7", "--per_device_train_batch_size", "2",
+            "--weight_decay", "0.1", "--precondition", "0", "--decay_start", "0.2", "--decay_end", "0.7", "--per_device_train_batch_size", "2",
             "--logging_steps", "1", "--save_steps", "3", "--use_cpu", "true"]
 
 

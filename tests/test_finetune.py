@@ -107,7 +107,7 @@ def test_a_layer_can_be_left_dense(common, tmp_path):
 
 
 def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
-    finetune.main([*common, "--weight_decay", "1e-4", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    finetune.main([*common, "--weight_decay", "1e-4", "--precondition", "0", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
     assert report.read(tmp_path)["sparsity"] < 0.01
     assert "--weight_decay 0.001" in report.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
 

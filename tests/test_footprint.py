@@ -62,7 +62,7 @@ def peak_of_a_step(make, sizes: tuple[int, ...]) -> int:
 
 # fp32 copies of a slice in the foreach step: x and √v̂+ε, a power of that; x and √x; x and the direction. The fused one has none: test_fused.py.
 FORMS = {
-    "LpAdamW": (2, partial(LpAdamW, weight_decay=0.1, implementation="foreach")),
+    "LpAdamW": (2, partial(LpAdamW, weight_decay=0.1, precondition=0.0, implementation="foreach")),
     "LpAdamW preconditioned": (3, partial(LpAdamW, weight_decay=0.1, precondition=0.5, cutoff=1.0, implementation="foreach")),
     "LpLion": (2, partial(LpLion, weight_decay=0.1, implementation="foreach")),
     "LpSGD": (2, partial(LpSGD, weight_decay=0.1, momentum=0.9, nesterov=True, implementation="foreach")),

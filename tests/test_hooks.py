@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_equals_the_base_step_followed_by_the_decay(cls, kwargs, one_at_a_time):
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("ours", "base", "kwargs"), [(LpAdamW, torch.optim.AdamW, {"lr": 0.02}),
+@pytest.mark.parametrize(("ours", "base", "kwargs"), [(partial(LpAdamW, precondition=0.0), torch.optim.AdamW, {"lr": 0.02}),
                                                       (LpSGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})])
 def test_equals_our_own_optimizer(ours, base, kwargs, dtype, one_at_a_time):
     params, others = make_params(dtype), make_params(dtype)
@@ -144,7 +145,7 @@ def test_groups_differ_and_change_between_steps(one_at_a_time):
     assert [[g[key] for key in ("p", "l2", "cutoff")] for g in optimizer.param_groups] == \
         [[0.0, 0.25, 2.0], [1.0, 0.25, math.inf], [1.0, 0.5, math.inf]]
     optimizer.add_param_group({"params": params[6:]})  # after the hook: decayed all the same
-    ours = LpAdamW(groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, implementation="reference")
+    ours = LpAdamW(groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, precondition=0.0, implementation="reference")
     ours.add_param_group({"params": others[6:], "p": 1.0, "l2": 0.25})
     for step in range(6):
         for opt, weights in ((optimizer, params), (ours, others)):

@@ -39,7 +39,7 @@ def launch(launcher: list[str], words: list[str]) -> subprocess.CompletedProcess
 @pytest.fixture(scope="session")
 def words(tiny_model, topics, cpu_op) -> list[str]:
     return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "10", "--learning_rate", "1e-2",
-            "--weight_decay", "0.1", "--decay_start", "0.2", "--decay_end", "0.8", "--per_device_train_batch_size", "2",
+            "--weight_decay", "0.1", "--precondition", "0", "--decay_start", "0.2", "--decay_end", "0.8", "--per_device_train_batch_size", "2",
             "--save_strategy", "no"]
 
 

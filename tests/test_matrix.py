@@ -77,7 +77,8 @@ def test_every_setting_matters(optimizer):
     cell = Cell("one process", optimizer=optimizer)
     weights = unclipped(how(cell), cell, 2).weights[-1]
     cls, settings = OPTIMIZERS[optimizer]
-    for key, value in {"lr": 1e-3, "weight_decay": 0.1, "p": 1.0, "precondition": 0.0, "cutoff": 1.0, "momentum": 0.0}.items():
+    others = {"lr": 1e-3, "weight_decay": 0.1, "p": 1.0, "precondition": 0.25, "cutoff": 1.0, "momentum": 0.0}
+    for key, value in others.items():
         if key in settings:
             OPTIMIZERS["another"] = (cls, {**settings, key: value})
             other = one_process(how(cell), replace(cell, optimizer="another"), 2, []).weights[-1]

@@ -23,7 +23,7 @@ from matrix import OPTIMIZERS, STEPS, batch_of, loss_of, model_of
 
 deepspeed.init_distributed("gloo")
 rank, model, (_, settings) = int(os.environ["RANK"]), model_of(), OPTIMIZERS["LpAdamW"]
-optimizer = LpAdamW(param_groups(model, settings["weight_decay"]), lr=settings["lr"], p=settings["p"])
+optimizer = LpAdamW(param_groups(model, settings["weight_decay"]), lr=settings["lr"], p=settings["p"], precondition=0.0)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={
     "train_micro_batch_size_per_gpu": 3, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
 for step in range(STEPS):

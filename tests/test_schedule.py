@@ -113,7 +113,7 @@ def test_p_comes_down_from_2_and_then_kills():
     zeros = {}
     for name, p in (("ramp", Ramp(2.0, 0.5, until=0.5)), ("fixed", 2.0)):
         w = torch.nn.Parameter(weights.clone())
-        optimizer = LpAdamW([w], lr=1e-3, weight_decay=1.0)
+        optimizer = LpAdamW([w], lr=1e-3, weight_decay=1.0, precondition=0.0)
         window = DecayWindow(0.0, 1.0, {"p": p})
         for step in range(60):
             optimizer.param_groups[0].update(window.at(step, 60))

@@ -120,7 +120,7 @@ def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values
 def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
     """A frozen group freezes all its segments, whatever their p, but for those that do not decay."""
     flat = torch.tensor([1e-9, 0.0, 0.5, 0.0], requires_grad=True)
-    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
     optimizer.segments.replace({flat: segments([2, 2])})
     optimizer.segments.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
     optimizer.segments.set("b", weight_decay=0.0)
@@ -133,7 +133,7 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
 
 def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     flat = torch.randn(4000, requires_grad=True)
-    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, implementation="foreach")
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0, implementation="foreach")
     pieces = [Segment(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
     optimizer.segments.replace({flat: pieces})
     for i in range(0, 1000, 2):
@@ -151,7 +151,7 @@ def test_a_copy_of_an_optimizer_has_no_segments():
     import copy
 
     flat = torch.randn(4, requires_grad=True)
-    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4)
+    optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
     optimizer.segments.replace({flat: segments([4])})
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["params"][0] not in twin.segments

@@ -25,7 +25,7 @@ def model_of() -> nn.Sequential:
 
 
 def optimizer_of(model: nn.Module) -> LpAdamW:
-    return LpAdamW(param_groups(model, 0.1), lr=1e-2)
+    return LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0)
 
 
 def batch(step: int, rank: int) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Tied(nn.Module):
 def tied(rank: int, world_size: int) -> dict:
     found = {}
     for kind in ("ddp", "zero1", "zero2", "zero3"):
-        engine = make(kind, Tied(), lambda model: LpAdamW(param_groups(model, 0.1), lr=1e-2))
+        engine = make(kind, Tied(), lambda model: LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0))
         attached = attach(engine.handle, engine.optimizer if kind == "ddp" else None)
         for _ in range(2):
             engine.step(engine(torch.arange(7)).square().mean())

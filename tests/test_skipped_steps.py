@@ -73,7 +73,7 @@ def through_trainer(directory: Path) -> list[tuple]:
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (40, 12))]
     recorder = Recorder()
     Overflowing(model=model, args=args, train_dataset=data, callbacks=[LpCallback(DecayWindow(2, 6)), recorder], optimizer_cls_and_kwargs=(
-        LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2})).train()
+        LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2, "precondition": 0.0})).train()
     return recorder.seen
 
 
@@ -130,7 +130,7 @@ def test_a_nan_gradient_makes_the_weight_nan_and_never_zero(make_it, theirs, how
 def test_a_grad_scaler_skips_the_step():
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
-    optimizer, scaler = LpAdamW(param_groups(model, 0.1), lr=1e-2), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer, scaler = LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     attach(model, optimizer)
     for step, factor in enumerate((math.inf, 1.0, math.nan)):
         before = model.weight.detach().clone()

@@ -79,7 +79,7 @@ def count_in_engines(rank: int, world_size: int) -> dict:
             step()
 
     def optimizer(model):
-        return LpAdamW(param_groups(model, 0.5), lr=1e-2)
+        return LpAdamW(param_groups(model, 0.5), lr=1e-2, precondition=0.0)
 
     def full(named):
         return {name: (int((p == 0).sum()), p.numel()) for name, p in named if name in DECAYED}

@@ -131,6 +131,7 @@ def test_a_model_that_is_sparser_already():
     words = ["2.weight is 50.0% zeros already", "target is 40.0%", "ask for more", "override", "scope='global'"]
     refused(words, lambda: Run(SparsityTarget(0.4, start=0), model=half_dead()))
     refused(["all is 24.4% zeros already", "target is 20.0%"], lambda: Run(SparsityTarget(0.2, start=0, scope="global"), model=half_dead()))
+    refused(words, lambda: Run(SparsityTarget(0.4), model=half_dead()))     # not as late as the window begins
     for way_out in ({"target": SparsityTarget(0.6, start=0)}, {"target": SparsityTarget(0.4, start=0, scope="global")},
                     {"target": SparsityTarget(0.4, start=0), "overrides": {"2.weight": {"weight_decay": 0.0}}}):
         Run(**way_out, model=half_dead())

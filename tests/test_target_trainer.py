@@ -133,7 +133,7 @@ def test_a_window_and_a_target_together_are_refused():
 
 
 def test_what_the_groups_have_besides_a_target_is_refused(tmp_path):
-    ways = {"weight_decay=0.1 is set as well": lambda model: {"optimizers": (LpAdamW(param_groups(model, 0.1), lr=1e-2), None)},
+    ways = {"weight_decay=0.1 is set as well": lambda model: {"optimizers": (LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0), None)},
             "cutoff=0.5 is set as well": lambda model: {"optimizers": (LpAdamW(param_groups(model, 0.0), lr=1e-2, cutoff=0.5), None)}}
     for message, way in ways.items():
         with pytest.raises(ValueError, match=message):

@@ -34,11 +34,11 @@ def train(tmp_path, ways, callbacks, **arguments) -> LlamaForCausalLM:
 
 
 def by_class(model):
-    return {"optimizer_cls_and_kwargs": (LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2})}
+    return {"optimizer_cls_and_kwargs": (LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2, "precondition": 0.0})}
 
 
 def by_instance(model):
-    return {"optimizers": (LpAdamW(param_groups(model, 0.05), lr=1e-2), None)}
+    return {"optimizers": (LpAdamW(param_groups(model, 0.05), lr=1e-2, precondition=0.0), None)}
 
 
 def test_both_ways_into_trainer_give_the_same_sparse_model(tmp_path):

@@ -24,7 +24,7 @@ def model_of() -> nn.Sequential:
 
 
 def optimizer_of(model: nn.Module) -> LpAdamW:
-    return LpAdamW(param_groups(model, 0.1), lr=1e-2)
+    return LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0)
 
 
 def train(engine, steps: int = 3, dtype: torch.dtype = torch.float32) -> None:
@@ -83,7 +83,7 @@ def trap_7(rank: int) -> dict:
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2)  # made on the sharded model
+    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0)  # made on the sharded model
     decays = [name for name, param in model.named_parameters() if any(param is p for p in optimizer.param_groups[0]["params"])]
     for _ in range(2):  # without attach as well: the first step looks for what is all zeros
         model(torch.ones(3, 7)).square().mean().backward()
@@ -111,7 +111,7 @@ def trap_8(rank: int) -> dict:
 
 def trap_9(rank: int) -> dict:
     def with_an_empty_group(model):
-        return LpAdamW([{"params": [], "weight_decay": 7.0, "p": 0.0}, *param_groups(model, 0.1)], lr=1e-2)
+        return LpAdamW([{"params": [], "weight_decay": 7.0, "p": 0.0}, *param_groups(model, 0.1)], lr=1e-2, precondition=0.0)
 
     engine = make("zero2", model_of(), with_an_empty_group)
     attached = attach(engine.handle)
@@ -122,7 +122,7 @@ def trap_10(rank: int) -> str:
     from torch.distributed.fsdp import fully_shard
 
     model = model_of()
-    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2)
+    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0)
     fully_shard(model)
     try:
         attach(model, optimizer)

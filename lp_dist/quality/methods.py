@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lp_dist.attachment import attach
+from lp_dist.decay import GAMMA
 from lp_dist.errors import UsageError
 from lp_dist.quality import oneshot
 from lp_dist.target import CURVES, SparsityTarget
@@ -123,8 +124,8 @@ class GMP(_Masked):
 class Lp(Method):
     """Ours: a `SparsityTarget`, with its keys."""
 
-    keys = {key: SparsityTarget.__dataclass_fields__[key].default
-            for key in ("start", "end", "scope", "p", "precondition", "cap", "grace", "curve", "every")}
+    keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "scope", "cap", "grace", "curve", "every")},
+            "p": 0.5, "precondition": GAMMA}     # else the optimizer's
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
