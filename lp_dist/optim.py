@@ -26,7 +26,7 @@ class LpAdamW(LpOptimizer):
         eps: ε, added to √v̂.
         weight_decay: λ. Our λ carries the 1/p (see `decay.py`). A fine-tune needs one two or three orders of magnitude
             above what training from scratch uses, since a weight dies once the learning rates summed since the start
-            reach |w|^(2−p)/((2−p)·λ).
+            reach |w|^(2−p)·(√v̂+ε)^γ/((2−p)·λ).
         p: exponent of the norm, in [−4, 4]. Exact zeros need p < 1 or so; p = 2 is AdamW's decay to first order.
         l2: λ2, an L2 term beside it (elastic net).
         precondition: γ ≥ 0: weights on which the loss is sensitive decay less, x = |w|^(2−p)·(√v̂+ε)^γ; 0 is the paper's own form.

@@ -11,17 +11,21 @@ from typing import Any
 from lp_dist.quality.methods import BASELINES, OURS, Spec
 
 Row = dict[str, Any]
-BEST = "lp:precondition=0.5"
+BEST = "lp:scope=global"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
-    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "lp": "ours, p = 0.5",
-    BEST: "ours, p = 0.5, γ = 0.5", "lp:precondition=0.5,scope=global": "ours, p = 0.5, γ = 0.5, global"}
-DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "lp", BEST)
+    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
+    "lp": "ours", "lp:precondition=0": "ours, γ = 0", BEST: "ours, global", "lp:grace=0,scope=global": "ours, global, without grace"}
+DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "lp", BEST)
 
 
 def name_of(method: str) -> str:
-    return _NAMES.get(method, method)
+    """For people; a line that has no name of its own is called by what differs."""
+    spec = Spec.read(method)
+    without = Spec(spec.family, tuple((key, value) for key, value in spec.given if key not in ("lr", "distill")))
+    rest = ([f"learning rate {spec.lr:g}"] if spec.lr else []) + ([f"distilled by {spec.distill:g}"] if spec.distill else [])
+    return ", ".join([_NAMES.get(without.line, without.line), *rest])
 
 
 def draw(rows: list[Row], directory: Path) -> Path:
