@@ -212,7 +212,7 @@ class Control:
         seen = census(self.shards)
         after = self._counts(seen)
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
-            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY, floor=0.0)
+            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
         total = sum(elements for _, elements in after.values())
         had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
         worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
