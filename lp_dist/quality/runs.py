@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,13 +60,33 @@ def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> No
             append(path, {**row, **one(work, row), **context})
             bar.update()
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = workers(jobs)
+    try:
         list(pool.map(_in_process, repeat(make), repeat(_prepare), seeds))
         for stage in stages:
             waiting = {pool.submit(_in_process, make, one, row): row for row in stage}
             for done in as_completed(waiting):
                 append(path, {**waiting[done], **done.result(), **context})
                 bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes with one thread each, which end with this one, however it ends."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)     # a worker waits for work on a queue that it holds open itself, so it would never know
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ class Work:
         name: "chars", "scratch" or "lm". text: its tokens. build: makes the model before any training, of a seed.
         pretraining: of the dense model that is to become sparse; None: `build` gives it as it is.
         schedule: of the run that makes it sparse. rows, block: of a batch. evaluated: windows of the held-out text that are evaluated.
-        betas, clip: Adam's, and the largest norm of a gradient. bf16: matrix products in bfloat16 (autocast); the weights are fp32 in any case.
+        betas, clip: Adam's, and the largest norm of a gradient.
     """
 
     name: str
@@ -76,13 +76,12 @@ class Work:
     evaluated: int
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
-    bf16: bool = False
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: rows can be compared where this is equal."""
         return {"name": self.name, "text": self.text.description, "pretraining": self.pretraining and asdict(self.pretraining),
                 "schedule": asdict(self.schedule), "rows": self.rows, "block": self.block, "evaluated": self.evaluated, "betas": list(self.betas),
-                "clip": self.clip, "bf16": self.bf16}
+                "clip": self.clip}
 
     def loss_of(self, model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean", teacher: nn.Module | None = None,
                 distill: float = 0.0) -> Tensor:
@@ -96,9 +95,7 @@ class Work:
         return (1 - distill) * loss + distill * F.kl_div(logits.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
 
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return model(input_ids=inputs.to(device)).logits.float().flatten(0, 1)
+        return model(input_ids=inputs.to(next(model.parameters()).device)).logits.float().flatten(0, 1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -154,7 +151,7 @@ def lm(model: str, text: str, steps: int | None = None, block: int = 1024) -> Wo
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_cache=False)
     described = f"{Path(text).name}, {sum(map(len, tokens)):,} tokens of {Path(model).stem}, the last tenth held out"
     return Work("lm", Text(*tokens, len(tokenizer), described), build, None, Schedule(steps or 100, 1e-4, 5), rows=1, block=block, evaluated=16,
-                betas=(0.9, 0.999), bf16=True)
+                betas=(0.9, 0.999))
 
 
 def _read(text: str) -> tuple[str, str]:
