@@ -168,9 +168,19 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     text = page.draw([old, *found, other], tmp_path).read_text()
     assert (tmp_path / "quality-tiny.png").stat().st_size > 10_000
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
+    assert len(lines) == 2 * 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
     assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | 2 |" in text, "mean and half of the range"
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
+
+
+def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
+    found, lr = runs.read(rows), "lp:lr=0.5"
+    a_form = page.Spec.of("lp", Spec.read(methods.FORMS[0]).settings).line
+    titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": lr}]).items()}
+    assert list(titles) == ["", "Other settings"] and page.name_of(lr) in titles["Other settings"]
+    titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": a_form}]).items()}
+    assert titles["Forms of ours"][1] == page.name_of(a_form) and "ours" in titles["Forms of ours"] and "ours" in titles[""]
+    assert page.name_of("gmp") in titles[""] and page.name_of("gmp") not in titles["Forms of ours"]
 
 
 def test_a_method_has_a_name_for_people():

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lp_dist.quality.methods import BASELINES, OURS, Spec
+from lp_dist.quality.methods import BASELINES, FORMS, OURS, Spec
 
 Row = dict[str, Any]
 BEST = "lp:scope=global"
@@ -46,18 +46,31 @@ def draw(rows: list[Row], directory: Path) -> Path:
     return path
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: a line for each method, baselines first, and a column for each sparsity."""
+def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
+    """Of a work's rows, by title; each with a line of columns, then a line for each method with a column for each sparsity: the methods
+    that are compared, every form of ours, and what else was tried."""
+    found = {row["method"] for row in rows}
+    compared, forms = ([method for method in _shortest(lines) if method in found] for lines in ([*BASELINES, *OURS], FORMS))
+    if not set(forms) - set(compared):
+        forms = []      # none beside those that are compared in any case
+    others = sorted(found - {*compared, *forms})
+    parts = {"": compared, "Forms of ours": forms, "Other settings": others}
+    return {title: _table(rows, methods) for title, methods in parts.items() if methods}
+
+
+def _shortest(lines: Iterable[str]) -> list[str]:
+    return [Spec.of(spec.family, spec.settings).line for spec in map(Spec.read, lines)]
+
+
+def _table(rows: list[Row], methods: list[str]) -> list[list[str]]:
     sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
     words = rows[0]["work"]["name"] == "lm"
-    known = [*BASELINES, *OURS]
-    methods = sorted({row["method"] for row in rows}, key=lambda m: (known.index(m) if m in known else len(known), m))
     cells = []
     for method in methods:
         of_method = [row for row in rows if row["method"] == method]
         at = {s: [row["loss"] for row in of_method if row["sparsity"] == s] for s in (0.0, *sparsities)}
         cells.append([name_of(method), *(_cell(at[s] or at[0.0], words) for s in sparsities), str(max(map(len, at.values())))])
-    return ["method", *(f"{s:.0%}" for s in sparsities), "seeds"], cells
+    return [["method", *(f"{s:.0%}" for s in sparsities), "seeds"], *cells]
 
 
 def _cell(losses: list[float | None], words: bool) -> str:
@@ -72,12 +85,15 @@ def _cell(losses: list[float | None], words: bool) -> str:
 def _section(name: str, work: Row, rows: list[Row]) -> Iterable[str]:
     schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run" for row in rows})
     before = f"A dense model trained for {work['pretraining']['steps']:,} steps, then" if work["pretraining"] else "The model as it is given, then"
-    columns, cells = table(rows)
+    lines: list[str] = []
+    for title, (columns, *cells) in tables(rows).items():
+        lines += ["", f"### {title}"] if title else []
+        ruler = ["---", *["---:"] * (len(columns) - 1)]
+        lines += ["", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (columns, ruler, *cells))]
     return [
         f"## {name}", "",
         f"{work['text']}. {before} {schedule['steps']:,} steps of {work['rows']} × {work['block']} tokens, learning rate {schedule['lr']:g} unless the method's",
-        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity](quality-{name}.png)", "",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (columns, ["---", *["---:"] * (len(columns) - 1)], *cells))]
+        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity](quality-{name}.png)", *lines]
 
 
 def _plot(name: str, rows: list[Row], path: Path) -> None:
