@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lp_dist.cli import app
 from lp_dist.errors import UsageError
-from lp_dist.quality import methods, page, runs, works
+from lp_dist.quality import methods, oneshot, page, runs, works
 from lp_dist.quality.methods import Spec
 from lp_dist.quality.works import Schedule, Text
 
@@ -89,6 +89,36 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
         look = min(max(10, 10 + (t - 10) // 4 * 4), 30) if t < 30 else 30
         planned = 0.0 if t < 10 else SPARSITY * (1 - (1 - (look - 10) / 20) ** 3)
         assert share == pytest.approx(planned, abs=2e-3), f"after {t} steps"
+
+
+def test_pat_steps_on_from_the_dense_weights_and_prunes_them_anew(cache):
+    """Written out: gradients at the pruned weights, the step at the dense ones, until the window ends; then the zeros stay."""
+    run, twin = (runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2)) for _ in range(2))
+    pat, generator, came_back, masks = methods.PAT(run, end=0.5), torch.Generator().manual_seed(0), 0, {}
+    pat.start()
+    dense = {name: weight.clone() for name, weight in twin.weights.items()}
+    for t in range(1, STEPS + 1):
+        batch = tiny().text.batch(generator, 4, 16)
+        for one in (run, twin):
+            one.optimizer.zero_grad()
+            tiny().loss_of(one.model, *batch).backward()
+        for name, weight in twin.weights.items():
+            weight.copy_(dense[name])
+        run.optimizer.step()
+        twin.optimizer.step()
+        pat.after_step(t)
+        share = SPARSITY * (1 - (1 - (t - 4) / 16) ** 3)
+        for name, weight in twin.weights.items():
+            dense[name] = weight.clone()
+            if 4 <= t <= 20:
+                kept = oneshot.smallest({name: weight.abs()}, share, "layer")[name]
+                came_back += int((kept & ~masks.get(name, kept)).sum())
+                masks[name] = kept
+            weight.mul_(masks.get(name, 1.0))
+            if t >= 20:
+                dense[name] = weight.clone()
+            assert torch.equal(run.weights[name], weight), f"{name} after {t} steps"
+    assert came_back > 20
 
 
 def test_a_teacher_is_asked_for_its_part_of_the_loss(cache, rows):

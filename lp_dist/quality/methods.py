@@ -105,13 +105,15 @@ class GMP(_Masked):
     keys = {"c": 0.0, "start": 0.1, "end": 0.7, "scope": "layer", "every": 0, "curve": "cubic"}
 
     def after_step(self, t: int) -> None:
-        s, steps = self.settings, self.run.steps
-        first, last = max(1, round(s["start"] * steps)), round(s["end"] * steps)
+        s, (first, last) = self.settings, self._window()
         every = s["every"] or max(1, round((last - first) / 20))
         if first <= t <= last and ((t - first) % every == 0 or t == last):
             share = self.run.sparsity * CURVES[s["curve"]]((t - first) / (last - first))
             self.masks = oneshot.smallest({name: self._score(name, weight) for name, weight in self.run.weights.items()}, share, s["scope"])
         super().after_step(t)
+
+    def _window(self) -> tuple[int, int]:
+        return max(1, round(self.settings["start"] * self.run.steps)), round(self.settings["end"] * self.run.steps)
 
     def _score(self, name: str, weight: Tensor) -> Tensor:
         score = weight.abs()
@@ -119,6 +121,28 @@ class GMP(_Masked):
             state = self.run.optimizer.state[dict(self.run.model.named_parameters())[name]]
             score = score * state["exp_avg_sq"].sqrt().pow(self.settings["c"])  # v's own scale is the same for all, and ranks the same
         return score
+
+
+class PAT(GMP):
+    """What torchao's pruning-aware training does (`torchao.prototype.pat`, MinSparsityConstraint on its schedule): until the window ends, masks
+    are taken off before each step and chosen anew after it. So what is masked goes on learning, from gradients at the pruned weights, and
+    may come back. Its own saliency is |w|, c = 0."""
+
+    keys = {**GMP.keys, "every": 1}
+
+    def start(self) -> None:
+        self._latent: dict[str, Tensor] = {}
+        self.run.optimizer.register_step_pre_hook(lambda *_: self._unmask())
+
+    def _unmask(self) -> None:
+        weights = self.run.weights
+        for name, latent in self._latent.items():
+            weights[name].copy_(latent)
+
+    def after_step(self, t: int) -> None:
+        _, last = self._window()
+        self._latent = {name: weight.clone() for name, weight in self.run.weights.items()} if t < last else {}
+        super().after_step(t)
 
 
 class Lp(Method):
@@ -136,7 +160,7 @@ class Lp(Method):
         self.attached.after_step()
 
 
-FAMILIES: dict[str, type[Method]] = {"dense": Dense, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "gmp": GMP, "lp": Lp}
+FAMILIES: dict[str, type[Method]] = {"dense": Dense, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "gmp": GMP, "pat": PAT, "lp": Lp}
 # lr: instead of the work's. distill: the part of the loss that is the divergence from the dense fine-tune.
 _COMMON = {"lr": None, "distill": 0.0}
 
@@ -202,7 +226,7 @@ def _value(line: str, text: str) -> Any:
 
 # -- which methods are run ----------------------------------------------------------------------------------------------
 
-BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "gmp", "gmp:c=0.33",
+BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat", "gmp", "gmp:c=0.33",
              "gmp:c=0.33,scope=global"]
 OURS = ["lp", "lp:scope=global", "lp:grace=0,scope=global", "lp:precondition=0"]
 FORMS = [f"lp:cap={cap},p={p:g},precondition={gamma:g},scope={scope}"

@@ -15,9 +15,9 @@ BEST = "lp:scope=global"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
-    "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
+    "pat": "torchao's PAT", "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
     "lp": "ours", "lp:precondition=0": "ours, γ = 0", BEST: "ours, global", "lp:grace=0,scope=global": "ours, global, without grace"}
-DRAWN = ("magnitude", "wanda", "sparsegpt", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "lp", BEST)
+DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "lp", BEST)
 
 
 def name_of(method: str) -> str:
