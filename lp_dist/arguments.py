@@ -51,7 +51,7 @@ class DecayArguments:
 
     sparsity: float | None = field(default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."})
     sparsity_of: str = field(default="decayed", metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]})
-    scope: str = field(default="layer", metadata={"help": "Every tensor reaches the sparsity, or one threshold holds for all.",
+    scope: str = field(default="global", metadata={"help": "One threshold for all tensors, or every tensor reaches the sparsity.",
                                                   "choices": ["layer", "global"]})
     curve: str = field(default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)})
     cap: float = field(default=1.0, metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."})
@@ -62,7 +62,7 @@ class DecayArguments:
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
     p: float = field(default=0.5, metadata={"help": "Exponent of the norm, in [-4, 4]; exact zeros need p < 1 or so."})
     l2: float = field(default=0.0, metadata={"help": "λ2 of the elastic net."})
-    precondition: float | None = field(default=None, metadata={"help": "γ: weights on which the loss is sensitive decay less. 0.5 for adamw; others have none."})
+    precondition: float | None = field(default=None, metadata={"help": "γ: weights on which the loss is sensitive decay less. 1 for adamw; others have none."})
     cutoff: float = field(default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."})
     decay_start: float | None = field(default=None, metadata={
         "help": "Where the decay begins: fraction of the run if <= 1, else a step. 0 for a λ, 0.1 for a sparsity."})

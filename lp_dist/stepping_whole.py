@@ -173,7 +173,7 @@ def _ours(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
     model = shape.model().to(device)
     optimizer = LpAdamW(model.parameters(), lr=_LR, precondition=0.5, implementation="fused")
     run = _Run("LpAdamW", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
-    target = SparsityTarget(0.5, start=_WARM, end=max(2, shape.steps), every=LOOK)
+    target = SparsityTarget(0.5, start=_WARM, end=max(2, shape.steps), scope="layer", every=LOOK)   # the scope that looks at more
     attached = attach(run.handle, None if ENGINES[engine] else optimizer, target=target, total_steps=shape.steps)
     taken = 0
 

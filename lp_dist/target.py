@@ -24,7 +24,7 @@ class SparsityTarget:
         sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1.
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
-        scope: "layer", every tensor reaches the target; "global", one threshold for all of them.
+        scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target.
         p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them.
         cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent; None: all feel it.
         curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1) = 1.
@@ -39,7 +39,7 @@ class SparsityTarget:
     sparsity: float
     start: float = 0.1
     end: float = 0.7
-    scope: str = "layer"
+    scope: str = "global"
     p: float | None = None
     precondition: float | None = None
     cap: float | None = 1.0

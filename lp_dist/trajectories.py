@@ -109,7 +109,7 @@ def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
 
 def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> dict[str, Any]:
     optimizer = LpAdamW(model.parameters(), lr=_LR, p=p, precondition=0.5)
-    attached = attach(model, optimizer, target=SparsityTarget(sparsity, grace=0.0), total_steps=steps)
+    attached = attach(model, optimizer, target=SparsityTarget(sparsity, scope="layer", grace=0.0), total_steps=steps)
     plan, measured = [], []
 
     def record(step: int) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach
 
+layerwise = partial(SparsityTarget, scope="layer")  # every tensor has a threshold of its own, which is more to get wrong than one for all
 TOTAL, START, END = 60, 6, 42  # the default window of such a run, [0.1, 0.7)
 CLOSING = END - 1              # optimizer steps at which the last threshold is drawn
 

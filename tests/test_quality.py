@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 
 # -- methods ------------------------------------------------------------------------------------------------------------
 
-LINES = ["dense", *methods.BASELINES[1:], "magnitude:at=0.5,scope=global", "lp", "lp:scope=global", "lp:cap=none,lr=0.001,p=0"]
+LINES = ["dense", *methods.BASELINES[1:], "magnitude:at=0.5,scope=global", "lp", "lp:scope=layer", "lp:cap=none,lr=0.001,p=0"]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
 
 def test_a_method_has_a_name_for_people():
     assert page.name_of("gmp:c=0.33") == "GMP by |w|·(√v̂)^⅓" and page.name_of("gmp:c=0.5") == "gmp:c=0.5"
-    assert page.name_of("lp:distill=0.5,lr=0.002,scope=global") == "ours, global, learning rate 0.002, distilled by 0.5"
+    assert page.name_of("lp:distill=0.5,lr=0.002") == "ours, learning rate 0.002, distilled by 0.5"
     assert all(page.name_of(line) != line for line in {*methods.BASELINES, *methods.OURS, *page.DRAWN} - {"dense"})
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
-from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, model_of, same
+from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
 
 CAPPED, UNCAPPED, PRECONDITIONED = {"grace": 0.0}, {"cap": None, "grace": 0.0}, {"cap": None, "precondition": 1.0, "grace": 0.0}
 
@@ -36,7 +36,7 @@ def plain_adamw(params, lr):
     (-1.0, 0.3, CAPPED), (-1.0, 0.9, UNCAPPED), (0.0, 0.3, PRECONDITIONED), (0.0, 0.9, CAPPED), (0.5, 0.3, UNCAPPED), (0.5, 0.9, PRECONDITIONED),
     (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}), (0.8, 0.3, CAPPED), (0.8, 0.9, PRECONDITIONED), (1.0, 0.3, {"cap": 2.0, "grace": 0.0}), (1.0, 0.9, CAPPED)])
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
-    run = Run(SparsityTarget(sparsity, p=p, **form)).to(TOTAL)
+    run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
         assert abs(zeros - sparsity * MATRICES[name]) <= 1, f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
     assert all((param != 0).all() for name, param in run.model.named_parameters() if name not in MATRICES), "biases are no part of it"
@@ -59,7 +59,7 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
 def test_a_global_target_is_one_threshold(p, sparsity, form):
-    run = Run(SparsityTarget(sparsity, p=p, scope="global", **form)).to(CLOSING)
+    run = Run(SparsityTarget(sparsity, p=p, **form)).to(CLOSING)
     zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
     assert zeros == round(sparsity * elements)
     shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
@@ -75,7 +75,7 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
     (hooked(torch.optim.AdamW), 3e-3, 0.5), (hooked(torch.optim.SGD, momentum=0.9), 0.05, 0.0), (hooked(torch.optim.Adafactor), 3e-3, 0.5),
     (lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, 0.5), (LpLion, 3e-4, 0.0)], ids=["AdamW", "SGD", "Adafactor", "LpSGD", "LpLion"])
 def test_every_base_reaches_it(make, lr, p):
-    run = Run(SparsityTarget(0.7, p=p), make=make, lr=lr).to(TOTAL)
+    run = Run(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
     assert run.zeros() == {name: round(0.7 * elements) for name, elements in MATRICES.items()}
     assert run.attached.control.closed["by_threshold"] < 0.03, "it is the decay that does it"
 
@@ -83,7 +83,7 @@ def test_every_base_reaches_it(make, lr, p):
 @pytest.mark.parametrize("every, look, form", [(4, 10, {}), (4, 14, {"cap": None}), (3, 9, {"precondition": 1.0, "cap": 3.0}), (10, 36, {})])
 def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
     """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or the last threshold."""
-    run, horizon = Run(SparsityTarget(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
+    run, horizon = Run(layerwise(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
     share = 0.6 * (look + horizon - START) / (CLOSING - START)
     control, beta2 = run.attached.control, 0.999
     found = {name: run.optimizer.segments.values(name) for name in MATRICES}
@@ -106,7 +106,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
 
 @pytest.mark.parametrize("p, sparsity, form", [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})])
 def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
-    run = Run(SparsityTarget(sparsity, p=p, **form)).to(TOTAL)
+    run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
     control, grace = run.attached.control, form.get("grace", 0.1)
     assert control.grace_ends == END - 8
     last = 0.0
@@ -122,7 +122,7 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
     assert last > 0.9 * sparsity
     assert control.closed["after"] == pytest.approx(sparsity, abs=1e-4) and control.closed["by_threshold"] <= 0.012
 
-    again = Run(SparsityTarget(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
+    again = Run(layerwise(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
     for name in MATRICES:
         values = again.optimizer.segments.values(name)
         assert values["floor"] == pytest.approx(grace * values["cutoff"], rel=1e-6) and values["floor"] > 0
@@ -132,7 +132,7 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
 @pytest.mark.parametrize("grace", [0.1, 0.0])
 def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
     """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
-    run = Run(SparsityTarget(0.5, p=0.5, grace=grace, every=12), lr=1e-2)
+    run = Run(layerwise(0.5, p=0.5, grace=grace, every=12), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -153,7 +153,7 @@ def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
 
 
 def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
-    run, base = Run(SparsityTarget(0.5, p=0.0)), Run(None, make=plain_adamw, attached=False)
+    run, base = Run(layerwise(0.5, p=0.0)), Run(None, make=plain_adamw, attached=False)
     for _ in range(START):
         base.step()
     assert same(run.to(START).weights(), base.weights())
@@ -176,7 +176,7 @@ def base_from(run: Run) -> Run:
 @pytest.mark.parametrize("form", [CAPPED, PRECONDITIONED])
 def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
     """Bit for bit, from the last threshold on, with a mask put over the base's weights by hand after each step."""
-    run = Run(SparsityTarget(0.5, **form)).to(CLOSING)
+    run = Run(layerwise(0.5, **form)).to(CLOSING)
     base, closed = base_from(run), run.weights()
     dead = {name: param == 0 for name, param in closed.items()}
     while run.taken < TOTAL:
@@ -188,7 +188,7 @@ def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
 
 
 def test_without_freeze_everything_trains_on_as_by_the_base():
-    run = Run(SparsityTarget(0.5, freeze=False)).to(END)
+    run = Run(layerwise(0.5, freeze=False)).to(END)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     base = base_from(run)
     while run.taken < TOTAL:
@@ -202,7 +202,7 @@ def test_without_freeze_everything_trains_on_as_by_the_base():
 
 def test_calls_between_optimizer_steps_change_nothing():
     """As after each micro-batch of an accumulation, twice after a step, and where a scaler left the step out."""
-    once, often = Run(SparsityTarget(0.6)), Run(SparsityTarget(0.6))
+    once, often = Run(layerwise(0.6)), Run(layerwise(0.6))
     while often.taken < TOTAL:
         once.to(once.taken + 1)
         for _ in range(often.taken % 3):
@@ -218,7 +218,7 @@ def test_calls_between_optimizer_steps_change_nothing():
 
 
 def test_what_an_override_leaves_out_stays_dense_and_others_can_have_a_p_of_their_own():
-    run = Run(SparsityTarget(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(TOTAL)
+    run = Run(layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(TOTAL)
     assert run.attached.decayed == {"0.weight", "4.weight"}
     assert run.zeros() == {"0.weight": 8192, "2.weight": 0, "4.weight": round(0.8 * 512)}
 
@@ -228,7 +228,7 @@ def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
     nn.init.zeros_(model[2].weight)
     model[4].weight.requires_grad_(False)
     caplog.set_level("INFO", "lp_dist")
-    run = Run(SparsityTarget(0.5), model=model)
+    run = Run(layerwise(0.5), model=model)
     assert run.attached.decayed == {"0.weight"}
     assert "no decay for 1 parameters that start at zero (zero absorbs), such as 2.weight" in caplog.text
     run.to(TOTAL)
@@ -236,7 +236,7 @@ def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
 
 
 def test_names_that_are_given_decay_instead():
-    run = Run(SparsityTarget(0.5), names=["2.weight", "0.bias"]).to(TOTAL)
+    run = Run(layerwise(0.5), names=["2.weight", "0.bias"]).to(TOTAL)
     assert run.zeros() == {"0.weight": 0, "2.weight": 5120, "4.weight": 0}
     assert int((run.model[0].bias == 0).sum()) == 80
 
@@ -253,7 +253,7 @@ def test_a_share_of_all_parameters(scope):
 
 
 def test_a_curve_of_ones_own():
-    run = Run(SparsityTarget(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, every=1)).to(TOTAL)
+    run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, every=1)).to(TOTAL)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     middle = (CLOSING - START) / 2 + START
     assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, "nothing was planned to die"
@@ -262,7 +262,7 @@ def test_a_curve_of_ones_own():
 
 def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     caplog.set_level("INFO", "lp_dist")
-    run = Run(SparsityTarget(0.5, every=10)).to(TOTAL)
+    run = Run(layerwise(0.5, every=10)).to(TOTAL)
     assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
     assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
     assert "50.00% zeros of 20992 weights from optimizer step 6 to 42 of 60, a look every 10" in caplog.text
@@ -271,7 +271,7 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
 
 def test_a_look_that_comes_late_does_not_shift_the_later_ones():
     """after_step was not called after two of the steps."""
-    run = Run(SparsityTarget(0.5, every=4)).to(9)
+    run = Run(layerwise(0.5, every=4)).to(9)
     run.step(), run.step()
     assert [step for step, _ in run.to(30).history] == [6, 12, 14, 18, 22, 26, 30]
 
@@ -281,7 +281,7 @@ def test_dead_channels_are_logged():
     with torch.no_grad():
         model[0].weight[:10] *= 1e-6
         model[0].weight[150] = 0.0
-    run = Run(SparsityTarget(0.5, start=0, end=12), model=model, lr=1e-5, total=12)
+    run = Run(layerwise(0.5, start=0, end=12), model=model, lr=1e-5, total=12)
     assert run.attached.logs["lp/dead_channels"] == pytest.approx(1 / 232)
     run.to(12)
     dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay, attach
-from target_cases import END, START, TOTAL, Run, model_of
+from target_cases import END, START, TOTAL, Run, layerwise, model_of
 
 
 def refused(words: list[str], function) -> None:
@@ -129,16 +129,16 @@ def half_dead() -> nn.Sequential:
 
 def test_a_model_that_is_sparser_already():
     words = ["2.weight is 50.0% zeros already", "target is 40.0%", "ask for more", "override", "scope='global'"]
-    refused(words, lambda: Run(SparsityTarget(0.4, start=0), model=half_dead()))
+    refused(words, lambda: Run(layerwise(0.4, start=0), model=half_dead()))
     refused(["all is 24.4% zeros already", "target is 20.0%"], lambda: Run(SparsityTarget(0.2, start=0, scope="global"), model=half_dead()))
-    refused(words, lambda: Run(SparsityTarget(0.4), model=half_dead()))     # not as late as the window begins
-    for way_out in ({"target": SparsityTarget(0.6, start=0)}, {"target": SparsityTarget(0.4, start=0, scope="global")},
-                    {"target": SparsityTarget(0.4, start=0), "overrides": {"2.weight": {"weight_decay": 0.0}}}):
+    refused(words, lambda: Run(layerwise(0.4), model=half_dead()))     # not as late as the window begins
+    for way_out in ({"target": layerwise(0.6, start=0)}, {"target": SparsityTarget(0.4, start=0, scope="global")},
+                    {"target": layerwise(0.4, start=0), "overrides": {"2.weight": {"weight_decay": 0.0}}}):
         Run(**way_out, model=half_dead())
 
 
 def test_a_model_with_some_zeros_goes_on_from_them():
-    run = Run(SparsityTarget(0.6, start=0, curve="linear", every=5), model=half_dead())
+    run = Run(layerwise(0.6, start=0, curve="linear", every=5), model=half_dead())
     (scope,) = [scope for scope, share in run.attached.control.before.items() if share]
     assert scope == "2.weight" and run.attached.logs["lp/plan"] == pytest.approx(5120 / 20992)
     x = run.model[2].weight.detach().abs().pow(1.5).flatten().sort().values

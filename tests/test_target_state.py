@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lp_dist import LpLion, SparsityTarget, add_lp_decay
-from target_cases import CLOSING, END, START, TOTAL, Run, model_of, same
+from target_cases import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
 
 
 def hooked(params, lr):
@@ -28,12 +28,12 @@ def with_a_zero_matrix() -> nn.Sequential:
 
 
 RUNS = {
-    "layer": {"target": SparsityTarget(0.6)},
+    "layer": {"target": layerwise(0.6)},
     "global, from the first step, preconditioned": {"target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)},
-    "no freeze, looks of its own": {"target": SparsityTarget(0.5, freeze=False, every=7, curve=lambda u: u * u)},
-    "SGD by hooks": {"target": SparsityTarget(0.6, p=0.0), "make": hooked},
-    "Lion without a scheduler": {"target": SparsityTarget(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
-    "p of its own": {"target": SparsityTarget(0.6), "overrides": {"2.weight": {"p": -1.0}, "4.weight": {"weight_decay": 0.0}}},
+    "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, every=7, curve=lambda u: u * u)},
+    "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},
+    "Lion without a scheduler": {"target": layerwise(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
+    "p of its own": {"target": layerwise(0.6), "overrides": {"2.weight": {"p": -1.0}, "4.weight": {"weight_decay": 0.0}}},
 }
 
 
@@ -108,15 +108,15 @@ def test_a_run_can_be_taken_back(step):
 
 def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
     """It is no longer zero then, and would decay."""
-    whole, run = (Run(SparsityTarget(0.5), model=with_a_zero_matrix()) for _ in range(2))
-    other = resumed(saved(run.to(10)), 10, target=SparsityTarget(0.5))
+    whole, run = (Run(layerwise(0.5), model=with_a_zero_matrix()) for _ in range(2))
+    other = resumed(saved(run.to(10)), 10, target=layerwise(0.5))
     assert other.model[4].weight.any() and "4.weight" not in {shard.name for shard in other.attached.control.shards}
     assert same(whole.to(TOTAL).weights(), other.to(TOTAL).weights())
     assert whole.zeros()["4.weight"] == 0
 
 
 def test_the_state_is_plain_json_and_small():
-    run = Run(SparsityTarget(0.5, cap=None, curve=lambda u: u)).to(20)
+    run = Run(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
     assert len(text) < 2000 and json.loads(text)["version"] == 2 and json.loads(text)["target"]["curve"] == "<lambda>"
@@ -124,17 +124,17 @@ def test_the_state_is_plain_json_and_small():
 
 
 @pytest.mark.parametrize("how, change, words", [
-    ({"target": SparsityTarget(0.7)}, {}, ["another target", "'sparsity': 0.6", "'sparsity': 0.7", "start anew"]),
-    ({"target": SparsityTarget(0.6, p=0.0)}, {}, ["another target", "'p': None", "'p': 0.0"]),
-    ({"target": SparsityTarget(0.6), "total": 70}, {}, ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"]),
-    ({"target": SparsityTarget(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}}, {}, ["other parameters decay", "'2.weight'", "same names"]),
-    ({"target": SparsityTarget(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]}, {}, ["other parameters decay", "'0.bias'"]),
-    ({"target": SparsityTarget(0.6)}, {"version": 1}, ["version 1", "reads 2", "install the one that wrote it"]),
-    ({"target": SparsityTarget(0.6)}, {"version": None}, ["version None"]),
+    ({"target": layerwise(0.7)}, {}, ["another target", "'sparsity': 0.6", "'sparsity': 0.7", "start anew"]),
+    ({"target": layerwise(0.6, p=0.0)}, {}, ["another target", "'p': None", "'p': 0.0"]),
+    ({"target": layerwise(0.6), "total": 70}, {}, ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"]),
+    ({"target": layerwise(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}}, {}, ["other parameters decay", "'2.weight'", "same names"]),
+    ({"target": layerwise(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]}, {}, ["other parameters decay", "'0.bias'"]),
+    ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 2", "install the one that wrote it"]),
+    ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
     ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
 ])
 def test_the_state_of_another_run_is_refused(how, change, words):
-    weights, state = saved(Run(SparsityTarget(0.6)).to(20))
+    weights, state = saved(Run(layerwise(0.6)).to(20))
     state = json.dumps({**json.loads(state), **change})
     with pytest.raises(ValueError) as caught:
         resumed((weights, state), 20, **how)
@@ -150,7 +150,7 @@ def test_no_state_is_no_error_where_there_is_no_target():
 @pytest.mark.parametrize("step", [3, 20, CLOSING, TOTAL])
 def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
     """As where fp16 has skipped steps, and the window went up to the end."""
-    run = Run(SparsityTarget(0.6)).to(step)
+    run = Run(layerwise(0.6)).to(step)
     before = run.weights()
     run.attached.finish()
     assert all(zeros == round(0.6 * before[name].numel()) for name, zeros in run.zeros().items())

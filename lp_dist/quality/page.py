@@ -11,13 +11,14 @@ from typing import Any
 from lp_dist.quality.methods import BASELINES, FORMS, OURS, Spec
 
 Row = dict[str, Any]
-BEST = "lp:scope=global"
+BEST = "lp"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
     "pat": "torchao's PAT", "gmp": "GMP by |w|", "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
-    "lp": "ours", "lp:precondition=0": "ours, γ = 0", BEST: "ours, global", "lp:grace=0,scope=global": "ours, global, without grace"}
-DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "lp", BEST)
+    "gmp:c=0.67,scope=global": "GMP by |w|·(√v̂)^⅔, global", "lp": "ours", "lp:precondition=0.5": "ours, γ = ½", "lp:precondition=0": "ours, γ = 0",
+    "lp:scope=layer": "ours, layer by layer", "lp:grace=0": "ours, without grace"}
+DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global", "lp:precondition=0.5", BEST)
 
 
 def name_of(method: str) -> str:
