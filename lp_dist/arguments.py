@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from lp_dist.decay import GAMMA, check_hyperparameters
+from lp_dist.decay import check_hyperparameters
 from lp_dist.errors import UsageError
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow
@@ -62,7 +62,7 @@ class DecayArguments:
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
     p: float = field(default=0.5, metadata={"help": "Exponent of the norm, in [-4, 4]; exact zeros need p < 1 or so."})
     l2: float = field(default=0.0, metadata={"help": "λ2 of the elastic net."})
-    precondition: float | None = field(default=None, metadata={"help": "γ: weights on which the loss is sensitive decay less. 1 for adamw; others have none."})
+    precondition: float | None = field(default=None, metadata={"help": "γ: weights on which the loss is sensitive decay less. 1 for a --sparsity with adamw, else 0."})
     cutoff: float = field(default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."})
     decay_start: float | None = field(default=None, metadata={
         "help": "Where the decay begins: fraction of the run if <= 1, else a step. 0 for a λ, 0.1 for a sparsity."})
@@ -74,16 +74,11 @@ class DecayArguments:
     compare_with: str | None = field(default=None, metadata={"help": "output_dir of an earlier run to show beside this one."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
 
-    @property
-    def gamma(self) -> float | None:
-        """γ, or None where the base has no second moments."""
-        return None if self.base != "adamw" else GAMMA if self.precondition is None else self.precondition
-
     def window(self) -> DecayWindow:
         """The decay window with this run's values; raises ValueError where they are bad."""
         values = {"p": self.p, "l2": self.l2, "cutoff": self.cutoff}
         if self.base == "adamw":
-            values["precondition"] = self.gamma
+            values["precondition"] = self.precondition or 0.0
         elif self.precondition:
             raise UsageError(f"--precondition {self.precondition} needs Adam's second moments; use --base adamw, or leave it out")
         check_hyperparameters(**values)
@@ -99,7 +94,7 @@ class DecayArguments:
             return None
         window = {key: value for key, value in (("start", self.decay_start), ("end", self.decay_end)) if value is not None}
         return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, grace=self.grace,
-                              curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.gamma)
+                              curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition)
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""

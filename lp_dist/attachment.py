@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,7 +23,7 @@ from lp_dist.segments import Segment, SegmentMap, check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
 from lp_dist.shards import Shard, all_zero, full_shape, shards
-from lp_dist.target import SparsityTarget
+from lp_dist.target import GAMMA, SparsityTarget
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         optimizer = optimizer_of(model, optimizer)
         live, found, asked, own, allowed = _looked_at(model, optimizer, names, overrides or {})
         if target is not None:
+            target = _formed(target, live, asked)
             _check_target(live, found, asked, own, target, total_steps)
         failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps}
     except (RuntimeError, TypeError, ValueError) as error:
@@ -213,6 +214,13 @@ def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, override
             check_keys(own[shard.name])
             book.check({**live.param_groups[shard.group], **asked[shard.group], **own[shard.name]})
     return live, found, asked, own, allowed
+
+
+def _formed(target: SparsityTarget, live: Any, asked: list[dict[str, Any]]) -> SparsityTarget:
+    """With the γ that loses least, where nobody says another one. (A λ by hand keeps γ = 0: with v̂ in it, it would depend on the loss' scale.)"""
+    if target.precondition is not None or any(values.get("precondition") for values in asked):
+        return target
+    return replace(target, precondition=GAMMA) if isinstance(live, LpOptimizer) and "exp_avg_sq" in live.state_names else target
 
 
 def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], target: SparsityTarget,

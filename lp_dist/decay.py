@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 P_MIN, P_MAX = -4.0, 4.0
-GAMMA = 1.0     # γ where the base has second moments and none is given
 # A decayed weight below this is set to exact zero: it is lost to any loss in fp32, and denormals are slow.
 SNAP = 1e-13
 

@@ -141,7 +141,7 @@ def _optimizer(model: torch.nn.Module, names: set[str], decay_args: arguments.De
               "lr": args.learning_rate, "p": decay_args.p, "l2": decay_args.l2, "cutoff": decay_args.cutoff}
     betas = (args.adam_beta1, args.adam_beta2)
     return {
-        "adamw": (LpAdamW, {**common, "betas": betas, "eps": args.adam_epsilon, "precondition": decay_args.gamma}),
+        "adamw": (LpAdamW, {**common, "betas": betas, "eps": args.adam_epsilon, "precondition": decay_args.precondition or 0.0}),
         "sgd": (LpSGD, {**common, "momentum": decay_args.momentum}),
         "lion": (LpLion, {**common, "betas": betas}),
     }[decay_args.base]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lp_dist.base import LpOptimizer
-from lp_dist.decay import GAMMA
 
 
 class LpAdamW(LpOptimizer):
@@ -29,7 +28,8 @@ class LpAdamW(LpOptimizer):
             reach |w|^(2−p)·(√v̂+ε)^γ/((2−p)·λ).
         p: exponent of the norm, in [−4, 4]. Exact zeros need p < 1 or so; p = 2 is AdamW's decay to first order.
         l2: λ2, an L2 term beside it (elastic net).
-        precondition: γ ≥ 0: weights on which the loss is sensitive decay less, x = |w|^(2−p)·(√v̂+ε)^γ; 0 is the paper's own form.
+        precondition: γ ≥ 0: weights on which the loss is sensitive decay less, x = |w|^(2−p)·(√v̂+ε)^γ; 0 is the paper's own form, of
+            which a `SparsityTarget` makes 1.
         cutoff: weights with x above it feel no Lp term; negative: none does.
         floor: x is taken as at least this, so that weights fade out without being lost: those whose gradient asks for it come back. 0: as it is,
             and zero absorbs.
@@ -46,7 +46,7 @@ class LpAdamW(LpOptimizer):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = GAMMA, cutoff: float = math.inf,
+        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = 0.0, cutoff: float = math.inf,
         floor: float = 0.0, lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,

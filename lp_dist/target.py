@@ -10,6 +10,9 @@ from typing import Any
 from lp_dist.decay import P_MIN, check_hyperparameters
 from lp_dist.schedule import check_window
 
+# γ where neither the target nor the optimizer gives one, and the base has second moments: the pull is then that of the penalty's gradient
+# as Adam would take it, divided by √v̂.
+GAMMA = 1.0
 CURVES: dict[str, Callable[[float], float]] = {
     "cubic": lambda u: 1.0 - (1.0 - u) ** 3,   # Zhu and Gupta, arXiv 1710.01878: fast while there is much to spare, slow at the end
     "linear": lambda u: u,
@@ -25,7 +28,8 @@ class SparsityTarget:
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
         scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target.
-        p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them.
+        p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them, and for a γ of 0 (the default there) 1 in
+            its place if the base has second moments, since that loses less. A 0 here is a 0.
         cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent; None: all feel it.
         curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1) = 1.
         grace: for the first four fifths of the window weights with x below `grace` times the planned threshold decay no faster than at it: they

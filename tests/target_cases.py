@@ -9,7 +9,8 @@ from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach
 
-layerwise = partial(SparsityTarget, scope="layer")  # every tensor has a threshold of its own, which is more to get wrong than one for all
+# Every tensor has a threshold of its own, which is more to get wrong than one for all, and x is |w|^(2−p), which is easy to say.
+layerwise = partial(SparsityTarget, scope="layer", precondition=0.0)
 TOTAL, START, END = 60, 6, 42  # the default window of such a run, [0.1, 0.7)
 CLOSING = END - 1              # optimizer steps at which the last threshold is drawn
 
@@ -33,7 +34,7 @@ def backward(model: nn.Module, step: int) -> None:
 class Run:
     """A model, its optimizer, scheduler and attachment, which go step by step."""
 
-    def __init__(self, target: SparsityTarget | None, *, make=partial(LpAdamW, precondition=0.0), lr: float = 3e-3, total: int = TOTAL, scheduled: bool = True,
+    def __init__(self, target: SparsityTarget | None, *, make=LpAdamW, lr: float = 3e-3, total: int = TOTAL, scheduled: bool = True,
                  model: nn.Module | None = None, attached: bool = True, **kwargs) -> None:
         self.model = model_of() if model is None else model
         self.optimizer = make(self.model.parameters(), lr=lr)

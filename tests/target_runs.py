@@ -42,7 +42,8 @@ class Case:
 
     @property
     def asked(self) -> SparsityTarget:
-        return SparsityTarget(self.target, end=self.end, scope=self.scope, cap=FORMS[self.form][1], grace=FORMS[self.form][2], every=self.every)
+        return SparsityTarget(self.target, end=self.end, scope=self.scope, precondition=FORMS[self.form][0], cap=FORMS[self.form][1],
+                              grace=FORMS[self.form][2], every=self.every)
 
 
 def model_of(seed: int = 0) -> nn.Sequential:

@@ -80,7 +80,7 @@ def hooked(params, lr):
     ({"precondition": 1.0}, {"make": LpLion}, ["precondition=1.0", "Adam's second moments", "LpLion"]),
     ({"precondition": 1.0}, {"make": hooked}, ["precondition=1.0", "Adam's second moments", "LpAdamW"]),
     ({"scope": "global"}, {"overrides": {"2.weight": {"p": 0.0}}}, ["scope='global'", "p and precondition must not differ", "scope='layer'"]),
-    ({"scope": "global"}, {"overrides": {"2.weight": {"precondition": 1.0}}}, ["scope='global'", "must not differ"]),
+    ({"scope": "global"}, {"overrides": {"2.weight": {"precondition": 0.5}}}, ["scope='global'", "must not differ"]),
     ({"of": "all", "sparsity": 0.995}, {}, ["sparsity=0.995 of all 21,160 parameters", "only 20,992 (99.2%)", "less than 0.992", "of='decayed'"]),
     ({"of": "all", "sparsity": 0.51}, {"overrides": {"0.weight": {"weight_decay": 0.0}}}, ["only 10,752 (50.8%)", "names="]),
     ({}, {"overrides": {"*.weight": {"weight_decay": 0.0}}}, ["no parameter decays", "override", "Unfreeze some", "names="]),

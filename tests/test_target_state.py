@@ -29,6 +29,7 @@ def with_a_zero_matrix() -> nn.Sequential:
 
 RUNS = {
     "layer": {"target": layerwise(0.6)},
+    "as it comes": {"target": SparsityTarget(0.6)},
     "global, from the first step, preconditioned": {"target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)},
     "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, every=7, curve=lambda u: u * u)},
     "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},

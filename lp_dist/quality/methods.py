@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lp_dist.attachment import attach
-from lp_dist.decay import GAMMA
 from lp_dist.errors import UsageError
 from lp_dist.quality import oneshot
-from lp_dist.target import CURVES, SparsityTarget
+from lp_dist.target import CURVES, GAMMA, SparsityTarget
 
 
 @dataclass
