@@ -34,15 +34,8 @@ CASES = {
     "lion all": (LpLion, {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.9), "p": 1.0, "l2": 0.1, "cutoff": 0.7,
                           "floor": 0.1, "maximize": True}),
 }
-for cls, settings in CASES.values():
-    if cls is LpAdamW:
-        settings.setdefault("precondition", 0.0)    # as the oracle has it
 all_cases = pytest.mark.parametrize(("cls", "settings"), CASES.values(), ids=CASES.keys())
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def plain_form(cls):
-    return {"precondition": 0.0} if cls is LpAdamW else {}
 
 
 # --- against each other, the oracle and torch --------------------------------------------------------------------------------
@@ -73,7 +66,7 @@ def test_a_tensor_longer_than_a_chunk(cls, layout):
     results = []
     for implementation in IMPLEMENTATIONS:
         params = make()
-        results.append(train(cls(params, lr=0.01, weight_decay=0.1, implementation=implementation, **plain_form(cls)), params, 2))
+        results.append(train(cls(params, lr=0.01, weight_decay=0.1, implementation=implementation), params, 2))
     assert_same(*results)
     # and by hand, whole: torch's step, then the decay. One unit in the last place per step is left for the places where a
     # chunk ends, since torch's vectorized pow and its scalar one may round differently
@@ -128,7 +121,7 @@ def test_without_decay_is_torch_bit_for_bit(cls, plain, settings, implementation
 def test_half_precision_is_the_plain_step_then_lp_decay(cls, dtype, implementation):
     params, others = make_params(dtype), make_params(dtype)
     settings = {"lr": 0.02, "weight_decay": 0.3, "p": 1.0}
-    optimizer = cls(params, implementation=implementation, **settings, **plain_form(cls))
+    optimizer = cls(params, implementation=implementation, **settings)
     plain = cls(others, implementation=implementation, lr=0.02, weight_decay=0.0)
     for step in range(10):
         set_grads(params, step)

@@ -266,6 +266,13 @@ def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp
     assert share == pytest.approx(0.4 * saved["parameters"] / saved["decayed_weights"])
 
 
+@pytest.mark.parametrize("words, optimizers, targets", [([], 0.0, None), (["--precondition", "0"], 0.0, 0.0), (["--precondition", "0.5"], 0.5, 0.5)])
+def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, common, tmp_path):
+    _, _, decay, args = finetune.arguments.parse([*common, "--output_dir", str(tmp_path), *words])
+    model = tiny()
+    assert finetune._optimizer(model, {name for name, _ in model.named_parameters()}, decay, args)[1]["precondition"] == optimizers and decay.target().precondition == targets
+
+
 @pytest.mark.parametrize("words, parts", [
     (["--weight_decay", "0.1"], ["--sparsity 0.5 finds λ by itself", "--weight_decay", "leave one of them out"]),
     (["--overrides", '{"*": {"weight_decay": 0.1}}'], ["--sparsity 0.5 finds λ by itself", "overrides"]),
