@@ -291,17 +291,3 @@ def test_dead_channels_are_logged():
 def test_without_a_target_there_is_nothing_to_log_or_save():
     run = Run(None).to(2)
     assert run.attached.control is None and run.attached.logs == {} and run.attached.state_dict() == {}
-
-
-@pytest.mark.parametrize("make, asked, gamma", [
-    ({}, {}, 1.0), ({}, {"precondition": 0.0}, 0.0), ({"precondition": 0.5}, {}, 0.5), ({"precondition": 0.5}, {"precondition": 0.0}, 0.0)])
-def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, gamma):
-    run = Run(SparsityTarget(0.5, **asked), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
-    assert run.optimizer.param_groups[0]["precondition"] == gamma and run.attached.state_dict()["target"]["precondition"] == asked.get(
-        "precondition", None if make else 1.0)
-    assert run.to(TOTAL).optimizer.param_groups[0]["precondition"] == 0.0, "frozen zeros need none"
-
-
-def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
-    assert "precondition" not in Run(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
-    assert LpAdamW([nn.Parameter(torch.ones(2))]).param_groups[0]["precondition"] == 0.0

@@ -1,4 +1,5 @@
-"""A target's state in one process: saved as JSON at whatever step, it goes on bit for bit; that of another run is refused."""
+"""A target's state in one process: saved as JSON at whatever step, it goes on bit for bit; that of another run is refused.
+And which γ a target takes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpLion, SparsityTarget, add_lp_decay
+from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
 from target_cases import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
 
 
@@ -161,3 +162,17 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
     again = run.weights()
     run.attached.finish()
     assert same(again, run.weights())
+
+
+@pytest.mark.parametrize("make, asked, gamma", [
+    ({}, {}, 1.0), ({}, {"precondition": 0.0}, 0.0), ({"precondition": 0.5}, {}, 0.5), ({"precondition": 0.5}, {"precondition": 0.0}, 0.0)])
+def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, gamma):
+    run = Run(SparsityTarget(0.5, **asked), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
+    assert run.optimizer.param_groups[0]["precondition"] == gamma and run.attached.state_dict()["target"]["precondition"] == asked.get(
+        "precondition", None if make else 1.0)
+    assert run.to(TOTAL).optimizer.param_groups[0]["precondition"] == 0.0, "frozen zeros need none"
+
+
+def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
+    assert "precondition" not in Run(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
+    assert LpAdamW([nn.Parameter(torch.ones(2))]).param_groups[0]["precondition"] == 0.0
