@@ -19,7 +19,8 @@ _NAMES = {
     "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
     "gmp:c=0.67,scope=global": "GMP by |w|·(√v̂)^⅔, global", "lp": "ours", "lp:precondition=0.5": "ours, γ = ½", "lp:precondition=0": "ours, γ = 0",
     "lp:scope=layer": "ours, layer by layer", "lp:grace=0": "ours, without grace"}
-DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "gmp", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global", "lp:precondition=0.5", BEST)
+DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "gmp", "gmp:c=0.33,scope=global",
+         "gmp:c=0.67,scope=global", "lp:precondition=0.5", BEST)
 
 
 def name_of(method: str) -> str:
