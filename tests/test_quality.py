@@ -207,10 +207,23 @@ def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
     found, lr = runs.read(rows), "lp:lr=0.5"
     a_form = page.Spec.of("lp", Spec.read(methods.FORMS[0]).settings).line
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": lr}]).items()}
-    assert list(titles) == ["", "Other settings"] and page.name_of(lr) in titles["Other settings"]
+    assert list(titles) == ["", "Each at the best of its learning rates", "Other settings"] and page.name_of(lr) in titles["Other settings"]
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": a_form}]).items()}
     assert titles["Forms of ours"][1] == page.name_of(a_form) and "ours" in titles["Forms of ours"] and "ours" in titles[""]
     assert page.name_of("gmp") in titles[""] and page.name_of("gmp") not in titles["Forms of ours"]
+
+
+def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
+    one = {**next(row for row in runs.read(rows) if row["method"] == "lp"), "sparsity": 0.5}
+    losses = {("lp", 0): 1.0, ("lp", 1): 3.0, ("lp:lr=0.5", 0): 1.5, ("lp:lr=0.5", 1): 2.0, ("lp:lr=0.7", 0): 1.2, ("gmp", 0): 0.5}
+    found = [{**one, "method": method, "seed": seed, "loss": loss} for (method, seed), loss in losses.items()]
+    title = "Each at the best of its learning rates"
+    columns, *cells = page.tables(found)[title]
+    assert columns == ["method", "50%", "learning rates"]
+    assert cells == [["ours", "2.000 ± 1.000 at 0.003", "0.003, 0.5, 0.7"]], "by the seed that all have; GMP has one rate"
+    diverged = [{**row, "loss": None if row["method"] == "lp" else row["loss"]} for row in found]
+    assert page.tables(diverged)[title][1][1] == "1.200 at 0.7"
+    assert title not in page.tables([row for row in found if "lr" not in row["method"]])
 
 
 def test_a_method_has_a_name_for_people():
@@ -225,6 +238,7 @@ def test_a_row_is_called_by_what_differs_from_the_defaults_of_now(rows, tmp_path
     old = {**lp, "settings": {**lp["settings"], "every": 7}, "loss": 9.0}   # from when another default held
     same = runs.wanted(tiny(), [Spec.read("lp:curve=cubic,end=0.7")], [SPARSITY], [0])[0]
     assert runs.key_of(old) != runs.key_of(lp) == runs.key_of(same)
+    assert runs.key_of({**lp, "settings": {**lp["settings"], "precondition": 1}}) == runs.key_of(lp), "1 is 1.0"
     lines = page.draw([*found, old], tmp_path).read_text().splitlines()
     assert sum("lp:every=7 | 9.000" in line for line in lines) == 1 and len(lines) == 1 + len(page.draw(found, tmp_path).read_text().splitlines())
 

@@ -200,6 +200,9 @@ class Spec:
         usual = cls(family, ()).settings
         return cls(family, tuple(sorted((key, value) for key, value in settings.items() if value != usual.get(key))))
 
+    def without(self, *keys: str) -> Spec:
+        return Spec(self.family, tuple((key, value) for key, value in self.given if key not in keys))
+
     @property
     def lr(self) -> float | None:
         return self.settings["lr"]

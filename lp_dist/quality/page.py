@@ -26,7 +26,7 @@ DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "g
 def name_of(method: str) -> str:
     """For people; a line that has no name of its own is called by what differs."""
     spec = Spec.read(method)
-    without = Spec(spec.family, tuple((key, value) for key, value in spec.given if key not in ("lr", "distill")))
+    without = spec.without("lr", "distill")
     rest = ([f"learning rate {spec.lr:g}"] if spec.lr else []) + ([f"distilled by {spec.distill:g}"] if spec.distill else [])
     return ", ".join([_NAMES.get(without.line, without.line), *rest])
 
@@ -58,15 +58,46 @@ def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
         forms = []      # none beside those that are compared in any case
     others = sorted(found - {*compared, *forms})
     parts = {"": compared, "Forms of ours": forms, "Other settings": others}
-    return {title: _table(rows, methods) for title, methods in parts.items() if methods}
+    found_tables = {title: _table(rows, methods) for title, methods in parts.items() if methods}
+    tuned = _tuned(rows, _shortest([*BASELINES, *OURS]))
+    return {"": found_tables.pop(""), **({"Each at the best of its learning rates": tuned} if len(tuned) > 1 else {}), **found_tables}
+
+
+def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
+    """A line for each method that was run at several learning rates. At each sparsity the best one by the mean over the seeds that all of
+    them have, with the losses of all its own seeds."""
+    sparsities, cells = _sparsities(rows), []
+    for method in methods:
+        rates: dict[float, list[Row]] = {}
+        for row in rows:
+            spec = Spec.read(row["method"])
+            if spec.without("lr").line == method:
+                rates.setdefault(spec.lr or row["work"]["schedule"]["lr"], []).append(row)
+        if len(rates) > 1:
+            cells.append([name_of(method), *(_best(rates, s) for s in sparsities), ", ".join(f"{rate:g}" for rate in sorted(rates))])
+    return [["method", *(f"{s:.0%}" for s in sparsities), "learning rates"], *cells]
+
+
+def _best(rates: dict[float, list[Row]], sparsity: float) -> str:
+    at = {rate: {row["seed"]: row["loss"] for row in rows if row["sparsity"] in (0.0, sparsity)} for rate, rows in rates.items()}
+    at = {rate: losses for rate, losses in at.items() if losses and None not in losses.values()}
+    if len(at) < 2:
+        return ""
+    shared = set.intersection(*map(set, at.values()))
+    best = min(at, key=lambda rate: mean(at[rate][seed] for seed in shared) if shared else math.inf)
+    return _cell(list(at[best].values()), False) + f" at {best:g}" if shared else ""
 
 
 def _shortest(lines: Iterable[str]) -> list[str]:
     return [Spec.of(spec.family, spec.settings).line for spec in map(Spec.read, lines)]
 
 
+def _sparsities(rows: list[Row]) -> list[float]:
+    return sorted({row["sparsity"] for row in rows} - {0.0})
+
+
 def _table(rows: list[Row], methods: list[str]) -> list[list[str]]:
-    sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
+    sparsities = _sparsities(rows)
     words = rows[0]["work"]["name"] == "lm"
     cells = []
     for method in methods:

@@ -29,8 +29,9 @@ Made = Callable[[], Work]
 
 
 def key_of(row: dict[str, Any]) -> str:
-    """Runs with the same key have the same row."""
-    return json.dumps([row["work"], Spec.read(row["method"]).family, row["settings"], row["sparsity"], row["seed"]], sort_keys=True)
+    """Runs with the same key have the same row. A 1 in a method's line is a 1.0."""
+    settings = {key: float(value) if type(value) is int else value for key, value in row["settings"].items()}
+    return json.dumps([row["work"], Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]], sort_keys=True)
 
 
 def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
