@@ -71,6 +71,9 @@ class DecayArguments:
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
     overrides: str | None = field(default=None, metadata={
         "help": 'Values of single parameters, by pattern on their names, as JSON: {"*.layers.0.*": {"weight_decay": 0}}.'})
+    teacher: str | None = field(default=None, metadata={
+        "help": "A dense model with the same tokenizer, best of all one of the same fine-tune, whose predictions are learnt besides the text."})
+    distill: float = field(default=0.5, metadata={"help": "The part of the loss that the --teacher gives."})
     compare_with: str | None = field(default=None, metadata={"help": "output_dir of an earlier run to show beside this one."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
 
@@ -159,6 +162,12 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
         raise UsageError(f"--optim {training.optim.value} would take the place of the Lp optimizer; leave it out, and choose --base adamw, sgd or lion")
     check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
                           betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
+    if not 0.0 < decays.distill <= 1.0:
+        raise UsageError(f"--distill {decays.distill:g} must be above 0 and at most 1; for none leave out --teacher")
+    if decays.teacher is None and decays.distill != DecayArguments.__dataclass_fields__["distill"].default:
+        raise UsageError(f"--distill {decays.distill:g} belongs to a --teacher, and none is given; name one, or leave it out")
+    if decays.teacher is not None and training.label_smoothing_factor:
+        raise UsageError(f"--label_smoothing_factor {training.label_smoothing_factor:g} and a --teacher are two losses; leave one of them out")
     decays.window()
     own, target = decays.own_values(), decays.target()
     if target is not None:

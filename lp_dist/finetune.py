@@ -23,6 +23,7 @@ from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
 from lp_dist.control import Control
 from lp_dist.data import load_text, pack
 from lp_dist.dequantise import dequantised
+from lp_dist.distillation import check_vocabularies
 from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
@@ -64,10 +65,15 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     if args.weight_decay > 0 and decay_args.p > 1:
         logger.warning("p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p)
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
+    teaching = None if decay_args.teacher is None else _check_teacher(decay_args.teacher, model_args, path, tokenizer, args)
     if args.deepspeed_plugin is not None:
         join_deepspeed()
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
+    teacher = None
+    if teaching is not None:    # it needs no master weights
+        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
+        teacher = AutoModelForCausalLM.from_pretrained(teaching, dtype=getattr(torch, dtype), trust_remote_code=model_args.trust_remote_code)
     counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
     before = measure_sparsity(model, names=counted).total
     parameters = sum(full_shape(param).numel() for param in model.parameters())
@@ -79,7 +85,8 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[LpCallback(decay_args.window() if decays else None, target=target, names=counted, overrides=overrides)], counted=counted)
+        callbacks=[LpCallback(decay_args.window() if decays else None, target=target, names=counted, overrides=overrides)], counted=counted,
+        teacher=teacher, distill=decay_args.distill)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
@@ -121,6 +128,17 @@ def _read(model_args: arguments.ModelArguments, data_args: arguments.DataArgumen
     if data_args.max_eval_blocks is not None:
         held_out = held_out.select(range(min(len(held_out), data_args.max_eval_blocks)))
     return path, tokenizer, train, held_out
+
+
+def _check_teacher(name: str, model_args: arguments.ModelArguments, path: str | Path, tokenizer: Any, args: TrainingArguments) -> str | Path:
+    """Where the teacher is; one that was trained on other tokens is refused before it is loaded."""
+    known = {"trust_remote_code": model_args.trust_remote_code}
+    with args.main_process_first(desc="reading the teacher"):
+        teaching = dequantised(name) if name.endswith(".gguf") else name
+        check_vocabularies(AutoConfig.from_pretrained(path, revision=model_args.revision, **known), AutoConfig.from_pretrained(teaching, **known))
+        if AutoTokenizer.from_pretrained(teaching, **known).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"--teacher {name} has another tokenizer than {model_args.model}; take the dense model that it is made from, or a fine-tune of it")
+    return teaching
 
 
 def _agreed(names: set[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""For Hugging Face's Trainer: a callback that attaches the optimizer and runs the decay window, and evaluations with sparsity."""
+"""For Hugging Face's Trainer: a callback that attaches the optimizer and runs the decay window; evaluations with sparsity, and a teacher."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lp_dist.attachment import Attachment, attach
+from lp_dist.distillation import check_teacher, distilled_loss, sharded_alike
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names
 from lp_dist.hooks import steps_taken
@@ -116,18 +120,44 @@ class LpCallback(TrainerCallback, ExportableState):
 
 
 class LpTrainer(Trainer):
-    """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every `report_to` logger.
+    """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every `report_to` logger; and
+    which can be taught by a dense model while it becomes sparse.
 
     A callback comes after the loggers and could not add to what they see, hence a subclass; use it or not, as you like.
 
     Args:
         counted: names of the parameters that count; None: those that `lp_dist.param_groups` would decay in the model as it is
             handed over.
+        teacher: a causal language model with the same tokenizer, loaded as the model was: the dense one, best after the same fine-tune. It
+            is sharded as the model is (ZeRO-3, FSDP2) or whole on every rank, takes a forward pass a batch, and is in no checkpoint.
+        distill: the part of the training loss that is the divergence from what the teacher says; the rest is the cross-entropy with the
+            text. Evaluations know the text alone.
+    Raises:
+        ValueError: the teacher speaks of other tokens, is the model itself, or one of them is no causal language model.
     """
 
-    def __init__(self, *args: Any, counted: Iterable[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, counted: Iterable[str] | None = None, teacher: nn.Module | None = None, distill: float = 0.5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._counted = set(counted) if counted is not None else decayed_names(self.model)
+        self._teacher, self._distill, self._prepared = teacher, distill, None
+        if teacher is not None:
+            check_teacher(self.model, teacher, distill)
+            if self.compute_loss_func is not None or self.label_smoother is not None:
+                raise ValueError("a teacher was given as well as a loss of your own (compute_loss_func, label_smoothing_factor); leave one of them out")
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; in training with a teacher's part in it."""
+        if self._teacher is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if self._prepared is None:  # not before the engine has made its own of the model
+            self._prepared = sharded_alike(self._teacher, self.accelerator)
+        with torch.no_grad(), self.accelerator.autocast():
+            theirs = self._prepared(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+        self.compute_loss_func = partial(distilled_loss, theirs=theirs, part=self._distill)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None   # an evaluation has no teacher, and Trainer divides by micro-batches as it does without one
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

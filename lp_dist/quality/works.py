@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lp_dist.data import load_text
+from lp_dist.distillation import divergence
 from lp_dist.errors import UsageError
 
 
@@ -91,8 +92,8 @@ class Work:
         if teacher is None:
             return loss
         with torch.no_grad():
-            theirs = self._logits(teacher, inputs).log_softmax(-1)
-        return (1 - distill) * loss + distill * F.kl_div(logits.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
+            theirs = self._logits(teacher, inputs)
+        return (1 - distill) * loss + distill * divergence(logits, theirs).mean()
 
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         return model(input_ids=inputs.to(next(model.parameters()).device)).logits.float().flatten(0, 1)

@@ -1,0 +1,152 @@
+"""A teacher in Trainer: its loss, its part of the training, what is refused; and the same on ranks that share it out."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, param_groups
+from lp_dist.distillation import distilled_loss, divergence
+
+STEPS = 16
+
+
+def tiny(seed: int = 0, vocabulary: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+                                        num_key_value_heads=1))
+
+
+def dataset() -> list[dict]:
+    """Rows of 12 tokens, of which some don't count."""
+    ids = torch.randint(0, 32, (80, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": torch.where(torch.arange(12) < i % 5, -100, row)} for i, row in enumerate(ids)]
+
+
+def trainer(directory, model=None, **given) -> LpTrainer:
+    model = model or tiny()
+    ours = {key: given.pop(key) for key in ("teacher", "distill", "compute_loss_func", "callbacks") if key in given}
+    args = TrainingArguments(directory, **{"max_steps": STEPS, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True, "logging_steps": 1,
+                                           "report_to": "none", "save_strategy": "no", "disable_tqdm": True, **given})
+    return LpTrainer(model=model, args=args, train_dataset=dataset(), eval_dataset=dataset(),
+                     optimizer_cls_and_kwargs=(LpAdamW, {"params": param_groups(model, 0.0), "lr": 1e-2}), **ours)
+
+
+def trained(directory, **given) -> LpTrainer:
+    one = trainer(directory, **given)
+    one.train()
+    return one
+
+
+def weights(one: LpTrainer) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in one.model.parameters()]
+
+
+def losses(one: LpTrainer) -> list[float]:
+    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [None, 7, torch.tensor(7)])
+@pytest.mark.parametrize("part", [0.25, 1.0])
+def test_the_loss_is_written_out_in_float64(tokens, part):
+    generator = torch.Generator().manual_seed(1)
+    logits, theirs = (torch.randn(3, 5, 11, generator=generator).mul(3) for _ in range(2))
+    labels = torch.randint(0, 11, (3, 5), generator=generator)
+    labels[0, 2] = labels[1, 1:4] = -100
+    total, counted = 0.0, 0
+    for i in range(3):
+        for t in range(4):
+            if labels[i, t + 1] == -100:
+                continue
+            p, q = (one[i, t].double().softmax(-1).tolist() for one in (theirs, logits))
+            total += (1 - part) * -math.log(q[labels[i, t + 1]]) + part * sum(a * math.log(a / b) for a, b in zip(p, q))
+            counted += 1
+    assert counted == 8
+    loss = distilled_loss(SimpleNamespace(logits=logits.bfloat16().float()), labels, tokens, theirs=theirs, part=part)
+    exact = distilled_loss(SimpleNamespace(logits=logits), labels, tokens, theirs=theirs, part=part)
+    assert float(exact) == pytest.approx(total / (counted if tokens is None else 7), rel=1e-5) and float(loss) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_the_divergence_is_none_from_oneself_and_its_gradient_leads_there():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    theirs = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(divergence(logits, logits.detach()), torch.zeros(4))
+    assert (divergence(logits, theirs) > 0).all()
+    divergence(logits, theirs).sum().backward()
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - theirs.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert divergence(logits.bfloat16(), theirs.bfloat16()).dtype == torch.float32
+
+
+# -- in Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_knows_no_more_than_the_model_halves_the_first_loss(tmp_path):
+    plain, taught = trained(tmp_path / "a", max_steps=1), trained(tmp_path / "b", max_steps=1, teacher=tiny(), distill=0.5)
+    assert losses(taught)[0] == pytest.approx(losses(plain)[0] / 2, rel=1e-4)
+
+
+def test_the_model_comes_near_its_teacher_and_the_teacher_stays(tmp_path):
+    teacher = tiny(7)
+    before = [param.clone() for param in teacher.parameters()]
+    far = trained(tmp_path / "a", learning_rate=1e-2)
+    near = trained(tmp_path / "b", learning_rate=1e-2, teacher=teacher, distill=1.0)
+    ids = torch.stack([row["input_ids"] for row in dataset()])
+    with torch.no_grad():
+        theirs = teacher(ids).logits
+        apart = [float(divergence(one.model.eval()(ids).logits, theirs).mean()) for one in (tiny_trainer(tmp_path), near, far)]
+    assert apart[1] < 0.7 * apart[0] < apart[2]
+    assert all(torch.equal(a, b) and b.grad is None and not b.requires_grad for a, b in zip(before, teacher.parameters()))
+    assert not any("teacher" in name for name, _ in near.model.named_parameters())
+
+
+def tiny_trainer(tmp_path) -> LpTrainer:
+    return trainer(tmp_path / "untouched")
+
+
+def test_an_evaluation_knows_the_text_alone(tmp_path):
+    taught = trained(tmp_path / "a", teacher=tiny(7))
+    plain = trainer(tmp_path / "b", model=taught.model)
+    assert taught.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def test_micro_batches_make_the_same_step(tmp_path):
+    """In other sums, so to rounding; labels that don't count lie unevenly in them."""
+    whole = trained(tmp_path / "a", teacher=tiny(7), max_steps=4)
+    parts = trained(tmp_path / "b", teacher=tiny(7), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+    for a, b in zip(weights(whole), weights(parts)):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-3)
+
+
+def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path):
+    def make(directory, **given):
+        return trainer(directory, teacher=tiny(7), callbacks=[LpCallback(target=SparsityTarget(0.5))], save_strategy="steps", save_steps=8, **given)
+    whole = make(tmp_path / "a")
+    whole.train()
+    assert whole.measure_sparsity().total == pytest.approx(0.5, abs=1e-3)
+    saved = tmp_path / "a" / "checkpoint-8"
+    resumed = make(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed)))
+    plain = trained(tmp_path / "c", callbacks=[LpCallback(target=SparsityTarget(0.5))])
+    assert not all(torch.equal(a, b) for a, b in zip(weights(whole), weights(plain))), "the teacher does something"
+
+
+@pytest.mark.parametrize("given, word", [
+    ({"teacher": lambda model: model}, "is the model itself"), ({"teacher": lambda _: tiny(0, 48)}, "knows 48 tokens and the model 32"),
+    ({"teacher": lambda _: nn.Linear(2, 2)}, "Linear is no causal"), ({"distill": 0.0}, "distill=0.0 must be above 0"),
+    ({"distill": 1.5}, "distill=1.5"), ({"compute_loss_func": lambda *_: None}, "as well as a loss of your own"),
+    ({"label_smoothing_factor": 0.1}, "as well as a loss of your own")])
+def test_what_can_not_teach_is_refused_before_training(given, word, tmp_path):
+    model = tiny()
+    given = {**given, "teacher": given.get("teacher", lambda _: tiny(7))(model)}
+    with pytest.raises(ValueError, match=word):
+        trainer(tmp_path, model=model, **given)
