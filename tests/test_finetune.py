@@ -138,6 +138,9 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
     (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
     (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+    (["--distill", "2"], ["--distill 2", "at most 1"]),
+    (["--distill", "0.3"], ["--distill 0.3 belongs to a --teacher"]),
+    (["--teacher", "dense", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1", "two losses"]),
     (["--overrides", "{p: 0}"], ["--overrides is no JSON", '"*.layers.0.*"']),
     (["--overrides", '{"*": 1}'], ["--overrides", "must map patterns to values"]),
     (["--overrides", '{"*": {"p": 9}}'], ["p=9", "[-4, 4]"]),
@@ -149,6 +152,20 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common,
         finetune.main([*common, "--output_dir", str(tmp_path), *words])
     message = str(caught.value.code)
     assert message.startswith("lp-dist: error: ") and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("file, old, new, word", [
+    ("config.json", '"vocab_size": 384', '"vocab_size": 400', "the teacher knows 400 tokens and the model 384"),
+    ("tokenizer.json", '"<|end|>"', '"<|fin|>"', "has another tokenizer than")])
+def test_a_teacher_of_other_tokens_is_refused_before_it_is_loaded(file, old, new, word, common, tiny_model, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        text = (tiny_model / name).read_text()
+        assert name != file or text.count(old) >= 1
+        (teacher / name).write_text(text.replace(old, new) if name == file else text)
+    with pytest.raises(SystemExit, match=word):
+        finetune.main([*common, "--output_dir", str(tmp_path / "out"), "--teacher", str(teacher)])
 
 
 def test_a_finished_run_is_not_overwritten_unasked(run, common):
