@@ -154,6 +154,26 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common,
     assert message.startswith("lp-dist: error: ") and all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize("words, dtype", [([], torch.float32), (["--bf16", "true"], torch.bfloat16)])
+def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(words, dtype, common, tiny_model, tmp_path, monkeypatch):
+    given: dict = {}
+
+    class Stop(Exception):
+        pass
+
+    def record(**arguments):
+        given.update(arguments)
+        raise Stop
+    monkeypatch.setattr(finetune, "LpTrainer", record)
+    with pytest.raises(Stop):
+        finetune.main([*common, *words, "--output_dir", str(tmp_path), "--teacher", str(tiny_model), "--distill", "0.3"])
+    assert given["distill"] == 0.3 and given["teacher"] is not given["model"]
+    assert given["teacher"].dtype == dtype and given["model"].dtype == torch.float32
+    with pytest.raises(Stop):
+        finetune.main([*common, "--output_dir", str(tmp_path)])
+    assert given["teacher"] is None
+
+
 @pytest.mark.parametrize("file, old, new, word", [
     ("config.json", '"vocab_size": 384', '"vocab_size": 400', "the teacher knows 400 tokens and the model 384"),
     ("tokenizer.json", '"<|end|>"', '"<|fin|>"', "has another tokenizer than")])
