@@ -223,6 +223,8 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     assert cells == [["ours", "2.000 ± 1.000 at 0.003", "0.003, 0.5, 0.7"]], "by the seed that all have; GMP has one rate"
     diverged = [{**row, "loss": None if row["method"] == "lp" else row["loss"]} for row in found]
     assert page.tables(diverged)[title][1][1] == "1.200 at 0.7"
+    lone = [*found, {**found[0], "sparsity": 0.9, "loss": 7.0}]
+    assert page.tables(lone)[title][1] == ["ours", "2.000 ± 1.000 at 0.003", "7.000 at 0.003", "0.003, 0.5, 0.7"]
     assert title not in page.tables([row for row in found if "lr" not in row["method"]])
 
 

@@ -64,28 +64,36 @@ def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
 
 
 def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
-    """A line for each method that was run at several learning rates. At each sparsity the best one by the mean over the seeds that all of
-    them have, with the losses of all its own seeds."""
+    """A line for each method that was run at several learning rates, with the best one at each sparsity."""
     sparsities, cells = _sparsities(rows), []
     for method in methods:
-        rates: dict[float, list[Row]] = {}
-        for row in rows:
-            spec = Spec.read(row["method"])
-            if spec.without("lr").line == method:
-                rates.setdefault(spec.lr or row["work"]["schedule"]["lr"], []).append(row)
+        rates = _by_rate(rows, method)
         if len(rates) > 1:
-            cells.append([name_of(method), *(_best(rates, s) for s in sparsities), ", ".join(f"{rate:g}" for rate in sorted(rates))])
+            best = [_best(rates, s) for s in sparsities]
+            cells.append([name_of(method), *(f"{_cell(found[1], False)} at {found[0]:g}" if found else "" for found in best),
+                          ", ".join(f"{rate:g}" for rate in sorted(rates))])
     return [["method", *(f"{s:.0%}" for s in sparsities), "learning rates"], *cells]
 
 
-def _best(rates: dict[float, list[Row]], sparsity: float) -> str:
+def _best(rates: dict[float, list[Row]], sparsity: float) -> tuple[float, list[float]] | None:
+    """The learning rate with the lowest mean over the seeds that all of them have there, and the losses of all its own seeds."""
     at = {rate: {row["seed"]: row["loss"] for row in rows if row["sparsity"] in (0.0, sparsity)} for rate, rows in rates.items()}
     at = {rate: losses for rate, losses in at.items() if losses and None not in losses.values()}
-    if len(at) < 2:
-        return ""
-    shared = set.intersection(*map(set, at.values()))
-    best = min(at, key=lambda rate: mean(at[rate][seed] for seed in shared) if shared else math.inf)
-    return _cell(list(at[best].values()), False) + f" at {best:g}" if shared else ""
+    shared = set.intersection(*map(set, at.values())) if at else set()
+    if not shared:
+        return None
+    best = min(at, key=lambda rate: mean(at[rate][seed] for seed in shared))
+    return best, list(at[best].values())
+
+
+def _by_rate(rows: list[Row], method: str) -> dict[float, list[Row]]:
+    """A method's rows by learning rate."""
+    found: dict[float, list[Row]] = {}
+    for row in rows:
+        spec = Spec.read(row["method"])
+        if spec.without("lr").line == method:
+            found.setdefault(spec.lr or row["work"]["schedule"]["lr"], []).append(row)
+    return found
 
 
 def _shortest(lines: Iterable[str]) -> list[str]:
@@ -140,18 +148,18 @@ def _plot(name: str, rows: list[Row], path: Path) -> None:
         axes.axhline(mean(dense), color="0.4", linestyle=":", label="dense")
     highest = mean(dense) if dense else 0.0
     for method in DRAWN:
-        points = sorted({row["sparsity"] for row in rows if row["method"] == method and row["loss"] is not None})
-        if not points:
+        rates = _by_rate(rows, method)
+        at = {sparsity: found[1] for sparsity in _sparsities(rows) if (found := _best(rates, sparsity))}
+        if not at:
             continue
-        at = [[row["loss"] for row in rows if row["method"] == method and row["sparsity"] == s] for s in points]
-        means = [mean(losses) for losses in at]
+        points, means = list(at), list(map(mean, at.values()))
         highest = max(highest, means[-1]) if Spec.read(method).family in ("gmp", "lp") else highest
         line, = axes.plot([100 * s for s in points], means, marker="o", markersize=4, linewidth=2.4 if method == BEST else 1.3,
                           label=name_of(method), color="black" if method == BEST else None, zorder=3 if method == BEST else 2)
-        axes.fill_between([100 * s for s in points], list(map(min, at)), list(map(max, at)), alpha=0.2, color=line.get_color())
+        axes.fill_between([100 * s for s in points], list(map(min, at.values())), list(map(max, at.values())), alpha=0.2, color=line.get_color())
     if highest and dense:
         axes.set_ylim(mean(dense) * 0.98, highest * 1.03)     # what is far worse would flatten the rest
-    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{name}: lower is better")
+    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{name}: each at its best learning rate, lower is better")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
