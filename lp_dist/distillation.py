@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lp_dist.errors import UsageError
-
-logger = logging.getLogger(__name__)
 
 
 def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
@@ -76,9 +74,7 @@ def _of_deepspeed(teacher: nn.Module, config: dict[str, Any], device: Any) -> nn
     half = next((key for key in ("bf16", "fp16") if config.get(key, {}).get("enabled") is True), None)
     zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3:
-        import torch
-
-        return teacher.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[half])
+        return teacher.to(device=device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[half])
     import deepspeed
 
     kept = {key: value for key, value in zero.items() if key != "offload_optimizer" and value != "auto"}

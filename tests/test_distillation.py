@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, param_groups
-from lp_dist.distillation import distilled_loss, divergence
+from lp_dist.distillation import distilled_loss, divergence, sharded_alike
 
 STEPS = 16
 
@@ -138,6 +138,16 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed)))
     plain = trained(tmp_path / "c", callbacks=[LpCallback(target=SparsityTarget(0.5))])
     assert not all(torch.equal(a, b) for a, b in zip(weights(whole), weights(plain))), "the teacher does something"
+
+
+@pytest.mark.parametrize("section, dtype", [({}, torch.float32), ({"bf16": {"enabled": True}}, torch.bfloat16), ({"fp16": {"enabled": True}}, torch.float16),
+                                            ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, torch.float32)])
+def test_where_deepspeed_shards_no_weights_the_teacher_is_whole_and_in_the_engines_dtype(section, dtype):
+    config = {"zero_optimization": {"stage": 2}, **section}
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
+                                  device=torch.device("cpu"))
+    teacher = sharded_alike(tiny(), accelerator)
+    assert {param.dtype for param in teacher.parameters()} == {dtype} and not teacher.training
 
 
 @pytest.mark.parametrize("given, word", [
