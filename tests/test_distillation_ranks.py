@@ -14,6 +14,7 @@ from test_launchers import TORCHRUN, launch
 
 from lp_dist import finetune, report
 from lp_dist.distillation import sharded_alike
+from lp_dist.engines import unwrap
 
 
 @pytest.fixture(scope="session")
@@ -66,44 +67,38 @@ def test_the_teacher_s_part_is_in_the_loss(runs, words, tmp_path):
     assert float((one - other).abs().max()) > 1e-3
 
 
+def _sharded(accelerator: SimpleNamespace, rank: int) -> tuple[torch.nn.Module, dict]:
+    """The teacher as it is on this rank, and what it has to do with the whole one."""
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        whole = tiny(7).eval()(ids).logits
+        teacher = sharded_alike(tiny(7), accelerator)
+        same = torch.equal(teacher(input_ids=ids).logits, whole)
+    return teacher, {"same": same, "trains": any(param.requires_grad for param in teacher.parameters()), "mode": unwrap(teacher).training}
+
+
 def _fsdp2(rank: int, world_size: int) -> dict:
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.tensor import DTensor
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
                                             cpu_ram_efficient_loading=False)
     # What accelerate's own has; on CPUs it would make none for FSDP.
-    accelerator = SimpleNamespace(distributed_type="FSDP", is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None),
-                                  mixed_precision="no", device=torch.device("cpu"), is_main_process=rank == 0)
-    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(rank))
-    with torch.no_grad():
-        whole = tiny(7).eval()(ids).logits
-        teacher = sharded_alike(tiny(7), accelerator)
-        same = torch.equal(teacher(input_ids=ids).logits, whole)
+    teacher, found = _sharded(SimpleNamespace(distributed_type="FSDP", is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None),
+                                              mixed_precision="no", device=torch.device("cpu"), is_main_process=rank == 0), rank)
     params = list(teacher.parameters())
-    return {"same": same, "sharded": all(isinstance(param, DTensor) for param in params), "trains": any(param.requires_grad for param in params),
-            "mode": teacher.training, "here": sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params)}
-
-
-def test_fsdp2_shards_the_teacher_as_well(run_ranks):
-    for found in run_ranks(_fsdp2, 2):
-        assert found == {"same": True, "sharded": True, "trains": False, "mode": False, "here": pytest.approx(0.5, abs=0.05)}
+    return {**found, "here": sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params)}
 
 
 def _zero3(rank: int, world_size: int) -> dict:
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}}
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
-                                  device=torch.device("cpu"))
-    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(rank))
-    with torch.no_grad():
-        whole = tiny(7).eval()(ids).logits
-        teacher = sharded_alike(tiny(7), accelerator)
-        same = torch.equal(teacher(input_ids=ids).logits, whole)
+    teacher, found = _sharded(SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
+                                              device=torch.device("cpu")), rank)
     params = list(teacher.parameters())
-    return {"same": same, "trains": any(param.requires_grad for param in params), "mode": teacher.module.training,
-            "here": sum(param.ds_tensor.numel() for param in params) / sum(param.ds_numel for param in params), "gathered": sum(p.numel() for p in params)}
+    assert sum(param.numel() for param in params) == 0, "gathered after the pass"
+    return {**found, "here": sum(param.ds_tensor.numel() for param in params) / sum(param.ds_numel for param in params)}
 
 
-def test_zero_3_shards_the_teacher_as_well(run_ranks):
-    for found in run_ranks(_zero3, 2):
-        assert found == {"same": True, "trains": False, "mode": False, "here": pytest.approx(0.5, abs=0.05), "gathered": 0}
+@pytest.mark.parametrize("engine", [_fsdp2, _zero3])
+def test_engines_that_shard_weights_shard_the_teacher_as_well(engine, run_ranks):
+    for found in run_ranks(engine, 2):
+        assert found == {"same": True, "trains": False, "mode": False, "here": pytest.approx(0.5, abs=0.05)}
