@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from lp_dist.decay import check_hyperparameters
+from lp_dist.distillation import check_part
 from lp_dist.errors import UsageError
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow
@@ -162,8 +163,7 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
         raise UsageError(f"--optim {training.optim.value} would take the place of the Lp optimizer; leave it out, and choose --base adamw, sgd or lion")
     check_hyperparameters(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon,
                           betas=(training.adam_beta1, training.adam_beta2), momentum=decays.momentum)
-    if not 0.0 < decays.distill <= 1.0:
-        raise UsageError(f"--distill {decays.distill:g} must be above 0 and at most 1; for none leave out --teacher")
+    check_part(decays.distill)
     if decays.teacher is None and decays.distill != DecayArguments.__dataclass_fields__["distill"].default:
         raise UsageError(f"--distill {decays.distill:g} belongs to a --teacher, and none is given; name one, or leave it out")
     if decays.teacher is not None and training.label_smoothing_factor:

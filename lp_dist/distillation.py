@@ -13,8 +13,7 @@ from lp_dist.errors import UsageError
 
 def divergence(logits: Tensor, theirs: Tensor) -> Tensor:
     """KL(theirs ‖ ours) of each token in nats, from logits [..., vocabulary] of any dtype; in fp32, [...]."""
-    ours, theirs = logits.float().log_softmax(-1), theirs.float().log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1)
+    return F.kl_div(logits.float().log_softmax(-1), theirs.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 def distilled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, theirs: Tensor, part: float) -> Tensor:
@@ -34,10 +33,15 @@ def distilled_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | in
     return ((1.0 - part) * entropy + part * (divergence(logits, theirs) * counts).sum()) / tokens
 
 
-def check_teacher(model: nn.Module, teacher: nn.Module, part: float) -> None:
-    """Raises ValueError where the one can't be taught by the other."""
+def check_part(part: float) -> None:
+    """Raises ValueError for what is no part of a loss."""
     if not 0.0 < part <= 1.0:
         raise ValueError(f"distill={part!r} must be above 0 and at most 1, the part of the loss that a teacher gives; leave the teacher out for none")
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module, part: float) -> None:
+    """Raises ValueError where the one can't be taught by the other."""
+    check_part(part)
     if teacher is model:
         raise ValueError("the teacher is the model itself, and would change with it; load it a second time")
     for one in (model, teacher):

@@ -138,7 +138,7 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
     (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
     (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
-    (["--distill", "2"], ["--distill 2", "at most 1"]),
+    (["--distill", "2"], ["distill=2.0", "at most 1", "leave the teacher out"]),
     (["--distill", "0.3"], ["--distill 0.3 belongs to a --teacher"]),
     (["--teacher", "dense", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1", "two losses"]),
     (["--overrides", "{p: 0}"], ["--overrides is no JSON", '"*.layers.0.*"']),
