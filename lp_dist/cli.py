@@ -50,14 +50,15 @@ def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: fl
 
 @bench.command()
 def step(sizes: str = "1e6,2e7", repeats: _Positive = 11, out: str = "docs/results", whole: bool = True, seed: int = 0, compiled: bool = True,
-         layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6) -> None:
+         layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6,
+         engines: str = "one process; ZeRO-2; ZeRO-3; ZeRO-2, CPU offload") -> None:
     """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama; step.jsonl and step.md."""
     from lp_dist.errors import UsageError
     from lp_dist.stepping import step as measure
     from lp_dist.stepping_whole import Shape
 
     try:
-        typer.echo(measure(sizes, repeats, out, whole, seed, compiled, Shape(layers, hidden, tokens, blocks)))
+        typer.echo(measure(sizes, repeats, out, whole, seed, compiled, Shape(layers, hidden, tokens, blocks), engines))
     except UsageError as error:
         sys.exit(f"lp-dist: error: {error}")
 
@@ -68,7 +69,7 @@ def quality(work: str = "chars", text: str = "", model: str = "", methods: str =
             out: str = "docs/results") -> None:
     """What each way to sparsity loses: one row a run in quality.jsonl, and the page quality.md from all of them; runs that have a row are skipped.
 
-    --work: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), lm (a language model, --model). --text: a file or hub
+    --work: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a language model, --model). --text: a file or hub
     dataset. --methods: baselines, ours, forms, or lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
     from lp_dist.errors import UsageError

@@ -20,30 +20,31 @@ from lp_dist import report
 from lp_dist.bench import wait
 from lp_dist.errors import UsageError
 from lp_dist.stepping_contenders import COPY, PEER, SHAPES, Call, Missing, Tensors, contenders, start_compiler, transformer
-from lp_dist.stepping_whole import LOOK, Shape, whole_runs
+from lp_dist.stepping_whole import ENGINES, LOOK, Shape, whole_runs
 
 _NEEDED = 40            # bytes a weight: the tensors, the copy's, the peers' temporaries
 _SMALLEST = 10_000      # weights that the shapes of a transformer can be scaled down to
 
 
 def step(sizes: str = "1e6,2e7", repeats: int = 11, out: str = "docs/results", whole: bool = True, seed: int = 0, compiled: bool = True,
-         shape: Shape = Shape()) -> Path:
+         shape: Shape = Shape(), engines: str = "; ".join(ENGINES)) -> Path:
     """Times the step of every contender, and with `whole` whole training steps under every engine.
 
     Prints a table, appends a line for the run and one for every row to `step.jsonl` in `out`, writes `step.md` from the rows of this run, and
     returns its path. sizes: numbers of weights, by commas. repeats: rounds, of one call of every contender each. compiled: whether
-    torch.compile takes part. shape: of the model of the whole steps.
+    torch.compile takes part. shape: of the model of the whole steps. engines: of these, by semicolons.
 
     Raises:
-        UsageError: the sizes can't be read, or are too small.
+        UsageError: the sizes can't be read, or are too small; there is no such engine.
     """
-    numbers = _numbers(sizes)
+    numbers, under = _numbers(sizes), _engines(engines)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "step.jsonl"
     words = f"--sizes {shlex.quote(sizes)} --repeats {repeats} --seed {seed}" + ("" if compiled else " --no-compiled")
     words += "".join(f" --{key} {value}" for key, value in shape.described().items()) if whole else " --no-whole"
+    words += f" --engines {shlex.quote('; '.join(under))}" if whole and under != tuple(ENGINES) else ""
     run = max((row["run"] for row in rows_of(path)), default=0) + 1
     append(path, {
         "benchmark": "step", "run": run, "command": f"lp-dist bench step {words}", "seed": seed, "repeats": repeats, "device": _name(device),
@@ -53,7 +54,7 @@ def step(sizes: str = "1e6,2e7", repeats: int = 11, out: str = "docs/results", w
             for row in _group(n, kind, device, repeats, seed, compiled):
                 append(path, {"run": run, "part": "step", **row})
     if whole:
-        for row in whole_runs(shape, seed):
+        for row in whole_runs(shape, seed, under):
             append(path, {"run": run, "part": "whole", **row})
     rows = [row for row in rows_of(path) if row["run"] == run]
     console = Console()
@@ -81,6 +82,14 @@ def _numbers(sizes: str) -> list[int]:
     if any(n < _SMALLEST for n in numbers):
         raise UsageError(f"--sizes {sizes}: a size must be at least {_SMALLEST:,}, for the shapes of a transformer to fit in")
     return numbers
+
+
+def _engines(names: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in names.split(";"))
+    unknown = [name for name in found if name not in ENGINES]
+    if unknown:
+        raise UsageError(f"--engines: there is no {unknown[0]!r}; there are {'; '.join(ENGINES)}")
+    return found
 
 
 def _name(device: torch.device) -> str:

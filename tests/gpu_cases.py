@@ -51,13 +51,17 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         m = beta1 * states[0] + (1 - beta1) * g
         v = beta2 * states[1] + (1 - beta2) * g * g
         denom = torch.sqrt(v / (1 - beta2**t)) + a["eps"]
+        parts = lr * (beta1 * states[0].abs() + (1 - beta1) * g.abs()) / (1 - beta1**t) / denom
         move, states = lr * m / (1 - beta1**t) / denom, [m, v]
     elif base == "lion":
         move, states = lr * torch.sign(beta1 * states[0] + (1 - beta1) * g), [beta2 * states[0] + (1 - beta2) * g]
+        parts = move.abs()
     elif base == "sgd":
         move = lr * g
+        parts = move.abs()
     else:
         buffer = a["momentum"] * states[0] + g
+        parts = lr * (a["momentum"] * states[0].abs() + g.abs()) * (1 + a["momentum"])
         move, states = lr * (g + a["momentum"] * buffer if base == "nesterov" else buffer), [buffer]
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
     pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0))
@@ -65,7 +69,7 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
     new = (w - move) / divisor
     if lr * a["weight_decay"] > 0 and a["cutoff"] >= 0 and a["p"] < 2:
         new = torch.where(new.abs() <= SNAP, 0.0, new)
-    scale = (w.abs() + move.abs()) / divisor
+    scale = (w.abs() + parts) / divisor     # the parts of a move may cancel each other
     return [new, *states], torch.where((x / a["cutoff"] - 1).abs() < 1e-5, math.nan, scale)
 
 

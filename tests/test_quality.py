@@ -196,7 +196,7 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     other = {**found[-1], "seed": 1, "loss": found[-1]["loss"] + 0.5}
     old = {**found[1], "work": {**found[1]["work"], "rows": 99}}
     text = page.draw([old, *found, other], tmp_path).read_text()
-    assert (tmp_path / "quality-tiny.png").stat().st_size > 10_000
+    assert (tmp_path / f"quality-tiny-{STEPS}.png").stat().st_size > 10_000
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
     assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | 2 |" in text, "mean and half of the range"
@@ -246,7 +246,7 @@ def test_a_row_is_called_by_what_differs_from_the_defaults_of_now(rows, tmp_path
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--work", "words"], "chars, scratch or lm"), ([], "--text is missing"), (["--text", "a", "--work", "lm"], "needs a --model"),
+    (["--work", "words"], "chars, scratch, nanogpt or lm"), ([], "--text is missing"), (["--text", "a", "--work", "lm"], "needs a --model"),
     (["--text", "a", "--model", "b"], "--model is for"), (["--text", "a", "--sparsities", "half"], "must be numbers"),
     (["--text", "a", "--sparsities", "0.5 100"], "percents"), (["--text", "missing.txt"], "must be an existing file")])
 def test_the_command_says_what_is_wrong(tmp_path, arguments, word):

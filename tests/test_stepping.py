@@ -143,10 +143,9 @@ def test_whole_steps_of_one_process_reach_the_target_and_a_failed_engine_says_wh
             raise RuntimeError("it broke\nhere")
         return real(engine, *more)
     monkeypatch.setattr(stepping_whole, "_launched", launched)
-    monkeypatch.setattr(stepping, "whole_runs", lambda shape, seed: stepping_whole.whole_runs(shape, seed, engines=("one process", "ZeRO-2")))
-    page = stepping.step("", repeats=1, out=str(tmp_path), shape=Shape(layers=1, hidden=32, tokens=8, blocks=1)).read_text()
+    page = stepping.step("", repeats=1, out=str(tmp_path), shape=Shape(layers=1, hidden=32, tokens=8, blocks=1), engines="one process; ZeRO-2").read_text()
     run, row, failed = stepping.rows_of(tmp_path / "step.jsonl")
-    assert run["command"].endswith("--layers 1 --hidden 32 --tokens 8 --blocks 1")
+    assert run["command"].endswith("--layers 1 --hidden 32 --tokens 8 --blocks 1 --engines 'one process; ZeRO-2'")
     assert (row["engine"], row["ranks"], row["blocks"], row["zeros"]) == ("one process", 1, 1, pytest.approx(0.5, abs=0.01))
     assert row["ratio"] == row["ours"]["tokens/s"] / row["peer"]["tokens/s"], "of one block, that is the median"
     assert row["peer"]["name"] == PEER
@@ -160,3 +159,5 @@ def test_the_command_runs_and_what_is_no_size_is_refused(tmp_path):
     for sizes in ("many", "100"):
         with pytest.raises(UsageError, match=f"--sizes {sizes}: "):
             stepping.step(sizes, out=str(tmp_path))
+    with pytest.raises(UsageError, match="no 'ZeRO-9'; there are one process; ZeRO-2; "):
+        stepping.step("", out=str(tmp_path), engines="one process; ZeRO-9")

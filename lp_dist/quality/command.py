@@ -18,8 +18,9 @@ def quality(work: str, text: str, model: str, methods: str, sparsities: str, see
     Raises:
         UsageError: something in it can't be read, or is missing.
     """
-    if work not in ("chars", "scratch", "lm"):
-        raise UsageError(f"--work {work}: it is chars, scratch or lm")
+    makers = {"chars": works.chars, "scratch": partial(works.chars, scratch=True), "nanogpt": works.nanogpt}
+    if work not in (*makers, "lm"):
+        raise UsageError(f"--work {work}: it is chars, scratch, nanogpt or lm")
     if not text:
         raise UsageError(f"--text is missing, a text file or a hub dataset; {_TEXTS[work == 'lm']}")
     if bool(model) != (work == "lm"):
@@ -28,7 +29,7 @@ def quality(work: str, text: str, model: str, methods: str, sparsities: str, see
     shares, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
     if not all(0 < share < 100 for share in shares):
         raise UsageError(f"--sparsities {sparsities}: these are percents between 0 and 100")
-    make = partial(works.lm, model, text, steps, block) if work == "lm" else partial(works.chars, text, steps, work == "scratch")
+    make = partial(works.lm, model, text, steps, block) if work == "lm" else partial(makers[work], text, steps)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "quality.jsonl"

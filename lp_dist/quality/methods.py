@@ -76,7 +76,9 @@ class _OneShot(_Masked):
 
     def _at(self, t: int) -> None:
         if not self.masks and t == round(self.settings["at"] * self.run.steps):
+            self.run.model.eval()   # what calibrates it goes through no dropout
             self.masks = self.prune()
+            self.run.model.train()
             _Masked.after_step(self, t)
 
 

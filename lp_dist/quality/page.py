@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from lp_dist.quality.methods import BASELINES, FORMS, OURS, Spec
+from lp_dist.quality.runs import device_of
 
 Row = dict[str, Any]
 BEST = "lp"
@@ -32,21 +33,29 @@ def name_of(method: str) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> Path:
-    """Writes quality.md, and quality-WORK.png for each work; returns the page's path. Rows of another work than the last one of its name are
-    left out of both, and stay in the file. A method is called by what differs from the defaults of now, whatever they were when it ran."""
+    """Writes quality.md, and quality-WORK-STEPS.png for each work on a CPU and on each kind of GPU; returns the page's path.
+
+    Rows of another work than the last one of its name and steps are left out of both, and stay in the file. A method is called by what differs
+    from the defaults of now, whatever they were when it ran."""
     lines = [
         "# What sparsity costs: ours against the ways that others go", "",
         "Cross-entropy on held-out text, in nats a token (perplexity in brackets where the tokens are words), lower is better. Same data, tokens,",
         "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of [quality.jsonl](quality.jsonl), and",
         "`lp-dist bench quality --work W --text FILE --methods METHOD --sparsities PERCENT --seeds SEED`, with its values, makes it again."]
-    for name in dict.fromkeys(row["work"]["name"] for row in rows):
-        latest = next(row["work"] for row in reversed(rows) if row["work"]["name"] == name)
-        of_work = [{**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line} for row in rows if row["work"] == latest]
-        lines += ["", *_section(name, latest, of_work)]
-        _plot(name, of_work, directory / f"quality-{name}.png")
+    for name, steps, device in dict.fromkeys(map(_about, rows)):
+        of_name = [row for row in rows if _about(row) == (name, steps, device)]
+        of_work = [{**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line} for row in of_name if row["work"] == of_name[-1]["work"]]
+        title = f"{name}, {steps:,} steps" + (f", {device}" if device != "cpu" else "")
+        picture = "-".join(["quality", name, str(steps), *(device.lower().split() if device != "cpu" else [])]) + ".png"
+        lines += ["", *_section(title, picture, of_work)]
+        _plot(title, of_work, directory / picture)
     path = directory / "quality.md"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _about(row: Row) -> tuple[str, int, str]:
+    return row["work"]["name"], row["work"]["schedule"]["steps"], device_of(row)
 
 
 def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
@@ -124,21 +133,22 @@ def _cell(losses: list[float | None], words: bool) -> str:
     return f"{middle:.3f}" + (f" ± {spread:.3f}" if len(losses) > 1 else "") + (f" ({math.exp(middle):.2f})" if words else "")
 
 
-def _section(name: str, work: Row, rows: list[Row]) -> Iterable[str]:
+def _section(title: str, picture: str, rows: list[Row]) -> Iterable[str]:
+    work = rows[0]["work"]
     schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run" for row in rows})
     before = f"A dense model trained for {work['pretraining']['steps']:,} steps, then" if work["pretraining"] else "The model as it is given, then"
     lines: list[str] = []
-    for title, (columns, *cells) in tables(rows).items():
-        lines += ["", f"### {title}"] if title else []
+    for heading, (columns, *cells) in tables(rows).items():
+        lines += ["", f"### {heading}"] if heading else []
         ruler = ["---", *["---:"] * (len(columns) - 1)]
         lines += ["", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (columns, ruler, *cells))]
     return [
-        f"## {name}", "",
+        f"## {title}", "",
         f"{work['text']}. {before} {schedule['steps']:,} steps of {work['rows']} × {work['block']} tokens, learning rate {schedule['lr']:g} unless the method's",
-        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity](quality-{name}.png)", *lines]
+        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity]({picture})", *lines]
 
 
-def _plot(name: str, rows: list[Row], path: Path) -> None:
+def _plot(title: str, rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
@@ -159,7 +169,7 @@ def _plot(name: str, rows: list[Row], path: Path) -> None:
         axes.fill_between([100 * s for s in points], list(map(min, at.values())), list(map(max, at.values())), alpha=0.2, color=line.get_color())
     if highest and dense:
         axes.set_ylim(mean(dense) * 0.98, highest * 1.03)     # what is far worse would flatten the rest
-    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{name}: each at its best learning rate, lower is better")
+    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{title}: each at its best learning rate, lower is better")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -31,17 +31,32 @@ Made = Callable[[], Work]
 def key_of(row: dict[str, Any]) -> str:
     """Runs with the same key have the same row. A 1 in a method's line is a 1.0."""
     settings = {key: float(value) if type(value) is int else value for key, value in row["settings"].items()}
-    return json.dumps([row["work"], Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]], sort_keys=True)
+    return json.dumps([row["work"], device_of(row), Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]], sort_keys=True)
+
+
+def device_of(row: dict[str, Any]) -> str:
+    """What it was computed on: rows are compared with those of the same kind of device alone, since a GPU multiplies in tf32."""
+    return row.get("device", "cpu")     # rows of before are of CPUs
 
 
 def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
     """The rows that are asked for, as far as they are known before a run. A dense run has no sparsity."""
-    found = []
+    found, device = [], _device_name()
     for seed in seeds:
         for spec in specs:
             for sparsity in sparsities if spec.family != "dense" else [0.0]:
-                found.append({"work": work.described(), "method": spec.line, "settings": spec.settings, "sparsity": sparsity, "seed": seed})
+                found.append({"work": work.described(), "device": device, "method": spec.line, "settings": spec.settings, "sparsity": sparsity,
+                              "seed": seed})
     return found
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _device_name() -> str:
+    device = _device()
+    return torch.cuda.get_device_name() if device.type == "cuda" else str(device)
 
 
 def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> None:
@@ -56,6 +71,7 @@ def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> No
     stages = [[row for row in left if (row["method"] == "dense") is dense] for dense in (True, False)]
     seeds = sorted({row["seed"] for row in left})
     if jobs == 1:
+        _begin()
         work = make()
         for row in sum(stages, []):
             append(path, {**row, **one(work, row), **context})
@@ -78,8 +94,14 @@ def workers(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker)
 
 
+def _begin() -> None:
+    if _device().type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32, as one trains on GPUs
+
+
 def _begin_worker() -> None:
     torch.set_num_threads(1)
+    _begin()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -140,8 +162,7 @@ def _schedule(work: Work, lr: float | None) -> Schedule:
 
 def _dense(work: Work, seed: int) -> nn.Module:
     """The model that is to become sparse: as it is given, or trained once for each seed."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = work.build(seed).to(device)
+    model = work.build(seed).to(_device())
     if work.pretraining is not None:
         described = {**work.described(), "schedule": None}
 

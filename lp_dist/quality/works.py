@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Work:
     """One of the bench's works.
 
     Args:
-        name: "chars", "scratch" or "lm". text: its tokens. build: makes the model before any training, of a seed.
+        name: "chars", "scratch", "nanogpt" or "lm". text: its tokens. build: makes the model before any training, of a seed.
         pretraining: of the dense model that is to become sparse; None: `build` gives it as it is.
         schedule: of the run that makes it sparse. rows, block: of a batch. evaluated: windows of the held-out text that are evaluated.
         betas, clip: Adam's, and the largest norm of a gradient.
@@ -118,21 +119,37 @@ def chars(text: str, steps: int | None = None, scratch: bool = False) -> Work:
 
     scratch: sparse while it learns, and not afterwards. steps: of the run that makes it sparse, instead of 600 (2,000 from scratch).
     """
-    train, held_out = _read(text)
-    alphabet = {c: i for i, c in enumerate(sorted(set(train + held_out)))}
-    tokens = [torch.tensor([alphabet[c] for c in part]) for part in (train, held_out)]
-    described = f"{Path(text).name}, {len(train) + len(held_out):,} characters, the last tenth held out"
-
-    def build(seed: int) -> nn.Module:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=len(alphabet), n_positions=64, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-                                          attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one pass
-                                          use_cache=False, bos_token_id=None, eos_token_id=None))
+    characters = _characters(text)
     whole = Schedule(2000, 1e-3, 100)
-    return Work("scratch" if scratch else "chars", Text(*tokens, len(alphabet), described), build, None if scratch else whole,
+    return Work("scratch" if scratch else "chars", characters, partial(_gpt, characters.vocabulary, 64, 4, 128, 4, 0.0), None if scratch else whole,
                 Schedule(steps or 2000, 1e-3, 100) if scratch else Schedule(steps or 600, 1e-3, 20), rows=12, block=64, evaluated=10**9)
+
+
+def nanogpt(text: str, steps: int | None = None) -> Work:
+    """nanoGPT's `config/train_shakespeare_char.py` for a GPU: 6 layers of 384, blocks of 256 characters, batches of 64, dropout of 0.2. The dense
+    model learns for 2,000 of its 5,000 steps: nanoGPT keeps the best of its evaluations, and afterwards the model learns by heart.
+
+    steps: of the run that makes it sparse, instead of 600.
+    """
+    characters = _characters(text)
+    return Work("nanogpt", characters, partial(_gpt, characters.vocabulary, 256, 6, 384, 6, 0.2), Schedule(2000, 1e-3, 100),
+                Schedule(steps or 600, 1e-3, 20), rows=64, block=256, evaluated=10**9)
+
+
+def _characters(text: str) -> Text:
+    parts = _read(text)
+    alphabet = {c: i for i, c in enumerate(sorted(set("".join(parts))))}
+    tokens = [torch.tensor([alphabet[c] for c in part]) for part in parts]
+    return Text(*tokens, len(alphabet), f"{Path(text).name}, {sum(map(len, parts)):,} characters, the last tenth held out")
+
+
+def _gpt(vocabulary: int, block: int, layers: int, width: int, heads: int, dropout: float, seed: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=block, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=dropout,
+                                      embd_pdrop=dropout, attn_pdrop=dropout, activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one pass
+                                      use_cache=False, bos_token_id=None, eos_token_id=None))
 
 
 def lm(model: str, text: str, steps: int | None = None, block: int = 1024) -> Work:
