@@ -74,43 +74,85 @@ def stride_of(shard: Shard, elements: int) -> int:
 def smallest(parts: list[Part], ranks: dict[str, int], passes: int, elements: dict[str, int] | None = None) -> dict[str, float]:
     """For each scope the smallest threshold at or below which `ranks[scope]` weights have their x; 0.0 for a rank of 0.
 
-    elements: of each scope, where the parts are samples of it: a rank is then taken in proportion. Each pass reads the weights once and sums one histogram over the ranks. After two the threshold is exact to a part in 8,192 and not
-    below the exact one; after three it is the exact one.
+    elements: of each scope, where the parts are samples of it: a rank is then taken in proportion. Each pass reads the weights once and sums one
+    histogram over the ranks. After two the threshold is exact to a part in 8,192 and not below the exact one; after three it is the exact one.
     """
     scopes = list(ranks)
-    prefix, left, used = [0] * len(scopes), [ranks[scope] for scope in scopes], 0
+    prefix, left, used = [0] * len(scopes), torch.tensor([ranks[scope] for scope in scopes]), 0
     for bits in _BITS[:passes]:
-        shift = 31 - used - bits
-        counts = torch.zeros(len(scopes), 1 << bits, dtype=torch.int64)
-        for part in parts:
-            row = scopes.index(part.scope)
-            for _, x in part.x():
-                pattern = x.view(torch.int32)
-                if used:
-                    pattern = pattern[(pattern >> (31 - used)) == prefix[row]]
-                counts[row] += torch.bincount((pattern >> shift) & ((1 << bits) - 1), minlength=1 << bits).cpu()
+        shift, width = 31 - used - bits, 1 << bits
+        counts = torch.zeros(len(scopes), width, dtype=torch.int64)
+        for rows, x, which in _xs(parts, scopes, together=elements is not None):
+            pattern = x.view(torch.int32)
+            bins = (pattern >> shift) & (width - 1)
+            if which is not None:
+                bins = bins + width * which
+            if used:    # the numbers that begin as found so far
+                begun = torch.tensor([prefix[row] for row in rows], dtype=torch.int32)
+                bins = bins[(pattern >> (31 - used)) == (int(begun) if which is None else begun.to(x.device)[which])]
+            counts[rows] += torch.bincount(bins, minlength=len(rows) * width).view(len(rows), width).cpu()
         below = summed(counts).cumsum(1).cpu()
         if elements is not None and not used:
-            left = [round(ranks[scope] * int(below[row, -1]) / elements[scope]) for row, scope in enumerate(scopes)]
-        for row in range(len(scopes)):
-            bin_ = int(torch.searchsorted(below[row], left[row]))
-            left[row] -= int(below[row, bin_ - 1]) if bin_ else 0
-            prefix[row] = prefix[row] << bits | bin_
+            left = torch.tensor([round(ranks[scope] * seen / elements[scope]) for scope, seen in zip(scopes, below[:, -1].tolist())])
+        found = torch.searchsorted(below, left[:, None])
+        left = left - below.gather(1, (found - 1).clamp(0))[:, 0] * (found[:, 0] > 0)
+        prefix = [old << bits | bin_ for old, bin_ in zip(prefix, found[:, 0].tolist())]
         used += bits
     uppermost = [min((p + 1 << 31 - used) - 1, _INFINITY) for p in prefix]  # the largest number with these first bits
-    found = torch.tensor(uppermost, dtype=torch.int32).view(torch.float32).tolist()
-    return {scope: value if ranks[scope] else 0.0 for scope, value in zip(scopes, found)}
+    thresholds = torch.tensor(uppermost, dtype=torch.int32).view(torch.float32).tolist()
+    return {scope: value if ranks[scope] else 0.0 for scope, value in zip(scopes, thresholds)}
 
 
 def share_below(parts: list[Part], thresholds: dict[str, float]) -> dict[str, float]:
     """For each scope the share of what its parts hold, over all ranks, with x at or below its threshold."""
     scopes = list(thresholds)
     counts = torch.zeros(len(scopes), 2, dtype=torch.int64)
-    for part in parts:
-        row = scopes.index(part.scope)
-        for _, x in part.x():
-            counts[row] += torch.tensor([int((x <= thresholds[part.scope]).sum()), x.numel()])
+    for rows, x, which in _xs(parts, scopes, together=True):
+        which = torch.zeros_like(x, dtype=torch.int64) if which is None else which
+        limits = torch.tensor([thresholds[scopes[row]] for row in rows], device=x.device)
+        counts[rows] += torch.stack([torch.bincount(of, minlength=len(rows)) for of in (which[x <= limits[which]], which)], dim=1).cpu()
     return {scope: below / max(1, all_) for scope, (below, all_) in zip(scopes, summed(counts).tolist())}
+
+
+def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """Numbers of scopes, x, and which of these scopes each x is of; None where there is one.
+
+    together: parts are joined to slices of the usual size, as for samples: on an accelerator a call takes longer than the weights of many parts.
+    Else each part is taken as `zero_below` takes it, whose x are to be the same bits.
+    """
+    number = {scope: i for i, scope in enumerate(scopes)}
+    for batch in _batches(parts) if together else ([part] for part in parts):
+        rows, lengths = [number[part.scope] for part in batch], [part.weights.numel() for part in batch]
+        one = batch[0]
+        if len(batch) > 1:
+            weights, second = (torch.cat([t.reshape(-1) for t in ts]) if ts[0] is not None else None
+                               for ts in ([part.weights for part in batch], [part.second for part in batch]))
+            one = Part(one.scope, weights, second, one.values, one.step)
+        distinct = sorted(set(rows))
+        which = None
+        if len(distinct) > 1:   # then it is one slice
+            runs = torch.tensor([[distinct.index(row) for row in rows], lengths]).to(one.weights.device)
+            which = torch.repeat_interleave(*runs, output_size=sum(lengths))
+        yield from ((distinct, x, which) for _, x in one.x())
+
+
+def _batches(parts: list[Part]) -> Iterator[list[Part]]:
+    """Parts whose x is computed alike, as many as make a slice, or one that is more."""
+    kinds: dict[tuple, list[Part]] = {}
+    for part in parts:
+        if part.weights.numel():
+            values = tuple(str(part.values.get(key)) for key in ("p", "precondition", "betas", "eps"))
+            kinds.setdefault((part.weights.device, *values, part.second is None, part.step), []).append(part)
+    for alike in kinds.values():
+        batch: list[Part] = []
+        size = 0
+        for part in alike:
+            if batch and size + part.weights.numel() > slices.limit(part.weights.device):
+                yield batch
+                batch, size = [], 0
+            batch.append(part)
+            size += part.weights.numel()
+        yield batch
 
 
 @torch.no_grad()
@@ -138,26 +180,38 @@ class Census:
 
 def census(shards: list[Shard]) -> Census:
     """Counts in one pass over the weights, and two reductions: of two numbers a parameter, and of one a row."""
-    alive, counts = [torch.zeros(0, dtype=torch.int32)], []
-    for shard in shards:
+    numel, by_row, alone = [], {}, {}   # non-zero weights: of each row, and of shards whose rows are not known
+    for i, shard in enumerate(shards):
         piece = shard.piece
         values = piece.share.reshape(-1)
+        numel.append(values.numel())
         if piece.first is None or not len(shard.shape):
-            nonzero = values.numel() - slices.count_zeros(values)
+            alone[i] = values.numel() - slices.count_zeros(values)
         else:
-            rows = torch.zeros(shard.shape[0], dtype=torch.int32, device=values.device)
-            nonzero = _count_rows(values, piece.first, shard.shape.numel() // max(1, shard.shape[0]), rows)
-            alive.append(rows.cpu())
-        counts.append([values.numel() - int(nonzero), values.numel()])
-    found, every = summed(torch.tensor(counts, dtype=torch.int64).view(-1, 2)), summed(torch.cat(alive))
+            by_row[i] = _by_row(values, piece.first, shard.shape[0], shard.shape.numel() // max(1, shard.shape[0]))
+    alive = _on_host(list(by_row.values()), torch.int32)
+    nonzero = dict(zip(alone, _on_host([count.view(1) for count in alone.values()], torch.int64).tolist()))
+    nonzero |= {i: int(rows.sum()) for i, rows in zip(by_row, alive.split([len(rows) for rows in by_row.values()]))}
+    found = summed(torch.tensor([[n - nonzero[i], n] for i, n in enumerate(numel)], dtype=torch.int64).view(-1, 2))
+    every = summed(alive)
     return Census([(zeros, elements) for zeros, elements in found.tolist()], int((every == 0).sum()), every.numel())
 
 
-def _count_rows(values: Tensor, start: int, width: int, rows: Tensor) -> Tensor:
-    """Writes the non-zero weights of each row into `rows`, and returns their number. values: a range of the parameter that begins at `start`."""
+def _on_host(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """One after the other, by one wait; they may lie on several devices where some of the weights are offloaded."""
+    return torch.cat([t.to(tensors[0].device) for t in tensors] or [torch.zeros(0, dtype=dtype)]).cpu()
+
+
+def _by_row(values: Tensor, start: int, height: int, width: int) -> Tensor:
+    """Non-zero weights of each of `height` rows, int32. values: a range of the parameter that begins at `start`, taken flat."""
+    def counted(some: Tensor) -> Tensor:
+        return some.view(torch.int8).view(-1, width).sum(1, dtype=torch.int32)
+    if values.numel() == height * width and values.numel():
+        return counted(values.bool())   # a cast, several times as fast as a comparison
+    rows = torch.zeros(height, dtype=torch.int32, device=values.device)
     if values.numel():
         first, last = start // width, (start + values.numel() - 1) // width
         some = torch.zeros((last - first + 1) * width, dtype=torch.bool, device=values.device)  # whole rows
-        some[start - first * width:][: values.numel()].copy_(values)  # a cast, several times as fast as a comparison
-        rows[first:last + 1] = some.view(torch.int8).view(-1, width).sum(1, dtype=torch.int32)
-    return rows.sum()
+        some[start - first * width:][: values.numel()].copy_(values)
+        rows[first:last + 1] = counted(some)
+    return rows

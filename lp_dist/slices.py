@@ -22,6 +22,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def limit(device: torch.device) -> int:
+    """Elements of a slice."""
+    return _SLICE.get(device.type, _SLICE_ACCELERATOR)
+
+
 def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if the parameter is to decay by its group's values and could never move."""
     if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
@@ -36,7 +41,7 @@ def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
 
 def pieces(values: Tensor) -> tuple[Tensor, ...]:
     """`values` in flat slices of bounded size; what can't be viewed flat is copied."""
-    return values.reshape(-1).split(_SLICE.get(values.device.type, _SLICE_ACCELERATOR))
+    return values.reshape(-1).split(limit(values.device))
 
 
 def count_zeros(values: Tensor) -> Tensor:
@@ -44,8 +49,8 @@ def count_zeros(values: Tensor) -> Tensor:
     # Casting to bool is what torch does fastest on a CPU, by far: 10 times as fast as a comparison, and up to 50 times as count_nonzero. A slice
     # has fewer elements than an int32 can count, and bytes are summed in vectors.
     counts = [piece.bool().view(torch.int8).sum(dtype=torch.int32) for piece in pieces(values)]
-    alive = torch.stack(counts).sum(dtype=torch.int64) if counts else torch.zeros((), dtype=torch.int64, device=values.device)
-    return values.numel() - alive
+    alive = counts[0] if len(counts) == 1 else torch.stack(counts).sum(dtype=torch.int64)
+    return values.numel() - alive.long()
 
 
 def batches(rows: list[Row]) -> Iterator[list[Row]]:
@@ -53,18 +58,18 @@ def batches(rows: list[Row]) -> Iterator[list[Row]]:
     batch, size = [], 0
     for row in rows:
         tensors = row[:-1]
-        limit = _SLICE.get(tensors[0].device.type, _SLICE_ACCELERATOR)
-        for piece in _slices(tensors, limit):
+        most = limit(tensors[0].device)
+        for piece in _slices(tensors, most):
             batch.append((*piece, row[-1]))
             size += piece[0].numel()
-            if size >= limit:
+            if size >= most:
                 yield batch
                 batch, size = [], 0
     if batch:
         yield batch
 
 
-def _slices(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
-    if tensors[0].numel() <= limit or not all(t.is_contiguous() for t in tensors):
+def _slices(tensors: tuple[Tensor, ...], most: int) -> Iterator[tuple[Tensor, ...]]:
+    if tensors[0].numel() <= most or not all(t.is_contiguous() for t in tensors):
         return iter((tensors,))  # what can't be viewed flat is taken whole: right, if larger
-    return zip(*(t.view(-1).split(limit) for t in tensors))
+    return zip(*(t.view(-1).split(most) for t in tensors))

@@ -3,68 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
-from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from quantile_cases import SMALLEST, cut, few, meeting, ordered, part, shard_of, vector
 
 from lp_dist import LpAdamW, attach, quantiles
 from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
 from lp_dist.shards import Shard, shards
-
-few = settings(max_examples=150, deadline=None, derandomize=True)
-SMALLEST = 2.0**-149  # the least denormal of fp32
-AWKWARD = (0.0, -0.0, SMALLEST, -1e-40, 1e-38, 1e-13, 0.25, -0.25, 0.2500001, 1.0, -1.0, 3.0, 1e20, 3e38, -3e38)
-number = st.one_of(st.sampled_from(AWKWARD), st.floats(-4.0, 4.0, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False))
-vector = st.lists(number, min_size=1, max_size=40)
-
-
-def part(scope: str, weights, p: float = 1.0, second=None, **values) -> Part:
-    """With p = 1 and nothing else x is |w|, so that numpy can sort it."""
-    return Part(scope, torch.as_tensor(weights, dtype=torch.float32), second, {"p": p, **values}, values.get("step", 0.0))
-
-
-def ordered(x) -> np.ndarray:
-    return np.sort(np.abs(np.asarray(x, dtype=np.float32)))
-
-
-def cut(flat: torch.Tensor, places: list[float]) -> list[tuple[int, int]]:
-    """First and last element (beyond it) of the pieces between `places`, fractions of the whole."""
-    edges = [0, *sorted(round(place * flat.numel()) for place in places), flat.numel()]
-    return list(zip(edges, edges[1:]))
-
-
-@contextmanager
-def meeting(ranks: int):
-    """`summed` of `ranks` threads, as all_reduce would do it."""
-    barrier, mine, slots = threading.Barrier(ranks, timeout=30), threading.local(), [None] * ranks
-
-    def summed(counts: torch.Tensor) -> torch.Tensor:
-        slots[mine.rank] = counts.clone()
-        barrier.wait()
-        total = sum(slots[1:], slots[0].clone())
-        barrier.wait()
-        return total
-
-    def run(functions):
-        results = [None] * ranks
-
-        def one(rank: int) -> None:
-            mine.rank = rank
-            results[rank] = functions[rank]()
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-    with mock.patch.object(quantiles, "summed", summed):
-        yield run
 
 
 # -- order statistics ---------------------------------------------------------------------------------------------------
@@ -203,12 +152,6 @@ def test_parts_of_a_live_optimizer_have_its_second_moments_and_a_share_of_each_r
 
 
 # -- zeros and dead rows ------------------------------------------------------------------------------------------------
-
-
-def shard_of(flat: torch.Tensor, shape: tuple[int, ...], first: int, last: int, gap: int = 0, **replica: int) -> Shard:
-    """Elements first to last of the parameter, inside a tensor with `gap` other ones on both sides."""
-    tensor = torch.cat([torch.ones(gap), flat[first:last], torch.ones(gap)])
-    return Shard("w", flat, torch.Size(shape), first, tensor, gap, last - first, 0, lambda _: {}, **replica)
 
 
 @given(st.data(), st.integers(1, 4))

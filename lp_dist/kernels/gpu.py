@@ -25,6 +25,7 @@ _ALIGNED = 8                # elements that make at least 16 bytes of any dtype 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # What the numbers are made of
 _GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "floor", "step")
+_PLAIN = frozenset({float, int, bool, type(None)})
 _ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff", "floor")
 
 
@@ -90,16 +91,19 @@ def step(base: str, work: Work) -> None:
     """
     kinds: dict[tuple, list[tuple]] = {}
     for values, rows in work:
-        form, lr = _form(base, values), values["lr"]
+        form, lr, nesterov = _form(base, values), values["lr"], bool(values.get("nesterov"))
         own = tuple(map(float, (
             *values.get("betas", (0, 0)), values.get("eps", 0), values.get("momentum", 0), -1 if values["maximize"] else 1,
             values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0), values["cutoff"], values.get("floor", 0))))
+        alike: dict[tuple, list[tuple]] = {}    # by what rows with the same values can still differ in; they may be many, so this is quick
         for row in rows:
-            weights, grads, *states, t = row
+            weights = row[0]
             if weights.numel():
-                there = [isinstance(value, Tensor) and value.device == weights.device for value in (lr, t if base == "adamw" else 0)]
-                kind = (base, weights.device, weights.dtype, grads.dtype, *form, bool(states), bool(values.get("nesterov")), *there)
-                kinds.setdefault(kind, []).append((lr, own, row))
+                key = weights.device, weights.dtype, row[1].dtype, len(row) > 3, type(row[-1]) is Tensor and row[-1].device
+                alike.setdefault(key, []).append((lr, own, row))
+        for (device, weight, gradient, has_state, step_at), members in alike.items():
+            there = isinstance(lr, Tensor) and lr.device == device, base == "adamw" and step_at == device
+            kinds.setdefault((base, device, weight, gradient, *form, has_state, nesterov, *there), []).extend(members)
     for kind, members in kinds.items():
         with torch.cuda.device(kind[1]) if kind[1].type == "cuda" else nullcontext():   # a CPU's are for Triton's interpreter
             _launch(kind, members)
@@ -109,6 +113,8 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int]:
     """POWER and GAMMA. The learning rate is not looked at: should it be 0, the numbers say so."""
     for key in _ON_THE_HOST:
         value = values.get(key)
+        if type(value) in _PLAIN:   # every tensor of the model may have values of its own, so this is quick
+            continue
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, Tensor) and part.device.type != "cpu":
                 raise ValueError(f"{key} is a tensor on {part.device}, and the host would have to wait for it; pass a number. Only lr may lie there")
@@ -124,7 +130,7 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
         raise RuntimeError("a CUDA graph would repeat this step's count forever; make the step counts tensors on the device (capturable)")
     addresses, numbers = _tables.setdefault(kind, (_Table(), _Table()))
     blocks = [(row[0].numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members]  # wherever a row starts
-    places = [(n, row[0].numel(), *(t.data_ptr() for t in row[:-1])) for n, (*_, row) in zip(blocks, members)]
+    places = [(n, row[0].numel(), *[t.data_ptr() for t in row[:-1]]) for n, (*_, row) in zip(blocks, members)]
     given = [(0.0 if lr_there else float(lr), *own, 0.0 if step_there or base != "adamw" else float(row[-1])) for lr, own, row in members]
     rows = addresses.of(places, lambda: _addresses(places, [t.element_size() for t in members[0][-1][:-1]]), device)
     if lr_there or step_there:
@@ -132,7 +138,7 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
                        lr=torch.stack([lr.reshape(()) for lr, *_ in members]) if lr_there else None,
                        step=torch.stack([row[-1].reshape(()) for *_, row in members]) if step_there else None)
     else:
-        plans = numbers.of(given, lambda: _plans(base, torch.tensor(given, dtype=torch.float64)), device)
+        plans = numbers.of(given, lambda: _plans(base, given), device)
     lp_step[(sum(blocks),)](
         rows, plans, len(members), base, _TYPES[weight], _TYPES[gradient], power, gamma, has_state, nesterov, _SIZE,
         num_warps=_WARPS, enable_fp_fusion=False)
@@ -151,21 +157,51 @@ def _addresses(places: list[tuple[int, ...]], sizes: list[int]) -> Tensor:
     return torch.tensor(table, dtype=torch.int64)
 
 
-def _plans(base: str, given: Tensor, lr: Tensor | None = None, step: Tensor | None = None) -> Tensor:
-    """`plan_of` of step.cpp for many rows, on the host or on the device. `lr`, `step`: instead of those among `given` (rows × _GIVEN)."""
-    a = dict(zip(_GIVEN, given.unbind(1)))
-    lr = a["lr"] if lr is None else lr.double()
-    step = a["step"] if step is None else step.double()
-    strength, exponent, zeros = lr * a["weight_decay"], 2 - a["p"], torch.zeros_like(lr)
-    active = (strength > 0) & (a["cutoff"] >= 0)    # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
-    kept = strength.clamp(torch.finfo(torch.float32).tiny, LARGEST.value)
+class _Floats:
+    """The functions of a plan for one row on the host: 40 calls of torch would take as long as a step of 50 million weights."""
+
+    log2, sqrt, round = math.log2, math.sqrt, round
+
+    @staticmethod
+    def clamp(x: float, least: float, most: float) -> float:
+        return min(max(x, least), most)
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        return x if condition else y
+
+
+class _Tensors:
+    """The same for many rows on the device, where the learning rate or the steps are."""
+
+    log2, sqrt, round, clamp, where = torch.log2, torch.sqrt, torch.round, torch.clamp, torch.where
+
+
+def _plans(base: str, given: list[tuple[float, ...]] | Tensor, lr: Tensor | None = None, step: Tensor | None = None) -> Tensor:
+    """The numbers of rows, [rows, NUMBERS] in fp32, from the values of _GIVEN: of the host, or of a tensor [rows, _GIVEN] on the device, where
+    `lr` and `step` are instead of those among them."""
+    if not isinstance(given, Tensor):
+        made = {values: _plan(base, dict(zip(_GIVEN, values)), _Floats) for values in dict.fromkeys(given)}     # most rows have the same
+        plans = torch.tensor(list(made.values()), dtype=torch.float64).float()
+        places = dict(zip(made, range(len(made))))
+        return plans.expand(len(given), -1).contiguous() if len(made) == 1 else plans[[places[values] for values in given]]
+    there = {key: value.double() for key, value in (("lr", lr), ("step", step)) if value is not None}
+    return torch.stack(_plan(base, {**dict(zip(_GIVEN, given.unbind(1))), **there}, _Tensors), dim=1).float()
+
+
+def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> list[Any]:
+    """`plan_of` of step.cpp, in double precision."""
+    lr, cutoff, floor = a["lr"], a["cutoff"], a["floor"]
+    strength, exponent = lr * a["weight_decay"], 2 - a["p"]
+    active = (strength > 0) & (cutoff >= 0)     # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
+    kept = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact
-    (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = ((high := (x * 512).round() / 512, x - high) for x in (kept.log2(), exponent, a["gamma"]))
-    at_zero = zeros.masked_fill(exponent > 0, math.inf).masked_fill(exponent == 0, -1)      # −1: as of any other weight
-    return torch.stack([    # in the order of the columns
-        a["sign"], 1 - a["beta1"], 1 - a["beta2"], a["beta2"], (1 - a["beta2"] ** step).sqrt(), a["eps"],
-        -lr / (1 - a["beta1"] ** step) if base == "adamw" else -lr, a["momentum"],
-        (kept ** (1 / exponent.clamp(min=1))).masked_fill(~active, 0), l_hi, l_lo, exponent, c_hi, c_lo, a["gamma"], y_hi, y_lo,
-        (kept / a["cutoff"]).masked_fill(~active, math.inf), (kept / a["floor"]).clamp(max=LARGEST.value).masked_fill(a["floor"] <= 0, math.inf),
-        at_zero, (1 + lr * a["l2"]).clamp(1, LARGEST.value),
-        (zeros - 1).masked_fill(active & (exponent > 0), SNAP)], dim=1).float()
+    (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = ((high := f.round(x * 512) / 512, x - high) for x in (f.log2(kept), exponent, a["gamma"]))
+    return [    # in the order of the columns
+        a["sign"], 1 - a["beta1"], 1 - a["beta2"], a["beta2"], f.sqrt(1 - a["beta2"] ** a["step"]), a["eps"],
+        -lr / (1 - a["beta1"] ** a["step"]) if base == "adamw" else -lr, a["momentum"],
+        f.where(active, kept ** (1 / f.clamp(exponent, 1.0, math.inf)), 0.0), l_hi, l_lo, exponent, c_hi, c_lo, a["gamma"], y_hi, y_lo,
+        f.where(active & (cutoff > 0), kept / f.where(cutoff > 0, cutoff, 1.0), math.inf),
+        f.where(floor > 0, f.clamp(kept / f.where(floor > 0, floor, 1.0), 0.0, LARGEST.value), math.inf),
+        f.where(exponent > 0, math.inf, f.where(exponent == 0, -1.0, 0.0)),     # at zero; −1: as of any other weight
+        f.clamp(1 + lr * a["l2"], 1.0, LARGEST.value), f.where(active & (exponent > 0), SNAP, -1.0)]
