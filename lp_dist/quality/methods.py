@@ -230,7 +230,7 @@ def _value(line: str, text: str) -> Any:
 
 # -- which methods are run ----------------------------------------------------------------------------------------------
 
-BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat", "pat:c=0.33,scope=global", "gmp",
+BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat", "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp",
              "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
 OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:grace=0"]
 FORMS = [f"lp:cap={cap},p={p:g},precondition={gamma:g},scope={scope}"
