@@ -19,6 +19,7 @@ _BITS = (11, 10, 10)
 _INFINITY = 0x7F800000  # nan lies beyond it
 # Weights of a scope that are enough to see where its x lie: a share of them is that of all within 0.003 (one standard deviation).
 _SAMPLE = 1 << 15
+_TOGETHER = 1 << 20     # weights of small parts that are joined at most, for about 50 bytes each while they are looked at
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def share_below(parts: list[Part], thresholds: dict[str, float]) -> dict[str, fl
 def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
     """Numbers of scopes, x, and which of these scopes each x is of; None where there is one.
 
-    together: parts are joined to slices of the usual size, as for samples: on an accelerator a call takes longer than the weights of many parts.
+    together: small parts are joined, as for samples: on an accelerator a call takes longer than the weights of many parts.
     Else each part is taken as `zero_below` takes it, whose x are to be the same bits.
     """
     number = {scope: i for i, scope in enumerate(scopes)}
@@ -137,17 +138,17 @@ def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[
 
 
 def _batches(parts: list[Part]) -> Iterator[list[Part]]:
-    """Parts whose x is computed alike, as many as make a slice, or one that is more."""
+    """Parts whose x is computed alike, as many as may be joined, or one that is more."""
     kinds: dict[tuple, list[Part]] = {}
     for part in parts:
         if part.weights.numel():
             values = tuple(str(part.values.get(key)) for key in ("p", "precondition", "betas", "eps"))
-            kinds.setdefault((part.weights.device, *values, part.second is None, part.step), []).append(part)
+            kinds.setdefault((part.weights.device, part.weights.dtype, *values, part.second is None, part.step), []).append(part)
     for alike in kinds.values():
         batch: list[Part] = []
         size = 0
         for part in alike:
-            if batch and size + part.weights.numel() > slices.limit(part.weights.device):
+            if batch and size + part.weights.numel() > min(_TOGETHER, slices.limit(part.weights.device)):
                 yield batch
                 batch, size = [], 0
             batch.append(part)
