@@ -119,6 +119,18 @@ class LpCallback(TrainerCallback, ExportableState):
                                "learning rate or max_grad_norm; with DeepSpeed in bf16, \"check_grad_overflow\": true in its bf16 section skips such steps")
 
 
+class _Taught(TrainerCallback, ExportableState):
+    """Keeps in Trainer's checkpoints which part of the loss a teacher has."""
+
+    part = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"part": self.part}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # Trainer wants it there when it saves
+
+
 class LpTrainer(Trainer):
     """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every `report_to` logger; and
     which can be taught by a dense model while it becomes sparse.
@@ -133,17 +145,30 @@ class LpTrainer(Trainer):
         distill: the part of the training loss that is the divergence from what the teacher says; the rest is the cross-entropy with the
             text. Evaluations know the text alone.
     Raises:
-        ValueError: the teacher speaks of other tokens, is the model itself, or one of them is no causal language model.
+        ValueError: the teacher speaks of other tokens, is the model itself, or one of them is no causal language model. When training goes on
+            from a checkpoint: it was taught otherwise.
     """
 
     def __init__(self, *args: Any, counted: Iterable[str] | None = None, teacher: nn.Module | None = None, distill: float = 0.5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._counted = set(counted) if counted is not None else decayed_names(self.model)
         self._teacher, self._distill, self._prepared = teacher, distill, None
+        self._taught = _Taught()
+        self._taught.part = distill if teacher is not None else 0.0
+        self.add_callback(self._taught)
         if teacher is not None:
             check_teacher(self.model, teacher, distill)
             if self.compute_loss_func is not None or self.label_smoother is not None:
                 raise ValueError("a teacher was given as well as a loss of your own (compute_loss_func, label_smoothing_factor); leave one of them out")
+
+    def _load_callback_state(self) -> None:
+        """Trainer calls it when it has read a checkpoint's state."""
+        saved = self.state.stateful_callbacks.get(_Taught.__name__, self._taught.state())["attributes"]["part"]
+        if saved != self._taught.part:
+            before, now = (f"a teacher in {part:g} of its loss" if part else "no teacher" for part in (saved, self._taught.part))
+            raise UsageError(f"the checkpoint of step {self.state.global_step} had {before}, and now there is {now}; go on with the same teacher= and "
+                             "distill=, or start anew from its weights with another output_dir")
+        super()._load_callback_state()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; in training with a teacher's part in it."""

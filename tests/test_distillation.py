@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, param_groups
 from lp_dist.distillation import distilled_loss, divergence, sharded_alike
+from lp_dist.errors import UsageError
 
 STEPS = 16
 
@@ -136,6 +137,10 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
     resumed = make(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(saved))
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed)))
+    with pytest.raises(UsageError, match="had a teacher in 0.5 of its loss, and now there is a teacher in 0.25"):
+        make(tmp_path / "d", distill=0.25).train(resume_from_checkpoint=str(saved))
+    with pytest.raises(UsageError, match="step 8 had a teacher in 0.5 .* now there is no teacher"):
+        trainer(tmp_path / "e", callbacks=[LpCallback(target=SparsityTarget(0.5))]).train(resume_from_checkpoint=str(saved))
     plain = trained(tmp_path / "c", callbacks=[LpCallback(target=SparsityTarget(0.5))])
     assert not all(torch.equal(a, b) for a, b in zip(weights(whole), weights(plain))), "the teacher does something"
 
