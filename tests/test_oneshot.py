@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from hypothesis import strategies as st
 from quality_cases import gpt2, llama
 
 from lp_dist.quality import oneshot, runs
+from lp_dist.quality.methods import Spec
+
+
+def test_what_is_calibrated_goes_through_no_dropout(monkeypatch):
+    seen = []
+    monkeypatch.setattr(oneshot, "wanda", lambda model, *_: seen.append(model.training) or {})
+    run = SimpleNamespace(model=gpt2(0).train(), names=[], sparsity=0.5, steps=4, weights={}, inputs=lambda: None)
+    Spec.read("wanda").method(run).start()
+    assert seen == [False] and run.model.training
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 1))

@@ -203,6 +203,21 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
 
 
+def test_each_device_and_each_length_of_run_has_a_section_of_its_own(rows, tmp_path):
+    found = [row for row in runs.read(rows) if row["method"] in ("dense", "gmp", "lp")]
+    gpu = [{**row, "device": "NVIDIA H200", "loss": row["loss"] + 1} for row in found]
+    longer = [{**row, "work": {**row["work"], "schedule": {**row["work"]["schedule"], "steps": 4000}}} for row in gpu]
+    assert len({runs.key_of(row) for row in [*found, *gpu, *longer]}) == 3 * len(found)
+    assert runs.key_of({key: value for key, value in found[0].items() if key != "device"}) == runs.key_of(found[0]), "rows of before are of CPUs"
+    text = page.draw([*found, *gpu, *longer], tmp_path).read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## tiny, {STEPS} steps", f"## tiny, {STEPS} steps, NVIDIA H200", "## tiny, 4,000 steps, NVIDIA H200"]
+    pictures = [f"quality-tiny-{STEPS}.png", f"quality-tiny-{STEPS}-nvidia-h200.png", "quality-tiny-4000-nvidia-h200.png"]
+    assert all(f"![loss against sparsity]({name})" in text and (tmp_path / name).exists() for name in pictures)
+    of_lp = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ours |")]
+    assert of_lp == [f"{next(row['loss'] for row in group if row['method'] == 'lp'):.3f}" for group in (found, gpu, longer)]
+
+
 def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
     found, lr = runs.read(rows), "lp:lr=0.5"
     a_form = page.Spec.of("lp", Spec.read(methods.FORMS[0]).settings).line
@@ -264,6 +279,9 @@ def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
     model = chars.build(0)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.02), "nanoGPT's CPU setting"
+    larger = works.nanogpt(str(text), 50)
+    assert sum(p.numel() for p in larger.build(0).parameters()) == pytest.approx(10.7e6, rel=0.02), "and its GPU setting"
+    assert (larger.schedule.steps, larger.rows, larger.block, larger.build(0).config.resid_pdrop) == (50, 64, 256, 0.2)
     lm = works.lm(str(tiny_model), str(text), 30, 64)
     assert lm.schedule.steps == 30 and lm.evaluate(lm.build(0)) == pytest.approx(torch.tensor(384.0).log().item(), rel=0.1), "random weights know nothing"
     with pytest.raises(UsageError, match="lower --block"):
