@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpAdamW, measure_sparsity, param_groups
+from lp_dist import LpAdamW, measure_sparsity, param_groups, slices
 from lp_dist.sparsity import Sparsity, kind_of
 
 
@@ -20,6 +20,15 @@ def small_model() -> nn.Sequential:
         for param in model.parameters():
             param[torch.rand_like(param) < 1 / 3] = 0
     return model
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+@pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor(0.0), torch.randn(6, 5).relu(), torch.randn(5, 6).relu().t(), torch.randn(21).bfloat16().relu()],
+                         ids=lambda values: str(tuple(values.shape)))
+def test_zeros_are_counted_over_all_slices(values, most, monkeypatch):
+    monkeypatch.setitem(slices._SLICE, "cpu", most)
+    found = slices.count_zeros(values)
+    assert int(found) == int((values == 0).sum()) and found.dtype == torch.int64 and found.ndim == 0
 
 
 DECAYED = {"0.weight", "2.weight", "3.weight"}
