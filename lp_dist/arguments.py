@@ -57,7 +57,7 @@ class DecayArguments:
     curve: str = field(default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)})
     cap: float = field(default=1.0, metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."})
     grace: float = field(default=0.1, metadata={"help": "Weights that fade can come back until the last fifth of the window, in which they die; 0: none."})
-    every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window."})
+    every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window, 20 at most."})
 
     base: str = field(default="adamw", metadata={"help": "Base optimizer: adamw, sgd or lion.", "choices": ["adamw", "sgd", "lion"]})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
 GRACE_ENDS = 0.8   # of the window, but a collapse before its end: what has faded needs no more
+LONGEST = 20       # steps between two looks that a target takes by itself: with more, weights that move far are found too late
 _TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while the decay acts
 VERSION = 2
 
@@ -59,7 +60,7 @@ class Control:
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
         collapse = SHORTEST * (1 if all(self._values(shard)["p"] <= 0.5 for shard in self.shards) else 2)    # the nearer p is to 1, the longer
         self.grace_ends = min(self.start + round(GRACE_ENDS * (self.end - self.start)), self.end - collapse)
-        self.every = target.every or max(1, round((self.end - self.start) / 20))
+        self.every = target.every or min(LONGEST, max(1, round((self.end - self.start) / 20)))
         self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
         self.seen = -1                          # optimizer steps at the last call
         self.next = self.start                  # optimizer steps at which the weights are looked at again

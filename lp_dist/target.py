@@ -35,7 +35,7 @@ class SparsityTarget:
         grace: for the first four fifths of the window weights with x below `grace` times the planned threshold decay no faster than at it: they
             fade to next to nothing, and come back if their gradient asks for it. Then they die. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
-        every: optimizer steps between two looks at the weights; None: a twentieth of the window.
+        every: optimizer steps between two looks at the weights; None: a twentieth of the window, and 20 at most.
     Raises:
         ValueError: a value is out of its range.
     """
@@ -69,7 +69,7 @@ class SparsityTarget:
         if not 0.0 <= self.grace <= 1.0:
             raise ValueError(f"grace={self.grace!r} must be a number from 0, no way back, to 1; 0.1 is the default")
         if self.every is not None and self.every < 1:
-            raise ValueError(f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window")
+            raise ValueError(f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window, 20 at most")
         if not callable(self.curve) and self.curve not in CURVES:
             raise ValueError(f"curve={self.curve!r} must be one of {', '.join(CURVES)}, or a function of the part of the window that is over")
         points = [self.at(i / 16) for i in range(17)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
 from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
 
 CAPPED, UNCAPPED, PRECONDITIONED = {"grace": 0.0}, {"cap": None, "grace": 0.0}, {"cap": None, "precondition": 1.0, "grace": 0.0}
@@ -267,6 +267,13 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
     assert "50.00% zeros of 20992 weights from optimizer step 6 to 42 of 60, a look every 10" in caplog.text
     assert "50.00% after the last threshold" in caplog.text
+
+
+@pytest.mark.parametrize("total, given, every", [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)])
+def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, every):
+    model = model_of()
+    optimizer = LpAdamW(model.parameters())
+    assert attach(model, optimizer, target=SparsityTarget(0.5, every=given), total_steps=total).control.every == every
 
 
 def test_a_look_that_comes_late_does_not_shift_the_later_ones():
