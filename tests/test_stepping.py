@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import rich.console
 import torch
 from test_cli import lp_dist
 
-from lp_dist import stepping, stepping_contenders, stepping_whole
+from lp_dist import cli, stepping, stepping_contenders, stepping_whole
 from lp_dist.errors import UsageError
 from lp_dist.stepping_contenders import COPY, PEER, SHAPES, Missing, Tensors, contenders, transformer
 from lp_dist.stepping_whole import Shape
@@ -159,5 +160,6 @@ def test_the_command_runs_and_what_is_no_size_is_refused(tmp_path):
     for sizes in ("many", "100"):
         with pytest.raises(UsageError, match=f"--sizes {sizes}: "):
             stepping.step(sizes, out=str(tmp_path))
+    assert inspect.signature(cli.step).parameters["engines"].default == "; ".join(stepping_whole.ENGINES)
     with pytest.raises(UsageError, match="no 'ZeRO-9'; there are one process; ZeRO-2; "):
         stepping.step("", out=str(tmp_path), engines="one process; ZeRO-9")

@@ -230,8 +230,8 @@ def _value(line: str, text: str) -> Any:
 
 # -- which methods are run ----------------------------------------------------------------------------------------------
 
-BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat", "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp",
-             "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
+BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat",
+             "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
 OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:grace=0"]
 FORMS = [f"lp:cap={cap},p={p:g},precondition={gamma:g},scope={scope}"
          for scope in ("layer", "global") for cap in ("1.0", "none") for gamma in (0, 0.5, 1, 2) for p in (-1, 0, 0.5, 0.8, 1)]

@@ -16,7 +16,8 @@ BEST = "lp"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
-    "pat": "torchao's PAT", "pat:c=0.33,scope=global": "PAT by |w|·(√v̂)^⅓, global", "pat:c=0.67,scope=global": "PAT by |w|·(√v̂)^⅔, global", "gmp": "GMP by |w|",
+    "pat": "torchao's PAT", "pat:c=0.33,scope=global": "PAT by |w|·(√v̂)^⅓, global",
+    "pat:c=0.67,scope=global": "PAT by |w|·(√v̂)^⅔, global", "gmp": "GMP by |w|",
     "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
     "gmp:c=0.67,scope=global": "GMP by |w|·(√v̂)^⅔, global", "lp": "ours", "lp:precondition=0.5": "ours, γ = ½", "lp:precondition=0": "ours, γ = 0",
     "lp:scope=layer": "ours, layer by layer", "lp:grace=0": "ours, without grace"}
