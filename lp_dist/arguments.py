@@ -56,6 +56,8 @@ class DecayArguments:
                                                   "choices": ["layer", "global"]})
     curve: str = field(default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)})
     cap: float = field(default=1.0, metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."})
+    memory: float | None = field(default=None, metadata={"help": "Windows in which weights that are zero would be forgotten by the optimizer, in which they go on "
+                                                         "learning and may come back. 0: they fade in the model itself. 1 with adamw and a cap of 1, else 0."})
     grace: float = field(default=0.1, metadata={"help": "Weights that fade can come back until the last fifth of the window, in which they die; 0: none."})
     every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window, 20 at most."})
 
@@ -91,14 +93,14 @@ class DecayArguments:
     def target(self) -> SparsityTarget | None:
         """The sparsity that is asked for, if one is; raises ValueError where it is bad."""
         if self.sparsity is None:
-            for key in ("sparsity_of", "scope", "curve", "cap", "grace", "every"):
+            for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every"):
                 if getattr(self, key) != self.__dataclass_fields__[key].default:
                     raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
         if not self.sparsity:
             return None
         window = {key: value for key, value in (("start", self.decay_start), ("end", self.decay_end)) if value is not None}
-        return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, grace=self.grace,
-                              curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition)
+        return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, memory=self.memory,
+                              grace=self.grace, curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition)
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""

@@ -16,6 +16,7 @@ from lp_dist.control import Control
 from lp_dist.engines import (
     agree, foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
+from lp_dist.feasible import remembers
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
@@ -23,7 +24,7 @@ from lp_dist.segments import Segment, SegmentMap, check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
 from lp_dist.shards import Shard, all_zero, full_shape, shards
-from lp_dist.target import GAMMA, SparsityTarget
+from lp_dist.target import GAMMA, MEMORY, SparsityTarget
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,10 @@ def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, override
 
 
 def _formed(target: SparsityTarget, live: Any, asked: list[dict[str, Any]]) -> SparsityTarget:
-    """With the γ that loses least, where nobody says another one. (A λ by hand keeps γ = 0: with v̂ in it, it would depend on the loss' scale.)"""
+    """With the γ and the memory that lose least, where nobody says other ones. (A λ by hand keeps γ = 0: with v̂ in it it would depend on the
+    loss' scale.)"""
+    if target.memory is None:
+        target = replace(target, memory=MEMORY if remembers(live) and target.cap == 1.0 and target.grace else 0.0)
     if target.precondition is not None or any(values.get("precondition") for values in asked):
         return target
     return replace(target, precondition=GAMMA) if isinstance(live, LpOptimizer) and "exp_avg_sq" in live.state_names else target

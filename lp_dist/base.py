@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lp_dist import decay, kernels
+from lp_dist.latents import Hidden
 from lp_dist.segments import Asked, SegmentMap, effective, part
 from lp_dist.slices import Row, batches, local, refuse_all_zero
 
@@ -223,15 +224,21 @@ class LpOptimizer(Optimizer):
         if group["maximize"] or any(g.dtype != w.dtype for w, g in zip(weights, grads)):
             columns[1] = [(-g if group["maximize"] else g).to(w.dtype) for w, g in zip(weights, grads)]
         lr = float(group["lr"])
-        x = None
+        x = hidden = None
         if decay.is_active(lr, group["weight_decay"], group["cutoff"]):
-            x = decay.resistance(weights, group["p"])
+            if group.get("latent") and group["cutoff"] > 0:     # else zeros are frozen, or nothing decays
+                hidden = Hidden(weights, columns[2])
+            x = decay.resistance(hidden.latents if hidden else weights, group["p"])
             if lagged is not None and group["cutoff"] > 0:  # else zeros are frozen: only whether a weight is zero counts
                 decay.lag_(x, lagged, group["lag"])
         denom = direction(group, lr, *columns)
         if x is not None and group.get("precondition"):
             decay.precondition_(x, denom, group["precondition"])
-        decay.decay_(weights, x, lr=lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")})
+        values = {"lr": lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")}}
+        if hidden:
+            hidden.decay_(weights, columns[1], columns[2], denom, x, group["precondition"], values)
+        else:
+            decay.decay_(weights, x, **values)
 
     # Each base gives its direction twice. Both get the group, the learning rate and the columns of the rows (weights,
     # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of each

@@ -3,7 +3,7 @@
 With x of `decay.py`, and no gradients, x falls by (2−p)·λ·α a step. So the λ by which the share s of the weights is dead h steps from now is
 `x_s / ((2−p)·Σα)`, with x_s the quantile of the present x at s and Σα the learning rates of those steps. Gradients push back; hence the
 same is asked anew every `every` steps, for the share that the plan has `every` steps later (a receding horizon: no gains to tune).
-Until the last fifth of the window x has a floor, so that what fades is not lost yet (the target's `grace`).
+What is to die is not lost yet: until the window ends it is zero, and latent (the target's `memory`), or until its last fifth it fades to a floor (its `grace`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.optim import Optimizer
 
 from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
+from lp_dist.feasible import SHORTEST, refuse_what_cannot_be
 from lp_dist.hooks import steps_taken
-from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
+from lp_dist.quantiles import Census, Part, census, settle, share_below, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
 from lp_dist.schedule import FROZEN, OFF, window_steps
 from lp_dist.segments import SegmentMap, effective
 from lp_dist.shards import Shard
-from lp_dist.target import SparsityTarget, check_p
+from lp_dist.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
 GRACE_ENDS = 0.8   # of the window, but a collapse before its end: what has faded needs no more
 LONGEST = 20       # steps between two looks that a target takes by itself: with more, weights that move far are found too late
 _TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while the decay acts
-VERSION = 2
+VERSION = 3
 
 
 class Control:
@@ -55,10 +55,13 @@ class Control:
         self.end = min(self.end, total)
         self.groups = sorted({shard.group for shard in candidates})
         self.phase = target.phase()
-        self._check(everything)
+        forms = {shard.name: self._values(shard) for shard in self.shards}
+        refuse_what_cannot_be(target, optimizer, self.shards, forms, (self.start, self.end, total), everything, lr_scheduler)
+        if target.memory or any(form.get("precondition") for form in forms.values()):
+            self.start = max(1, self.start)     # before the first step there are no moments
         elements = sum(shard.shape.numel() for shard in self.shards)
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
-        collapse = SHORTEST * (1 if all(self._values(shard)["p"] <= 0.5 for shard in self.shards) else 2)    # the nearer p is to 1, the longer
+        collapse = SHORTEST * (1 if all(form["p"] <= 0.5 for form in forms.values()) else 2)    # the nearer p is to 1, the longer
         self.grace_ends = min(self.start + round(GRACE_ENDS * (self.end - self.start)), self.end - collapse)
         self.every = target.every or min(LONGEST, max(1, round((self.end - self.start) / 20)))
         self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
@@ -71,38 +74,6 @@ class Control:
     def shards(self) -> list[Shard]:
         """Of the parameters that decay."""
         return [shard for shard in self.candidates if shard.name not in self.left_out]
-
-    def _check(self, everything: int) -> None:
-        target, live = self.target, self.optimizer
-        if not self.shards:
-            raise UsageError("a sparsity is asked for, but no parameter decays: all are frozen, all zeros, left out by an override, or of modules that are "
-                             "not linear, convolution or attention layers. Unfreeze some, or name them (names=)")
-        if self.end - self.start < SHORTEST:
-            short = f"the window from step {self.start} to {self.end} of {self.total} has {self.end - self.start} steps, and a collapse takes {SHORTEST}"
-            share = target.end - target.start
-            longer = f"train for at least {math.ceil(SHORTEST / share) + 1} steps, or " if max(target.start, target.end) <= 1 else ""
-            raise UsageError(f"{short}; {longer}lower start, or raise end")
-        if any(shard.is_on_disk for shard in self.shards):
-            raise UsageError("a target can't be followed under NVMe offload, since the weights to be looked at lie on the disk; offload to the "
-                             "CPU instead, or give a weight_decay (λ) and no target")
-        for shard in self.shards:
-            values = self._values(shard)
-            try:
-                check_p(values["p"])
-            except ValueError as error:
-                raise UsageError(f"{shard.name}: {error}") from None
-        if target.scope == "global" and len({(self._values(s)["p"], self._values(s).get("precondition", 0.0)) for s in self.shards}) > 1:
-            raise UsageError("scope='global' has one threshold for all weights, so p and precondition must not differ between them; use scope='layer'")
-        if any(self._values(s).get("precondition") for s in self.shards):
-            self.start = max(1, self.start)     # before the first step there are no second moments
-        elements = sum(shard.shape.numel() for shard in self.shards)
-        if target.of == "all" and target.sparsity * everything >= elements:
-            raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} "
-                             f"({elements / everything:.1%}) decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
-        taken = steps_taken(live)
-        ahead = rates_ahead(self.lr_scheduler, live, self.end - 1 - taken)[self.start - taken:] if taken <= self.start else []
-        if ahead and not any(rate[i] > 0 for rate in ahead for i in self.groups):
-            raise UsageError(f"the learning rate is 0 in the whole window from step {self.start} to {self.end}, so nothing can decay; move the window")
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
@@ -170,50 +141,59 @@ class Control:
     def _begin(self) -> None:
         counts = self._zeros()
         self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
+        if self.target.memory:
+            settle(self._parts(latent=True), dict.fromkeys(self.before, math.inf))   # the momentum of zeros that were there is no latent weight
         logger.info("target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d", 100 * self.sparsity,
                     sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
 
     def _look(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has `every` steps from now; from a sample, since the next look mends it."""
         horizon = min(self.every, self.end - 1 - t)
+        latent = bool(self.target.memory)
+        grace = latent or (t < self.grace_ends and t + self.every < self.end - 1)
         seen = census(self.shards)
         counts = self._counts(seen)
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
         all_ = {scope: elements for scope, (_, elements) in counts.items()}
-        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope])) for scope, shard in self._scoped()]
+        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope]), latent=self._hides()) for scope, shard in self._scoped()]
         faded = self._faded(sample, all_)
         found = smallest(sample, {scope: round(share[scope] * elements) for scope, elements in all_.items()}, passes=2, elements=all_)
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
+        # What is latent is zero already. It is forgotten by the same decay, but over the window and not until the next look.
+        slower = self.target.memory * (self.end - self.start) / horizon if latent else 1.0
         lambdas = []
         for shard in self.shards:
             x, p = found[self._scope(shard)], self._values(shard)["p"]
-            total = sum(rate[shard.group] for rate in rates)
+            total = slower * sum(rate[shard.group] for rate in rates)
             weight_decay = min(max(x / ((2.0 - p) * total), _TINY), 1e30) if total > 0.0 else _TINY
             cutoff = math.inf if self.target.cap is None else self.target.cap * x
-            floor = self.target.grace * x if t < self.grace_ends and t + self.every < self.end - 1 else 0.0
-            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=floor)
+            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=self.target.grace * x if grace else 0.0, latent=latent)
             lambdas.append(weight_decay)
         self._log(t, seen, lambdas, faded)
 
     def _faded(self, sample: list[Part], elements: dict[str, int]) -> float | None:
-        """Share of the weights whose x is at or below the floor of the last look: zeros, and what is as good as zero. None if there is no floor."""
+        """Share of the weights whose x is at or below the floor of the last look: zeros, and what is as good as zero. None if there is no floor, or
+        what is below it is zero."""
         floors = {self._scope(shard): self.segments.values(shard.name).get("floor", 0.0) for shard in self.shards}
-        if not any(floors.values()):
+        if not any(floors.values()) or self._hides():
             return None
         below = share_below(sample, floors)
         return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
 
     def _close(self) -> None:
         """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
+        hidden = self._hides()
+        ranks = {scope: round(self.sparsity * elements) for scope, (_, elements) in self._counts(census(self.shards)).items()}
+        found = smallest(self._parts(whole=False, latent=hidden), ranks, passes=3)
+        if hidden:
+            settle(self._parts(latent=True), found)
         before = self._counts(census(self.shards))
-        mine, here = ([Part.of(scope, shard, self._values(shard), whole) for scope, shard in self._scoped()] for whole in (False, True))
-        found = smallest(mine, {scope: round(self.sparsity * elements) for scope, (_, elements) in before.items()}, passes=3)
-        zero_below(here, found)
+        zero_below(self._parts(), found)
         update_copies(self.wrapper)
         seen = census(self.shards)
         after = self._counts(seen)
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
-            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
+            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY, latent=False)
         total = sum(elements for _, elements in after.values())
         had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
         worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
@@ -221,6 +201,12 @@ class Control:
         logger.info("target: %.2f%% zeros by decay, %.2f%% after the last threshold; furthest from the target is %s, at %.2f%%", 100 * had, 100 * have,
                     worst, 100 * after[worst][0] / after[worst][1])
         self._log(self.end - 1, seen, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
+
+    def _hides(self) -> bool:
+        return any(self.segments.values(shard.name).get("latent") for shard in self.shards)
+
+    def _parts(self, whole: bool = True, latent: bool = False) -> list[Part]:
+        return [Part.of(scope, shard, self._values(shard), whole, latent=latent) for scope, shard in self._scoped()]
 
     # -- what it looks at ---------------------------------------------------------------------------------------------
 
@@ -260,7 +246,7 @@ class Control:
         return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every],
                 "left_out": list(self.left_out), "before": dict(self.before), "next": self.next, "closed": self.closed, "logs": dict(self.logs),
                 "values": {shard.name: {key: _plain(value) for key, value in self.segments.values(shard.name).items()
-                                        if key in ("weight_decay", "cutoff", "floor")} for shard in self.shards}}
+                                        if key in ("weight_decay", "cutoff", "floor", "latent")} for shard in self.shards}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was. Call it after the optimizer's state was loaded.
@@ -281,9 +267,9 @@ class Control:
         self.left_out = list(state["left_out"])
         self.before, self.next, self.closed, self.logs = dict(state["before"]), state["next"], state["closed"], dict(state["logs"])
         for name, values in state["values"].items():
-            self.segments.set(name, **{key: float(value) for key, value in values.items()})
+            self.segments.set(name, **{key: value if isinstance(value, bool) else float(value) for key, value in values.items()})
         self.run(steps_taken(self.optimizer))
 
 
-def _plain(value: float) -> float | str:
+def _plain(value: float | bool) -> float | bool | str:
     return value if math.isfinite(value) else str(value)  # JSON has no infinity

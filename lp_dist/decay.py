@@ -161,7 +161,7 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, lag, eps, momentum, betas, nesterov; other keys are ignored.
+    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, latent, lag, eps, momentum, betas, nesterov; other keys are ignored.
     A tensor on an accelerator is not looked at, since that would make the host wait for it.
     """
     for key, value in values.items():
@@ -186,6 +186,10 @@ def check_hyperparameters(**values: Any) -> None:
             for i, beta in enumerate(value if isinstance(value, (tuple, list)) and len(value) == 2 else [value]):
                 if not (_is_real(beta) and 0.0 <= beta < 1.0):
                     raise ValueError(f"betas[{i}]={beta!r} must be a number in [0, 1); betas=(0.9, 0.999) is usual")
+    if "latent" in values and not isinstance(values["latent"], bool):
+        raise ValueError(f"latent={values['latent']!r} must be True or False: whether weights that are not above the cutoff are kept out of the model")
+    if values.get("latent") and values.get("cutoff") == math.inf:
+        raise ValueError("latent=True with cutoff=inf would hide every weight; set the cutoff to the x below which weights are to be zero")
     if values.get("nesterov") and not values.get("momentum"):
         raise ValueError(f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or nesterov=False")
 

@@ -33,6 +33,8 @@ class LpAdamW(LpOptimizer):
         cutoff: weights with x above it feel no Lp term; negative: none does.
         floor: x is taken as at least this, so that weights fade out without being lost: those whose gradient asks for it come back. 0: as it is,
             and zero absorbs.
+        latent: where the decay acts, weights with x not above the cutoff after the step are zero, and what they would be lies in exp_avg, since
+            what is zero needs no momentum. It goes on learning from the gradient at zero and decaying, and is the weight again once its x is above.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
         maximize: step along the gradient, not against it.
@@ -47,10 +49,11 @@ class LpAdamW(LpOptimizer):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = 0.0, cutoff: float = math.inf,
-        floor: float = 0.0, lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
+        floor: float = 0.0, latent: bool = False, lag: float = 0.0, maximize: bool = False, capturable: bool = False,
+        implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
-                                      cutoff=cutoff, floor=floor, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, latent=latent, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod
     def _reference(group, lr, weights, grads, exp_avgs, exp_avg_sqs, steps):
@@ -82,6 +85,9 @@ class _Unconditioned(LpOptimizer):
         super().check(group)
         if group.get("precondition"):
             raise ValueError(f"precondition={group['precondition']} needs Adam's second moments, which {type(self).__name__} has not; "
+                             "use LpAdamW, or leave it out")
+        if group.get("latent"):
+            raise ValueError(f"latent=True keeps hidden weights where Adam has its first moments, which {type(self).__name__} has not or needs; "
                              "use LpAdamW, or leave it out")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist import decay, slices
+from lp_dist import decay, latents, slices
 from lp_dist.engines import summed
 from lp_dist.shards import Piece, Shard
 
@@ -31,6 +31,7 @@ class Part:
         weights: the fp32 masters, a view; those that this rank counts, a sample of them, or all that lie here.
         second: Adam's v of them where x is preconditioned, else None.
         values: p, precondition, betas and eps that hold for it. step: Adam's.
+        memory: Adam's m of them where weights that are zero may be latent in it (see `latents.py`), else None.
     """
 
     scope: str
@@ -38,10 +39,11 @@ class Part:
     second: Tensor | None
     values: dict[str, Any]
     step: float
+    memory: Tensor | None = None
 
     @classmethod
-    def of(cls, scope: str, shard: Shard, values: dict[str, Any], whole: bool = False, stride: int = 1) -> Part:
-        """whole: all that lies on this rank, also what another rank counts. stride: every so many weights of the parameter; they are the
+    def of(cls, scope: str, shard: Shard, values: dict[str, Any], whole: bool = False, stride: int = 1, latent: bool = False) -> Part:
+        """whole: all that lies on this rank, also what another rank counts. latent: zeros may hide weights. stride: every so many weights of the parameter; they are the
         same ones however it is sharded (unless a shard is no contiguous range of it)."""
         def mine(tensor: Tensor) -> Tensor:
             if whole:
@@ -50,20 +52,22 @@ class Part:
             return piece.share if stride == 1 else piece.share.reshape(-1)[-(piece.first or 0) % stride::stride]
 
         second = step = None
+        memory = mine(shard.state["exp_avg"]) if latent and shard.length else None
         if values.get("precondition") and shard.length:
             second, step = mine(shard.state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"])
-        return cls(scope, mine(shard.piece.values), second, values, step or 0.0)
+        return cls(scope, mine(shard.piece.values), second, values, step or 0.0, memory)
 
-    def x(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Slices of the weights (views where they are contiguous) and their x, as the decay would compute it now."""
-        seconds = slices.pieces(self.second) if self.second is not None else None
+    def x(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Slices of the weights and of the memory (views where they are contiguous) and their x, as the decay would compute it now."""
+        seconds, memories = (slices.pieces(t) if t is not None else None for t in (self.second, self.memory))
         for i, weights in enumerate(slices.pieces(self.weights)):
-            x = decay.resistance([weights], self.values["p"])
+            memory = memories[i] if memories is not None else None
+            x = decay.resistance([latents.seen(weights, memory)], self.values["p"])
             if seconds is not None:
                 beta2 = float(self.values["betas"][1])
                 denom = (seconds[i].sqrt() / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
                 decay.precondition_(x, [denom], self.values["precondition"])
-            yield weights, x[0].float()
+            yield weights, memory, x[0].float()
 
 
 def stride_of(shard: Shard, elements: int) -> int:
@@ -126,15 +130,15 @@ def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[
         rows, lengths = [number[part.scope] for part in batch], [part.weights.numel() for part in batch]
         one = batch[0]
         if len(batch) > 1:
-            weights, second = (torch.cat([t.reshape(-1) for t in ts]) if ts[0] is not None else None
-                               for ts in ([part.weights for part in batch], [part.second for part in batch]))
-            one = Part(one.scope, weights, second, one.values, one.step)
+            weights, second, memory = (torch.cat([t.reshape(-1) for t in ts]) if ts[0] is not None else None
+                                       for ts in zip(*((part.weights, part.second, part.memory) for part in batch)))
+            one = Part(one.scope, weights, second, one.values, one.step, memory)
         distinct = sorted(set(rows))
         which = None
         if len(distinct) > 1:   # then it is one slice
             runs = torch.tensor([[distinct.index(row) for row in rows], lengths]).to(one.weights.device)
             which = torch.repeat_interleave(*runs, output_size=sum(lengths))
-        yield from ((distinct, x, which) for _, x in one.x())
+        yield from ((distinct, x, which) for _, _, x in one.x())
 
 
 def _batches(parts: list[Part]) -> Iterator[list[Part]]:
@@ -143,7 +147,7 @@ def _batches(parts: list[Part]) -> Iterator[list[Part]]:
     for part in parts:
         if part.weights.numel():
             values = tuple(str(part.values.get(key)) for key in ("p", "precondition", "betas", "eps"))
-            kinds.setdefault((part.weights.device, part.weights.dtype, *values, part.second is None, part.step), []).append(part)
+            kinds.setdefault((part.weights.device, part.weights.dtype, *values, part.second is None, part.memory is None, part.step), []).append(part)
     for alike in kinds.values():
         batch: list[Part] = []
         size = 0
@@ -161,10 +165,28 @@ def zero_below(parts: list[Part], thresholds: dict[str, float]) -> None:
     """Sets the weights with x ≤ the threshold of their scope to zero, in place."""
     for part in parts:
         if thresholds[part.scope] > 0.0:
-            if not part.weights.is_contiguous():
-                raise RuntimeError(f"the part of {part.scope} on this rank is not contiguous: this way of sharding is not supported")
-            for weights, x in part.x():
+            _check_contiguous(part)
+            for weights, _, x in part.x():
                 weights.masked_fill_(x <= thresholds[part.scope], 0.0)
+
+
+@torch.no_grad()
+def settle(parts: list[Part], thresholds: dict[str, float]) -> None:
+    """Ends the hiding, in place: latent weights with x above the threshold of their scope are weights again, the others are lost. The memory of
+    all zeros is empty then."""
+    for part in parts:
+        if part.memory is None:     # nothing of it is on this rank
+            continue
+        _check_contiguous(part)
+        for weights, memory, x in part.x():
+            hidden = weights == 0
+            weights.copy_(torch.where(hidden & (x > thresholds[part.scope]), memory, weights))
+            memory.masked_fill_(hidden, 0.0)
+
+
+def _check_contiguous(part: Part) -> None:
+    if not part.weights.is_contiguous():
+        raise RuntimeError(f"the part of {part.scope} on this rank is not contiguous: this way of sharding is not supported")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lp_dist.decay import check_hyperparameters
 
 # What a parameter can have of its own. The learning rate and the moments' constants are the base optimizer's, hence the group's.
-KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor")
+KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent")
 
 # Part of a tensor with one set of values: offset, length, the values that differ from its group's.
 Run = tuple[int, int, dict[str, Any]]

@@ -63,6 +63,10 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         buffer = a["momentum"] * states[0] + g
         parts = lr * (a["momentum"] * states[0].abs() + g.abs()) * (1 + a["momentum"])
         move, states = lr * (g + a["momentum"] * buffer if base == "nesterov" else buffer), [buffer]
+    hidden = (w == 0) & a.get("latent", False)
+    if a.get("latent"):     # where w = 0 the latent weight is in exp_avg, and steps without momentum
+        w = torch.where(hidden, of[2].cpu().double(), w)
+        move, parts = torch.where(hidden, lr * g / denom, move), torch.where(hidden, lr * g.abs() / denom, parts)
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
     pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0))
     divisor = 1 + lr * a["l2"] + (pull if a["weight_decay"] > 0 and lr > 0 else 0.0)
@@ -70,6 +74,12 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
     if lr * a["weight_decay"] > 0 and a["cutoff"] >= 0 and a["p"] < 2:
         new = torch.where(new.abs() <= SNAP, 0.0, new)
     scale = (w.abs() + parts) / divisor     # the parts of a move may cancel each other
+    if a.get("latent"):
+        x_new = new.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
+        under = x_new <= a["cutoff"]
+        scale = torch.where((x_new / a["cutoff"] - 1).abs() < 1e-4, math.nan, scale)    # of a sum that cancels, x is less sure
+        states[0] = torch.where(under, new, torch.where(hidden, 0.0, states[0]))
+        new = torch.where(under, 0.0, new)
     return [new, *states], torch.where((x / a["cutoff"] - 1).abs() < 1e-5, math.nan, scale)
 
 
@@ -105,9 +115,10 @@ from triton.backends.compiler import GPUTarget
 from lp_dist.kernels import gpu
 
 signature = dict(rows="*i64", plans="*fp32", count="i32")
-names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "HAS_STATE", "NESTEROV", "SIZE")
-for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, True, False, 1024), ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, True, False, 1024),
-               ("sgd", tl.float32, tl.float16, -1, 0, False, False, 1024), ("lion", tl.float32, tl.float32, -2, 0, True, False, 1024)]:
+names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "HAS_STATE", "NESTEROV", "SIZE")
+for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, True, False, 1024), ("adamw", tl.float32, tl.bfloat16, 3, 2, True, True, False, 1024),
+               ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, True, False, 1024),
+               ("sgd", tl.float32, tl.float16, -1, 0, False, False, False, 1024), ("lion", tl.float32, tl.float32, -2, 0, False, True, False, 1024)]:
     source = triton.compiler.ASTSource(gpu.lp_step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
         asm = triton.compile(source, target=target, options=dict(num_warps=gpu._WARPS, enable_fp_fusion=False)).asm

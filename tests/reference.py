@@ -43,21 +43,32 @@ def lp_weight(u, w_old, *, lr, weight_decay, p, **variants):
 
 
 def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, p=0.5, l2=0.0,
-               precondition=0.0, cutoff=math.inf, floor=0.0, maximize=False):
-    """Adam (Kingma and Ba, arXiv 1412.6980), then the Lp decay. State: step, exp_avg, exp_avg_sq."""
+               precondition=0.0, cutoff=math.inf, floor=0.0, latent=False, maximize=False):
+    """Adam (Kingma and Ba, arXiv 1412.6980), then the Lp decay. State: step, exp_avg, exp_avg_sq.
+
+    latent: a weight whose x is not above the cutoff after the step is 0, and exp_avg has its latent value, which steps without momentum.
+    """
     beta1, beta2 = betas
     state = state or {"step": 0, "exp_avg": [0.0] * len(weights), "exp_avg_sq": [0.0] * len(weights)}
     t = state["step"] + 1
     new_weights, new_m, new_v = [], [], []
     for w, g, m, v in zip(weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], strict=True):
+        acts = latent and lr * weight_decay > 0.0 and cutoff > 0.0
+        hidden, old = acts and w == 0.0, w
+        if hidden:
+            old = m
         m = beta1 * m + (1.0 - beta1) * g
         v = beta2 * v + (1.0 - beta2) * g * g
         m_hat = m / (1.0 - beta1**t)
         v_hat = v / (1.0 - beta2**t)
         denom = math.sqrt(v_hat) + eps
-        u = w - lr * m_hat / denom
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor,
-                                     precondition=precondition, denom=denom))
+        u = old - lr * (g if hidden else m_hat) / denom
+        w_new = lp_weight(u, old, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, precondition=precondition, denom=denom)
+        if acts and _power(abs(w_new), 2.0 - p) * _power(denom, precondition) <= cutoff:
+            w_new, m = 0.0, w_new
+        elif hidden:
+            m = 0.0
+        new_weights.append(w_new)
         new_m.append(m)
         new_v.append(v)
     return new_weights, {"step": t, "exp_avg": new_m, "exp_avg_sq": new_v}

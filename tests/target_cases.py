@@ -23,6 +23,13 @@ def model_of() -> nn.Sequential:
 MATRICES = {name: param.numel() for name, param in model_of().named_parameters() if param.ndim == 2}
 
 
+def half_dead() -> nn.Sequential:
+    model = model_of()
+    with torch.no_grad():
+        model[2].weight[:32] = 0.0
+    return model
+
+
 def backward(model: nn.Module, step: int) -> None:
     """Gradients that depend on the weights and the step only."""
     generator = torch.Generator().manual_seed(step)

@@ -78,15 +78,16 @@ def test_frozen_is_the_base_with_zeros_kept(cls):
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
-@pytest.mark.parametrize("gamma", (0.0, 0.5, 0.37))
-def test_a_value_does_not_depend_on_where_it_lies(p, gamma):
+@pytest.mark.parametrize(("gamma", "latent"), [(0.0, False), (0.5, False), (0.37, False), (0.5, True)])
+def test_a_value_does_not_depend_on_where_it_lies(p, gamma, latent):
     """Cut anywhere, on any number of threads: bit for bit, for every p. This is what makes shards equal to one process."""
     torch.manual_seed(1)
     whole = torch.nn.Parameter(torch.randn(100_003) * 0.1)
     cuts = torch.randint(1, 7_000, (25,)).tolist()
     cuts.append(100_003 - sum(cuts))
     pieces = [torch.nn.Parameter(t.clone()) for t in whole.detach().split(cuts)]
-    changed = {"lr": 0.01, "weight_decay": 0.05, "p": p, "precondition": gamma, "implementation": "fused"}
+    changed = {"lr": 0.01, "weight_decay": 0.05, "p": p, "precondition": gamma, "implementation": "fused", "latent": latent}
+    changed |= {"cutoff": 0.1} if latent else {}
     one, many = LpAdamW([whole], **changed), LpAdamW(pieces, **changed)
     for _ in range(3):
         whole.grad = torch.randn(100_003) * 0.1
@@ -119,7 +120,8 @@ def test_rows_have_values_of_their_own_in_one_call():
 
 @pytest.mark.parametrize(("cls", "settings"), [
     (LpAdamW, {"lr": 0.02, "weight_decay": 0.05, "p": 0.8, "precondition": 0.5}), (LpSGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.2}),
-    (LpSGD, {"lr": 0.02, "weight_decay": 0.2}), (LpLion, {"lr": 0.01, "weight_decay": 0.2}), (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "cutoff": 0.0})])
+    (LpSGD, {"lr": 0.02, "weight_decay": 0.2}), (LpLion, {"lr": 0.01, "weight_decay": 0.2}),
+    (LpAdamW, {"lr": 0.02, "weight_decay": 0.01, "precondition": 0.5, "cutoff": 0.3, "floor": 0.03, "latent": True}), (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "cutoff": 0.0})])
 def test_bf16_weights_are_stepped_in_fp32_and_rounded_once(cls, settings):
     params = tensors(torch.bfloat16)
     ours = cls(params, implementation="fused", **settings)
@@ -161,7 +163,7 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_nan_gradient_shows(cls):
-    for changed in ({}, {"cutoff": 0.0}, {"weight_decay": 0.0}, {"p": 0.8}, {"p": 2.0}):
+    for changed in ({}, {"cutoff": 0.0}, {"weight_decay": 0.0}, {"p": 0.8}, {"p": 2.0}, *({"cutoff": 0.6, "latent": True},) * (cls is LpAdamW)):
         param = torch.nn.Parameter(torch.tensor([0.5, 0.0, -0.5, 0.0]))
         param.grad = torch.tensor([math.nan, math.nan, 0.1, 0.1])
         cls([param], **{"lr": 0.01, "weight_decay": 0.1, "implementation": "fused", **changed}).step()
@@ -184,12 +186,12 @@ def test_denormals_are_flushed_here_and_nowhere_else():
     assert (optimizer.state[param]["exp_avg_sq"] == 0).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"p": 0.8, "precondition": 0.37, "cutoff": 1e-3}, {"cutoff": 0.0}, {"weight_decay": 0.0}])
+@pytest.mark.parametrize("settings", [{}, {"p": 0.8, "precondition": 0.37, "cutoff": 1e-3, "latent": True}, {"cutoff": 0.0}, {"weight_decay": 0.0}])
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_memory_of_a_step_does_not_grow(cls, settings):
     """No byte of a tensor: what is allocated are the counts of steps, four bytes each."""
     if cls is not LpAdamW:
-        settings = {key: value for key, value in settings.items() if key != "precondition"}
+        settings = {key: value for key, value in settings.items() if key not in ("precondition", "latent")}
     peaks = []
     for n in (1 << 10, 1 << 22):
         params = [torch.nn.Parameter(torch.randn(n)) for _ in range(2)]

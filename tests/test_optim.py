@@ -24,6 +24,9 @@ CASES = {
     "adamw precondition cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1}),
     "adamw cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "cutoff": 0.2}),
     "adamw floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "floor": 0.05}),
+    "adamw latent": (LpAdamW, {"lr": 0.02, "weight_decay": 0.02, "cutoff": 0.2, "latent": True}),
+    "adamw latent all": (LpAdamW, {"lr": 0.02, "weight_decay": 0.02, "p": 0.8, "precondition": 0.37, "cutoff": 0.2, "floor": 0.05, "latent": True,
+                                   "l2": 0.1, "maximize": True}),
     "adamw frozen": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "p": 1.0, "cutoff": 0.0}),
     "adamw maximize": (LpAdamW, {"lr": 0.02, "weight_decay": 0.05, "maximize": True}),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2}),
@@ -94,6 +97,10 @@ def test_equals_the_oracle(cls, settings, implementation):
         for i, param in enumerate(params):
             expected[i], state[i] = STEPS[cls](expected[i], param.grad.flatten().tolist(), state[i], **settings)
         optimizer.step()
+        if settings.get("latent"):
+            assert 0 < sum(w == 0 and m != 0 for ws, s in zip(expected, state) for w, m in zip(ws, s["exp_avg"])) < 60
+            for param, s in zip(params, state, strict=True):
+                torch.testing.assert_close(optimizer.state[param]["exp_avg"].flatten(), torch.tensor(s["exp_avg"], dtype=torch.float64), rtol=1e-10, atol=2e-13)
     for param, weights in zip(params, expected, strict=True):
         # 25 steps of a few roundings (2e-16) each, doubled or so whenever a small weight is raised to a power
         torch.testing.assert_close(param.detach().flatten(), torch.tensor(weights, dtype=torch.float64), rtol=1e-10, atol=2e-13)
@@ -198,8 +205,8 @@ def test_a_late_gradient_starts_at_step_one(implementation):
 def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
     common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "lag", "maximize", "capturable"}
     for cls, settings, state_keys, group_keys in [
-        (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),
-        (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition"}),
+        (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
+        (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
         (LpSGD, {"weight_decay": 0.1}, {"step"}, {"momentum", "nesterov"}),
         (LpSGD, {"momentum": 0.9}, {"step", "momentum_buffer"}, {"momentum", "nesterov"}),
         (LpLion, {"weight_decay": 0.1}, {"step", "exp_avg"}, {"betas"}),

@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 
 # -- methods ------------------------------------------------------------------------------------------------------------
 
-LINES = ["dense", *methods.BASELINES[1:], "magnitude:at=0.5,scope=global", "lp", "lp:scope=layer", "lp:cap=none,lr=0.001,p=0"]
+LINES = ["dense", *methods.BASELINES[1:], "magnitude:at=0.5,scope=global", "lp", "lp:scope=layer", "lp:cap=none,lr=0.001,memory=0,p=0"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def test_parts_that_are_joined_are_as_parts_alone(data):
     with mock.patch.dict(quantiles.slices._SLICE, cpu=data.draw(st.sampled_from([1, 10, 1 << 16]))):
         assert smallest(parts, ranks, 2, elements=numel) == smallest(parts, ranks, 2)
         thresholds = {scope: data.draw(number.map(abs)) for scope in numel}
-        below = {scope: sum(int((x <= thresholds[scope]).sum()) for p in parts if p.scope == scope for _, x in p.x()) for scope in numel}
+        below = {scope: sum(int((x <= thresholds[scope]).sum()) for p in parts if p.scope == scope for *_, x in p.x()) for scope in numel}
     assert share_below(parts, thresholds) == {scope: below[scope] / max(1, n) for scope, n in numel.items()}
 
 

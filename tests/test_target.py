@@ -36,7 +36,7 @@ def plain_adamw(params, lr):
     (-1.0, 0.3, CAPPED), (-1.0, 0.9, UNCAPPED), (0.0, 0.3, PRECONDITIONED), (0.0, 0.9, CAPPED), (0.5, 0.3, UNCAPPED), (0.5, 0.9, PRECONDITIONED),
     (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}), (0.8, 0.3, CAPPED), (0.8, 0.9, PRECONDITIONED), (1.0, 0.3, {"cap": 2.0, "grace": 0.0}), (1.0, 0.9, CAPPED)])
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
-    run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
+    run = Run(layerwise(sparsity, p=p, memory=0.0, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
         assert abs(zeros - sparsity * MATRICES[name]) <= 1, f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
     assert all((param != 0).all() for name, param in run.model.named_parameters() if name not in MATRICES), "biases are no part of it"
@@ -80,7 +80,8 @@ def test_every_base_reaches_it(make, lr, p):
     assert run.attached.control.closed["by_threshold"] < 0.03, "it is the decay that does it"
 
 
-@pytest.mark.parametrize("every, look, form", [(4, 10, {}), (4, 14, {"cap": None}), (3, 9, {"precondition": 1.0, "cap": 3.0}), (10, 36, {})])
+@pytest.mark.parametrize("every, look, form", [(4, 10, {"memory": 0.0}), (4, 14, {"cap": None}), (3, 9, {"precondition": 1.0, "cap": 3.0}), (10, 36, {}),
+                                               (4, 10, {}), (3, 18, {"precondition": 1.0, "memory": 0.25})])
 def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
     """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or the last threshold."""
     run, horizon = Run(layerwise(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
@@ -92,13 +93,17 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
         if name in MATRICES:
             v = run.optimizer.state[param]["exp_avg_sq"].double()
             denom = (v / (1 - beta2**run.taken)).sqrt() + 1e-8 if "precondition" in form else 1.0
-            x[name] = float((param.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1])
-    rates = 0.0
+            weight = torch.where(param == 0, run.optimizer.state[param]["exp_avg"], param)    # where it is latent
+            x[name] = float((weight.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1])
+    rates, latent = 0.0, control.target.memory > 0
     for _ in range(horizon):
         rates += run.optimizer.param_groups[0]["lr"]
         run.step()
+    if latent:  # as long as that many windows
+        rates *= control.target.memory * (END - START) / horizon
     for name, values in found.items():
         assert values["weight_decay"] == pytest.approx(x[name] / (2 * rates), rel=3e-4), f"λ of {name}"
+        assert values["latent"] == latent
         assert values["cutoff"] == pytest.approx(x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4)
     lambdas = sorted(values["weight_decay"] for values in found.values())
     assert [run.attached.logs[f"lp/lambda_{key}"] for key in ("min", "median", "max")] == lambdas
@@ -106,6 +111,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
 
 @pytest.mark.parametrize("p, sparsity, form", [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})])
 def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
+    form = {"memory": 0.0, **form}
     run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
     control, grace = run.attached.control, form.get("grace", 0.1)
     assert control.grace_ends == END - 8
@@ -132,7 +138,7 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
 @pytest.mark.parametrize("grace", [0.1, 0.0])
 def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
     """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
-    run = Run(layerwise(0.5, p=0.5, grace=grace, every=12), lr=1e-2)
+    run = Run(layerwise(0.5, p=0.5, memory=0.0, grace=grace, every=12), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -288,7 +294,7 @@ def test_dead_channels_are_logged():
     with torch.no_grad():
         model[0].weight[:10] *= 1e-6
         model[0].weight[150] = 0.0
-    run = Run(layerwise(0.5, start=0, end=12), model=model, lr=1e-5, total=12)
+    run = Run(layerwise(0.5, start=0, end=12, memory=0.0), model=model, lr=1e-5, total=12)
     assert run.attached.logs["lp/dead_channels"] == pytest.approx(1 / 232)
     run.to(12)
     dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay, attach
-from target_cases import END, START, TOTAL, Run, layerwise, model_of
+from target_cases import END, START, TOTAL, Run, half_dead, layerwise
 
 
 def refused(words: list[str], function) -> None:
@@ -120,13 +119,6 @@ def test_no_learning_rate_in_the_window(off):
     run.attach()  # one step of it is enough to be worth a try
 
 
-def half_dead() -> nn.Sequential:
-    model = model_of()
-    with torch.no_grad():
-        model[2].weight[:32] = 0.0
-    return model
-
-
 def test_a_model_that_is_sparser_already():
     words = ["2.weight is 50.0% zeros already", "target is 40.0%", "ask for more", "override", "scope='global'"]
     refused(words, lambda: Run(layerwise(0.4, start=0), model=half_dead()))
@@ -138,7 +130,7 @@ def test_a_model_that_is_sparser_already():
 
 
 def test_a_model_with_some_zeros_goes_on_from_them():
-    run = Run(layerwise(0.6, start=0, curve="linear", every=5), model=half_dead())
+    run = Run(layerwise(0.6, start=0, curve="linear", every=5, memory=0.0), model=half_dead())
     (scope,) = [scope for scope, share in run.attached.control.before.items() if share]
     assert scope == "2.weight" and run.attached.logs["lp/plan"] == pytest.approx(5120 / 20992)
     x = run.model[2].weight.detach().abs().pow(1.5).flatten().sort().values

@@ -121,7 +121,7 @@ def test_the_state_is_plain_json_and_small():
     run = Run(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
-    assert len(text) < 2000 and json.loads(text)["version"] == 2 and json.loads(text)["target"]["curve"] == "<lambda>"
+    assert len(text) < 2000 and json.loads(text)["version"] == 3 and json.loads(text)["target"]["curve"] == "<lambda>"
     assert json.loads(text)["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
 
 
@@ -131,7 +131,7 @@ def test_the_state_is_plain_json_and_small():
     ({"target": layerwise(0.6), "total": 70}, {}, ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"]),
     ({"target": layerwise(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}}, {}, ["other parameters decay", "'2.weight'", "same names"]),
     ({"target": layerwise(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]}, {}, ["other parameters decay", "'0.bias'"]),
-    ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 2", "install the one that wrote it"]),
+    ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 3", "install the one that wrote it"]),
     ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
     ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
 ])

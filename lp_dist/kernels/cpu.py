@@ -99,7 +99,7 @@ def step(base: str, work: Work) -> None:
         betas = values.get("betas", (0.0, 0.0))
         numbers.extend(map(float, (
             values["lr"], *betas, values.get("eps", 0.0), values.get("momentum", 0.0), values.get("nesterov", False), values["maximize"],
-            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], values.get("floor", 0.0), SNAP)))
+            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], values.get("floor", 0.0), SNAP, values.get("latent", False))))
         for row in rows:
             weights, grads = row[0], row[1]
             m = row[2].data_ptr() if len(row) > 3 else 0

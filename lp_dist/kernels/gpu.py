@@ -26,7 +26,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 # What the numbers are made of
 _GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "floor", "step")
 _PLAIN = frozenset({float, int, bool, type(None)})
-_ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff", "floor")
+_ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent")
 
 
 def prepare() -> None:
@@ -109,8 +109,8 @@ def step(base: str, work: Work) -> None:
             _launch(kind, members)
 
 
-def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int]:
-    """POWER and GAMMA. The learning rate is not looked at: should it be 0, the numbers say so."""
+def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """POWER, GAMMA and LATENT. The learning rate is not looked at: should it be 0, the numbers say so."""
     for key in _ON_THE_HOST:
         value = values.get(key)
         if type(value) in _PLAIN:   # every tensor of the model may have values of its own, so this is quick
@@ -120,12 +120,13 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int]:
                 raise ValueError(f"{key} is a tensor on {part.device}, and the host would have to wait for it; pass a number. Only lr may lie there")
     halves, gamma = 2 * (2 - float(values["p"])), 2 * float(values.get("precondition", 0)) * (base == "adamw")
     if not (values["weight_decay"] > 0 and values["cutoff"] > 0):   # frozen at p >= 2 nothing is: SNAPPED is −1
-        return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0
-    return (int(halves), int(gamma)) if halves in range(8) and gamma in range(5) else (ANY.value, ODD.value if gamma else 0)
+        return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0, False
+    form = (int(halves), int(gamma)) if halves in range(8) and gamma in range(5) else (ANY.value, ODD.value if gamma else 0)
+    return *form, bool(values.get("latent"))
 
 
 def _launch(kind: tuple, members: list[tuple]) -> None:
-    base, device, weight, gradient, power, gamma, has_state, nesterov, lr_there, step_there = kind
+    base, device, weight, gradient, power, gamma, latent, has_state, nesterov, lr_there, step_there = kind
     if base == "adamw" and not step_there and _is_capturing(device):
         raise RuntimeError("a CUDA graph would repeat this step's count forever; make the step counts tensors on the device (capturable)")
     addresses, numbers = _tables.setdefault(kind, (_Table(), _Table()))
@@ -140,7 +141,7 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
     else:
         plans = numbers.of(given, lambda: _plans(base, given), device)
     lp_step[(sum(blocks),)](
-        rows, plans, len(members), base, _TYPES[weight], _TYPES[gradient], power, gamma, has_state, nesterov, _SIZE,
+        rows, plans, len(members), base, _TYPES[weight], _TYPES[gradient], power, gamma, latent, has_state, nesterov, _SIZE,
         num_warps=_WARPS, enable_fp_fusion=False)
 
 
@@ -199,7 +200,7 @@ def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> li
     (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = ((high := f.round(x * 512) / 512, x - high) for x in (f.log2(kept), exponent, a["gamma"]))
     return [    # in the order of the columns
         a["sign"], 1 - a["beta1"], 1 - a["beta2"], a["beta2"], f.sqrt(1 - a["beta2"] ** a["step"]), a["eps"],
-        -lr / (1 - a["beta1"] ** a["step"]) if base == "adamw" else -lr, a["momentum"],
+        -lr / (1 - a["beta1"] ** a["step"]) if base == "adamw" else -lr, -lr, a["momentum"],
         f.where(active, kept ** (1 / f.clamp(exponent, 1.0, math.inf)), 0.0), l_hi, l_lo, exponent, c_hi, c_lo, a["gamma"], y_hi, y_lo,
         f.where(active & (cutoff > 0), kept / f.where(cutoff > 0, cutoff, 1.0), math.inf),
         f.where(floor > 0, f.clamp(kept / f.where(floor > 0, floor, 1.0), 0.0, LARGEST.value), math.inf),

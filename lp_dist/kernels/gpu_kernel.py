@@ -13,15 +13,15 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 # Of a row's addresses: its first block, its elements [HEAD, END) from the addresses on, whether these are multiples of 16 bytes, the addresses.
 FIRST, HEAD, END, ALIGNED, W, G, M, V, ADDRESSES = map(tl.constexpr, range(9))
 # Of its numbers, the Plan of step.cpp:
-(SIGN, LERP1, LERP2, BETA2, BC2, EPS, STEP, MOMENTUM, K, L_HI, L_LO, C, C_HI, C_LO, Y, Y_HI, Y_LO, LEAST, MOST, AT_ZERO, BASE, SNAPPED,
- NUMBERS) = map(tl.constexpr, range(23))
+(SIGN, LERP1, LERP2, BETA2, BC2, EPS, STEP, PLAIN, MOMENTUM, K, L_HI, L_LO, C, C_HI, C_LO, Y, Y_HI, Y_LO, LEAST, MOST, AT_ZERO, BASE, SNAPPED,
+ NUMBERS) = map(tl.constexpr, range(24))
 # Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at most 4, or ODD.
 NONE, FROZEN, ANY, ODD = map(tl.constexpr, (-1, -2, -3, -4))
 
 
 @triton.jit(do_not_specialize=["count"])
 def lp_step(rows, plans, count, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, POWER: tl.constexpr, GAMMA: tl.constexpr,
-          HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr):
+          LATENT: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     low, high = block * 0, block * 0 + count - 1
     while low < high:   # the last row whose first block isn't beyond this one
@@ -33,14 +33,14 @@ def lp_step(rows, plans, count, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, G
     start = (block - tl.load(row + FIRST)) * SIZE   # int64: a tensor may have more than 2^31 elements
     whole = (tl.load(row + ALIGNED) != 0) & (start >= tl.load(row + HEAD)) & (start + SIZE <= tl.load(row + END))
     if whole:           # with a mask, or at an address of which nothing is known, there is no vector load
-        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, HAS_STATE, NESTEROV, SIZE, True)
+        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, HAS_STATE, NESTEROV, SIZE, True)
     else:
-        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, HAS_STATE, NESTEROV, SIZE, False)
+        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, HAS_STATE, NESTEROV, SIZE, False)
 
 
 @triton.jit
 def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, POWER: tl.constexpr, GAMMA: tl.constexpr,
-           HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+           LATENT: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     at = tl.arange(0, SIZE)
     inside = None if WHOLE else (start + at >= tl.load(row + HEAD)) & (start + at < tl.load(row + END))
     w, step = _load(row + W, WEIGHT, start, at, inside), tl.load(plan + STEP)
@@ -48,10 +48,13 @@ def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRAD
     m = _load(row + M, WEIGHT, start, at, inside) if HAS_STATE else g
     if OPTIMIZER == "adamw":
         v = _load(row + V, WEIGHT, start, at, inside)
+        hidden = w == 0
+        w = tl.where(hidden, m, w) if LATENT else w     # where w = 0 the latent weight is in m, and has no momentum
         m = tl.fma(tl.load(plan + LERP1), g - m, m)
         v = tl.fma(tl.load(plan + LERP2) * g, g, tl.load(plan + BETA2) * v)
         d = tl.div_rn(tl.sqrt_rn(v), tl.load(plan + BC2)) + tl.load(plan + EPS)
-        u = w + tl.div_rn(step * m, d)
+        move = tl.where(hidden, tl.load(plan + PLAIN) * g, step * m) if LATENT else step * m
+        u = w + tl.div_rn(move, d)
         _store(row + V, v, WEIGHT, start, at, inside)
     elif OPTIMIZER == "lion":
         c = tl.fma(tl.load(plan + LERP1), g - m, m)
@@ -60,7 +63,7 @@ def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRAD
     else:
         m = tl.fma(tl.load(plan + MOMENTUM), m, g) if HAS_STATE else m
         u = tl.fma(step, tl.fma(tl.load(plan + MOMENTUM), m, g) if NESTEROV else m, w)
-    if HAS_STATE:
+    if HAS_STATE and not LATENT:
         _store(row + M, m, WEIGHT, start, at, inside)
 
     divisor = tl.load(plan + BASE)
@@ -72,6 +75,10 @@ def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRAD
         if POWER == FROZEN:
             u = tl.where(tl.abs(w) == tl.minimum(snapped, 0.0), u * 0.0, u)     # a nan stays one
         u = tl.where(tl.abs(u) <= snapped, 0.0, u)
+    if LATENT:      # what is not beyond the cap after the step is zero, and itself in m; a nan shows
+        under = _pull(tl.abs(u), d, plan, POWER, GAMMA) > 0
+        _store(row + M, tl.where(under, u, tl.where(hidden, 0.0, m)), WEIGHT, start, at, inside)
+        u = tl.where(under, u * 0.0 + 0.0, u)
     _store(row + W, u, WEIGHT, start, at, inside)
 
 

@@ -56,7 +56,7 @@ struct Row {
 };
 
 struct Values {
-    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, floor, snap;
+    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, floor, snap, latent;
 };
 
 // -- what a row needs, in single precision ------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ enum Power { NONE, FROZEN, HALVES, ANY };
 
 struct Plan {
     Base base_optimizer;
-    float sign, lerp1, lerp2, beta2, one_minus_beta2, bc2, inv_bc2, eps, step, momentum;
-    bool nesterov;
+    float sign, lerp1, lerp2, beta2, one_minus_beta2, bc2, inv_bc2, eps, step, plain, momentum;     // plain: the step without momentum
+    bool nesterov, latent;
     Power power;
     int halves, gamma_halves;                           // 2·(2−p) if power is HALVES; 2γ, or ODD
     float k;                                            // (αλ)^(1/(2−p))
@@ -100,6 +100,7 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.bc2 = static_cast<float>(bc2);
     s.inv_bc2 = static_cast<float>(1 / bc2);
     s.eps = static_cast<float>(a.eps);
+    s.plain = static_cast<float>(-a.lr);
     s.step = static_cast<float>(-a.lr / (base == ADAMW ? 1 - std::pow(a.beta1, double(step)) : 1));
 
     const double strength = a.lr * a.weight_decay, exponent = 2 - a.p;
@@ -109,6 +110,7 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.snap = active && exponent > 0 ? as_int(static_cast<float>(a.snap)) : -1;
     s.power = !active || (a.cutoff == 0 && exponent <= 0) ? NONE : a.cutoff == 0 ? FROZEN : ANY;
     if (s.power != ANY) return s;
+    s.latent = base == ADAMW && a.latent != 0;
 
     const double kept = clamped(strength, SMALLEST, LARGEST);
     s.least = static_cast<float>(kept / a.cutoff);
@@ -130,14 +132,14 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
 }
 
 // -- phases ---------------------------------------------------------------------------------------------------------------
-// Buffers of a block: N and D, the stepped weight as a fraction; S, the decay's αλ/x. Two more in between.
+// Buffers of a block: N and D, the stepped weight as a fraction; S, the decay's αλ/x. L, the weights or what is latent of them. Two more in between.
 
-struct Buffers { alignas(64) float w[B], g[B], m[B], v[B], N[B], D[B], S[B], E[B], Z[B], E2[B], Z2[B]; };
+struct Buffers { alignas(64) float w[B], g[B], m[B], v[B], N[B], D[B], S[B], E[B], Z[B], E2[B], Z2[B], L[B]; };
 
 void moments_adam(const Plan& s, const float* w, const float* g, float* m, float* v, Buffers& b, const float* next) {
     const float sign = s.sign, lerp = s.lerp1, beta2 = s.beta2, rest = s.one_minus_beta2, step = s.step, eps = s.eps;
-    const float bc2 = s.bc2, inv_bc2 = s.inv_bc2;
-    float *N = b.N, *D = b.D;
+    const float bc2 = s.bc2, inv_bc2 = s.inv_bc2, plain = s.plain;
+    float *N = b.N, *D = b.D, *L = b.L;
     const auto moments = [=](int i, float& mi, float& vi) __attribute__((always_inline)) {
         const float gi = sign * g[i];
         mi = FMA(lerp, gi - m[i], m[i]);
@@ -149,6 +151,17 @@ void moments_adam(const Plan& s, const float* w, const float* g, float* m, float
         float mi, vi;
         moments(i, mi, vi);
         N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
+    });
+    else if (s.latent) sweep(next, [=](int i) {                             // where w = 0 the latent weight is in m, and has no momentum
+        const float before = m[i], gi = sign * g[i];
+        float mi, vi;
+        moments(i, mi, vi);
+        const bool hidden = magnitude(w[i]) == 0;
+        const float d = FMA(std::sqrt(vi), inv_bc2, eps), now = hidden ? before : w[i];
+        m[i] = hidden ? before : mi;
+        D[i] = d;
+        L[i] = now;
+        N[i] = FMA(now, d, hidden ? plain * gi : step * mi);
     });
     else sweep(next, [=](int i) {                                           // one division in all, the last phase's
         float mi, vi;
@@ -251,7 +264,8 @@ template <int HALVES_> void power_halves(const Plan& s, const float* w, float* S
 }
 
 // w_new = u/(1 + αλ2 + S/D^γ), or without S where it is below the cap, with u = N/D. D is 1 for bases without second moments.
-template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* w, const Buffers& b, const float* next) {
+// It goes into `to`.
+template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* to, const Buffers& b, const float* next) {
     const float *N = b.N, *D = b.D, *S = b.S;
     const float base = s.base, least = s.least, most = s.most;
     const int32_t snap = s.snap;
@@ -265,7 +279,19 @@ template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* w, const
         if (GAMMA_HALVES == 2) divisor = FMA(base, d, pull);
         if (GAMMA_HALVES > 2) divisor = FMA(base, d, pull / (GAMMA_HALVES == 3 ? root : d));
         const float u = N[i] / divisor;
-        w[i] = as_float((as_int(u) & 0x7fffffff) > snap ? as_int(u) : 0);
+        to[i] = as_float((as_int(u) & 0x7fffffff) > snap ? as_int(u) : 0);
+    });
+}
+
+// What is not beyond the cap after the step is zero in w, and itself in m. L: the decayed weights; S: their αλ/x.
+template <int GAMMA_HALVES> void hide(const Plan& s, float* w, float* m, const Buffers& b, const float* next) {
+    const float *D = b.D, *S = b.S, *L = b.L, least = s.least;
+    sweep(next, [=](int i) {
+        const float d = D[i], root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
+        const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
+        const bool under = !(S[i] < least * power);
+        m[i] = under ? L[i] : magnitude(w[i]) == 0 ? 0.f : m[i];
+        w[i] = under ? L[i] * 0.f + 0.f : L[i];     // a nan shows
     });
 }
 
@@ -279,6 +305,30 @@ template <bool FREEZE> void undecayed(const Plan& s, float* w, const Buffers& b,
     });
 }
 
+void decay_adam(const Plan& s, float* to, const Buffers& b, const float* next) {
+    switch (s.gamma_halves) {
+        case 1: return decay<true, 1>(s, to, b, next);
+        case 2: return decay<true, 2>(s, to, b, next);
+        case 3: return decay<true, 3>(s, to, b, next);
+        case 4: return decay<true, 4>(s, to, b, next);
+        default: return decay<true, 0>(s, to, b, next);     // γ = 0, or S has it already
+    }
+}
+
+void powers(const Plan& s, const float* w, Buffers& b, const float* const next[4]) {
+    switch (s.power == HALVES ? s.halves : ODD) {
+        case 0: return power_halves<0>(s, w, b.S, next[1]);
+        case 1: return power_halves<1>(s, w, b.S, next[1]);
+        case 2: return power_halves<2>(s, w, b.S, next[1]);
+        case 3: return power_halves<3>(s, w, b.S, next[1]);
+        case 4: return power_halves<4>(s, w, b.S, next[1]);
+        case 5: return power_halves<5>(s, w, b.S, next[1]);
+        case 6: return power_halves<6>(s, w, b.S, next[1]);
+        case 7: return power_halves<7>(s, w, b.S, next[1]);
+        default: power_any(s, w, b, next);
+    }
+}
+
 void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers& b, const float* const next[4]) {
     const bool adam = s.base_optimizer == ADAMW;
     if (adam) moments_adam(s, w, g, m, v, b, next[3]);
@@ -286,24 +336,17 @@ void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers&
     else step_sgd(s, w, g, m, b, next[2]);
     if (s.power == NONE) return undecayed<false>(s, w, b, next[0]);
     if (s.power == FROZEN) return undecayed<true>(s, w, b, next[0]);
-    switch (s.power == HALVES ? s.halves : ODD) {
-        case 0: power_halves<0>(s, w, b.S, next[1]); break;
-        case 1: power_halves<1>(s, w, b.S, next[1]); break;
-        case 2: power_halves<2>(s, w, b.S, next[1]); break;
-        case 3: power_halves<3>(s, w, b.S, next[1]); break;
-        case 4: power_halves<4>(s, w, b.S, next[1]); break;
-        case 5: power_halves<5>(s, w, b.S, next[1]); break;
-        case 6: power_halves<6>(s, w, b.S, next[1]); break;
-        case 7: power_halves<7>(s, w, b.S, next[1]); break;
-        default: power_any(s, w, b, next);
-    }
+    powers(s, s.latent ? b.L : w, b, next);
     if (!adam) return decay<false, 0>(s, w, b, next[0]);
+    if (!s.latent) return decay_adam(s, w, b, next[0]);
+    decay_adam(s, b.L, b, next[0]);
+    powers(s, b.L, b, next);
     switch (s.gamma_halves) {
-        case 1: return decay<true, 1>(s, w, b, next[0]);
-        case 2: return decay<true, 2>(s, w, b, next[0]);
-        case 3: return decay<true, 3>(s, w, b, next[0]);
-        case 4: return decay<true, 4>(s, w, b, next[0]);
-        default: return decay<true, 0>(s, w, b, next[0]);    // γ = 0, or S has it already
+        case 1: return hide<1>(s, w, m, b, next[0]);
+        case 2: return hide<2>(s, w, m, b, next[0]);
+        case 3: return hide<3>(s, w, m, b, next[0]);
+        case 4: return hide<4>(s, w, m, b, next[0]);
+        default: return hide<0>(s, w, m, b, next[0]);
     }
 }
 

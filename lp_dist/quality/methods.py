@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lp_dist.attachment import attach
 from lp_dist.errors import UsageError
 from lp_dist.quality import oneshot
-from lp_dist.target import CURVES, GAMMA, SparsityTarget
+from lp_dist.target import CURVES, GAMMA, MEMORY, SparsityTarget
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Lp(Method):
     """Ours: a `SparsityTarget`, with its keys."""
 
     keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "scope", "cap", "grace", "curve", "every")},
-            "p": 0.5, "precondition": GAMMA}     # else the optimizer's
+            "p": 0.5, "precondition": GAMMA, "memory": MEMORY}     # else what fits the optimizer
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
@@ -232,8 +232,9 @@ def _value(line: str, text: str) -> Any:
 
 BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat",
              "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
-OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:grace=0"]
-FORMS = [f"lp:cap={cap},p={p:g},precondition={gamma:g},scope={scope}"
+OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:memory=0", "lp:memory=0,precondition=0.5"]
+# Of the decay in the model itself: where weights are latent, p and γ are but how they are ranked.
+FORMS = [f"lp:cap={cap},memory=0,p={p:g},precondition={gamma:g},scope={scope}"
          for scope in ("layer", "global") for cap in ("1.0", "none") for gamma in (0, 0.5, 1, 2) for p in (-1, 0, 0.5, 0.8, 1)]
 GROUPS = {"baselines": BASELINES, "ours": OURS, "forms": FORMS}
 
