@@ -223,8 +223,9 @@ def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
     a_form = page.Spec.of("lp", Spec.read(methods.FORMS[0]).settings).line
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": lr}]).items()}
     assert list(titles) == ["", "Each at the best of its learning rates", "Other settings"] and page.name_of(lr) in titles["Other settings"]
-    titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": a_form}]).items()}
-    assert titles["Forms of ours"][1] == page.name_of(a_form) and "ours" in titles["Forms of ours"] and "ours" in titles[""]
+    more = [{**found[-1], "method": method} for method in (a_form, "lp:memory=0")]      # the second is compared, and a form as well
+    titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, *more]).items()}
+    assert titles["Forms of ours"][1:] == [page.name_of(a_form), "ours, without memory"] and "ours, without memory" in titles[""]
     assert page.name_of("gmp") in titles[""] and page.name_of("gmp") not in titles["Forms of ours"]
 
 
