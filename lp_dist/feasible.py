@@ -19,7 +19,7 @@ SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
 
 def remembers(live: Any) -> bool:
     """Whether an optimizer can keep latent weights."""
-    return isinstance(live, LpAdamW)
+    return isinstance(live, LpAdamW) and not any(group["lag"] for group in live.param_groups)
 
 
 def refuse_what_cannot_be(target: SparsityTarget, live: Optimizer, shards: list[Shard], forms: dict[str, dict[str, Any]], window: tuple[int, int, int],
@@ -49,8 +49,8 @@ def refuse_what_cannot_be(target: SparsityTarget, live: Optimizer, shards: list[
     if target.scope == "global" and len({(form["p"], form.get("precondition", 0.0)) for form in forms.values()}) > 1:
         raise UsageError("scope='global' has one threshold for all weights, so p and precondition must not differ between them; use scope='layer'")
     if target.memory and not remembers(live):
-        raise UsageError(f"memory={target.memory:g} needs LpAdamW, in whose first moments the latent weights lie, and the optimizer is "
-                         f"{type(live).__name__}; use LpAdamW, or memory=0")
+        raise UsageError(f"memory={target.memory:g} needs LpAdamW without lag, in whose first moments the latent weights lie, and the optimizer is "
+                         f"{type(live).__name__}{' with lag' if isinstance(live, LpAdamW) else ''}; use LpAdamW, or memory=0")
     if target.memory and target.cap != 1.0:
         raise UsageError(f"memory={target.memory:g} hides what is below the planned threshold, and so needs cap=1, not {target.cap}; set cap=1, or memory=0")
     elements = sum(shard.shape.numel() for shard in shards)

@@ -55,6 +55,11 @@ class LpAdamW(LpOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
                                       cutoff=cutoff, floor=floor, latent=latent, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if group.get("latent") and group.get("lag"):
+            raise ValueError(f"latent=True and lag={group['lag']} can't be together: s would lag behind weights that come and go; set one of them to 0")
+
     @staticmethod
     def _reference(group, lr, weights, grads, exp_avgs, exp_avg_sqs, steps):
         (w,), (g,), (m,), (v,), (t,) = weights, grads, exp_avgs, exp_avg_sqs, steps

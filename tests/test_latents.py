@@ -77,9 +77,13 @@ def test_what_can_not_be_is_refused():
     for cls, settings, words in [
         (LpAdamW, {"latent": True}, "latent=True with cutoff=inf would hide every weight; set the cutoff"),
         (LpAdamW, {"latent": 1, "cutoff": 1.0}, "latent=1 must be True or False"),
+        (LpAdamW, {"latent": True, "cutoff": 1.0, "lag": 0.5}, "latent=True and lag=0.5 can't be together"),
     ]:
         with pytest.raises(ValueError, match=words):
             cls([weights_of(1.0)], **settings)
+    hooked = torch.optim.AdamW([weights_of(1.0)], weight_decay=0.0)
+    with pytest.raises(ValueError, match="latent=True keeps hidden weights .* of which add_lp_decay knows nothing; use LpAdamW"):
+        add_lp_decay(hooked).check({**hooked.param_groups[0], "latent": True, "cutoff": 1.0})
     for cls in (LpSGD, LpLion):
         with pytest.raises(ValueError, match=f"latent=True keeps hidden weights .* which {cls.__name__} has not or needs; use LpAdamW"):
             cls([{"params": [weights_of(1.0)], "latent": True, "cutoff": 1.0}])
@@ -219,8 +223,10 @@ def test_memory_is_for_lpadamw_with_a_cap_of_one():
         add_lp_decay(optimizer)
         return optimizer
     assert Run(SparsityTarget(0.5), make=hooked).attached.control.target.memory == 0.0
-    for make, name in ((LpSGD, "LpSGD"), (hooked, "AdamW")):
-        with pytest.raises(UsageError, match=f"memory=0.5 needs LpAdamW, .* the optimizer is {name}; use LpAdamW, or memory=0"):
+    lagging = lambda params, lr: LpAdamW(params, lr=lr, lag=0.5)
+    assert Run(SparsityTarget(0.5), make=lagging).attached.control.target.memory == 0.0
+    for make, name in ((LpSGD, "LpSGD"), (hooked, "AdamW"), (lagging, "LpAdamW with lag")):
+        with pytest.raises(UsageError, match=f"memory=0.5 needs LpAdamW without lag, .* the optimizer is {name}; use LpAdamW, or memory=0"):
             Run(SparsityTarget(0.5, memory=0.5), make=make)
     with pytest.raises(UsageError, match="memory=1 hides what is below the planned threshold, and so needs cap=1, not None; set cap=1, or memory=0"):
         Run(SparsityTarget(0.5, memory=1.0, cap=None))
