@@ -153,15 +153,14 @@ void moments_adam(const Plan& s, const float* w, const float* g, float* m, float
         N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
     });
     else if (s.latent) sweep(next, [=](int i) {                             // where w = 0 the latent weight is in m, and has no momentum
-        const float before = m[i], gi = sign * g[i];
+        const bool hidden = magnitude(w[i]) == 0;
+        const float now = hidden ? m[i] : w[i];
         float mi, vi;
         moments(i, mi, vi);
-        const bool hidden = magnitude(w[i]) == 0;
-        const float d = FMA(std::sqrt(vi), inv_bc2, eps), now = hidden ? before : w[i];
-        m[i] = hidden ? before : mi;
+        const float d = FMA(std::sqrt(vi), inv_bc2, eps);
         D[i] = d;
         L[i] = now;
-        N[i] = FMA(now, d, hidden ? plain * gi : step * mi);
+        N[i] = FMA(now, d, hidden ? plain * sign * g[i] : step * mi);
     });
     else sweep(next, [=](int i) {                                           // one division in all, the last phase's
         float mi, vi;
