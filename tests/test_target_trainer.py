@@ -217,7 +217,7 @@ def test_progress_reaches_the_loggers_through_lp_trainer(tmp_path):
         measured = [logs["lp/measured"] for logs in losses[START - 1:]]
         assert measured == sorted(measured) and measured[0] == 0.0 and measured[-1] == pytest.approx(0.6, abs=1e-3)
         assert not any(key.startswith("lp/") for logs in seen if "loss" not in logs for key in logs)
-    plain = train(tmp_path, [LpCallback(target=TARGET)], logging_steps=8)
+    plain = train(tmp_path, [LpCallback(target=target)], logging_steps=8)
     assert not any(KEYS & logs.keys() for logs in plain.state.log_history), "a plain Trainer trains the same, and its logs are its own"
     assert same(plain, one)
 
