@@ -282,13 +282,6 @@ def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, g
     assert attach(model, optimizer, target=SparsityTarget(0.5, every=given), total_steps=total).control.every == every
 
 
-def test_a_look_that_comes_late_does_not_shift_the_later_ones():
-    """after_step was not called after two of the steps."""
-    run = Run(layerwise(0.5, every=4)).to(9)
-    run.step(), run.step()
-    assert [step for step, _ in run.to(30).history] == [6, 12, 14, 18, 22, 26, 30]
-
-
 def test_dead_channels_are_logged():
     model = model_of()
     with torch.no_grad():
@@ -299,8 +292,3 @@ def test_dead_channels_are_logged():
     run.to(12)
     dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)
     assert dead >= 10 and run.attached.logs["lp/dead_channels"] == pytest.approx(dead / 232)
-
-
-def test_without_a_target_there_is_nothing_to_log_or_save():
-    run = Run(None).to(2)
-    assert run.attached.control is None and run.attached.logs == {} and run.attached.state_dict() == {}

@@ -176,3 +176,15 @@ def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, ga
 def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
     assert "precondition" not in Run(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
     assert LpAdamW([nn.Parameter(torch.ones(2))]).param_groups[0]["precondition"] == 0.0
+
+
+def test_without_a_target_there_is_nothing_to_log_or_save():
+    run = Run(None).to(2)
+    assert run.attached.control is None and run.attached.logs == {} and run.attached.state_dict() == {}
+
+
+def test_a_look_that_comes_late_does_not_shift_the_later_ones():
+    """after_step was not called after two of the steps."""
+    run = Run(layerwise(0.5, every=4)).to(9)
+    run.step(), run.step()
+    assert [step for step, _ in run.to(30).history] == [6, 12, 14, 18, 22, 26, 30]
