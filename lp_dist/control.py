@@ -142,32 +142,34 @@ class Control:
         counts = self._zeros()
         self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
         if self.target.memory:
-            settle(self._parts(latent=True), dict.fromkeys(self.before, math.inf))   # the momentum of zeros that were there is no latent weight
+            for shard in self.shards:
+                self.segments.set(shard.name, latent=True)
+            settle(self._parts(), dict.fromkeys(self.before, math.inf))     # the momentum of zeros that were there is no latent weight
         logger.info("target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d", 100 * self.sparsity,
                     sum(elements for _, elements in counts.values()), self.start, self.end, self.total, self.every)
 
     def _look(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has `every` steps from now; from a sample, since the next look mends it."""
         horizon = min(self.every, self.end - 1 - t)
-        latent = bool(self.target.memory)
-        grace = latent or (t < self.grace_ends and t + self.every < self.end - 1)
+        grace = self.target.memory or (t < self.grace_ends and t + self.every < self.end - 1)
         seen = census(self.shards)
         counts = self._counts(seen)
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
         all_ = {scope: elements for scope, (_, elements) in counts.items()}
-        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope]), latent=self._hides()) for scope, shard in self._scoped()]
+        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope]), latent=self._hides(shard))
+                  for scope, shard in self._scoped()]
         faded = self._faded(sample, all_)
         found = smallest(sample, {scope: round(share[scope] * elements) for scope, elements in all_.items()}, passes=2, elements=all_)
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
         # What is latent is zero already. It is forgotten by the same decay, but over the window and not until the next look.
-        slower = self.target.memory * (self.end - self.start) / horizon if latent else 1.0
+        slower = self.target.memory * (self.end - self.start) / horizon if self.target.memory else 1.0
         lambdas = []
         for shard in self.shards:
             x, p = found[self._scope(shard)], self._values(shard)["p"]
             total = slower * sum(rate[shard.group] for rate in rates)
             weight_decay = min(max(x / ((2.0 - p) * total), _TINY), 1e30) if total > 0.0 else _TINY
             cutoff = math.inf if self.target.cap is None else self.target.cap * x
-            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=self.target.grace * x if grace else 0.0, latent=latent)
+            self.segments.set(shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=self.target.grace * x if grace else 0.0)
             lambdas.append(weight_decay)
         self._log(t, seen, lambdas, faded)
 
@@ -175,25 +177,25 @@ class Control:
         """Share of the weights whose x is at or below the floor of the last look: zeros, and what is as good as zero. None if there is no floor, or
         what is below it is zero."""
         floors = {self._scope(shard): self.segments.values(shard.name).get("floor", 0.0) for shard in self.shards}
-        if not any(floors.values()) or self._hides():
+        if not any(floors.values()) or self.target.memory:
             return None
         below = share_below(sample, floors)
         return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
 
     def _close(self) -> None:
         """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
-        hidden = self._hides()
         ranks = {scope: round(self.sparsity * elements) for scope, (_, elements) in self._counts(census(self.shards)).items()}
-        found = smallest(self._parts(whole=False, latent=hidden), ranks, passes=3)
-        if hidden:
-            settle(self._parts(latent=True), found)
+        found = smallest(self._parts(whole=False), ranks, passes=3)
+        settle(self._parts(), found)
+        for shard in self.shards:
+            self.segments.set(shard.name, latent=False)
         before = self._counts(census(self.shards))
         zero_below(self._parts(), found)
         update_copies(self.wrapper)
         seen = census(self.shards)
         after = self._counts(seen)
         for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
-            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY, latent=False)
+            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
         total = sum(elements for _, elements in after.values())
         had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
         worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
@@ -202,11 +204,12 @@ class Control:
                     worst, 100 * after[worst][0] / after[worst][1])
         self._log(self.end - 1, seen, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
 
-    def _hides(self) -> bool:
-        return any(self.segments.values(shard.name).get("latent") for shard in self.shards)
+    def _hides(self, shard: Shard) -> bool:
+        """Whether its zeros may be latent weights."""
+        return bool(self.segments.values(shard.name).get("latent"))
 
-    def _parts(self, whole: bool = True, latent: bool = False) -> list[Part]:
-        return [Part.of(scope, shard, self._values(shard), whole, latent=latent) for scope, shard in self._scoped()]
+    def _parts(self, whole: bool = True) -> list[Part]:
+        return [Part.of(scope, shard, self._values(shard), whole, latent=self._hides(shard)) for scope, shard in self._scoped()]
 
     # -- what it looks at ---------------------------------------------------------------------------------------------
 

@@ -175,7 +175,7 @@ def settle(parts: list[Part], thresholds: dict[str, float]) -> None:
     """Ends the hiding, in place: latent weights with x above the threshold of their scope are weights again, the others are lost. The memory of
     all zeros is empty then."""
     for part in parts:
-        if part.memory is None:     # nothing of it is on this rank
+        if part.memory is None:     # nothing of it is latent, or on this rank
             continue
         _check_contiguous(part)
         for weights, memory, x in part.x():
