@@ -225,9 +225,9 @@ class LpOptimizer(Optimizer):
             columns[1] = [(-g if group["maximize"] else g).to(w.dtype) for w, g in zip(weights, grads)]
         lr = float(group["lr"])
         x = hidden = None
-        if decay.is_active(lr, group["weight_decay"], group["cutoff"]):
-            if group.get("latent") and group["cutoff"] > 0:     # else zeros are frozen, or nothing decays
-                hidden = Hidden(weights, columns[2])
+        if group.get("latent") and group["weight_decay"] > 0 and group["cutoff"] > 0:   # else zeros are frozen, or nothing decays
+            hidden = Hidden(weights, columns[2])
+        if hidden or decay.is_active(lr, group["weight_decay"], group["cutoff"]):
             x = decay.resistance(hidden.latents if hidden else weights, group["p"])
             if lagged is not None and group["cutoff"] > 0:  # else zeros are frozen: only whether a weight is zero counts
                 decay.lag_(x, lagged, group["lag"])

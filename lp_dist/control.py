@@ -141,6 +141,11 @@ class Control:
     def _begin(self) -> None:
         counts = self._zeros()
         self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
+        idle = [shard.name for shard in self.shards if shard.length and not shard.state and self._values(shard).get("precondition")]
+        if idle:
+            logger.warning("%d of the parameters that decay have had no gradient before the window, %s among them: the loss is not sensitive to them, so "
+                           "their weights die first. If they are needed later, begin it later (start), or leave them out (an override with weight_decay 0)",
+                           len(idle), idle[0])
         if self.target.memory:
             for shard in self.shards:
                 self.segments.set(shard.name, latent=True)

@@ -51,11 +51,13 @@ class Part:
             piece = Piece(tensor, shard.start, shard.replica, shard.replicas)
             return piece.share if stride == 1 else piece.share.reshape(-1)[-(piece.first or 0) % stride::stride]
 
-        second = step = None
-        memory = mine(shard.state["exp_avg"]) if latent and shard.length else None
+        weights, second, step = mine(shard.piece.values), None, 0.0
+        state = shard.state if shard.length else {}
+        memory = mine(state["exp_avg"]) if latent and state else None
         if values.get("precondition") and shard.length:
-            second, step = mine(shard.state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"])
-        return cls(scope, mine(shard.piece.values), second, values, step or 0.0, memory)
+            # Without a gradient so far there is no state, and √v̂ is 0
+            second, step = (mine(state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"])) if state else (torch.zeros_like(weights), 1.0)
+        return cls(scope, weights, second, values, step, memory)
 
     def x(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Slices of the weights and of the memory (views where they are contiguous) and their x, as the decay would compute it now."""

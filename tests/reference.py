@@ -53,7 +53,7 @@ def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, 
     t = state["step"] + 1
     new_weights, new_m, new_v = [], [], []
     for w, g, m, v in zip(weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], strict=True):
-        acts = latent and lr * weight_decay > 0.0 and cutoff > 0.0
+        acts = latent and weight_decay > 0.0 and cutoff > 0.0
         hidden, old = acts and w == 0.0, w
         if hidden:
             old = m

@@ -61,16 +61,34 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
         assert torch.equal(optimizers[0].state[hidden]["exp_avg_sq"], optimizers[1].state[plain]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("off", [{"cutoff": 0.0}, {"cutoff": -1.0}, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
+@pytest.mark.parametrize("off", [{"cutoff": 0.0}, {"cutoff": -1.0}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_where_nothing_decays_nothing_hides(implementation, off):
-    """Frozen, off, λ = 0, α = 0: bit for bit as without."""
+    """Frozen, off, λ = 0: bit for bit as without."""
     results = []
     for latent in (False, True):
         param = weights_of(0.5, 0.0, -1e-3, 2.0)
         optimizer = LpAdamW([param], **{"lr": 0.01, "weight_decay": 0.1, "p": 1.0, "cutoff": 1.0, "latent": latent, "implementation": implementation, **off})
         results.append([step(optimizer, param, 0.1, 0.2, 0.3, -0.4) for _ in range(3)])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("form", [{"p": 0.5}, {"p": -1.0, "precondition": 0.37}, {"p": 0.8, "precondition": 1.0, "floor": 0.0}, {"p": 1.0, "l2": 0.1}], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_with_a_learning_rate_of_zero_leaves_weights_and_what_is_latent(implementation, form):
+    """As a schedule may have in the window: what is hidden stays so, and loses nothing; the fused step divides by 1 in its own way, so by a last bit."""
+    param = weights_of(9.0, 0.02, -0.03, 3e-5)
+    optimizer = LpAdamW([param], **{"lr": 1e-2, "weight_decay": 1e-5, "cutoff": 0.2, "floor": 0.02, "latent": True, "implementation": implementation, **form})
+    before, latent = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
+    second = optimizer.state[param]["exp_avg_sq"].clone()
+    assert before[0] > 8 and before[1:] == [0.0] * 3 and 0.0 not in latent
+    optimizer.param_groups[0]["lr"] = 0.0
+    now, memory = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
+    assert now == before and memory[1:] == pytest.approx(latent[1:], rel=0.0 if implementation != "fused" else 2.0**-22) and memory[0] > latent[0]
+    assert (optimizer.state[param]["exp_avg_sq"] > second).all()    # moments go on, as Adam's do
+    optimizer.param_groups[0]["lr"] = 1e-2
+    now, memory = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
+    assert now[1:] == [0.0] * 3 and all(new < old for new, old in zip(memory[1:2] + memory[3:], latent[1:2] + latent[3:]))
 
 
 def test_what_can_not_be_is_refused():

@@ -21,10 +21,11 @@ from lp_dist.kernels import Unavailable, Work
 from lp_dist.kernels.gpu_kernel import ANY, FROZEN, LARGEST, NONE, ODD, lp_step
 
 _SIZE, _WARPS = 1024, 4     # 8 elements a thread: two vectors of 16 bytes of each fp32 tensor are under way at a time
+_LEAST_PULL = 1e-12
 _ALIGNED = 8                # elements that make at least 16 bytes of any dtype here: what a vector load needs
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # What the numbers are made of
-_GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "floor", "step")
+_GIVEN = ("lr", "beta1", "beta2", "eps", "momentum", "sign", "weight_decay", "p", "l2", "gamma", "cutoff", "floor", "latent", "step")
 _PLAIN = frozenset({float, int, bool, type(None)})
 _ON_THE_HOST = ("betas", "eps", "momentum", "nesterov", "maximize", "weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent")
 
@@ -101,7 +102,8 @@ def step(base: str, work: Work) -> None:
         form, lr, nesterov = _form(base, values), values["lr"], bool(values.get("nesterov"))
         own = tuple(map(float, (
             *values.get("betas", (0, 0)), values.get("eps", 0), values.get("momentum", 0), -1 if values["maximize"] else 1,
-            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0), values["cutoff"], values.get("floor", 0))))
+            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0), values["cutoff"], values.get("floor", 0),
+            values.get("latent", False))))
         alike: dict[tuple, list[tuple]] = {}    # by what rows with the same values can still differ in; they may be many, so this is quick
         for row in rows:
             weights = row[0]
@@ -201,6 +203,9 @@ def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> li
     """`plan_of` of step.cpp, in double precision."""
     lr, cutoff, floor = a["lr"], a["cutoff"], a["floor"]
     strength, exponent = lr * a["weight_decay"], 2 - a["p"]
+    # By its pull it is told whether a weight is hidden, so where α = 0 there is one that changes no weight.
+    least = f.where((a["latent"] > 0) & (a["weight_decay"] > 0) & (cutoff > 0), cutoff * _LEAST_PULL, 0.0)
+    strength = f.where(strength > least, strength, least)
     active = (strength > 0) & (cutoff >= 0)     # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
     kept = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int B = 256;
 constexpr float SMALLEST = 1.17549435e-38f, LARGEST = 3.40282347e38f;    // normal numbers
+constexpr double LEAST_PULL = 1e-12;
 
 #define FMA __builtin_fmaf
 
@@ -103,14 +104,15 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.plain = static_cast<float>(-a.lr);
     s.step = static_cast<float>(-a.lr / (base == ADAMW ? 1 - std::pow(a.beta1, double(step)) : 1));
 
-    const double strength = a.lr * a.weight_decay, exponent = 2 - a.p;
+    s.latent = base == ADAMW && a.latent != 0 && a.weight_decay > 0 && a.cutoff > 0;
+    // By its pull it is told whether a weight is hidden, so where α = 0 there is one that changes no weight.
+    const double strength = std::max(a.lr * a.weight_decay, s.latent ? a.cutoff * LEAST_PULL : 0), exponent = 2 - a.p;
     const bool active = strength > 0 && a.cutoff >= 0;
     s.base = clamped(1 + a.lr * a.l2, 1, LARGEST);
     s.inv_base = 1 / s.base;
     s.snap = active && exponent > 0 ? as_int(static_cast<float>(a.snap)) : -1;
     s.power = !active || (a.cutoff == 0 && exponent <= 0) ? NONE : a.cutoff == 0 ? FROZEN : ANY;
     if (s.power != ANY) return s;
-    s.latent = base == ADAMW && a.latent != 0;
 
     const double kept = clamped(strength, SMALLEST, LARGEST);
     s.least = static_cast<float>(kept / a.cutoff);
