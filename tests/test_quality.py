@@ -227,6 +227,7 @@ def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, *more]).items()}
     assert titles["Forms of ours"][1:] == [page.name_of(a_form), "ours, without memory"] and "ours, without memory" in titles[""]
     assert page.name_of("gmp") in titles[""] and page.name_of("gmp") not in titles["Forms of ours"]
+    assert list(page.tables([{**found[-1], "method": lr}])) == ["Other settings"], "nothing that is compared was run"
 
 
 def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):

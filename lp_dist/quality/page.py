@@ -70,7 +70,8 @@ def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
     parts = {"": compared, "Forms of ours": forms, "Other settings": others}
     found_tables = {title: _table(rows, methods) for title, methods in parts.items() if methods}
     tuned = _tuned(rows, _shortest([*BASELINES, *OURS]))
-    return {"": found_tables.pop(""), **({"Each at the best of its learning rates": tuned} if len(tuned) > 1 else {}), **found_tables}
+    first = {"": found_tables.pop("")} if compared else {}
+    return {**first, **({"Each at the best of its learning rates": tuned} if len(tuned) > 1 else {}), **found_tables}
 
 
 def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
