@@ -57,7 +57,7 @@ class DecayArguments:
     curve: str = field(default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)})
     cap: float = field(default=1.0, metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."})
     memory: float | None = field(default=None, metadata={"help": "Windows in which weights that are zero would be forgotten by the optimizer, in which they go on "
-                                                         "learning and may come back. 0: they fade in the model itself. 1 with adamw and a cap of 1, else 0."})
+                                                         "learning and may come back. 0: they fade in the model itself. 8 with adamw and a cap of 1, else 0."})
     grace: float = field(default=0.1, metadata={"help": "Weights that fade can come back until the last fifth of the window, in which they die; 0: none."})
     every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window, 20 at most."})
 

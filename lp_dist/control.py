@@ -192,10 +192,10 @@ class Control:
         ranks = {scope: round(self.sparsity * elements) for scope, (_, elements) in self._counts(census(self.shards)).items()}
         found = smallest(self._parts(whole=False), ranks, passes=3)
         settle(self._parts(), found)
-        for shard in self.shards:
-            self.segments.set(shard.name, latent=False)
         before = self._counts(census(self.shards))
         zero_below(self._parts(), found)
+        for shard in self.shards:
+            self.segments.set(shard.name, latent=False)
         update_copies(self.wrapper)
         seen = census(self.shards)
         after = self._counts(seen)

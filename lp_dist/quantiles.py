@@ -164,12 +164,14 @@ def _batches(parts: list[Part]) -> Iterator[list[Part]]:
 
 @torch.no_grad()
 def zero_below(parts: list[Part], thresholds: dict[str, float]) -> None:
-    """Sets the weights with x ≤ the threshold of their scope to zero, in place."""
+    """Sets the weights with x ≤ the threshold of their scope to zero, in place, and their memory if they have one: it is no momentum of a zero."""
     for part in parts:
         if thresholds[part.scope] > 0.0:
             _check_contiguous(part)
-            for weights, _, x in part.x():
-                weights.masked_fill_(x <= thresholds[part.scope], 0.0)
+            for weights, memory, x in part.x():
+                dead = x <= thresholds[part.scope]
+                for tensor in (weights, memory) if memory is not None else (weights,):
+                    tensor.masked_fill_(dead, 0.0)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lp_dist.schedule import check_window
 # γ where neither the target nor the optimizer gives one, and the base has second moments: the pull is then that of the penalty's gradient
 # as Adam would take it, divided by √v̂.
 GAMMA = 1.0
-MEMORY = 1.0    # of a target that names none, where the optimizer can keep latent weights
+MEMORY = 8.0    # of a target that names none, where the optimizer can keep latent weights
 CURVES: dict[str, Callable[[float], float]] = {
     "cubic": lambda u: 1.0 - (1.0 - u) ** 3,   # Zhu and Gupta, arXiv 1710.01878: fast while there is much to spare, slow at the end
     "linear": lambda u: u,
@@ -35,7 +35,7 @@ class SparsityTarget:
         curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1) = 1.
         memory: in the window weights below the planned threshold are zero in the model, and what they were is latent in the optimizer: it goes on
             learning, and comes back whole where it grows beyond the threshold. Its decay is such that at the threshold it would be forgotten in
-            `memory` windows. When the window ends they die. 0: they decay in the model itself. None: 1 with LpAdamW, a cap of 1 and grace; else 0.
+            `memory` windows. When the window ends they die. 0: they decay in the model itself. None: 8 with LpAdamW, a cap of 1 and grace; else 0.
         grace: for the first four fifths of the window weights with x below `grace` times the planned threshold decay no faster than at it. Without
             memory they so fade to next to nothing, and come back if their gradient asks for it. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
@@ -72,7 +72,7 @@ class SparsityTarget:
         if self.cap is not None and not 1.0 <= self.cap < math.inf:
             raise ValueError(f"cap={self.cap!r} must be a number from 1 up, else weights that are to die feel no decay; None lets all weights feel it")
         if self.memory is not None and not 0.0 <= self.memory < math.inf:
-            raise ValueError(f"memory={self.memory!r} must be a finite number >= 0, of windows; 0 lets weights decay in the model itself, 1 is the default")
+            raise ValueError(f"memory={self.memory!r} must be a finite number >= 0, of windows; 0 lets weights decay in the model itself, 8 is the default")
         if not 0.0 <= self.grace <= 1.0:
             raise ValueError(f"grace={self.grace!r} must be a number from 0, no way back, to 1; 0.1 is the default")
         if self.every is not None and self.every < 1:

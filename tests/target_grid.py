@@ -150,7 +150,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     return f"""# What a target reaches
 
 `{COMMAND}` trains a small model to each target: p in {{{', '.join(f'{p:g}' for p in PS)}}}, targets of
-{', '.join(f'{100 * t:g} %' for t in TARGETS)}, LpAdamW plain, preconditioned (γ = 0.5) and capped (γ = 0.5, cap 1, memory 1), both scopes, one
+{', '.join(f'{100 * t:g} %' for t in TARGETS)}, LpAdamW plain, preconditioned (γ = 0.5) and capped (γ = 0.5, cap 1, memory 8), both scopes, one
 process and {RANKS} ranks: {len(rows)} runs. Below is the largest |achieved − target| of each {len(TARGETS) * len(SCOPES)} of them, in points, counted
 by `measure_sparsity` on the model's own copy after the last step. The fp32 masters have as many zeros in each tensor.
 

@@ -239,7 +239,7 @@ def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
 
 
 def test_memory_is_for_lpadamw_with_a_cap_of_one():
-    assert Run(SparsityTarget(0.5)).attached.control.target.memory == 1.0
+    assert Run(SparsityTarget(0.5)).attached.control.target.memory == 8.0
     assert Run(SparsityTarget(0.5, cap=2.0)).attached.control.target.memory == 0.0
     assert Run(SparsityTarget(0.5, grace=0.0)).attached.control.target.memory == 0.0
     assert Run(SparsityTarget(0.5), make=LpLion).attached.control.target.memory == 0.0

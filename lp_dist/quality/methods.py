@@ -232,7 +232,7 @@ def _value(line: str, text: str) -> Any:
 
 BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat",
              "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
-OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:memory=0", "lp:memory=0,precondition=0.5"]
+OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:memory=1,precondition=0.5", "lp:memory=0", "lp:memory=0,precondition=0.5"]
 # Of the decay in the model itself: where weights are latent, p and γ are but how they are ranked. Every p with every γ under the cap; without it, where
 # survivors are bent, with γ = 0 and 1; layer by layer the paper's own form at every p, and every γ at one.
 _PS, _GAMMAS = (-1, 0, 0.5, 0.8, 1), (0, 0.5, 1, 2)
