@@ -21,7 +21,8 @@ _NAMES = {
     "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓", "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
     "gmp:c=0.67,scope=global": "GMP by |w|·(√v̂)^⅔, global", "lp": "ours", "lp:precondition=0.5": "ours, γ = ½", "lp:precondition=0": "ours, γ = 0",
     "lp:scope=layer": "ours, layer by layer",
-    "lp:memory=1": "ours, memory = 1", "lp:memory=1,precondition=0.5": "ours, γ = ½, memory = 1", "lp:memory=0": "ours, without memory", "lp:memory=0,precondition=0.5": "ours, γ = ½, without memory"}
+    "lp:memory=1": "ours, memory = 1", "lp:memory=1,precondition=0.5": "ours, γ = ½, memory = 1",
+    "lp:memory=0": "ours, without memory", "lp:memory=0,precondition=0.5": "ours, γ = ½, without memory"}
 DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33,scope=global",
          "gmp:c=0.67,scope=global", "lp:memory=0", "lp:memory=0,precondition=0.5", "lp:memory=1,precondition=0.5", "lp:precondition=0.5", BEST)
 
