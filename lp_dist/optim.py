@@ -33,7 +33,7 @@ class LpAdamW(LpOptimizer):
         cutoff: weights with x above it feel no Lp term; negative: none does.
         floor: x is taken as at least this, so that weights fade out without being lost: those whose gradient asks for it come back. 0: as it is,
             and zero absorbs.
-        latent: where the decay acts, weights with x not above the cutoff after the step are zero, and what they would be lies in exp_avg, since
+        latent: where λ and the cutoff are above 0, weights with x not above the cutoff after the step are zero, and what they would be lies in exp_avg, since
             what is zero needs no momentum. It goes on learning from the gradient at zero and decaying, and is the weight again once its x is above.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
