@@ -213,6 +213,9 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     for key, where in (("zenflow", zero), ("super_offload", offload)):
         if where.get(key):
             raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
+    if zero.get("round_robin_gradients"):
+        raise UsageError('"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one than the named would decay; '
+                         "remove it from zero_optimization")
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UsageError('under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable weights; '
                          "set it in zero_optimization")

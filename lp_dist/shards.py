@@ -204,6 +204,11 @@ def _locate_copy(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
 def _locate_fragment(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
     """ZeRO-1, 2 and BF16_Optimizer: one flat fp32 shard per group, and `_hp_mapping` on each parameter that has elements in it."""
     bf16 = type(wrapper).__name__ == "BF16_Optimizer"
+    if getattr(wrapper, "round_robin_gradients", False):
+        # DeepSpeed 0.19.8 lays the parameters out in another order than the one in which it writes down where they are; its universal checkpoints and
+        # safe_get_full_fp32_param have other parameters' values as well.
+        raise RuntimeError('"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one than the named would '
+                           "decay; remove it from zero_optimization")
     flats = wrapper.fp32_groups_flat_partition if bf16 else wrapper.single_partition_of_fp32_groups
     groups = {id(param): i for i, params in enumerate(wrapper.bf16_groups if bf16 else wrapper.bit16_groups) for param in params}
 

@@ -285,3 +285,16 @@ def test_ranks_that_disagree_are_refused_on_every_rank(run_ranks):
     assert "param group of 0.weight is 1 on rank 0 and 0 on rank 1" in ranks[0][2]
 
 
+
+
+def test_an_engine_that_does_not_know_where_its_parameters_lie_is_refused(run_ranks):
+    run_ranks(_with_round_robin, 1)
+
+
+def _with_round_robin(rank: int, world_size: int) -> None:
+    from engines_under_test import ZERO, make
+
+    ZERO["round robin"] = {"stage": 2, "round_robin_gradients": True}
+    engine = make("round robin", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), lambda model: LpAdamW(model.parameters()))
+    with pytest.raises(RuntimeError, match="round_robin_gradients.*remove it from zero_optimization"):
+        attach(engine.handle)

@@ -156,8 +156,9 @@ GOOD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio=0.5"),
     ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow"'),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, '"super_offload"'),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, '"round_robin_gradients"'),
     ({"zero_optimization": {"stage": 3}}, '"stage3_gather_16bit_weights_on_model_save": true'),
-], ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "trap14"])
+], ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "round robin", "trap14"])
 def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(change, part):
     check_deepspeed_config(GOOD)
     with pytest.raises(ValueError) as caught:
