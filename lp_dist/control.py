@@ -98,6 +98,9 @@ class Control:
         self.seen = t
         self.set_phase(t)
         if t < self.start:
+            if self._keeps():
+                for shard in self.shards:
+                    self.segments.set(shard.name, weight_decay=_TINY)   # without a λ nothing is frozen
             return
         if not self.before:
             self._begin()
@@ -110,9 +113,18 @@ class Control:
 
     def set_phase(self, t: int) -> None:
         """The groups' values for step t: no decay, decay, or frozen zeros. The step after the last threshold is frozen in any case."""
-        values = OFF if t < self.start or (t >= self.end and not self.target.freeze) else self.phase if t < self.end - 1 else FROZEN
+        if t < self.start:
+            values = FROZEN if self._keeps() else OFF
+        elif t < self.end - 1:
+            values = self.phase
+        else:
+            values = FROZEN if t < self.end or self.target.freeze else OFF
         for i in self.groups:
             self.optimizer.param_groups[i].update(values)
+
+    def _keeps(self) -> bool:
+        """Whether zeros that the model came with are to stay: without grace and memory zero absorbs, before the window as in it."""
+        return not (self.target.grace or self.target.memory)
 
     def finish(self) -> None:
         """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps. Collective."""
