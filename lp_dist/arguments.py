@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +194,30 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
                          "or choose another --output_dir")
 
 
-def command_line() -> str:
-    """The command that started this process, for the report."""
+def chosen(*classes: Any) -> dict[str, Any]:
+    """What a run was asked for: the values of these dataclasses that are not their defaults, in JSON's types, without secrets."""
+    found: dict[str, Any] = {}
+    for one in classes:
+        hidden = _secrets(one)
+        for item in dataclasses.fields(one):
+            value, default = getattr(one, item.name), item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            value = value.value if isinstance(value, Enum) else value
+            # Transformers writes "nothing" in several ways, and puts objects of its own where nothing was given.
+            given = isinstance(value, (bool, int, float, str, list, dict)) and value not in ("", [], {}) and (value is not False or default)
+            if given and value != default and item.name not in hidden:
+                found[item.name] = value
+    return found
+
+
+def _secrets(one: Any) -> dict[str, str]:
+    return {item.name: value for item in dataclasses.fields(one) if item.name.endswith("token") and isinstance(value := getattr(one, item.name), str)}
+
+
+def command_line(training: TrainingArguments) -> str:
+    """The command that started this process, to be pasted into a shell; secrets in it are starred out."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program: list[Any] = ["python", "-m", module.name] if module and module.name.startswith("lp_dist") else ["lp-dist", "finetune"]
-    words = sys.argv[1:]
-    return " ".join(program + (words[1:] if words[:1] == ["finetune"] else words))
+    words = sys.argv[2:] if sys.argv[1:2] == ["finetune"] else sys.argv[1:]
+    for secret in filter(None, _secrets(training).values()):
+        words = [word.replace(secret, "***") for word in words]
+    return shlex.join([*program, *words])

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,16 +20,15 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
 
-from lp_dist import LpAdamW, LpLion, LpSGD, arguments, report
-from lp_dist.control import Control
+from lp_dist import LpAdamW, LpLion, LpSGD, __version__, arguments, report
 from lp_dist.data import load_text, pack
 from lp_dist.dequantise import dequantised
 from lp_dist.distillation import check_vocabularies
-from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device
+from lp_dist.engines import check_deepspeed_config, join_deepspeed, reduction_device, unwrap
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
 from lp_dist.shards import full_shape
-from lp_dist.sparsity import Sparsity, measure_sparsity
+from lp_dist.sparsity import Sparsity, measure_histogram, measure_sparsity
 from lp_dist.trainer import LpCallback, LpTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         args: TrainingArguments) -> dict[str, Any]:
     """One run; returns its report, which is also written to `output_dir`."""
     _set_up_logging(args)
+    asked = arguments.chosen(model_args, data_args, decay_args, args)
     reference = report.read(decay_args.compare_with) if decay_args.compare_with else None
     set_seed(args.seed)
     resume = args.resume_from_checkpoint
@@ -75,7 +76,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
         teacher = AutoModelForCausalLM.from_pretrained(teaching, dtype=getattr(torch, dtype), trust_remote_code=model_args.trust_remote_code)
     counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
-    before = measure_sparsity(model, names=counted).total
+    before, weights = measure_sparsity(model, names=counted).total, measure_histogram(model, names=counted)
     parameters = sum(full_shape(param).numel() for param in model.parameters())
 
     args.eval_on_start = resume is None     # the perplexity "before"; a resumed run has it in its log
@@ -91,13 +92,19 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     sparsity = trainer.measure_sparsity()
+    histograms = report.histograms(weights, measure_histogram(trainer.model, names=counted))
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # a sharded one is no checkpoint for users
     trainer.save_model()
-    reached = next(callback.attached.control for callback in trainer.callback_handler.callbacks if isinstance(callback, LpCallback))
+    callback = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LpCallback))
+    reached = callback.attached.control
     if reached is not None and reached.closed is None:
         logger.warning("the run ended before the target's window did: the sparsity is %.2f%%, not %.2f%%", 100 * sparsity.total, 100 * reached.sparsity)
-    return _finish(trainer, args, decay_args, before, parameters, metrics, sparsity, reference, reached)
+    window = (reached.start, reached.end) if reached is not None else callback.window and callback.window.steps(trainer.state.max_steps)
+    known = {"model": model_args.model, "dataset": data_args.dataset, "configuration": asked, "decay": dataclasses.asdict(decay_args),
+             "sparsity_before": before, "parameters": parameters, "histograms": histograms, "window": window,
+             "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed}, "reference": reference and report.to_compare(reference)}
+    return _finish(trainer, args, known, metrics, sparsity)
 
 
 def _last_checkpoint(output_dir: str) -> str | None:
@@ -165,37 +172,56 @@ def _optimizer(model: torch.nn.Module, names: set[str], decay_args: arguments.De
     }[decay_args.base]
 
 
-def _finish(trainer: LpTrainer, args: TrainingArguments, decay_args: arguments.DecayArguments, before: float, parameters: int,
-            metrics: dict[str, float], sparsity: Sparsity, reference: dict[str, Any] | None, reached: Control | None) -> dict[str, Any]:
-    """On rank 0: counts the zeros in the files that were written, writes the report, shows it."""
-    summary: dict[str, Any] = {}
-    if trainer.is_world_process_zero():
-        saved = report.count_saved(args.output_dir, sparsity.counts)
-        if saved != sparsity:
-            raise RuntimeError(f"the files in {args.output_dir} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros}; "
-                               "please report this with the launch command")
-        start = [entry for entry in trainer.state.log_history if "eval_perplexity" in entry and entry["step"] == 0]
-        summary = {
-            "version": 1, "output_dir": args.output_dir, "command": arguments.command_line(),
-            "perplexity_before": start[0]["eval_perplexity"] if start else None,
-            "perplexity_after": metrics["eval_perplexity"],
-            "sparsity_before": before, "sparsity": sparsity.total, "sparsity_of_all": sparsity.zeros / parameters,
-            "zeros": sparsity.zeros, "decayed_weights": sparsity.elements, "parameters": parameters,
-            "kinds": report.kinds_table(sparsity), "steps": trainer.state.global_step, "world_size": args.world_size,
-            "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
-            "decay": dataclasses.asdict(decay_args), "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed},
-            "versions": report.versions(), "log": trainer.state.log_history,
-            "next": _next(sparsity, args),
-        }
-        report.write(args.output_dir, summary)
-        report.show(summary, reference)
+def _finish(trainer: LpTrainer, args: TrainingArguments, known: dict[str, Any], metrics: dict[str, float], sparsity: Sparsity) -> dict[str, Any]:
+    """On rank 0: counts the zeros in the files that were written, writes the report and its page, shows it."""
+    if not trainer.is_world_process_zero():
+        return {}
+    saved = report.count_saved(args.output_dir, sparsity.counts)
+    if saved != sparsity:
+        raise RuntimeError(f"the files in {args.output_dir} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros}; "
+                           "please report this with the launch command")
+    log = trainer.state.log_history
+    start = [entry for entry in log if "eval_perplexity" in entry and entry["step"] == 0]
+    summary = {
+        "version": report.VERSION, "output_dir": args.output_dir, "command": arguments.command_line(args), **known,
+        "perplexity_before": start[0]["eval_perplexity"] if start else None, "perplexity_after": metrics["eval_perplexity"],
+        "sparsity": sparsity.total, "sparsity_of_all": sparsity.zeros / known["parameters"],
+        "zeros": sparsity.zeros, "decayed_weights": sparsity.elements, "kinds": report.kinds_table(sparsity),
+        "tensors": {name: sparsity.counts[name] for name, _ in unwrap(trainer.model).named_parameters() if name in sparsity.counts},
+        "steps": trainer.state.global_step, "seconds": next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None),
+        "engine": _engine(trainer), "world_size": args.world_size, "environment": report.environment(args.device, args.world_size),
+        "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
+        "versions": {"lp_dist": __version__, **report.versions()}, "log": log, "next": _next(sparsity, args),
+    }
+    report.write(args.output_dir, summary)
+    report.show(summary, _page(args.output_dir))
     return summary
+
+
+def _page(directory: str) -> Path | None:
+    """Draws the report that was written. A picture is no reason to end a run whose weights are saved with an error; it can be drawn again."""
+    try:
+        from lp_dist import page
+
+        return page.write(report.read(directory), Path(directory) / page.FILE)[0]
+    except Exception as error:
+        logger.warning("the run is saved, but the page of its report could not be drawn: %s: %s. `lp-dist report %s` draws it",
+                       type(error).__name__, error, shlex.quote(directory), exc_info=not isinstance(error, UsageError))
+        return None
+
+
+def _engine(trainer: LpTrainer) -> str:
+    """What shards the model, in words."""
+    if trainer.is_deepspeed_enabled:
+        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+        return f"DeepSpeed ZeRO-{config.config.get('zero_optimization', {}).get('stage', 0)}{', offloaded' * config.is_offload()}"
+    return "FSDP2" if trainer.is_fsdp_enabled else "DDP" if trainer.args.world_size > 1 else "one process"
 
 
 def _next(sparsity: Sparsity, args: TrainingArguments) -> str:
     """The command to try next: a look at what the model writes, or more decay where hardly a weight died."""
     if args.weight_decay > 0 and sparsity.total < 0.01:
-        return f"{arguments.command_line()} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a weight died"
+        return f"{arguments.command_line(args)} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a weight died"
     python = os.path.relpath(sys.executable)
     return (f"{sys.executable if python.startswith('..') else python} -c \"from transformers import pipeline; "
             f"print(pipeline('text-generation', '{args.output_dir}')('The for statement')[0]['generated_text'])\"")

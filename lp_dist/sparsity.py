@@ -45,9 +45,14 @@ class Sparsity:
 
 
 def kind_of(name: str) -> str:
-    """Kind of layer of a parameter name: `model.layers.3.mlp.up_proj.weight` → `up_proj`."""
-    parts = [part for part in name.split(".") if not part.isdigit()]
+    """Kind of layer of a parameter name: `model.layers.3.mlp.up_proj.weight` → `up_proj`. (`base_layer` is peft's name for what it wraps.)"""
+    parts = [part for part in name.split(".") if not part.isdigit() and part != "base_layer"]
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer in a parameter's name, the first one in it: `model.layers.3.mlp.up_proj.weight` → 3; None where there is none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 @dataclass(frozen=True)

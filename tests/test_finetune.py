@@ -57,6 +57,25 @@ def test_the_report_tells_the_run(run):
     assert saved["sparsity_of_all"] == saved["zeros"] / saved["parameters"]
     assert saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / report.FILE).read_text()  # strict JSON has no infinity
     assert saved["steps"] == 12 and saved["decay"]["p"] == 0.5 and saved["weight_decay"] == 0.05
+    assert saved["configuration"]["weight_decay"] == 0.05 and "eval_on_start" not in saved["configuration"], "what was asked for"
+    assert saved["window"] == [3, 9] and saved["engine"] == "one process" and saved["environment"]["ranks"] == 1 and saved["seconds"] > 0
+
+
+def test_the_report_counts_every_weight_in_the_order_of_the_model(run, tiny_model):
+    saved, weights = report.read(run), load_file(run / "model.safetensors")
+    assert list(saved["tensors"])[:3] == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"] and len(saved["tensors"]) == 14
+    assert all(counts == [int((weights[name] == 0).sum()), weights[name].numel()] for name, counts in saved["tensors"].items())
+    found = saved["histograms"]
+    for when, of in (("before", load_file(tiny_model / "model.safetensors")), ("after", weights)):
+        values = torch.cat([of[name].abs().flatten() for name in saved["tensors"]])
+        wanted = torch.histogram(values[values > 0].double(), torch.tensor(found["edges"], dtype=torch.float64)).hist
+        assert found[when] == wanted.tolist() and sum(found[when]) + found[f"zeros_{when}"] == saved["decayed_weights"] == len(values)
+    assert found["zeros_after"] == saved["zeros"] > found["zeros_before"] == 0
+
+
+def test_the_run_leaves_its_page(run):
+    text, saved = (run / "report.html").read_text(), report.read(run)
+    assert f"{saved['perplexity_after']:,.2f}" in text and f"{saved['sparsity']:.2%}" in text and text.count("<figure>") == 5
 
 
 def test_sparsity_follows_warm_up_decay_and_freeze(run):
@@ -89,9 +108,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
 @pytest.mark.parametrize("base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])])
 def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsys):
     finetune.main([*common, *more, "--base", base, "--output_dir", str(tmp_path), "--compare_with", str(run), "--eval_strategy", "no"])
-    assert report.read(tmp_path)["zeros"] > 0
+    saved, other = report.read(tmp_path), report.read(run)
+    assert saved["zeros"] > 0 and saved["reference"]["perplexity_after"] == other["perplexity_after"]
+    assert {"step": 3, "loss": next(entry["loss"] for entry in other["log"] if entry["step"] == 3 and "loss" in entry)} in saved["reference"]["log"]
+    assert "compared run" in (tmp_path / "report.html").read_text()
     out = " ".join(capsys.readouterr().out.split())
-    assert "compared run" in out and "Exact zeros per kind of layer" in out and "Next: " in out and "from transformers import pipeline" in out
+    assert "compared run" in out and "Exact zeros per kind of layer" in out and "Next: " in out and f"Page: {tmp_path / 'report.html'}" in out and "from transformers import pipeline" in out
 
 
 def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):

@@ -69,6 +69,19 @@ def test_every_launcher_leaves_a_sparse_checkpoint_that_reloads(runs):
         assert zeros == saved["zeros"], name
 
 
+def test_every_launcher_reports_its_engine_and_the_sizes_of_all_weights(runs):
+    before = {}
+    for name, out in runs.items():
+        saved, stage = report.read(out), next((part[4] for part in name.split("-") if part.startswith("zero")), None)
+        assert saved["engine"] == ("DDP" if stage is None else f"DeepSpeed ZeRO-{stage}" + (", offloaded" if "offload" in name else "")), name
+        found = saved["histograms"]
+        assert found["zeros_after"] == saved["zeros"], name
+        assert all(sum(found[when]) + found[f"zeros_{when}"] == saved["decayed_weights"] for when in ("before", "after")), name
+        before[name] = {edge: count for edge, count in zip(found["edges"], found["before"]) if count}
+        assert before[name] == before["torchrun-ddp"], name
+        assert (out / "report.html").exists(), name
+
+
 def test_the_same_run_under_every_engine(runs):
     """ZeRO and DDP average the gradients of the ranks in different orders, so weights agree to rounding, and the sets of zeros but
     for weights that stand exactly on the edge."""
