@@ -5,6 +5,7 @@ from typing import Any
 from lp_dist.attachment import attach
 from lp_dist.groups import param_groups
 from lp_dist.hooks import add_lp_decay
+from lp_dist.merging import merge_adapter
 from lp_dist.optim import LpAdamW, LpLion, LpSGD
 from lp_dist.schedule import DecayWindow, Ramp
 from lp_dist.sparsity import measure_histogram, measure_sparsity
@@ -12,7 +13,7 @@ from lp_dist.target import SparsityTarget
 
 __version__ = "0.1.0"
 __all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "Ramp", "SparsityTarget", "add_lp_decay", "attach",
-           "measure_histogram", "measure_sparsity", "param_groups"]
+           "measure_histogram", "measure_sparsity", "merge_adapter", "param_groups"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ _MATRIX_CLASS_NAMES = ("Conv1D",)
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 # A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear) decays when it is a matrix and
 # no part of its name says that it is one of these.
-_NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token", "lora_embedding")
+_NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token")
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, include_embeddings: bool = False, names: Iterable[str] | None = None,
@@ -67,6 +67,11 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
     chosen = set(trainable) - set(zeros)
     if zeros:
         logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
+    if not chosen and _adapters(model):
+        raise ValueError(
+            f"only adapters are trained in {type(model).__name__}, and they never decay: a sparse adapter makes no sparse model. Unfreeze the matrices that "
+            "are to become sparse (requires_grad_(True) on *.base_layer.weight), or train the adapter on a model that is sparse already and merge it by "
+            "lp_dist.merge_adapter, which keeps the zeros")
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no trainable matrix that could decay; its parameters are frozen, all zeros, or of modules "
@@ -76,18 +81,19 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
 
 def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
     """Names of the matrices of linear, convolution and attention modules, by rules that look at no value: no biases, norms,
-    embeddings, output heads (a switch includes these two), nor LoRA's B, which starts at zero.
+    embeddings, output heads (a switch includes these two), nor anything of peft's adapters: LoRA's B starts at zero, and a sparse A makes nothing sparse.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDING_MODULES) for p in m.parameters(recurse=False)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(p) for p in head.parameters()} if head is not None else set()
+    adapters = _adapters(model)
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), module)
     names = set()
     for name, param in model.named_parameters():  # yields a tied parameter once, under its first name
-        if not param.is_floating_point() or "lora_B" in name:
+        if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}":
             continue
         if id(param) in embeddings or id(param) in heads or any(part in _HEAD_NAMES for part in name.split(".")):
             if include_embeddings and len(full_shape(param)) >= 2:
@@ -97,13 +103,24 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
     return names
 
 
+def _adapters(model: nn.Module) -> set[int]:
+    """The parameters that peft put beside the layers that it wraps, by the mark of all its tuners."""
+    return {id(param) for module in model.modules() if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
+            for name, param in module.named_parameters() if not name.startswith("base_layer.")}
+
+
 def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
     if len(full_shape(param)) < 2:
         return False
     if isinstance(owner, _MATRIX_MODULES) or type(owner).__name__ in _MATRIX_CLASS_NAMES:
         return not name.endswith(("bias_k", "bias_v"))  # nn.MultiheadAttention keeps these as (1, 1, embed_dim)
     kind = type(owner).__name__.lower()
-    return not ("norm" in kind or "embed" in kind or any(part in name for part in _NOT_MATRIX_NAMES))
+    return not ("norm" in kind or "embed" in kind) and named_like_a_matrix(name, full_shape(param))
+
+
+def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
+    """Whether a parameter of an unknown kind of module is taken for a matrix: by its shape, and as its name says nothing else."""
+    return len(tuple(shape)) >= 2 and not any(part in name for part in _NOT_MATRIX_NAMES) and not any(part in _HEAD_NAMES for part in name.split("."))
 
 
 def _all_zero(named: list[tuple[str, Tensor]]) -> list[str]:

@@ -78,16 +78,6 @@ def test_what_starts_at_zero_is_left_out_since_zero_absorbs():
     assert_claimed_once(model, param_groups(model, 0.1))
 
 
-def test_lora_b_is_left_out_by_name_even_where_its_values_are_not_there():
-    import peft
-
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    names = decayed_names(model)
-    assert names and all("lora_A" in name for name in names)  # the base is frozen
-    assert decayed_names(model.to("meta")) == names           # no values: as under zero.Init
-    assert_claimed_once(model, param_groups(model, 0.1))
-
-
 def test_under_zero_init_the_shape_of_a_parameter_lies():
     # DeepSpeed leaves a tensor of shape (0,) and puts the real shape beside it; the rules must not see one dimension.
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
