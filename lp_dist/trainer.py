@@ -16,11 +16,13 @@ from transformers.trainer_callback import ExportableState
 
 from lp_dist.attachment import Attachment, attach
 from lp_dist.distillation import check_teacher, distilled_loss, sharded_alike
+from lp_dist.engines import unwrap, wrapper_of
 from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names
 from lp_dist.hooks import steps_taken
+from lp_dist.live import show_on_bar, tensorboards, write_histograms
 from lp_dist.schedule import DecayWindow
-from lp_dist.sparsity import Sparsity, measure_sparsity
+from lp_dist.sparsity import Sparsity, measure_histogram, measure_sparsity
 from lp_dist.target import CURVES, SparsityTarget
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class LpCallback(TrainerCallback, ExportableState):
         scheduled = self.window.scheduled() if self.window is not None else {}
         self.attached = attach(model, optimizer, names=self.names, overrides=self.overrides, target=self.target,
                                total_steps=state.max_steps if self.target else None, lr_scheduler=lr_scheduler, scheduled=scheduled)
+        _check_saved(model, optimizer, self.attached.decayed, args)
         self._live = self.attached.optimizer
         # A checkpoint without optimizer state: its steps are known from Trainer alone.
         self._before = 0 if steps_taken(self._live) else state.global_step
@@ -117,6 +120,14 @@ class LpCallback(TrainerCallback, ExportableState):
         if bad and not args.fp16:
             raise RuntimeError(f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last checkpoint with a lower "
                                "learning rate or max_grad_norm; with DeepSpeed in bf16, \"check_grad_overflow\": true in its bf16 section skips such steps")
+
+
+def _check_saved(model: nn.Module, optimizer: Any, decayed: Iterable[str], args: Any) -> None:
+    """Of a model with adapters Trainer saves the adapters alone, so that a run which goes on from its checkpoint has another base than it had."""
+    if hasattr(unwrap(model), "peft_config") and decayed and wrapper_of(optimizer) is None and (args.save_strategy != "no" or args.resume_from_checkpoint):
+        raise UsageError(f"base weights of a model with adapters decay ({min(decayed)}), and Trainer saves the adapters alone: its checkpoints "
+                         "(save_strategy) would not hold what was trained. Set save_strategy='no' and save the model at the end by "
+                         "lp_dist.merge_adapter(trainer.model), or train under DeepSpeed, whose checkpoints hold all that is trained")
 
 
 class _Taught(TrainerCallback, ExportableState):
@@ -189,10 +200,17 @@ class LpTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LpCallback) and callback.attached is not None:
                     logs.update(callback.attached.logs)
+                    if callback.target is None and callback.attached.decayed:
+                        logs["lp/measured"] = self.measure_sparsity().total
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))  # beyond 700 a float is infinite
             logs["eval_sparsity"] = self.measure_sparsity().total
         super().log(logs, *args, **kwargs)
+        show_on_bar(self.callback_handler.callbacks, logs)
+        if "eval_loss" in logs and "tensorboard" in self.args.report_to:    # which is the same on all ranks, as the reduction must be
+            histogram = measure_histogram(self.model, names=self._counted)
+            for writer in tensorboards(self.callback_handler.callbacks):
+                write_histograms(writer, histogram, self.state.global_step)
 
     def measure_sparsity(self) -> Sparsity:
         """Of the weights that decay, over all ranks."""
