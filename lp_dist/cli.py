@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 try:
@@ -13,17 +16,101 @@ except ImportError:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
                   help="Decoupled Lp weight decay: sparse fine-tuning on any shards.")
+_Positive = Annotated[int, typer.Option(min=1)]
+# --shard_size as well as --shard-size, as it is in the training program.
+_UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a user did wrong ends the command with one line, and no traceback. (Commands import what they need when they run: torch takes seconds.)"""
+    from lp_dist.errors import DiffersError, UsageError
+
+    try:
+        yield
+    except (UsageError, DiffersError) as error:
+        sys.exit(f"lp-dist: error: {error}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def finetune(context: typer.Context) -> None:
     """Fine-tune a model: [recipe.yaml] [--key value ...]"""
-    from lp_dist.finetune import main  # here, since it imports transformers
+    from lp_dist.finetune import main
 
     main(context.args)
 
 
-_Positive = Annotated[int, typer.Option(min=1)]
+@app.command(context_settings=_UNDERSCORES)
+def report(run: str, out: str = "", png: Annotated[bool, typer.Option("--png")] = False) -> None:
+    """Draw the page of a finished run again, RUN/report.html; RUN is its output_dir.
+
+    --out: another file for it. --png: its figures as well, for papers, beside it. Prints what was written.
+    """
+    from lp_dist import page
+    from lp_dist.report import read
+
+    with _one_line_errors():
+        for path in page.write(read(run), Path(out or Path(run) / page.FILE), png):
+            typer.echo(path)
+
+
+@app.command(context_settings=_UNDERSCORES)
+def inspect(model: str, revision: str | None = None, as_json: Annotated[bool, typer.Option("--json")] = False,
+            page: str = "", trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False) -> None:
+    """Where the zeros of a model lie, by kind of layer and by layer: any checkpoint's directory, or a hub id.
+
+    --json: everything, tensor by tensor. --page: an HTML file with a map of the zeros.
+
+    Dead rows and columns are all zeros. 2:4 blocks: four weights along the input of which two at least are zero, as sparse tensor cores take them.
+    """
+    from lp_dist import inspection
+
+    with _one_line_errors():
+        found = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+        if page:
+            from lp_dist.page import build_inspection, write_text
+
+            typer.echo(write_text(Path(page), build_inspection(found.as_json())))
+        elif as_json:
+            typer.echo(json.dumps(found.as_json()))
+        else:
+            inspection.show(found)
+
+
+@app.command(context_settings=_UNDERSCORES)
+def export(run: str, out: str, dtype: str | None = None, shard_size: str = "5GB", config: str | None = None,
+           masters: Annotated[bool, typer.Option("--masters")] = False, compact: Annotated[bool, typer.Option("--compact")] = False,
+           verify: Annotated[bool, typer.Option("--verify")] = False, overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+           trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False) -> None:
+    """Write the model of a checkpoint (Hugging Face, DeepSpeed of any stage and world size, FSDP2) as a directory that from_pretrained loads.
+
+    --dtype: float32, bfloat16, float16; else as stored. --shard-size: of a file, and so much is in memory at a time. --config: directory or hub id of the
+    model, where no config.json is with the checkpoint. --masters: an engine's fp32 weights where a directory holds both. --compact: a bit for each weight and
+    the weights that are not zero, for storage and transfer; exporting that gives the model back. --verify: read it back, compare weights, zeros and logits.
+    """
+    from lp_dist.export import export as write
+
+    with _one_line_errors():
+        write(run, out, dtype=dtype, shard_size=shard_size, config=config, masters=masters, compacted=compact, verified=verify, overwrite=overwrite,
+              trust_remote_code=trust_remote_code).show()
+
+
+@app.command(context_settings=_UNDERSCORES)
+def merge(base: str, adapter: str, out: str, dtype: str = "auto", dataset: str | None = None, dataset_config: str | None = None, dataset_split: str = "train",
+          text_column: str = "text", blocks: _Positive = 32, block_size: _Positive = 512,
+          overwrite: Annotated[bool, typer.Option("--overwrite")] = False) -> None:
+    """Merge a LoRA adapter into a sparse model with its zeros kept (W + mask·BA), and write the model to OUT.
+
+    Shows what the mask leaves out of the adapter, and with a --dataset (a file, or a hub id) the perplexity of the base, with the adapter, and merged.
+    """
+    from lp_dist import merging
+
+    with _one_line_errors():
+        merged = merging.merge(base, adapter, out, dtype=dtype, dataset=dataset, dataset_config=dataset_config, dataset_split=dataset_split,
+                               text_column=text_column, blocks=blocks, block_size=block_size, overwrite=overwrite)
+        merging.show(merged, out)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure what a feature costs, against a training step in the same run.")
 app.add_typer(bench, name="bench")
 
@@ -39,13 +126,10 @@ def counting(layers: _Positive = 30, hidden: _Positive = 576, tokens: _Positive 
 @bench.command()
 def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: float = 0.5, seed: int = 0) -> None:
     """What each p does to single weights of a small Llama, and how well a target's plan is followed: which-p.png and which-p.json."""
-    from lp_dist.errors import UsageError
     from lp_dist.trajectories import trajectories as draw
 
-    try:
+    with _one_line_errors():
         typer.echo(draw(out, steps, sparsity, seed))
-    except UsageError as error:
-        sys.exit(f"lp-dist: error: {error}")
 
 
 @bench.command()
@@ -53,14 +137,11 @@ def step(sizes: str = "1e6,2e7", repeats: _Positive = 11, out: str = "docs/resul
          layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6,
          engines: str = "one process; ZeRO-2; ZeRO-3; ZeRO-2, CPU offload") -> None:
     """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama; step.jsonl and step.md."""
-    from lp_dist.errors import UsageError
     from lp_dist.stepping import step as measure
     from lp_dist.stepping_whole import Shape
 
-    try:
+    with _one_line_errors():
         typer.echo(measure(sizes, repeats, out, whole, seed, compiled, Shape(layers, hidden, tokens, blocks), engines))
-    except UsageError as error:
-        sys.exit(f"lp-dist: error: {error}")
 
 
 @bench.command()
@@ -72,13 +153,10 @@ def quality(work: str = "chars", text: str = "", model: str = "", methods: str =
     --work: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a language model, --model). --text: a file or hub
     dataset. --methods: baselines, ours, forms, or lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
-    from lp_dist.errors import UsageError
     from lp_dist.quality.command import quality as measure
 
-    try:
+    with _one_line_errors():
         typer.echo(measure(work, text, model, methods, sparsities, seeds, steps, block, jobs, out))
-    except UsageError as error:
-        sys.exit(f"lp-dist: error: {error}")
 
 
 def main() -> None:
