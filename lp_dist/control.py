@@ -21,7 +21,7 @@ from lp_dist.feasible import SHORTEST, refuse_what_cannot_be
 from lp_dist.hooks import steps_taken
 from lp_dist.quantiles import Census, Part, census, settle, share_below, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
-from lp_dist.schedule import FROZEN, OFF, window_steps
+from lp_dist.schedule import FROZEN, KEPT, OFF, window_steps
 from lp_dist.segments import SegmentMap, effective
 from lp_dist.shards import Shard
 from lp_dist.target import SparsityTarget
@@ -114,7 +114,7 @@ class Control:
     def set_phase(self, t: int) -> None:
         """The groups' values for step t: no decay, decay, or frozen zeros. The step after the last threshold is frozen in any case."""
         if t < self.start:
-            values = FROZEN if self._keeps() else OFF
+            values = KEPT if self._keeps() else OFF
         elif t < self.end - 1:
             values = self.phase
         else:

@@ -12,6 +12,7 @@ from lp_dist.decay import check_hyperparameters
 # Group values for a phase in which the base optimizer's step is left exactly as it is. λ itself stays in the groups, so that
 # a group that decays is known by weight_decay > 0 at any time, also after a resume in the middle of such a phase.
 OFF = {"cutoff": -1.0}                                       # x > cutoff for every weight, zeros included: none decays
+KEPT = {"cutoff": 0.0}                                       # x = 0: dead, by the group's own form, which comes back as the window begins
 FROZEN = {"p": 1.0, "precondition": 0.0, "cutoff": 0.0}      # x = |w| > 0: free; x = 0: dead. Zeros stay, survivors train
 
 
