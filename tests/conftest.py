@@ -66,8 +66,9 @@ def run_ranks(tmp_path, cpu_op):
     with the tracebacks of all that did.
     """
     def run(fn, world_size: int, *args) -> list:
-        context = torch.multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, args)) for rank in range(world_size)]
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "deepspeed", "transformers"])     # or every rank imports them anew, which takes seconds
+        ranks = [context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, dict(os.environ), args)) for rank in range(world_size)]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -84,9 +85,11 @@ def run_ranks(tmp_path, cpu_op):
     return run
 
 
-def _rank(fn, rank: int, world_size: int, directory: Path, args: tuple) -> None:
+def _rank(fn, rank: int, world_size: int, directory: Path, environment: dict[str, str], args: tuple) -> None:
     import traceback
 
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
