@@ -19,7 +19,7 @@ from lp_dist.decay import check_hyperparameters
 from lp_dist.distillation import check_part
 from lp_dist.errors import UsageError
 from lp_dist.report import FILE
-from lp_dist.schedule import DecayWindow
+from lp_dist.schedule import DecayWindow, window_steps
 from lp_dist.target import CURVES, SparsityTarget
 
 
@@ -182,7 +182,9 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
             raise UsageError(f"--sparsity {decays.sparsity:g} finds the cutoff by itself; leave --cutoff out, and see --cap")
         if training.load_best_model_at_end:
             raise UsageError("--load_best_model_at_end true would put back weights from before they were sparse; set it to false")
-    if training.max_steps > 0 and training.weight_decay > 0:
+    if training.max_steps > 0 and target is not None:
+        window_steps(target.start, target.end, training.max_steps)
+    elif training.max_steps > 0 and training.weight_decay > 0:
         decays.window().steps(training.max_steps)
     if data.block_size < 2:
         raise UsageError(f"--block_size {data.block_size} must be at least 2 tokens; 512 is the default")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lp_dist.decay import check_hyperparameters
+from lp_dist.errors import UsageError
 
 # Group values for a phase in which the base optimizer's step is left exactly as it is. λ itself stays in the groups, so that
 # a group that decays is known by weight_decay > 0 at any time, also after a resume in the middle of such a phase.
@@ -74,11 +75,11 @@ def check_window(start: float, end: float) -> None:
 
 
 def window_steps(start: float, end: float, total: int) -> tuple[int, int]:
-    """The window [start, end) in optimizer steps of a run of `total` steps; raises ValueError if it holds none."""
+    """The window [start, end) in optimizer steps of a run of `total` steps; raises UsageError, a ValueError, if it holds none."""
     start, end = (round(x * total) if x <= 1 else int(x) for x in (start, end))
     if start >= min(end, total):
-        raise ValueError(f"the decay window from step {start} to {end} holds no step of a run of {total} steps; "
-                         "lower its start, raise its end, or train for longer")
+        raise UsageError(f"the decay window from step {start} to {end} holds no step of a run of {total} steps; lower its start, raise its end (up to 1 "
+                         "they are fractions of the run, above steps), or train for longer")
     return start, end
 
 

@@ -283,6 +283,7 @@ def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, commo
     (["--sparsity", "50"], ["sparsity=50.0", "between 0 and 1"]),
     (["--cap", "0.5"], ["cap=0.5", "from 1 up"]),
     (["--p", "1.5"], ["p=1.5", "[-4, 1]"]),
+    (["--decay_start", "1", "--decay_end", "11"], ["to 11 holds no step", "up to 1 they are fractions of the run"]),
     (["--max_steps", "10"], ["6 steps", "takes 8", "at least 15 steps"]),
     (["--sparsity_of", "all", "--sparsity", "0.95"], ["sparsity=0.95 of all", "can't be reached", "of='decayed'"]),
 ])
