@@ -93,12 +93,12 @@ def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_
         limit = convert_file_size_to_int(shard_size)
     except ValueError:
         raise UsageError(f"--shard-size {shard_size} is no size; write it as 5GB or 500MB") from None
-    out, cast = replaceable(out, overwrite), DTYPES.get(dtype or "")
+    given, out, cast = Path(out), replaceable(out, overwrite), DTYPES.get(dtype or "")
     checkpoint = open_checkpoint(run, masters=masters)
     beside = _config_directory(checkpoint, config)
     replaceable(out, overwrite, checkpoint.path, *([beside] if beside else []))
     pieces = published(checkpoint, beside, trust_remote_code)
-    written = Exported(out, checkpoint.form, compacted, bytes_before=checkpoint.nbytes)
+    written = Exported(given, checkpoint.form, compacted, bytes_before=checkpoint.nbytes)
     with written_whole(out) as partial:
         files = _Files(partial, limit, compacted)
         for name, tensor in _tensors(pieces, cast, written):
