@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lp_dist.channels import dead_channels, dead_heads
 from lp_dist.checkpoints import Checkpoint, Entry, open_checkpoint
-from lp_dist.checkpoints.publishing import meta_model
+from lp_dist.checkpoints.publishing import meta_model, of_model
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names, named_like_a_matrix
 from lp_dist.sparsity import kind_of, layer_of
@@ -96,12 +97,13 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
     checkpoint = open_checkpoint(model if Path(model).exists() else _download(str(model), revision))
     config = checkpoint.directory_of("config.json")
     skeleton = _skeleton(config, trust_remote_code)
-    matrices = None if skeleton is None else matrix_names(skeleton)
+    known, matrices = (set(), set()) if skeleton is None else (set(skeleton.state_dict()), matrix_names(skeleton))
     transposed = set() if skeleton is None else {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
     tensors, rows, columns = [], {}, {}
     with tqdm(total=checkpoint.nbytes, desc="Inspecting", unit="B", unit_scale=True) as bar:
         for name, entry in _once(checkpoint, skeleton):
-            counted = named_like_a_matrix(name, entry.shape) if matrices is None else name in matrices
+            # A published name may be none of the model's in memory: the experts of a layer are one tensor there.
+            counted = name in matrices if name in known else named_like_a_matrix(name, entry.shape)
             found = TensorZeros(name, list(entry.shape), str(entry.dtype).removeprefix("torch."), kind_of(name), layer_of(name), counted, 0, entry.numel)
             zero = entry.read() == 0
             found.zeros = int(zero.sum())
@@ -140,13 +142,17 @@ def _once(checkpoint: Checkpoint, skeleton: Any) -> list[tuple[str, Entry]]:
     """The entries in the order of the model, a tied tensor once. (Files have them in the order of the alphabet, layer 10 before layer 2.)"""
     place: dict[str, int] = {}
     twice: set[str] = set()
+    entries = checkpoint.entries
+    if skeleton is not None and checkpoint.live:
+        with suppress(UsageError):      # of another model than its config says: its own names are what there is
+            entries = of_model(checkpoint, skeleton)
     if skeleton is not None:
         place = {name: i for i, name in enumerate(skeleton.state_dict())}
         first: dict[int, str] = {}
         twice = {name for name, param in skeleton.named_parameters(remove_duplicate=False)
-                 if first.setdefault(id(param), name) != name and first[id(param)] in checkpoint.entries}
-    names = sorted((name for name in checkpoint.entries if name not in twice), key=lambda name: (place.get(name, len(place)), _by_number(name)))
-    return [(name, checkpoint.entries[name]) for name in names]
+                 if first.setdefault(id(param), name) != name and first[id(param)] in entries}
+    names = sorted((name for name in entries if name not in twice), key=lambda name: (place.get(name, len(place)), _by_number(name)))
+    return [(name, entries[name]) for name in names]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -133,6 +133,35 @@ def test_gpt2_stores_its_matrices_the_other_way(tmp_path):
     assert found.heads == {"transformer.h.0.attn": [1, 4], "transformer.h.1.attn": [0, 4]}
 
 
+def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from lp_dist import measure_sparsity
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                             num_local_experts=4, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim > 2:
+                param.view(-1)[::3] = 0.0
+    model.save_pretrained(tmp_path)
+    counted, found = measure_sparsity(model), inspect(tmp_path)
+    assert found.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
+    assert {"w1", "w2", "w3"} <= set(found.grouped("kind"))
+
+
+def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
+    """A script's checkpoint of torch.distributed.checkpoint, with the model under a key of its own and its tied head twice."""
+    import torch.distributed.checkpoint as dcp
+    from transformers import LlamaForCausalLM
+
+    dcp.save({"model": LlamaForCausalLM.from_pretrained(llama).state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    engines, published = inspect(tmp_path), inspect(llama)
+    assert engines.tensors == published.tensors and engines.channels == published.channels and engines.heads == published.heads
+
+
 def test_without_a_config_names_decide(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     bare, whole = inspect(tmp_path), inspect(llama)
