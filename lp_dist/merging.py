@@ -58,12 +58,13 @@ def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> Merged:
     layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "merge") and hasattr(module, "get_base_layer")]
     if not layers:
         raise UsageError(f"{type(model).__name__} has no adapter's layers to merge; load one by peft.PeftModel.from_pretrained(model, adapter)")
-    found: dict[int, MergedLayer] = {}
-    for name, module in layers:
+    for name, module in layers:     # all of them before the first is changed
         if getattr(module, "merged", False):
             raise UsageError(f"{name} has its adapter merged already, so the zeros of its base are not known any more; call model.unmerge_adapter() first")
-        weights = [weight for weight in module.get_base_layer().parameters() if weight.ndim >= 2]
-        _check_whole(name, weights)
+        _check_whole(name, _weights(module))
+    found: dict[int, MergedLayer] = {}
+    for name, module in layers:
+        weights = _weights(module)
         with torch.no_grad():
             before = [weight.detach().clone() for weight in weights]
             module.merge()
@@ -72,6 +73,11 @@ def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> Merged:
     plain = model.unload().requires_grad_(True)     # peft leaves what it froze frozen
     names = {id(param): name for name, param in plain.named_parameters()}
     return Merged(plain, {names[key]: layer for key, layer in found.items() if key in names})
+
+
+def _weights(module: Any) -> list[Tensor]:
+    """The matrices that a layer of peft's wraps."""
+    return [weight for weight in module.get_base_layer().parameters() if weight.ndim >= 2]
 
 
 def _check_whole(name: str, weights: list[Tensor]) -> None:
@@ -105,22 +111,27 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str 
     Raises:
         UsageError: bad arguments, or an adapter that is not of this base.
     """
-    from peft import PeftModel
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UsageError("lp-dist merge needs peft, which wrote the adapter: pip install peft") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = replaceable(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    try:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{base} can't be read as a language model with its tokenizer ({str(error).splitlines()[0]}); name its directory or hub id") from None
     text = None
     if dataset is not None:
         text = held_out(tokenizer, dataset, dataset_config, dataset_split, text_column, blocks, block_size)
     perplexity = {} if text is None else {"base": perplexity_of(model, text)}
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"the adapter {adapter} does not fit {base} ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the adapter {adapter} is not there, or not one of {base} ({str(error).splitlines()[0]})") from None
     if text is not None:
         perplexity["with the adapter"] = perplexity_of(adapted, text)
     merged = merge_adapter(adapted)

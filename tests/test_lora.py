@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import peft
@@ -254,7 +255,26 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
     from transformers import AutoTokenizer
     AutoTokenizer.from_pretrained(saved[0]).save_pretrained(tmp_path / "other")
     result = CliRunner().invoke(app, ["merge", str(tmp_path / "other"), str(saved[1]), str(tmp_path / "out")])
-    assert result.exit_code != 0 and "does not fit" in result.output + str(result.exception) and not (tmp_path / "out").exists()
+    assert result.exit_code != 0 and "not one of" in result.output + str(result.exception) and not (tmp_path / "out").exists()
+
+
+def test_what_is_not_there_is_told_in_one_line(saved, tmp_path, monkeypatch):
+    for base, adapter, part in ((tmp_path / "nothing", saved[1], "can't be read as a language model"), (saved[0], tmp_path / "nothing", "is not there, or not one of")):
+        result = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])
+        assert part in str(result.exception) and isinstance(result.exception, SystemExit) and not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = CliRunner().invoke(app, ["merge", str(saved[0]), str(saved[1]), str(tmp_path / "out")])
+    assert "pip install peft" in str(result.exception) and isinstance(result.exception, SystemExit)
+
+
+def test_nothing_is_merged_where_one_layer_can_not_be():
+    model = adapted(llama(0.4), KINDS["LoRA"])
+    layers = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+    layers[-1].merge()
+    before = layers[0].get_base_layer().weight.detach().clone()
+    with pytest.raises(UsageError, match="unmerge_adapter"):
+        merge_adapter(model)
+    assert torch.equal(layers[0].get_base_layer().weight, before)
 
 
 # -- training on ----------------------------------------------------------------------------------------------------------
