@@ -115,7 +115,15 @@ class LpCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:  # else it was stopped, and is to be resumed perhaps
             self.attached.finish()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def progress(self, model: nn.Module) -> dict[str, float]:
+        """For a log line: a target's last look, else the zeros, which are counted now (collective)."""
+        if self.attached is None or not self.attached.decayed:
+            return {}
+        return dict(self.attached.logs) if self.target else {"lp/measured": measure_sparsity(model, names=self.attached.decayed).total}
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if "loss" in (logs or {}) and "lp/measured" not in logs:    # Trainer's own log lines come after this callback; loggers came before it
+            logs.update(self.progress(model))
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
         if bad and not args.fp16:
             raise RuntimeError(f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last checkpoint with a lower "
@@ -146,7 +154,8 @@ class LpTrainer(Trainer):
     """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every `report_to` logger; and
     which can be taught by a dense model while it becomes sparse.
 
-    A callback comes after the loggers and could not add to what they see, hence a subclass; use it or not, as you like.
+    A callback comes after the loggers and could not add to what they see, nor does it know the bar, hence a subclass; use it or not, as you like. (With
+    Trainer itself `LpCallback` adds the progress to the log lines alone.)
 
     Args:
         counted: names of the parameters that count; None: those that `lp_dist.param_groups` would decay in the model as it is
@@ -198,10 +207,8 @@ class LpTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, LpCallback) and callback.attached is not None:
-                    logs.update(callback.attached.logs)
-                    if callback.target is None and callback.attached.decayed:
-                        logs["lp/measured"] = self.measure_sparsity().total
+                if isinstance(callback, LpCallback):
+                    logs.update(callback.progress(self.model))
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))  # beyond 700 a float is infinite
             logs["eval_sparsity"] = self.measure_sparsity().total

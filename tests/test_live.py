@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_histogram, measure_sparsity, param_groups
 from lp_dist.live import show_on_bar
@@ -27,17 +27,19 @@ class Watched:
         self.training_bar = Bar()
 
 
-def trained(tmp_path, callback, weight_decay: float, **more) -> tuple[LpTrainer, list[dict]]:
+def trained(tmp_path, callback, weight_decay: float, kind: type[Trainer] = LpTrainer, last: TrainerCallback | None = None, **more) -> tuple[LpTrainer, list[dict]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                                          num_key_value_heads=1, bos_token_id=0, eos_token_id=0))
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (40, 12), generator=torch.Generator().manual_seed(0))]
     args = TrainingArguments(tmp_path, max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4, use_cpu=True, logging_steps=5, save_strategy="no",
                              disable_tqdm=True, **{"report_to": "none", **more})
-    trainer = LpTrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback],
-                        optimizer_cls_and_kwargs=(LpAdamW, {"params": param_groups(model, weight_decay), "lr": 1e-2, "precondition": 0.0}))
+    trainer = kind(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback],
+                   optimizer_cls_and_kwargs=(LpAdamW, {"params": param_groups(model, weight_decay), "lr": 1e-2, "precondition": 0.0}))
     watched = Watched()
     trainer.callback_handler.callbacks.append(Quiet(watched.training_bar))
+    if last is not None:
+        trainer.add_callback(last)
     trainer.train()
     return trainer, watched.training_bar.shown
 
@@ -67,6 +69,24 @@ def test_a_lambda_of_ones_own_is_shown_too_and_measured_when_it_is_logged(tmp_pa
     logged = [entry["lp/measured"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4 and logged[-1] == measure_sparsity(trainer.model).total > 0.05
     assert [bar["zeros"] for bar in shown[:4]] == [f"{share:.1%}" for share in logged]
+
+
+class Lines(TrainerCallback):
+    """As Trainer's own log lines, which come last."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("callback, weight_decay", [(LpCallback(target=SparsityTarget(0.5)), 0.0), (LpCallback(DecayWindow(0.1, 0.7)), 0.5)])
+def test_with_trainer_itself_the_log_lines_have_the_zeros(callback, weight_decay, tmp_path):
+    lines = Lines()
+    trainer, _ = trained(tmp_path, callback, weight_decay, kind=Trainer, last=lines)
+    logged = [line for line in lines.seen if "loss" in line]
+    assert len(logged) == 4 and logged[-1]["lp/measured"] == pytest.approx(measure_sparsity(trainer.model).total)
 
 
 def test_weights_that_fade_are_shown_beside_zeros_where_they_are_others():
