@@ -35,10 +35,10 @@ def llama(tmp_path_factory) -> Path:
 
 
 def kill(model) -> None:
-    """In layer 1 channel 0 by its column, 1 by its up row, 2 by its gate row; in layer 2 head 0 by its columns, heads 2 and 3 by their values."""
+    """In layer 1 channel 0 by its column, 1 by its up row, 2 by its gate row; in layer 2 head 1 by its columns, heads 2 and 3 by their values."""
     feed, attention = model.model.layers[1].mlp, model.model.layers[2].self_attn
     feed.down_proj.weight[:, 0] = feed.up_proj.weight[1] = feed.gate_proj.weight[2] = 0.0
-    attention.o_proj.weight[:, :4] = attention.v_proj.weight[4:] = 0.0
+    attention.o_proj.weight[:, 4:8] = attention.v_proj.weight[4:] = 0.0
 
 
 def test_every_tensor_is_counted_once_and_in_the_order_of_the_model(llama):
@@ -90,7 +90,7 @@ def test_dead_channels_and_heads_have_no_effect_and_others_have(llama):
     feed, attention = model.model.layers[1].mlp, model.model.layers[2].self_attn
     with torch.no_grad():   # whatever else the dead ones have may change
         feed.up_proj.weight[0], feed.gate_proj.weight[1], feed.down_proj.weight[:, 2] = 5.0, 5.0, 5.0
-        attention.q_proj.weight[:4], attention.o_proj.weight[:, 8:] = 5.0, 5.0
+        attention.q_proj.weight[4:8], attention.o_proj.weight[:, 8:] = 5.0, 5.0
     assert torch.equal(logits(model), before)
     with torch.no_grad():
         feed.down_proj.weight[:, 3] += 1.0
