@@ -1,0 +1,97 @@
+"""Groups of weights that stand and fall together: feed-forward channels, attention heads, outputs or inputs of any linear layers.
+
+They are read from a model's modules (`recognition.py`), or described by their user (`groups_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lp_dist.errors import UsageError
+from lp_dist.parts import Groups, Member, layers_of, made_of
+from lp_dist.recognition import channels, heads, kv_groups
+from lp_dist.shards import full_shape
+
+KINDS = {"channels": channels, "heads": heads, "kv_groups": kv_groups}
+
+
+def structure(model: nn.Module, groups: str | Sequence[str | Groups]) -> list[Groups]:
+    """The groups that a user names: kinds ("channels", "heads", "kv_groups"), or `Groups` of their own, in that order.
+
+    Raises:
+        UsageError: an unknown kind, a part of the model that is in two groups of one dimension, or none recognised.
+    """
+    asked = [groups] if isinstance(groups, (str, Groups)) else list(groups)
+    found: list[Groups] = []
+    for one in asked:
+        if isinstance(one, Groups):
+            found.append(one)
+        elif one in KINDS:
+            found += KINDS[one](model)
+        else:
+            raise UsageError(f"groups={one!r} is none of {', '.join(KINDS)}; name one, or describe your own by lp_dist.groups_of")
+    if not found:
+        raise UsageError("no groups are named; name channels, heads or kv_groups")
+    taken: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    for one in found:
+        for member in one.members:
+            others = taken.setdefault((member.name, member.dim), [])
+            twice = next((label for start, stop, label in others if start < member.stop and member.start < stop and label != one.label), None)
+            if twice is not None:
+                raise UsageError(f"{member.name} belongs to {one.label} and to {twice} as well; leave one of them out (heads and kv_groups hold each other)")
+            others.append((member.start, member.stop, one.label))
+    return found
+
+
+def groups_of(model: nn.Module, *, outputs: str | Iterable[str] = (), inputs: str | Iterable[str] = (), along: str | Iterable[str] = (), width: int = 1,
+              kind: str = "groups") -> list[Groups]:
+    """Groups of your own, by patterns on the names of modules: group i is output i of the layers in `outputs` (bias and all) and input i of those in `inputs`.
+
+    Args:
+        outputs, inputs: of linear layers, such as "*.fc_in" and "*.fc_out". Those of one layer, by the numbers in their names, go together;
+            without wildcards all do.
+        along: one-dimensional parameters that go with them, by parameter names.
+        width: neighbouring outputs (or inputs) in one group, such as the size of a head.
+        kind: what to call them.
+    Raises:
+        UsageError: a pattern matches nothing or two layers at once, what stands together has different widths, or the width does not divide them.
+    """
+    layers = {layer.name: layer for layer in layers_of(model)}
+    vectors = {name: full_shape(param)[0] for name, param in model.named_parameters() if len(full_shape(param)) == 1}
+    outputs, inputs, along = ([patterns] if isinstance(patterns, str) else list(patterns) for patterns in (outputs, inputs, along))
+    stacked = any(set(pattern) & set("*?[") for pattern in (*outputs, *inputs, *along))     # else the names are those of one set of groups
+    parts: dict[str, tuple[list[Member], set[int]]] = {}
+    for patterns, known, made in ((outputs, layers, lambda name: (layers[name].of_outputs(width), layers[name].outputs)),
+                                  (inputs, layers, lambda name: (layers[name].of_inputs(width), layers[name].inputs)),
+                                  (along, vectors, lambda name: ([Member(name, 0, 0, vectors[name], width)], vectors[name]))):
+        for pattern in patterns:
+            matches = {name: _layer_of(name) if stacked else "" for name in known if fnmatchcase(name, pattern)}
+            if not matches:
+                raise UsageError(f"{pattern!r} matches no {'vector' if known is vectors else 'linear layer'} of {type(model).__name__}; names look like "
+                                 f"{next(iter(known), 'none')!r}, and * stands for any part of one")
+            if len(set(matches.values())) < len(matches):
+                raise UsageError(f"{pattern!r} matches two of the same layer ({', '.join(list(matches)[:2])}), whose parts can't be told apart; write it out further")
+            for name, layer in matches.items():
+                members, size = made(name)
+                mine = parts.setdefault(layer, ([], set()))
+                mine[0].extend(members)
+                mine[1].add(size)
+    found = []
+    for key, (members, sizes) in parts.items():
+        name = key or members[0].name
+        if len(sizes) > 1 or next(iter(sizes)) % width:
+            raise UsageError(f"the groups of {name} are {' and '.join(map(str, sorted(sizes)))} wide, and width={width}; what stands in one group must be of "
+                             "one width, which the width of a group divides")
+        found.append(made_of(model, name, kind, next(iter(sizes)) // width, members))
+    if not found:
+        raise UsageError("no patterns are given; name linear layers in outputs= and inputs=")
+    return found
+
+
+def _layer_of(name: str) -> str:
+    """What of a name says which layer it is: up to the last number in it."""
+    parts = name.split(".")
+    return ".".join(parts[:max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)])
