@@ -37,6 +37,9 @@ def channels(model: nn.Module) -> list[Groups]:
         ups, down = match
         odd = _as_wide(model, module, {down.inputs, 2 * down.inputs}, {layer.name for layer in layers})
         taken |= {layer.name for layer in (*ups, down)}
+        if getattr(model.get_submodule(module), "activation_sparsity", 0):     # Gemma 3n: a threshold from mean and spread of all channels
+            reasons[module] = "its activation_sparsity ties the channels together"
+            continue
         if odd:
             reasons[module] = f"{odd} is as wide as the channels, and ties them together"
             continue
