@@ -179,7 +179,7 @@ def _channels(widths: Widths, parts: list[Groups], dead: dict[str, Tensor], mult
         before, after = ({layer_of(groups.name): width for groups, width in zip(alike, of)} for of in
                          ([groups.count for groups in alike], [to[groups.label] for groups in alike]))
         if before != after and len(before) == len(alike) and any(widths.cut(cuts, edits(after)) for edits in widths.of_lists(before)):
-            removed.append(_told(_CHANNELS, alike, dead, [*after.values()], f"each layer's number is{rounded[1:]}"))
+            removed.append(_told(_CHANNELS, alike, dead, [*after.values()], rounded.removeprefix(", ")))
             left = [groups for groups in left if groups not in alike]
     for alike in _alike(left, lambda groups: groups.count):
         most, before = max(alike, key=lambda groups: to[groups.label]), alike[0].count
@@ -206,8 +206,7 @@ def _heads(widths: Widths, shared: list[Groups], queries: list[Groups], dead: di
         least = _alive(dead, most)
 
         def whole(few: int) -> list[tuple[Groups, Tensor]]:
-            stays = [(groups, _stays(dead[groups.label], few)) for groups in alike]
-            return [*stays, *((of[groups.name], stay.repeat_interleave(share)) for groups, stay in stays)]
+            return [(groups, _stays(dead[groups.label], few)) for groups in alike]
 
         few, why = _fewest(widths, range(least, before), whole, [lambda few, write=write: write(few * share, few) for write in places])
         what = _HEADS if share == 1 else f"groups of {share} attention heads"
@@ -215,7 +214,7 @@ def _heads(widths: Widths, shared: list[Groups], queries: list[Groups], dead: di
         if share == 1:
             continue
         # What is dead beyond whole groups: (few, share) in each layer.
-        single = [(of[groups.name], stay, dead[of[groups.name].label].view(before, share) & stay[:, None]) for groups, stay in whole(few)[:len(alike)]]
+        single = [(of[groups.name], stay, dead[of[groups.name].label].view(before, share) & stay[:, None]) for groups, stay in whole(few)]
         worst, lost = min(((groups, int(gone[stay].sum(dim=1).min())) for groups, stay, gone in single), key=lambda one: one[1])
 
         def fewer(each: int) -> list[tuple[Groups, Tensor]]:

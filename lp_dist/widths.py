@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lp_dist.checkpoints.publishing import made_on_meta
 from lp_dist.errors import UsageError
 from lp_dist.parts import Groups
-from lp_dist.recognition import channels, heads, kv_groups
+from lp_dist.recognition import HEAD_SIZES, channels, heads, kv_groups
 
 Edits = dict[tuple[str, ...], Any]      # {place in config.json: its new value}
 # What the width of a feed-forward layer is called; other keys of the same value come after these.
@@ -42,9 +42,9 @@ class Widths:
     """
 
     def __init__(self, cls: Any, settings: Any, config: dict[str, Any], model: nn.Module) -> None:
-        self._cls, self._settings, self._config, self._traits = cls, settings, config, _traits(model)
+        self._cls, self._settings, self._config = cls, settings, config
         self._all = settings.to_dict()      # with defaults that config.json leaves out
-        self._shapes = dict(self._traits[0])
+        self._shapes, self._numbers = _traits(model)
         self.kept: dict[tuple[str, int], Tensor] = {}   # by parameter and dimension: which indices stay; those without an entry are whole
 
     @property
@@ -59,14 +59,13 @@ class Widths:
         Returns:
             True: taken. False: by such a config the model is another one. None: the architecture takes no such config.
         """
-        kept, counts = dict(self.kept), dict(self._traits[2])
+        kept = dict(self.kept)
         for groups, stays in cuts:
-            counts[groups.label] = int(stays.sum())
             for member in groups.members:
                 of = kept.get((member.name, member.dim), torch.ones(self._shapes[member.name][member.dim], dtype=torch.bool)).clone()
                 of[member.start:member.stop] &= stays.repeat_interleave(member.width)
                 kept[member.name, member.dim] = of
-        shapes = dict(self._traits[0])
+        shapes = dict(self._shapes)
         for (name, dim), of in kept.items():
             shapes[name] = (*shapes[name][:dim], int(of.sum()), *shapes[name][dim + 1:])
         config = _edited(self._config, edits)
@@ -74,9 +73,9 @@ class Widths:
             made = self._made(config)
         except UsageError:
             return None
-        if _traits(made) != (shapes, self._traits[1], counts):
+        if _traits(made) != (shapes, self._numbers):
             return False
-        self._config, self._traits, self.kept = config, (shapes, self._traits[1], counts), kept
+        self._config, self.kept = config, kept
         return True
 
     def _made(self, config: dict[str, Any]) -> nn.Module:
@@ -123,12 +122,12 @@ class Widths:
         return inside
 
 
-def _traits(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[tuple[str, str], float], dict[str, int]]:
-    """What tells whether two models compute alike: shapes of parameters and buffers (such as the frequencies of the positions), numbers that are no
-    weights (such as what attention is scaled by), and how many groups each part has."""
+def _traits(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[tuple[str, str], float]]:
+    """What tells whether two models compute alike: shapes of parameters and buffers (such as the frequencies of the positions), and numbers that are no
+    weights, sizes of heads and all that is no integer (such as what attention is scaled by)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in (*model.state_dict().items(), *model.named_buffers())}
-    floats = {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items() if type(value) is float}
-    return shapes, floats, {groups.label: groups.count for found in recognised(model)[0].values() for groups in found}
+    return shapes, {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items()
+                    if type(value) is float or key in HEAD_SIZES}
 
 
 def _places(config: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
