@@ -1,13 +1,13 @@
 """`lp-dist export --shrink`: dead feed-forward channels and attention heads are left out, as far as config.json can say how many are left.
 
-A group of weights (`structure.py`) is dead where everything that reads it is zero. It has no effect then, and leaving it out takes only zeros out of sums.
+A group of weights (`structure.py`) is dead where everything that reads it is zero. It has no effect then: leaving it out takes zeros out of sums.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ class Removed:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A model without dead groups. kept: by published name and dimension, which indices stay (width,), of those that lose some. readers: the dimensions of
-    these at which only zeros go. config: its config.json. removed: what became of each kind of groups."""
+    """A model without dead groups. kept: by published name and dimension, which indices stay (width,), of those that lose some. readers: the
+    dimensions of these at which only zeros go. config: its config.json. removed: what became of each kind of groups."""
 
     kept: dict[str, dict[int, Tensor]]
     readers: set[tuple[str, int]]
@@ -98,11 +98,11 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
     if not any(bool(one.any()) for one in dead.values()):
         counts = [(sum(groups.count for groups in known if groups.kind == kind), what) for kind, what in (("channels", _CHANNELS), ("heads", _HEADS))]
         none = " and ".join(f"{count:,} {what}" for count, what in counts if count)
-        why = f"of {none} of {cls.__name__} none is dead" if none else f"the tensors of the checkpoint have other names and shapes than those of {cls.__name__}"
-        raise UsageError(f"--shrink finds nothing to remove: {why}. Single zeros are not enough: all that reads a channel or head must be zero, as a target "
-                         'for whole groups makes it: SparsityTarget(0.5, groups="channels"), or "kv_groups"')
+        why = f"of {none} of {cls.__name__} none is dead" if none else f"the checkpoint's tensors have other names than those of {cls.__name__}"
+        raise UsageError(f"--shrink finds nothing to remove: {why}. Single zeros are not enough: all that reads a channel or head must be zero, as a "
+                         'target for whole groups makes it: SparsityTarget(0.5, groups="channels"), or "kv_groups"')
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
-    removed = [*_channels(widths, found.get("channels", []), dead, multiple), *_heads(widths, found.get("kv_groups", []), found.get("heads", []), dead)]
+    removed = _channels(widths, found.get("channels", []), dead, multiple) + _heads(widths, found.get("kv_groups", []), found.get("heads", []), dead)
     removed = [one for one in removed if any(one.dead)]
     if not any(one.gone for one in removed):
         raise UsageError(f"--shrink can remove nothing: {'; '.join(map(str, removed))}")
@@ -115,8 +115,8 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
 
 
 def _published_names(model: nn.Module, pieces: list[Published]) -> dict[str, str]:
-    """{name in memory: name in the checkpoint}, of parameters that have the same shape in both. (What was saved without the model's head, as GPT-2 on the
-    hub, has not its prefix.)"""
+    """{name in memory: name in the checkpoint}, of parameters that have the same shape in both. (What was saved without the model's head, as GPT-2
+    on the hub, has not its prefix.)"""
     shapes = {name: shape for piece in pieces for name, shape in piece.shapes.items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
@@ -222,11 +222,13 @@ def _heads(widths: Widths, shared: list[Groups], queries: list[Groups], dead: di
 
         each, why = _fewest(widths, range(max(1, share - lost), share), fewer, [lambda each, write=write: write(few * each, few) for write in places])
         counts = [int(gone.sum()) for _, _, gone in single], [few * share] * len(single), [few * each] * len(single)
-        removed.append(Removed(f"{_HEADS} in other groups", *counts, f"every group must lose as many, and one of {worst.name} has {lost} dead ones{why}"))
+        why = f"every group must lose as many, and one of {worst.name} has {lost} dead ones{why}"
+        removed.append(Removed(f"{_HEADS} in groups that stay", *counts, why))
     return removed
 
 
-def _fewest(widths: Widths, numbers: range, cuts: Callable[[int], list[tuple[Groups, Tensor]]], places: list[Callable[[int], Any]]) -> tuple[int, str]:
+def _fewest(widths: Widths, numbers: range, cuts: Callable[[int], list[tuple[Groups, Tensor]]],
+            places: list[Callable[[int], Any]]) -> tuple[int, str]:
     """The first of the numbers that the config can say, or the one after them; and why not an earlier one, as the end of a sentence."""
     another = False
     for write in places:
@@ -237,6 +239,5 @@ def _fewest(widths: Widths, numbers: range, cuts: Callable[[int], list[tuple[Gro
             another |= taken is False
             if another:     # so it would be for the next number
                 break
-    if not numbers:
-        return numbers.stop, ""
-    return numbers.stop, ", and the size of a head follows from their number" if another else ", and the model's configuration takes no smaller number"
+    why = "the size of a head follows from their number" if another else "the model's configuration takes no smaller number"
+    return numbers.stop, f", and {why}" if numbers else ""

@@ -113,7 +113,8 @@ def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_
     written = Exported(given, checkpoint.form, compacted, bytes_before=checkpoint.nbytes)
     if shrunk:
         if beside is None:
-            raise UsageError(f"--shrink rewrites the model's config.json, and none is in {checkpoint.path}; give the model's directory or hub id: --config MODEL")
+            raise UsageError(f"--shrink rewrites the model's config.json, and none is in {checkpoint.path}; give the model's directory or hub id: "
+                             "--config MODEL")
         written.shrunk = planned(pieces, beside, cast, multiple, trust_remote_code)
     with written_whole(out) as partial:
         files = _Files(partial, limit, compacted)

@@ -25,8 +25,8 @@ def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: 
 
     Args:
         config: directory of the source's config.json. dtype: to which the export cast the floating-point weights.
-        shrunk: what was left out. What remains is compared, and that nothing is read of the rest; logits are computed in float32 from the weights of that dtype,
-            and may differ by rounding, since sums of fewer terms are added up in another order.
+        shrunk: what was left out. What stays is compared, and that nothing is read of the rest; logits are computed in float32 from the weights of
+            that dtype, and may differ by rounding, since sums of fewer terms are added up in another order.
     Returns:
         {"tensors": number of them, "zeros": of the export, "logits": how many were compared, None where the model does not read tokens alone},
         of a shrunk model {"difference": the largest one of logits, "rounding": and how large rounding may make it} as well
@@ -66,8 +66,8 @@ def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: 
 
 
 def _alike(exported: Tensor, original: Tensor, shrunk: Shrunk, out: Path, source: Checkpoint) -> dict[str, float]:
-    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, each way in its own; every layer that
-    was cut adds such an error to what the next ones read, and 8 leaves room for what they make of it."""
+    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in either order of its own; every
+    tensor that was cut adds such an error to what the next ones read, and 8 leaves room for what they make of it."""
     rounding = 8 * torch.finfo(original.dtype).eps * math.sqrt(max(shrunk.sums)) * len(shrunk.sums) * float(original.abs().max())
     difference = float((exported - original).abs().max())
     if not difference <= rounding:

@@ -1,4 +1,4 @@
-"""How many channels and heads a model has by its config.json: where the numbers stand there, and whether a model made of other ones is the one that is meant."""
+"""How many channels and heads a model has by its config.json: where these numbers stand, and whether a model made of others is the one meant."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def recognised(model: nn.Module) -> tuple[dict[str, list[Groups]], list[str]]:
 
 
 class Widths:
-    """A model that is cut step by step: its config.json, and what stays of its parameters. A step is taken if a model that is made from its config has
-    the shapes, and else everything that the model before had.
+    """A model that is cut step by step: its config.json, and what stays of its parameters. A step is taken if the model that is made from the config
+    has the shapes of what stays, and is as before in all else.
 
     Args:
         cls, settings: as of `model_class`. config: its config.json. model: made of them, on the meta device.
@@ -88,12 +88,13 @@ class Widths:
     def of_lists(self, widths: dict[int, int]) -> Iterator[Callable[[dict[int, int]], Edits]]:
         """Places that have a list of widths, one for each layer: what to write there for other widths. widths: by number of the layer."""
         for place, value in _places(self._all):
-            if isinstance(value, list) and all(type(one) is int for one in value) and all(i < len(value) and value[i] == width for i, width in widths.items()):
+            whole = isinstance(value, list) and all(type(one) is int for one in value)
+            if whole and all(i < len(value) and value[i] == width for i, width in widths.items()):
                 yield lambda new, place=place, value=value: {place: [new.get(i, width) for i, width in enumerate(value)]}
 
     def of_channels(self, width: int) -> Iterator[tuple[tuple[str, ...], ...]]:
-        """Places that may have the one width of the feed-forward layers: those called like it, together as well, others of that value, and what is left
-        to the architecture (GPT-2's n_inner)."""
+        """Places that may have the one width of the feed-forward layers: those called like it, together as well, others of that value, and what is
+        left to the architecture (GPT-2's n_inner)."""
         equal = [place for place, value in _places(self._all) if type(value) is int and value == width]
         called = [place for place in equal if _FEED_FORWARD.search(place[-1])]
         yield from ((place,) for place in called)
@@ -103,8 +104,8 @@ class Widths:
         yield from ((place,) for place, value in _places(self._all) if value is None and _FEED_FORWARD.search(place[-1]))
 
     def of_heads(self, heads: int, shared: int, size: int) -> Iterator[Callable[[int, int], Edits]]:
-        """Places that have the numbers of heads of queries, and of keys and values: what to write there for others. The size of a head is written as well,
-        where it would follow from their number."""
+        """Places that have the numbers of heads of queries, and of keys and values: what to write there for others. The size of a head is written
+        as well, since it might follow from their number."""
         called = {"num_attention_heads", getattr(self._settings, "attribute_map", {}).get("num_attention_heads")}
         for place, value in _places(self._all):
             inside = self._at(place[:-1])
@@ -123,8 +124,8 @@ class Widths:
 
 
 def _traits(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[tuple[str, str], float]]:
-    """What tells whether two models compute alike: shapes of parameters and buffers (such as the frequencies of the positions), and numbers that are no
-    weights, sizes of heads and all that is no integer (such as what attention is scaled by)."""
+    """What tells whether two models compute alike: shapes of parameters and buffers (such as the frequencies of the positions), and numbers that
+    modules have besides: sizes of heads, and all that are no integers (such as what attention is scaled by)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in (*model.state_dict().items(), *model.named_buffers())}
     return shapes, {(name, key): value for name, module in model.named_modules() for key, value in vars(module).items()
                     if type(value) is float or key in HEAD_SIZES}

@@ -34,7 +34,8 @@ def published(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bo
     """
     if not checkpoint.live:
         twice = _twice(checkpoint, config, trust_remote_code)
-        return [Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry)) for name, entry in checkpoint.entries.items() if name not in twice]
+        return [Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry)) for name, entry in checkpoint.entries.items()
+                if name not in twice]
     if config is None:
         raise UsageError(f"no config.json is in {checkpoint.path} or above it, so it is not known of which model its weights are; give the model's "
                          "directory or hub id: --config MODEL")
@@ -106,7 +107,8 @@ def made_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
         with torch.device("meta"):
             return cls.from_config(settings, trust_remote_code=True) if hasattr(cls, "from_config") else cls._from_config(settings)
     except Exception as error:      # so does a model's, on a config that is not its own or for want of a package
-        raise UsageError(f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was trained: --config MODEL") from error
+        raise UsageError(f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was trained: "
+                         "--config MODEL") from error
 
 
 def _line(error: Exception) -> str:
