@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lp_dist.checkpoints.entries import read_json
-from lp_dist.checkpoints.publishing import Published, in_dtype, made_on_meta, model_class
+from lp_dist.checkpoints.publishing import Published, in_dtype, made_on_meta, model_class, names_in
 from lp_dist.errors import UsageError
 from lp_dist.parts import Groups, Member
 from lp_dist.sparsity import layer_of
-from lp_dist.widths import Widths, recognised
+from lp_dist.structure import recognised
+from lp_dist.widths import Widths
 
 _CHANNELS, _HEADS = "feed-forward channels", "attention heads"
 
@@ -92,7 +93,7 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
     if not found:
         raise UsageError(f"--shrink has nothing to look at: {'; '.join(reasons)}")
     parts = [groups for kind in found.values() for groups in kind]
-    names = _published_names(model, pieces)
+    names = names_in(model, {name: shape for piece in pieces for name, shape in piece.shapes.items()})
     known = [groups for groups in parts if all(member.name in names for member in groups.members)]
     dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in parts} | _dead(known, names, pieces, dtype)
     if not any(bool(one.any()) for one in dead.values()):
@@ -112,19 +113,6 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
             kept.setdefault(names[name], {})[dim] = stays
     readers = {(names[member.name], member.dim) for groups in known for member in groups.members if member.reads}
     return Shrunk(kept, readers, widths.config, removed)
-
-
-def _published_names(model: nn.Module, pieces: list[Published]) -> dict[str, str]:
-    """{name in memory: name in the checkpoint}, of parameters that have the same shape in both. (What was saved without the model's head, as GPT-2
-    on the hub, has not its prefix.)"""
-    shapes = {name: shape for piece in pieces for name, shape in piece.shapes.items()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = {}
-    for name, param in model.named_parameters():
-        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None)
-        if known is not None and shapes[known] == tuple(param.shape):
-            names[name] = known
-    return names
 
 
 def _dead(parts: list[Groups], names: dict[str, str], pieces: list[Published], dtype: torch.dtype | None) -> dict[str, Tensor]:

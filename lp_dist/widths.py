@@ -13,24 +13,11 @@ from torch import Tensor, nn
 from lp_dist.checkpoints.publishing import made_on_meta
 from lp_dist.errors import UsageError
 from lp_dist.parts import Groups
-from lp_dist.recognition import HEAD_SIZES, channels, heads, kv_groups
+from lp_dist.recognition import HEAD_SIZES
 
 Edits = dict[tuple[str, ...], Any]      # {place in config.json: its new value}
 # What the width of a feed-forward layer is called; other keys of the same value come after these.
 _FEED_FORWARD = re.compile(r"inter|inner|ffn|ff_|_ff|mlp|feed")
-
-
-def recognised(model: nn.Module) -> tuple[dict[str, list[Groups]], list[str]]:
-    """{"channels", "kv_groups", "heads": groups}, without what is not recognised; and why that is not."""
-    found, reasons = {}, []
-    for kind, find in (("channels", channels), ("kv_groups", kv_groups)):
-        try:
-            found[kind] = find(model)
-        except UsageError as error:
-            reasons.append(str(error).partition(" Describe them by")[0])
-    if "kv_groups" in found:
-        found["heads"] = heads(model)
-    return found, reasons
 
 
 class Widths:

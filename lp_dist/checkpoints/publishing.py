@@ -150,6 +150,21 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
     return found
 
 
+def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head, as
+    GPT-2 on the hub, has not its prefix.)
+
+    Args: shapes: of the published tensors, by name.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {}
+    for name, param in model.named_parameters():
+        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None)
+        if known is not None and shapes[known] == tuple(param.shape):
+            names[name] = known
+    return names
+
+
 def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
     """What stands before the model's names: nothing, or the name under which a script kept the model ("model.")."""
     def fits(prefix: str) -> int:
