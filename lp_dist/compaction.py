@@ -227,5 +227,5 @@ def _fewest(widths: Widths, numbers: range, cuts: Callable[[int], list[tuple[Gro
             another |= taken is False
             if another:     # so it would be for the next number
                 break
-    why = "the size of a head follows from their number" if another else "the model's configuration takes no smaller number"
+    why = "with fewer the config makes a model of other ones, not of these" if another else "the model's configuration takes no smaller number"
     return numbers.stop, f", and {why}" if numbers else ""

@@ -102,7 +102,8 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     assert changes == ({key: FAMILIES[family][1][0] - 4} if key else {}) | fewer
     stays = [str(one) for one in done.shrunk.removed if not one.gone]
     assert len(stays) == (sized is False)
-    assert all(re.match("4 of 8 attention heads are dead and stay: .* and the size of a head follows from their number$", one) for one in stays)
+    assert all(re.match("4 of 8 attention heads are dead and stay: .* and with fewer the config makes a model of other ones, not of these$", one)
+               for one in stays)
     assert done.bytes_dense == sum(t.nbytes for t in before.values())
 
 
@@ -225,6 +226,24 @@ def test_engines_checkpoints_and_what_was_saved_without_its_head(half, tmp_path)
     assert load_file(tmp_path / "small" / "model.safetensors")["h.0.mlp.c_fc.bias"].shape == (127,)
 
 
+def test_widths_that_stand_in_several_places_are_changed_together_or_each_by_itself(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration, CLIPConfig, CLIPModel
+
+    sizes = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
+    for decoder, after in ((32, (29, 29)), (48, (29, 45))):
+        model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=decoder, **sizes))
+        kill(model, "channels", *[[0, 4, 9]] * 4)
+        export(save(model, tmp_path / f"bart {decoder}"), tmp_path / f"out {decoder}", shrunk=True, verified=True)
+        config = config_of(tmp_path / f"out {decoder}")
+        assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == after
+    part = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPModel(CLIPConfig(text_config={**part, "vocab_size": 64}, vision_config={**part, "image_size": 8, "patch_size": 4}, projection_dim=8))
+    kill(model, "channels", *[[0, 4, 9]] * 4)
+    export(save(model, tmp_path / "clip"), tmp_path / "out", shrunk=True)
+    assert [config_of(tmp_path / "out")[key]["intermediate_size"] for key in ("text_config", "vision_config")] == [29, 29]
+    assert CLIPModel.from_pretrained(tmp_path / "out").text_model.encoder.layers[1].mlp.fc1.out_features == 29
+
+
 def test_a_key_of_the_same_value_that_makes_another_model_is_not_taken(half, tmp_path, monkeypatch):
     model = model_of("llama", vocab_size=48, bos_token_id=0)
     kill(model, "channels", [0], [0])
@@ -246,5 +265,5 @@ def test_a_model_of_another_scale_is_not_taken_either(tmp_path, monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", wrong)
     model = model_of("llama")
     kill(model, "kv_groups", [0], [0])
-    with pytest.raises(UsageError, match="2 of 4 groups of 2 attention heads are dead and stay: .* the size of a head follows from their number"):
+    with pytest.raises(UsageError, match="2 of 4 groups of 2 attention heads are dead and stay: .* with fewer the config makes a model of other ones"):
         export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True)
