@@ -206,7 +206,7 @@ def _heads(widths: Widths, shared: list[Groups], queries: list[Groups], dead: di
         worst, lost = min(((groups, int(gone[stay].sum(dim=1).min())) for groups, stay, gone in single), key=lambda one: one[1])
 
         def fewer(each: int) -> list[tuple[Groups, Tensor]]:
-            return [(groups, (stay[:, None] & ~(gone & (gone.cumsum(dim=1) <= share - each))).flatten()) for groups, stay, gone in single]
+            return [(groups, ~(gone & (gone.cumsum(dim=1) <= share - each)).flatten()) for groups, _, gone in single]
 
         each, why = _fewest(widths, range(max(1, share - lost), share), fewer, [lambda each, write=write: write(few * each, few) for write in places])
         counts = [int(gone.sum()) for _, _, gone in single], [few * share] * len(single), [few * each] * len(single)

@@ -83,12 +83,12 @@ class Widths:
         """Places that may have the one width of the feed-forward layers: those called like it, together as well, others of that value, and what is
         left to the architecture (GPT-2's n_inner)."""
         equal = [place for place, value in _places(self._all) if type(value) is int and value == width]
-        called = [place for place in equal if _FEED_FORWARD.search(place[-1])]
+        called = [place for place in equal if _FEED_FORWARD.search(str(place[-1]))]
         yield from ((place,) for place in called)
         if len(called) > 1:
             yield tuple(called)
         yield from ((place,) for place in equal if place not in called)
-        yield from ((place,) for place, value in _places(self._all) if value is None and _FEED_FORWARD.search(place[-1]))
+        yield from ((place,) for place, value in _places(self._all) if value is None and _FEED_FORWARD.search(str(place[-1])))
 
     def of_heads(self, heads: int, shared: int, size: int) -> Iterator[Callable[[int, int], Edits]]:
         """Places that have the numbers of heads of queries, and of keys and values: what to write there for others. The size of a head is written
