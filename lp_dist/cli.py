@@ -87,8 +87,9 @@ def export(run: str, out: str, dtype: str | None = None, shard_size: str = "5GB"
 
     --dtype: float32, bfloat16, float16; else as stored. --shard-size: of a file, and so much is in memory at a time. --config: directory or hub id of the
     model, where no config.json is with the checkpoint. --masters: an engine's fp32 weights where a directory holds both. --compact: a bit for each weight and
-    the weights that are not zero, for storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and attention
-    heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it back, compare weights, zeros and logits.
+    the weights that are not zero, for storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and
+    attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it back, compare weights, zeros and
+    logits.
     """
     from lp_dist.export import export as write
 

@@ -66,8 +66,8 @@ def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: 
 
 
 def _alike(exported: Tensor, original: Tensor, shrunk: Shrunk, out: Path, source: Checkpoint) -> dict[str, float]:
-    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in either order in another way; the
-    n tensors that were cut add n such errors, which go with √n; and 8 leaves room for what the rest of the model makes of them."""
+    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in either order in another way;
+    the n tensors that were cut add n such errors, which go with √n; and 8 leaves room for what the rest of the model makes of them."""
     rounding = 8 * torch.finfo(original.dtype).eps * math.sqrt(max(shrunk.sums) * len(shrunk.sums)) * float(original.abs().max())
     difference = float((exported - original).abs().max())
     if not difference <= rounding:

@@ -14,7 +14,8 @@ from export_runs import llama
 from safetensors.torch import save_file
 
 FORMS = ("plain", "zero", "dcp")
-RUNS = {"shards": {}, "compact": {"compacted": True}, "bfloat16": {"dtype": "bfloat16"}, "shrunk": {"shrunk": True}, "one file": {"shard_size": "1GB"}}
+RUNS = {"shards": {}, "compact": {"compacted": True}, "bfloat16": {"dtype": "bfloat16"}, "shrunk": {"shrunk": True},
+        "one file": {"shard_size": "1GB"}}
 CASES = [*(f"shards, {form}" for form in FORMS), "compact, plain", "bfloat16, zero", "shrunk, dcp", *(f"one file, {form}" for form in FORMS)]
 # Every form is exported once before, in small, so that what is loaded on the way does not count.
 PROGRAM = f"""

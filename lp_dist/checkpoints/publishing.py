@@ -151,8 +151,8 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
 
 
 def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head, as
-    GPT-2 on the hub, has not its prefix.)
+    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head,
+    as GPT-2 on the hub, has not its prefix.)
 
     Args: shapes: of the published tensors, by name.
     """
