@@ -1,0 +1,291 @@
+"""The Lp decay of whole groups of weights (`structure.py`), around the step of any optimizer, on the shards that it steps.
+
+A group's weights are all divided by one number, and its norm takes the place of a single weight's magnitude:
+
+    w_new = u / (1 + α·λ/x)        x = ‖w_old ⊙ (√v̂+ε)^(γ/(2−p))‖_2^(2−p)        over the weights of the group
+
+which is the step of `decay.py` for the penalty (λ/p)·Σ_g‖w_g‖^p, and for groups of one weight the same (γ = 0 is the plain form). The norms are
+those from before the step. A group may lie on several ranks: each adds up the squares of what it has, and one reduction of a vector of as many numbers
+as there are groups makes the norms of it. It begins when a step ends, and is waited for when the next one does, so that it hides behind forward and backward.
+Squares are added in double precision, so that the sums do not depend on how the weights are shared out, to one in some millions after rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lp_dist import slices
+from lp_dist.decay import SNAP
+from lp_dist.engines import reduction_device
+from lp_dist.errors import UsageError
+from lp_dist.hooks import steps_taken
+from lp_dist.parts import Groups
+from lp_dist.shards import Shard
+
+_MOMENTA = ("exp_avg", "momentum_buffer")   # of a group that has died they would move it
+
+
+@dataclass
+class Force:
+    """What acts on a set of groups, in the terms of `decay.py`; nothing does at first. floor: x is taken as at least this."""
+
+    weight_decay: float = 0.0
+    cutoff: float = math.inf
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One parameter's part on this rank. of: for a dimension, the number of the group of each index along it, among all; the last number is none's."""
+
+    shard: Shard
+    of: dict[int, Tensor]
+
+    @property
+    def width(self) -> int:
+        """Of a row, the parameter taken as a matrix."""
+        return self.shard.shape.numel() // max(1, self.shard.shape[0])
+
+class Grouped:
+    """Decays groups in every step of an optimizer, from the moment it is made until `remove`. Every rank has one of the same groups.
+
+    Args:
+        optimizer: the live one. sets: the groups. shards: of all parameters that it steps. p, precondition: of the form above.
+        interval: optimizer steps between two decays. Each is then for the learning rates of all the steps since the last one, and the norms are
+            those before the last of them: cheaper by that factor, and less exact, since in between what is to die is pulled back freely.
+    Raises:
+        UsageError: a group has weights that this optimizer does not step, or that lie on this rank in a way that is not known.
+    """
+
+    def __init__(self, optimizer: Optimizer, sets: list[Groups], shards: list[Shard], *, p: float = 0.5, precondition: float = 0.0, interval: int = 1) -> None:
+        self.optimizer, self.sets, self.p, self.precondition, self.interval = optimizer, sets, p, precondition, interval
+        self.forces = [Force() for _ in sets]
+        self.places = _places(sets, shards)
+        device = self.places[0].shard.tensor.device
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.counts = torch.tensor([groups.count for groups in sets])
+        self.sizes = self.each([float(groups.elements) for groups in sets], device)
+        self.dead: Tensor | None = None         # of each group, whether it is held at zero
+        self._held: dict[int, list[tuple[Shard, int, int, int, int, Tensor]]] = {}
+        self._squares: Tensor | None = None
+        self._reduction: Any = None
+        self._fresh = False                     # whether the squares are those of the weights as they are
+        self._open = False                      # whether an engine's step is under way
+        self._stepped: set[int] = set()         # tensors that it has stepped
+        self._strengths: dict[int, Any] = {}    # by param group, the learning rates for which it decays; empty if it does not
+        self._factors: dict[tuple[int, torch.device], Tensor] = {}
+        self.steps = 0                          # since the last decay
+        self.rates: dict[int, Any] = {}         # summed over them, by param group
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
+                         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())]
+        if hasattr(optimizer, "lp_decay"):
+            optimizer.lp_decay.begin_later()    # it may step parameters in its own hook
+
+    def remove(self) -> None:
+        """Ends it."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def active(self) -> bool:
+        """Whether any group decays."""
+        return any(force.weight_decay > 0.0 for force in self.forces)
+
+    # -- norms --------------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Begins to add up the squares of the weights as they are now, unless that was done. Collective; `squares` waits for it."""
+        if self._fresh:
+            return
+        self.forget()
+        self._squares, self._fresh = self._local_squares(), True
+        if torch.distributed.is_initialized():
+            self._squares = self._squares.to(reduction_device())
+            self._reduction = torch.distributed.all_reduce(self._squares, async_op=True)
+
+    @property
+    def squares(self) -> Tensor:
+        """Of each group ‖w ⊙ (√v̂+ε)^(γ/(2−p))‖² when it was measured last, in fp64, the sets one after the other."""
+        assert self._squares is not None
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._squares, self._reduction = self._squares.to(self.sizes.device), None
+        return self._squares[:-1]
+
+    def forget(self) -> None:
+        """The weights were changed: they are measured anew before they are needed."""
+        if self._reduction is not None:
+            self._reduction.wait()
+        self._reduction, self._fresh = None, False
+
+    def _local_squares(self) -> Tensor:
+        sums = {place.shard.tensor.device: torch.zeros(len(self.sizes) + 1, dtype=self.dtype, device=place.shard.tensor.device) for place in self.places}
+        for place in self.places:
+            piece, shard = place.shard.piece, place.shard
+            values, first = piece.share.reshape(-1), piece.first
+            for at, block, rows, columns in blocks(values, first, place.width):
+                if self.precondition:
+                    block = block * self._sensitivity(shard, first - piece.start + at, block)
+                for dim, number in place.of.items():
+                    some = torch.linalg.vector_norm(block, dim=1 - dim, dtype=self.dtype).square_()
+                    sums[values.device].index_add_(0, number[(rows, columns)[dim]], some)
+        first_sum, *others = sums.values()
+        return sum((other.to(first_sum.device) for other in others), first_sum)
+
+    def _sensitivity(self, shard: Shard, start: int, block: Tensor) -> Tensor | float:
+        """(√v̂+ε)^(γ/(2−p)) of a block of its piece, which begins at the element `start` of it."""
+        group, state = self.optimizer.param_groups[shard.group], shard.state
+        exponent, eps = self.precondition / (2.0 - self.p), group["eps"]
+        if not state:       # without a gradient so far the loss is not sensitive to it
+            return eps ** exponent
+        bias = (1 - float(group["betas"][1]) ** float(shard.state_of(shard.tensor)["step"])) ** 0.5
+        second = state["exp_avg_sq"].reshape(-1)[start:start + block.numel()].view_as(block)
+        return (second.to(torch.promote_types(second.dtype, torch.float32)).sqrt() / bias).add_(eps).pow_(exponent)
+
+    # -- around a step ------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """May be called when an engine's step is over: what the next one needs is measured now, and reduced behind forward and backward."""
+        self._open = False
+        if self._acts() and self.steps + 1 == self.interval:
+            self.measure()
+
+    def _acts(self) -> bool:
+        # Before the first step there are no second moments, and everything would seem to be without effect.
+        return self.active and not (self.precondition and not steps_taken(self.optimizer))
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """An engine may step its tensors in several calls. The first of them takes the norms for all."""
+        tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        if self._open and not tensors & self._stepped:
+            return
+        self._open, self._stepped, self._strengths, self._factors = True, set(), {}, {}
+        if not self._acts():
+            return
+        self.steps += 1
+        self.rates = {i: self.rates.get(i, 0.0) + group["lr"] for i, group in enumerate(optimizer.param_groups)}
+        if self.steps == self.interval:
+            self.measure()
+            self._strengths, self.rates, self.steps = self.rates, {}, 0
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None}
+        self._stepped |= stepped
+        if not stepped:
+            return
+        self._fresh = False
+        if self._strengths:
+            skipped = getattr(optimizer, "found_inf", None)     # AMP's GradScaler: a fused base leaves out the step by itself
+            for place in self.places:
+                if id(place.shard.tensor) in stepped:
+                    self._scale(place, self._factor(place.shard, skipped))
+        for shard, at, rows, columns, dim, which in (held for tensor in stepped for held in self._held.get(tensor, ())):
+            shard.piece.values.reshape(-1)[at:at + rows * columns].view(rows, columns).index_fill_(dim, which, 0.0)
+
+    def _factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
+        """What the weights of each group are multiplied by, and 1 for those of none, on the shard's device."""
+        key = shard.group, shard.tensor.device
+        if key not in self._factors:
+            strength, squares = self._strengths[shard.group], self.squares
+            if isinstance(strength, Tensor):
+                strength = strength.to(squares.device)
+            weight_decay, cutoff, floor = (self.each([getattr(force, name) for force in self.forces]) for name in ("weight_decay", "cutoff", "floor"))
+            x = squares.pow((2.0 - self.p) / 2.0)
+            factor = 1.0 / (1.0 + strength * weight_decay / torch.maximum(x, floor))
+            decays = (x <= cutoff) & (weight_decay > 0.0)
+            factor = torch.where(decays, torch.where(squares <= self.sizes * SNAP**2, 0.0, factor), 1.0)
+            if skipped is not None:
+                factor = torch.where(skipped.to(factor.device) > 0, 1.0, factor)
+            self._factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
+        return self._factors[key]
+
+    def _scale(self, place: _Place, factors: Tensor, names: tuple[str, ...] = ()) -> None:
+        """Multiplies the weights, and the state of these names, by the factors of their groups, in place."""
+        piece, state = place.shard.piece, place.shard.state if names else {}
+        for values in (piece.values, *(state[name] for name in names if name in state)):
+            for _, block, rows, columns in blocks(values.reshape(-1), piece.start, place.width):
+                for dim, number in place.of.items():
+                    some = factors[number[(rows, columns)[dim]]].to(block.dtype)
+                    block.mul_(some[:, None] if dim == 0 else some)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types: where it stands between two decays."""
+        return {"steps": self.steps, "rates": {str(i): float(rate) for i, rate in self.rates.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was; the weights are those that were loaded."""
+        self.steps, self.rates = state["steps"], {int(i): rate for i, rate in state["rates"].items()}
+        self.forget()
+
+    # -- death --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def kill(self, dead: Tensor) -> None:
+        """Sets the groups for which `dead` (bool, one of each group) is true to zero, weights and momentum."""
+        factors = torch.cat([(~dead).to(self.dtype), torch.ones(1, dtype=self.dtype, device=dead.device)])
+        for place in self.places:
+            self._scale(place, factors.to(place.shard.tensor.device), _MOMENTA)
+        self.forget()
+
+    def hold(self, dead: Tensor | None) -> None:
+        """Keeps these groups at zero from now on, at the cost of writing their zeros in each step; None: no group."""
+        self.dead, self._held = dead, {}
+        for place in self.places if dead is not None else ():
+            some = torch.cat([dead, dead.new_zeros(1)]).to(place.shard.tensor.device)
+            for at, block, rows, columns in blocks(place.shard.piece.values.reshape(-1), place.shard.start, place.width, most=None):
+                for dim, number in place.of.items():
+                    which = torch.nonzero(some[number[(rows, columns)[dim]]])[:, 0]
+                    if len(which):
+                        self._held.setdefault(id(place.shard.tensor), []).append((place.shard, at, *block.shape, dim, which))
+
+    def each(self, values: list[float], device: torch.device | None = None) -> Tensor:
+        """A value of each set as one of each group."""
+        return torch.tensor(values, dtype=self.dtype).repeat_interleave(self.counts).to(device or self.sizes.device)
+
+
+def blocks(values: Tensor, start: int, width: int, most: int | None = 0) -> Iterator[tuple[int, Tensor, slice, slice]]:
+    """A range of a matrix whose rows have `width` elements, as rectangles: its first element in `values`, a view, its rows and its columns.
+
+    Args:
+        values: flat; start: its first element in the matrix. most: elements of a rectangle of several rows; 0: as many as fit in a cache, None: any number.
+    """
+    at, most = 0, slices.limit(values.device) if most == 0 else most
+    while at < values.numel():
+        row, column = divmod(start + at, width)
+        left = values.numel() - at
+        if column or left < width:
+            rows, columns = 1, min(width - column, left)
+        else:
+            rows, columns = left // width if most is None else min(left // width, max(1, most // width)), width
+        yield at, values[at:at + rows * columns].view(rows, columns), slice(row, row + rows), slice(column, column + columns)
+        at += rows * columns
+
+
+def _places(sets: list[Groups], shards: list[Shard]) -> list[_Place]:
+    """Where the groups' weights are on this rank; what holds nothing of them is left out."""
+    known, numbers, first = {shard.name: shard for shard in shards}, {}, 0
+    total = sum(groups.count for groups in sets)
+    for groups in sets:
+        for member in groups.members:
+            shard = known.get(member.name)
+            if shard is None:
+                raise UsageError(f"{groups.label} have weights in {member.name}, which this optimizer does not step; unfreeze it, or leave these groups out")
+            if shard.is_on_disk:
+                raise UsageError(f"{groups.label} have weights in {member.name}, which NVMe offload keeps on the disk, so norms can't be taken; offload to the "
+                                 "CPU instead")
+            if shard.start is None:
+                raise UsageError(f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this way of sharding is not "
+                                 "supported. Shard by the first dimension (FSDP2), or use ZeRO")
+            of = numbers.setdefault(member.name, {})
+            number = of.setdefault(member.dim, torch.full((shard.shape[member.dim],), total))
+            number[member.start:member.stop] = first + torch.arange(member.stop - member.start) // member.width
+        first += groups.count
+    return [_Place(known[name], {dim: number.to(known[name].tensor.device) for dim, number in of.items()}) for name, of in numbers.items()]
