@@ -137,7 +137,8 @@ class GroupControl:
             x = (limits[groups.label] * groups.elements) ** ((2.0 - self.grouped.p) / 2.0)
             total = sum(rate[self.lr_group[groups.label]] for rate in rates)
             weight_decay = min(x / ((2.0 - self.grouped.p) * total), 1e30) if total > 0.0 else 0.0
-            forces.append(Force(weight_decay, math.inf if self.target.cap is None else self.target.cap * x, self.target.grace * x if grace else 0.0))
+            # The group at the threshold is to die as well, however its squares were added up.
+            forces.append(Force(weight_decay, math.inf if self.target.cap is None else self.target.cap * x * (1.0 + 1e-9), self.target.grace * x if grace else 0.0))
         self.grouped.forces = forces
         self._log(t, squares)
 
@@ -240,14 +241,19 @@ def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[
             needs[scope] = needs.get(scope, 0.0) + target.sparsity * groups.count
         needs = {scope: float(round(need)) for scope, need in needs.items()}
         none = [scope for scope, need in needs.items() if need < 1]
-        all_ = [groups.label for groups in sets if target.scope == "layer" and needs[groups.label] >= groups.count]
-        if all_:
-            raise UsageError(f"sparsity={target.sparsity:g} of {all_[0]} is all of them; ask for less, or use scope='global'")
         if none:
             raise UsageError(f"sparsity={target.sparsity:g} of {none[0]} is none of them; ask for more, or use scope='global'")
+        _refuse_all(target, sets, needs, [groups.count for groups in sets])
         return needs
     wanted = everything - target.budget if target.budget is not None else target.sparsity * everything
     there = sum(groups.count * groups.elements for groups in sets)
+    dims: dict[str, set[int]] = {}
+    for member in (member for groups in sets for member in groups.members):
+        dims.setdefault(member.name, set()).add(member.dim)
+    twice = next((name for name, of in dims.items() if len(of) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the weights of {twice} are in two groups each, by row and by column, so that parameters would be counted twice; ask for a share of the "
+                         "groups (of='decayed'), or for one of the two kinds")
     if wanted <= 0:
         raise UsageError(f"budget={target.budget:,} is what the model has already, which is {everything:,} parameters; ask for fewer")
     if wanted >= there:
@@ -257,5 +263,15 @@ def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[
     if target.scope == "global":
         return {"all": float(math.ceil(wanted))}
     share = wanted / there
-    return {groups.label: float(math.ceil(share * groups.count - 1e-9) * groups.elements) for groups in sets}
+    needs = {groups.label: float(math.ceil(share * groups.count - 1e-9) * groups.elements) for groups in sets}
+    _refuse_all(target, sets, needs, [groups.count * groups.elements for groups in sets])
+    return needs
+
+
+def _refuse_all(target: SparsityTarget, sets: list[Groups], needs: dict[str, float], all_: list[int]) -> None:
+    """Raises UsageError if nothing would be left of a set, where each has a need of its own."""
+    gone = next((groups.label for groups, most in zip(sets, all_) if target.scope == "layer" and needs[groups.label] >= most), None)
+    if gone is not None:
+        asked = f"sparsity={target.sparsity:g}" if target.budget is None else f"budget={target.budget:,}"
+        raise UsageError(f"{asked} leaves nothing of {gone}; ask for less, or use scope='global'")
 

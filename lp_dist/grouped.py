@@ -79,10 +79,13 @@ class Grouped:
         self._fresh = False                     # whether the squares are those of the weights as they are
         self._open = False                      # whether an engine's step is under way
         self._stepped: set[int] = set()         # tensors that it has stepped
-        self._strengths: dict[int, Any] = {}    # by param group, the learning rates for which it decays; empty if it does not
+        self._decays = False                    # whether it decays in this step
         self._factors: dict[tuple[int, torch.device], Tensor] = {}
         self.steps = 0                          # since the last decay
-        self.rates: dict[int, Any] = {}         # summed over them, by param group
+        self.rates: dict[int, Any] = {}         # learning rates summed over them, by param group
+        self._counted: set[int] = set()         # param groups whose rate of this step is in there
+        self._group_of = {id(place.shard.tensor): place.shard.group for place in self.places}
+        self._groups = list(optimizer.param_groups)     # ZeRO-1 and 2 leave the optimizer one of them while it steps
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
                          optimizer.register_load_state_dict_post_hook(lambda _: self.forget())]
         if hasattr(optimizer, "lp_decay"):
@@ -141,19 +144,22 @@ class Grouped:
 
     def _sensitivity(self, shard: Shard, start: int, block: Tensor) -> Tensor | float:
         """(√v̂+ε)^(γ/(2−p)) of a block of its piece, which begins at the element `start` of it."""
-        group, state = self.optimizer.param_groups[shard.group], shard.state
+        group, state = self._groups[shard.group], shard.state
         exponent, eps = self.precondition / (2.0 - self.p), group["eps"]
         if not state:       # without a gradient so far the loss is not sensitive to it
             return eps ** exponent
         bias = (1 - float(group["betas"][1]) ** float(shard.state_of(shard.tensor)["step"])) ** 0.5
         second = state["exp_avg_sq"].reshape(-1)[start:start + block.numel()].view_as(block)
-        return (second.to(torch.promote_types(second.dtype, torch.float32)).sqrt() / bias).add_(eps).pow_(exponent)
+        # A CPU's power depends on where in a vector an element lies, in its last bit: of single precision that would show.
+        return (second.to(torch.float64 if second.device.type == "cpu" else torch.float32).sqrt() / bias).add_(eps).pow_(exponent)
 
     # -- around a step ------------------------------------------------------------------------------------------------
 
     def after_step(self) -> None:
         """May be called when an engine's step is over: what the next one needs is measured now, and reduced behind forward and backward."""
         self._open = False
+        if self._decays:
+            self._decays, self.steps, self.rates = False, 0, {}
         if self._acts() and self.steps + 1 == self.interval:
             self.measure()
 
@@ -163,17 +169,26 @@ class Grouped:
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """An engine may step its tensors in several calls. The first of them takes the norms for all."""
-        tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        if self._open and not tensors & self._stepped:
-            return
-        self._open, self._stepped, self._strengths, self._factors = True, set(), {}, {}
-        if not self._acts():
-            return
-        self.steps += 1
-        self.rates = {i: self.rates.get(i, 0.0) + group["lr"] for i, group in enumerate(optimizer.param_groups)}
-        if self.steps == self.interval:
+        rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+        if not self._open or rates.keys() & self._stepped:
+            self._begin()
+        for tensor, rate in rates.items() if self.steps else ():
+            group = self._group_of.get(tensor)
+            if group is not None and group not in self._counted:
+                self._counted.add(group)
+                self.rates[group] = self.rates.get(group, 0.0) + rate
+
+    def _begin(self) -> None:
+        if len(self.optimizer.param_groups) == len(self._groups):
+            self._groups = list(self.optimizer.param_groups)    # loading a state makes new ones
+        if self._decays:
+            self.steps, self.rates = 0, {}
+        self._open, self._stepped, self._decays, self._factors, self._counted = True, set(), False, {}, set()
+        if self._acts():
+            self.steps += 1
+            self._decays = self.steps == self.interval
+        if self._decays:
             self.measure()
-            self._strengths, self.rates, self.steps = self.rates, {}, 0
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -182,7 +197,7 @@ class Grouped:
         if not stepped:
             return
         self._fresh = False
-        if self._strengths:
+        if self._decays:
             skipped = getattr(optimizer, "found_inf", None)     # AMP's GradScaler: a fused base leaves out the step by itself
             for place in self.places:
                 if id(place.shard.tensor) in stepped:
@@ -194,7 +209,7 @@ class Grouped:
         """What the weights of each group are multiplied by, and 1 for those of none, on the shard's device."""
         key = shard.group, shard.tensor.device
         if key not in self._factors:
-            strength, squares = self._strengths[shard.group], self.squares
+            strength, squares = self.rates[shard.group], self.squares
             if isinstance(strength, Tensor):
                 strength = strength.to(squares.device)
             weight_decay, cutoff, floor = (self.each([getattr(force, name) for force in self.forces]) for name in ("weight_decay", "cutoff", "floor"))
