@@ -172,6 +172,14 @@ class GroupControl:
         self.grouped.measure()
         return self.grouped.squares.cpu().double()
 
+    def kinds(self) -> dict[str, list[int]]:
+        """{kind: [dead, all]} of the weights as they are. Collective."""
+        found: dict[str, list[int]] = {}
+        for groups, squares in zip(self.sets, self._squares().split([groups.count for groups in self.sets])):
+            dead, all_ = found.setdefault(groups.kind, [0, 0])
+            found[groups.kind] = [dead + int((squares == 0).sum()), all_ + groups.count]
+        return found
+
     def _scopes(self) -> dict[str, Tensor]:
         """The numbers of the groups that have one threshold, by its name."""
         found: dict[str, list[Tensor]] = {}

@@ -125,7 +125,7 @@ class SparsityTarget:
         plain = {one.name: getattr(self, one.name) for one in fields(self) if self.groups or one.name not in ("groups", "budget", "interval")}
         plain["curve"] = getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve
         if self.groups:
-            plain["groups"] = [one if isinstance(one, str) else one.label for one in listed(self.groups)]
+            plain["groups"] = names_of(self.groups)
         return plain
 
 
@@ -153,6 +153,15 @@ class GroupDecay:
             raise ValueError(f"p={self.p:g} makes no groups zero; take p < 1, such as 0.5")
         if self.interval < 1:
             raise ValueError(f"interval={self.interval!r} must be at least 1 optimizer step")
+
+    def described(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "groups": names_of(self.groups)}
+
+
+def names_of(groups: str | Groups | Sequence[str | Groups]) -> list[str]:
+    """What to call groups that a user named."""
+    return [one if isinstance(one, str) else one.label for one in listed(groups)]
 
 
 def listed(groups: str | Groups | Sequence[str | Groups]) -> list[str | Groups]:
