@@ -235,7 +235,7 @@ def test_a_lambda_for_groups_in_trainer_is_logged_and_kept(tmp_path):
 @pytest.fixture
 def words(tiny_model, topics, tmp_path) -> list[str]:
     return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "40", "--learning_rate", "5e-3",
-            "--per_device_train_batch_size", "2", "--use_cpu", "true", "--report_to", "none", "--max_eval_blocks", "4", "--output_dir", str(tmp_path / "out")]
+            "--per_device_train_batch_size", "2", "--use_cpu", "true", "--report_to", "none", "--max_eval_blocks", "4", "--output_dir", str(tmp_path / "out"), "--logging_steps", "10"]
 
 
 def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
@@ -245,9 +245,10 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
     saved = report.read(tmp_path / "out")
     assert saved["groups"]["kinds"] == {"channels": [96, 192], "kv_groups": [2, 4]} and saved["groups"]["closed"]["after"] == 0.5
     assert saved["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert [entry["step"] for entry in saved["log"] if entry.get("lp/groups_measured") == 0.5] == [20, 30, 40]
     said = capsys.readouterr().out
     assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in said and "--shrink --verify" in said
-    assert any("lp/groups_measured" in entry for entry in saved["log"]) or saved["log"][-1]
+    assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("more, says", [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lp_dist.attachment import attach
 from lp_dist.grouped import Grouped
-from lp_dist.quality.methods import Method, Run
+from lp_dist.quality.methods import FAMILIES, Method, Run
 from lp_dist.shards import shards
 from lp_dist.structure import structure
 from lp_dist.target import CURVES, GAMMA, SparsityTarget
@@ -99,6 +99,7 @@ class GradualCut(_Cut):
 
 
 STRUCTURED: dict[str, type[Method]] = {"groups": LpGroups, "cut": OneCut, "gcut": GradualCut}
+FAMILIES.update(STRUCTURED)     # their lines can be read wherever this module is imported
 
 
 def share_of(run: Run, groups: Any) -> float:
