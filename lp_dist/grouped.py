@@ -13,26 +13,24 @@ Squares are added in double precision, so that the sums do not depend on how the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist import slices
 from lp_dist.decay import SNAP
 from lp_dist.engines import reduction_device
-from lp_dist.errors import UsageError
 from lp_dist.hooks import steps_taken
 from lp_dist.parts import Groups
+from lp_dist.places import Place, blocks, places_of
 from lp_dist.shards import Shard
 
 _MOMENTA = ("exp_avg", "momentum_buffer")   # of a group that has died they would move it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Force:
     """What acts on a set of groups, in the terms of `decay.py`; nothing does at first. floor: x is taken as at least this."""
 
@@ -40,18 +38,6 @@ class Force:
     cutoff: float = math.inf
     floor: float = 0.0
 
-
-@dataclass(frozen=True)
-class _Place:
-    """One parameter's part on this rank. of: for a dimension, the number of the group of each index along it, among all; the last number is none's."""
-
-    shard: Shard
-    of: dict[int, Tensor]
-
-    @property
-    def width(self) -> int:
-        """Of a row, the parameter taken as a matrix."""
-        return self.shard.shape.numel() // max(1, self.shard.shape[0])
 
 class Grouped:
     """Decays groups in every step of an optimizer, from the moment it is made until `remove`. Every rank has one of the same groups.
@@ -67,7 +53,7 @@ class Grouped:
     def __init__(self, optimizer: Optimizer, sets: list[Groups], shards: list[Shard], *, p: float = 0.5, precondition: float = 0.0, interval: int = 1) -> None:
         self.optimizer, self.sets, self.p, self.precondition, self.interval = optimizer, sets, p, precondition, interval
         self.forces = [Force() for _ in sets]
-        self.places = _places(sets, shards)
+        self.places = places_of(sets, shards)
         device = self.places[0].shard.tensor.device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.counts = torch.tensor([groups.count for groups in sets])
@@ -79,6 +65,7 @@ class Grouped:
         self._fresh = False                     # whether the squares are those of the weights as they are
         self._open = False                      # whether an engine's step is under way
         self._stepped: set[int] = set()         # tensors that it has stepped
+        self._made: tuple[list[Force], list[Tensor]] | None = None
         self._decays = False                    # whether it decays in this step
         self._factors: dict[tuple[int, torch.device], Tensor] = {}
         self.steps = 0                          # since the last decay
@@ -212,7 +199,7 @@ class Grouped:
             strength, squares = self.rates[shard.group], self.squares
             if isinstance(strength, Tensor):
                 strength = strength.to(squares.device)
-            weight_decay, cutoff, floor = (self.each([getattr(force, name) for force in self.forces]) for name in ("weight_decay", "cutoff", "floor"))
+            weight_decay, cutoff, floor = self._values()
             x = squares.pow((2.0 - self.p) / 2.0)
             factor = 1.0 / (1.0 + strength * weight_decay / torch.maximum(x, floor))
             decays = (x <= cutoff) & (weight_decay > 0.0)
@@ -222,7 +209,13 @@ class Grouped:
             self._factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
         return self._factors[key]
 
-    def _scale(self, place: _Place, factors: Tensor, names: tuple[str, ...] = ()) -> None:
+    def _values(self) -> list[Tensor]:
+        """λ, cutoff and floor of each group; made anew when one of them has changed."""
+        if self._made is None or self._made[0] != self.forces:
+            self._made = list(self.forces), [self.each(list(values)) for values in zip(*map(astuple, self.forces))]
+        return self._made[1]
+
+    def _scale(self, place: Place, factors: Tensor, names: tuple[str, ...] = ()) -> None:
         """Multiplies the weights, and the state of these names, by the factors of their groups, in place."""
         piece, state = place.shard.piece, place.shard.state if names else {}
         for values in (piece.values, *(state[name] for name in names if name in state)):
@@ -264,43 +257,3 @@ class Grouped:
     def each(self, values: list[float], device: torch.device | None = None) -> Tensor:
         """A value of each set as one of each group."""
         return torch.tensor(values, dtype=self.dtype).repeat_interleave(self.counts).to(device or self.sizes.device)
-
-
-def blocks(values: Tensor, start: int, width: int, most: int | None = 0) -> Iterator[tuple[int, Tensor, slice, slice]]:
-    """A range of a matrix whose rows have `width` elements, as rectangles: its first element in `values`, a view, its rows and its columns.
-
-    Args:
-        values: flat; start: its first element in the matrix. most: elements of a rectangle of several rows; 0: as many as fit in a cache, None: any number.
-    """
-    at, most = 0, slices.limit(values.device) if most == 0 else most
-    while at < values.numel():
-        row, column = divmod(start + at, width)
-        left = values.numel() - at
-        if column or left < width:
-            rows, columns = 1, min(width - column, left)
-        else:
-            rows, columns = left // width if most is None else min(left // width, max(1, most // width)), width
-        yield at, values[at:at + rows * columns].view(rows, columns), slice(row, row + rows), slice(column, column + columns)
-        at += rows * columns
-
-
-def _places(sets: list[Groups], shards: list[Shard]) -> list[_Place]:
-    """Where the groups' weights are on this rank; what holds nothing of them is left out."""
-    known, numbers, first = {shard.name: shard for shard in shards}, {}, 0
-    total = sum(groups.count for groups in sets)
-    for groups in sets:
-        for member in groups.members:
-            shard = known.get(member.name)
-            if shard is None:
-                raise UsageError(f"{groups.label} have weights in {member.name}, which this optimizer does not step; unfreeze it, or leave these groups out")
-            if shard.is_on_disk:
-                raise UsageError(f"{groups.label} have weights in {member.name}, which NVMe offload keeps on the disk, so norms can't be taken; offload to the "
-                                 "CPU instead")
-            if shard.start is None:
-                raise UsageError(f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this way of sharding is not "
-                                 "supported. Shard by the first dimension (FSDP2), or use ZeRO")
-            of = numbers.setdefault(member.name, {})
-            number = of.setdefault(member.dim, torch.full((shard.shape[member.dim],), total))
-            number[member.start:member.stop] = first + torch.arange(member.stop - member.start) // member.width
-        first += groups.count
-    return [_Place(known[name], {dim: number.to(known[name].tensor.device) for dim, number in of.items()}) for name, of in numbers.items()]

@@ -14,7 +14,8 @@ from torch import nn
 
 from lp_dist import GroupDecay, LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 from lp_dist.errors import UsageError
-from lp_dist.grouped import Force, blocks
+from lp_dist.grouped import Force
+from lp_dist.places import blocks
 from lp_dist.structure import groups_of
 
 FORM = {"weight_decay": 0.3, "p": 0.5}
