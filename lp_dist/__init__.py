@@ -9,10 +9,11 @@ from lp_dist.merging import merge_adapter
 from lp_dist.optim import LpAdamW, LpLion, LpSGD
 from lp_dist.schedule import DecayWindow, Ramp
 from lp_dist.sparsity import measure_histogram, measure_sparsity
-from lp_dist.target import SparsityTarget
+from lp_dist.structure import groups_of
+from lp_dist.target import GroupDecay, SparsityTarget
 
 __version__ = "0.1.0"
-__all__ = ["DecayWindow", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "Ramp", "SparsityTarget", "add_lp_decay", "attach",
+__all__ = ["DecayWindow", "GroupDecay", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "Ramp", "SparsityTarget", "add_lp_decay", "attach", "groups_of",
            "measure_histogram", "measure_sparsity", "merge_adapter", "param_groups"]
 
 

@@ -64,6 +64,15 @@ class DecayArguments:
     grace: float = field(default=0.1, metadata={"help": "Weights that fade can come back until the last fifth of the window, in which they die; 0: none."})
     every: int | None = field(default=None, metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window, 20 at most."})
 
+    groups: list[str] | None = field(default=None, metadata={
+        "help": "Whole groups that are to die, and are cut out by `lp-dist export --shrink`: channels (feed-forward), heads, kv_groups; one or several. With a "
+                "--sparsity as well they die in the first half of the window, and zeros come among what is left in the second."})
+    group_sparsity: float | None = field(default=None, metadata={"help": "Share of each kind of --groups to end without."})
+    group_of: str = field(default="groups", metadata={"help": "Take --group_sparsity of the groups, or of all parameters of the model.", "choices": ["groups", "all"]})
+    budget: int | None = field(default=None, metadata={"help": "Parameters of the model to be left at most, instead of a --group_sparsity."})
+    group_scope: str = field(default="layer", metadata={"help": "Every layer loses as many of its --groups, or one threshold for all.", "choices": ["layer", "global"]})
+    group_interval: int = field(default=1, metadata={"help": "Optimizer steps between two decays of --groups."})
+
     base: str = field(default="adamw", metadata={"help": "Base optimizer: adamw, sgd or lion.", "choices": ["adamw", "sgd", "lion"]})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
     p: float = field(default=0.5, metadata={"help": "Exponent of the norm, in [-4, 4]; exact zeros need p < 1 or so."})
@@ -93,17 +102,29 @@ class DecayArguments:
         check_hyperparameters(**values)
         return DecayWindow(0.0 if self.decay_start is None else self.decay_start, 1.0 if self.decay_end is None else self.decay_end, values)
 
-    def target(self) -> SparsityTarget | None:
-        """The sparsity that is asked for, if one is; raises ValueError where it is bad."""
-        if self.sparsity is None:
-            for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every"):
-                if getattr(self, key) != self.__dataclass_fields__[key].default:
-                    raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
-        if not self.sparsity:
-            return None
-        window = {key: value for key, value in (("start", self.decay_start), ("end", self.decay_end)) if value is not None}
-        return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, memory=self.memory,
-                              grace=self.grace, curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition)
+    def targets(self) -> list[SparsityTarget]:
+        """What is asked for: of groups, of single weights, or both, one after the other; raises ValueError where it is bad."""
+        for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every") if self.sparsity is None else ():
+            if getattr(self, key) != self.__dataclass_fields__[key].default and (key not in ("curve", "cap", "grace", "every") or not self.groups):
+                raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
+        for key in ("group_sparsity", "budget", "group_of", "group_scope", "group_interval") if not self.groups else ():
+            if getattr(self, key) != self.__dataclass_fields__[key].default:
+                raise UsageError(f"--{key} {getattr(self, key)} belongs to --groups, and none are named; add --groups channels, or leave it out")
+        first, last = (default if given is None else given for given, default in ((self.decay_start, 0.1), (self.decay_end, 0.7)))
+        middle = (first + last) / 2 if (first <= 1) == (last <= 1) else None
+        if self.groups and self.sparsity and middle is None:
+            raise UsageError(f"--decay_start {first:g} and --decay_end {last:g} are a fraction and a step; write both as fractions or both as steps, so that they have "
+                             "a middle at which groups have died")
+        common = {"cap": None if self.cap == float("inf") else self.cap, "grace": self.grace, "curve": self.curve, "every": self.every, "p": self.p,
+                  "precondition": self.precondition}
+        targets = []
+        if self.groups:
+            share = {"of": "all" if self.group_of == "all" else "decayed", "budget": self.budget, "scope": self.group_scope, "interval": self.group_interval}
+            targets.append(SparsityTarget(self.group_sparsity, start=first, end=middle if self.sparsity else last, groups=tuple(self.groups), **share, **common))
+        if self.sparsity:
+            targets.append(SparsityTarget(self.sparsity, start=middle if self.groups else first, end=last, scope=self.scope, memory=self.memory,
+                                          of=self.sparsity_of, **common))
+        return targets
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""
@@ -174,16 +195,18 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
     if decays.teacher is not None and training.label_smoothing_factor:
         raise UsageError(f"--label_smoothing_factor {training.label_smoothing_factor:g} and a --teacher are two losses; leave one of them out")
     decays.window()
-    own, target = decays.own_values(), decays.target()
-    if target is not None:
+    own, targets = decays.own_values(), decays.targets()
+    if targets:
+        asked = f"--sparsity {decays.sparsity:g}" if decays.sparsity else f"--groups {' '.join(decays.groups)}"
         if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in own.values()):
-            raise UsageError(f"--sparsity {decays.sparsity:g} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
+            raise UsageError(f"{asked} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
         if decays.cutoff != float("inf"):
-            raise UsageError(f"--sparsity {decays.sparsity:g} finds the cutoff by itself; leave --cutoff out, and see --cap")
+            raise UsageError(f"{asked} finds the cutoff by itself; leave --cutoff out, and see --cap")
         if training.load_best_model_at_end:
             raise UsageError("--load_best_model_at_end true would put back weights from before they were sparse; set it to false")
-    if training.max_steps > 0 and target is not None:
-        window_steps(target.start, target.end, training.max_steps)
+    if training.max_steps > 0 and targets:
+        for target in targets:
+            window_steps(target.start, target.end, training.max_steps)
     elif training.max_steps > 0 and training.weight_decay > 0:
         decays.window().steps(training.max_steps)
     if data.block_size < 2:

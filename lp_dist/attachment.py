@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from lp_dist.attached import Attachment, book_of
 from lp_dist.control import Control
 from lp_dist.engines import (
     agree, foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.feasible import remembers
+from lp_dist.grouping import asked_of, check_order, split, started
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
@@ -24,60 +26,14 @@ from lp_dist.segments import Segment, SegmentMap, check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
 from lp_dist.shards import Shard, all_zero, full_shape, shards
-from lp_dist.target import GAMMA, MEMORY, SparsityTarget
+from lp_dist.target import GAMMA, MEMORY, GroupDecay, SparsityTarget
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, the names of those that decay, and what brings it
-    to a target, if there is one."""
-
-    optimizer: Optimizer
-    shards: list[Shard]
-    decayed: frozenset[str]
-    control: Control | None = None
-
-    def after_step(self) -> None:
-        """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps really taken."""
-        if self.control is not None:
-            self.control.after_step()
-
-    def finish(self) -> None:
-        """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing dies now."""
-        if self.control is not None:
-            self.control.finish()
-
-    @property
-    def logs(self) -> dict[str, float]:
-        """Target, plan, measured share of zeros, λ, dead channels, as of the last look at the weights; empty without a target."""
-        return dict(self.control.logs) if self.control is not None else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The target's own state, plain JSON types; to be saved with the optimizer's. A DeepSpeed engine saves and loads it by itself."""
-        return {} if self.control is None else self.control.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was, after the optimizer's own state was loaded; raises UsageError if it is of another target or run."""
-        if self.control is not None:
-            self.control.load_state_dict(state)
-        elif state:
-            raise UsageError(f"the checkpoint was trained for {state['target']}, and now there is no target; give the same one")
-
-    def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff, floor) of one parameter instead of its group's; None gives one back to the group.
-
-        Takes effect at the next step, costs no communication, and must be called alike on every rank.
-        """
-        if all(shard.name != name for shard in self.shards):
-            raise ValueError(f"{name!r} is not a trainable parameter of this optimizer; names are those of model.named_parameters()")
-        _book(self.optimizer).segments.set(name, **values)
-
-
 def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None,
-           overrides: dict[str, dict[str, Any]] | None = None, target: SparsityTarget | None = None, total_steps: int | None = None,
-           lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
+           overrides: dict[str, dict[str, Any]] | None = None, target: SparsityTarget | Sequence[SparsityTarget] | None = None,
+           groups: GroupDecay | None = None, total_steps: int | None = None, lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
     After it, λ, p, l2, precondition, cutoff and floor can differ per parameter inside one flat shard, what decays is decided by name whoever
@@ -96,6 +52,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             optimizer step. total_steps: optimizer steps of the whole run, needed with a target.
         lr_scheduler: gives a target the learning rates ahead, and its last ones are put back after DeepSpeed has loaded a checkpoint; an
             engine's own is found by itself.
+        groups: a λ for whole channels or heads. (A target has groups of its own; one of each kind may be given, the groups' window first.)
         scheduled: values of group keys that the caller sets at some step, so that finding them in a checkpoint is no news.
     Raises:
         RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
@@ -105,17 +62,26 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     try:
         optimizer = optimizer_of(model, optimizer)
         live, found, asked, own, allowed = _looked_at(model, optimizer, names, overrides or {})
+        target, whole = split(target)
+        for one in filter(None, (target, whole)):
+            if not isinstance(total_steps, int) or total_steps < 1:
+                raise UsageError(f"total_steps={total_steps!r}: a target needs the number of optimizer steps of the whole run; pass attach(..., total_steps=n)")
+        if whole is not None and groups is not None:
+            raise UsageError("a target and a λ are given for groups; leave one of them out")
         if target is not None:
             target = _formed(target, live, asked)
-            _check_target(live, found, asked, own, target, total_steps)
-        failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps}
+            _check_target(live, found, asked, own, target)
+        whole = whole or groups
+        sets, whole = asked_of(unwrap(model), live, found, whole, target) if whole is not None else ([], None)
+        failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps,
+                               "the groups": str(whole), "their number": len(sets)}
     except (RuntimeError, TypeError, ValueError) as error:
         failure, told = error, error
     agree(told)  # a rank that failed takes part, so that the others don't wait for it
     if failure is not None:
         raise failure
     undo_dry_step(optimizer)
-    book = _book(live)
+    book = book_of(live)
 
     segments = SegmentMap()
     tensors: dict[Any, list[Segment]] = {}
@@ -156,20 +122,28 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     else:
         restore()
         tell_of_rates(live, asked, inner_scheduler(lr_scheduler))
+    scheduler = lr_scheduler or getattr(model, "lr_scheduler", None)
+    if getattr(book, "grouped", None) is not None:
+        book.grouped.remove()
+    book.grouped, group_control = started(unwrap(model), live, found, sets, whole, total_steps, scheduler, optimizer) if whole is not None else (None, None)
     if target is not None:
         candidates = [s for s in found if s.name in allowed and own.get(s.name, {}).get("weight_decay") != 0.0]
         left_out = [] if steps_taken(live) else all_zero(candidates)
         if left_out:
             logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0])
         everything = sum(full_shape(param).numel() for param in unwrap(model).parameters())
-        control = Control(target, live, segments, candidates, left_out, everything, total_steps,
-                          lr_scheduler or getattr(model, "lr_scheduler", None), optimizer)
+        control = Control(target, live, segments, candidates, left_out, everything, total_steps, scheduler, optimizer)
+        if group_control is not None:
+            check_order(group_control, control.start)
         decayed = frozenset(shard.name for shard in control.shards)
         control.begin(steps_taken(live))
-    attached = Attachment(live, found, decayed, control)
+    matrices = {member.name for groups in sets for member in groups.members} & {shard.name for shard in found if len(shard.shape) > 1}
+    attached = Attachment(live, found, decayed | matrices, control, book.grouped, group_control)
 
     def load(state: dict[str, Any] | None) -> None:
         restore_all()
+        if attached.grouped is not None:
+            attached.grouped.forget()
         if state is not None:
             attached.load_state_dict(state)
 
@@ -200,7 +174,7 @@ def verify(optimizer: Any) -> Any:
 def _looked_at(model: Any, optimizer: Any, names: Iterable[str] | None, overrides: dict[str, dict[str, Any]]) -> tuple:
     """The live optimizer, its shards, the values asked for by group, and those of single parameters; changes nothing."""
     live = verify(optimizer)
-    book, found = _book(live), shards(model, optimizer)
+    book, found = book_of(live), shards(model, optimizer)
     allowed = matrix_names(unwrap(model)) if names is None else set(names)
     unknown = sorted(allowed - {name for name, _ in unwrap(model).named_parameters()})
     if unknown:
@@ -227,11 +201,8 @@ def _formed(target: SparsityTarget, live: Any, asked: list[dict[str, Any]]) -> S
     return replace(target, precondition=GAMMA) if isinstance(live, LpOptimizer) and "exp_avg_sq" in live.state_names else target
 
 
-def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], target: SparsityTarget,
-                  total_steps: int | None) -> None:
+def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], target: SparsityTarget) -> None:
     """Raises UsageError for what contradicts a target."""
-    if not isinstance(total_steps, int) or total_steps < 1:
-        raise UsageError(f"total_steps={total_steps!r}: a target needs the number of optimizer steps of the whole run; pass attach(..., total_steps=n)")
     lambdas = [group["weight_decay"] for group in asked] + [values.get("weight_decay", 0.0) for values in own.values()]
     if any(value > 0 for value in lambdas):
         raise UsageError(f"weight_decay={max(lambdas):g} is set as well as a target, which finds λ by itself; set weight_decay=0 everywhere, or leave "
@@ -241,18 +212,13 @@ def _check_target(live: Any, found: list[Shard], asked: list[dict[str, Any]], ow
             raise UsageError(f"cutoff={values['cutoff']:g} is set as well as a target, which finds the cutoff by itself; leave it out, and see "
                              "SparsityTarget(cap=)")
     for shard in found:
-        _book(live).check({**live.param_groups[shard.group], **asked[shard.group], **target.phase(), **own.get(shard.name, {})})
-
-
-def _book(live: Any) -> Any:
-    """Where the segments and the asked-for values are kept: our optimizer, or the handle of `add_lp_decay`."""
-    return live if isinstance(live, LpOptimizer) else live.lp_decay
+        book_of(live).check({**live.param_groups[shard.group], **asked[shard.group], **target.phase(), **own.get(shard.name, {})})
 
 
 def _asked(live: Any, found: list[Shard]) -> list[dict[str, Any]]:
     """The values of each live group as the script asked for them, the learning rate among them: known by the group's parameters, since
     engines drop empty groups; by position where an engine has put other parameters into them (Accelerate's FSDP2); else what it has now."""
-    book = _book(live)
+    book = book_of(live)
     by_group = {shard.group: values for shard in found if (values := book.asked.of(shard.param)) is not None}
     positional = book.asked.groups if len(book.asked.groups) == len(live.param_groups) else live.param_groups
     values = [by_group.get(i, positional[i]) for i in range(len(live.param_groups))]

@@ -162,5 +162,20 @@ def quality(work: str = "chars", text: str = "", model: str = "", methods: str =
         typer.echo(measure(work, text, model, methods, sparsities, seeds, steps, block, jobs, out))
 
 
+@bench.command(context_settings=_UNDERSCORES)
+def structure(model: str = "", text: str = "", methods: str = "dense groups gcut cut cut:criterion=taylor lp", shares: str = "20 30 50", seeds: str = "0",
+              groups: str = "channels", steps: Annotated[int, typer.Option(min=20)] | None = None, block: _Positive = 1024, tokens: _Positive = 64,
+              out: str = "docs/results") -> None:
+    """Fewer channels or heads of a language model: what it loses, its size and its speed once they are cut out; structure.jsonl and structure.md.
+
+    --shares: of the --groups (channels, heads or kv_groups) of each layer, in percent. --methods: groups (ours), gcut and cut (by the norm, gradually and
+    before the fine-tune; cut:criterion=taylor), lp (single zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
+    """
+    from lp_dist.quality.cutting import structure as measure
+
+    with _one_line_errors():
+        typer.echo(measure(model, text, methods, shares, seeds, groups, steps, block, tokens, out))
+
+
 def main() -> None:
     app()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
-from lp_dist.feasible import SHORTEST, refuse_what_cannot_be
+from lp_dist.feasible import every_of, grace_until, refuse_what_cannot_be
 from lp_dist.hooks import steps_taken
 from lp_dist.quantiles import Census, Part, census, settle, share_below, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
@@ -28,8 +28,6 @@ from lp_dist.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
 
-GRACE_ENDS = 0.8   # of the window, but a collapse before its end: what has faded needs no more
-LONGEST = 20       # steps between two looks that a target takes by itself: with more, weights that move far are found too late
 _TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while the decay acts
 VERSION = 3
 
@@ -61,9 +59,8 @@ class Control:
             self.start = max(1, self.start)     # before the first step there are no moments
         elements = sum(shard.shape.numel() for shard in self.shards)
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
-        collapse = SHORTEST * (1 if all(form["p"] <= 0.5 for form in forms.values()) else 2)    # the nearer p is to 1, the longer
-        self.grace_ends = min(self.start + round(GRACE_ENDS * (self.end - self.start)), self.end - collapse)
-        self.every = target.every or min(LONGEST, max(1, round((self.end - self.start) / 20)))
+        self.grace_ends = grace_until(self.start, self.end, slow=any(form["p"] > 0.5 for form in forms.values()))
+        self.every = every_of(target, self.start, self.end)
         self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
         self.seen = -1                          # optimizer steps at the last call
         self.next = self.start                  # optimizer steps at which the weights are looked at again

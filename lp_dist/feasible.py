@@ -15,6 +15,18 @@ from lp_dist.shards import Shard
 from lp_dist.target import SparsityTarget, check_p
 
 SHORTEST = 8       # steps of a window: a collapse takes some, whatever λ is
+LONGEST = 20       # steps between two looks that a target takes by itself: with more, weights that move far are found too late
+GRACE_ENDS = 0.8   # of the window, but a collapse before its end: what has faded needs no more
+
+
+def grace_until(start: int, end: int, slow: bool) -> int:
+    """The step up to which what fades may come back. slow: p is above 0.5; the nearer it is to 1, the longer a collapse takes."""
+    return min(start + round(GRACE_ENDS * (end - start)), end - SHORTEST * (2 if slow else 1))
+
+
+def every_of(target: SparsityTarget, start: int, end: int) -> int:
+    """Optimizer steps between two looks."""
+    return target.every or min(LONGEST, max(1, round((end - start) / 20)))
 
 
 def remembers(live: Any) -> bool:
@@ -34,10 +46,6 @@ def refuse_what_cannot_be(target: SparsityTarget, live: Optimizer, shards: list[
     if not shards:
         raise UsageError("a sparsity is asked for, but no parameter decays: all are frozen, all zeros, left out by an override, or of modules that are "
                          "not linear, convolution or attention layers. Unfreeze some, or name them (names=)")
-    if end - start < SHORTEST:
-        short = f"the window from step {start} to {end} of {total} has {end - start} steps, and a collapse takes {SHORTEST}"
-        longer = f"train for at least {math.ceil(SHORTEST / (target.end - target.start)) + 1} steps, or " if max(target.start, target.end) <= 1 else ""
-        raise UsageError(f"{short}; {longer}lower start, or raise end")
     if any(shard.is_on_disk for shard in shards):
         raise UsageError("a target can't be followed under NVMe offload, since the weights to be looked at lie on the disk; offload to the "
                          "CPU instead, or give a weight_decay (λ) and no target")
@@ -58,7 +66,18 @@ def refuse_what_cannot_be(target: SparsityTarget, live: Optimizer, shards: list[
         raise UsageError(f"sparsity={target.sparsity:g} of all {everything:,} parameters can't be reached: only {elements:,} "
                          f"({elements / everything:.1%}) decay. Ask for less than {elements / everything:.3f}, let more decay (names=), or use of='decayed'")
     first = max(1, start) if any(form.get("precondition") for form in forms.values()) else start
+    refuse_window(target, live, {shard.group for shard in shards}, window, first, lr_scheduler)
+
+
+def refuse_window(target: SparsityTarget, live: Optimizer, groups: set[int], window: tuple[int, int, int], first: int, lr_scheduler: Any) -> None:
+    """Raises UsageError for a window in which nothing can die. groups: numbers of the param groups. window: as of `refuse_what_cannot_be`. first: the
+    first step at which something can."""
+    start, end, total = window
+    if end - start < SHORTEST:
+        short = f"the window from step {start} to {end} of {total} has {end - start} steps, and a collapse takes {SHORTEST}"
+        longer = f"train for at least {math.ceil(SHORTEST / (target.end - target.start)) + 1} steps, or " if max(target.start, target.end) <= 1 else ""
+        raise UsageError(f"{short}; {longer}lower start, or raise end")
     taken = steps_taken(live)
     ahead = rates_ahead(lr_scheduler, live, end - 1 - taken)[first - taken:] if taken <= first else []
-    if ahead and not any(rate[i] > 0 for rate in ahead for i in {shard.group for shard in shards}):
+    if ahead and not any(rate[i] > 0 for rate in ahead for i in groups):
         raise UsageError(f"the learning rate is 0 in the whole window from step {first} to {end}, so nothing can decay; move the window")

@@ -62,7 +62,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         if resume is None:
             raise UsageError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out")
 
-    target = decay_args.target()
+    targets = decay_args.targets()
     if args.weight_decay > 0 and decay_args.p > 1:
         logger.warning("p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p)
     path, tokenizer, train, held_out = _read(model_args, data_args, args)
@@ -86,7 +86,7 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     trainer = LpTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
         data_collator=default_data_collator, optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[LpCallback(decay_args.window() if decays else None, target=target, names=counted, overrides=overrides)], counted=counted,
+        callbacks=[LpCallback(decay_args.window() if decays else None, target=targets, names=counted, overrides=overrides)], counted=counted,
         teacher=teacher, distill=decay_args.distill)
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=resume)
@@ -100,10 +100,14 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
     reached = callback.attached.control
     if reached is not None and reached.closed is None:
         logger.warning("the run ended before the target's window did: the sparsity is %.2f%%, not %.2f%%", 100 * sparsity.total, 100 * reached.sparsity)
-    window = (reached.start, reached.end) if reached is not None else callback.window and callback.window.steps(trainer.state.max_steps)
+    whole = callback.attached.groups
+    if whole is not None and whole.closed is None:
+        logger.warning("the run ended before the window of the groups did: they are not what was asked for")
+    window = (reached.start, reached.end) if reached is not None else (whole.start, whole.end) if whole is not None else callback.window and callback.window.steps(trainer.state.max_steps)
     known = {"model": model_args.model, "dataset": data_args.dataset, "configuration": asked, "decay": dataclasses.asdict(decay_args),
              "sparsity_before": before, "parameters": parameters, "histograms": histograms, "window": window,
-             "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed}, "reference": reference and report.to_compare(reference)}
+             "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed},
+             "groups": whole and {"sparsity": whole.sparsity, "closed": whole.closed, "kinds": whole.kinds()}, "reference": reference and report.to_compare(reference)}
     return _finish(trainer, args, known, metrics, sparsity)
 
 
@@ -191,7 +195,7 @@ def _finish(trainer: LpTrainer, args: TrainingArguments, known: dict[str, Any], 
         "steps": trainer.state.global_step, "seconds": next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None),
         "engine": _engine(trainer), "world_size": args.world_size, "environment": report.environment(args.device, args.world_size),
         "weight_decay": args.weight_decay, "learning_rate": args.learning_rate, "seed": args.seed,
-        "versions": {"lp_dist": __version__, **report.versions()}, "log": log, "next": _next(sparsity, args),
+        "versions": {"lp_dist": __version__, **report.versions()}, "log": log, "next": _next(sparsity, args, known["groups"]),
     }
     report.write(args.output_dir, summary)
     report.show(summary, _page(args.output_dir))
@@ -218,8 +222,10 @@ def _engine(trainer: LpTrainer) -> str:
     return "FSDP2" if trainer.is_fsdp_enabled else "DDP" if trainer.args.world_size > 1 else "one process"
 
 
-def _next(sparsity: Sparsity, args: TrainingArguments) -> str:
-    """The command to try next: a look at what the model writes, or more decay where hardly a weight died."""
+def _next(sparsity: Sparsity, args: TrainingArguments, groups: dict[str, Any] | None) -> str:
+    """The command to try next: dead groups are cut out; a look at what the model writes, or more decay where hardly a weight died."""
+    if groups is not None and groups["closed"]:
+        return f"lp-dist export {shlex.join([args.output_dir, args.output_dir.rstrip('/') + '-small'])} --shrink --verify    # cuts out what is dead"
     if args.weight_decay > 0 and sparsity.total < 0.01:
         return f"{arguments.command_line(args)} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a weight died"
     python = os.path.relpath(sys.executable)

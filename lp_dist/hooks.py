@@ -99,6 +99,11 @@ class LpDecay:
             handle.remove()
         del self._optimizer.lp_decay
 
+    def begin_later(self) -> None:
+        """Puts its own hook before a step behind those that were registered since: it may step the parameters then."""
+        self._handles[0].remove()
+        self._handles[0] = self._optimizer.register_step_pre_hook(self._before)
+
     def check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for group values out of their range, or that the decay lacks."""
         if group.get("precondition"):

@@ -20,6 +20,8 @@ def show_on_bar(callbacks: Iterable[TrainerCallback], logs: Mapping[str, Any]) -
         shown["zeros"] = f"{logs['lp/measured']:.1%}"
         if logs.get("lp/faded", logs["lp/measured"]) != logs["lp/measured"]:
             shown["faded"] = f"{logs['lp/faded']:.1%}"
+    if "lp/groups_measured" in logs:
+        shown["groups"] = f"{logs['lp/groups_measured']:.1%}"
     for callback in callbacks:
         if shown and getattr(callback, "training_bar", None) is not None:
             callback.training_bar.set_postfix(shown)

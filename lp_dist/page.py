@@ -10,7 +10,7 @@ from typing import Any
 
 from lp_dist import __version__
 from lp_dist.errors import UsageError
-from lp_dist.report import landing, name_of, number
+from lp_dist.report import dead_groups, landing, name_of, number
 from lp_dist.sparsity import layer_of
 
 FILE = "report.html"
@@ -131,7 +131,8 @@ def _story(report: dict[str, Any]) -> list[str]:
              f"Perplexity on held-out text is {number(after)}" + ("." if before is None else f", and was {number(before)} before.")]
     if reference:
         words.append(f"The {name_of(reference)} in {reference['output_dir']} has {number(reference['perplexity_after'])}.")
-    return [" ".join(words), *([f"Target: {landing(target)}"] if target else [])]
+    groups = report.get("groups") if (report.get("groups") or {}).get("closed") else None
+    return [" ".join(words), *([f"Target: {landing(target)}"] if target else []), *([f"Groups: {dead_groups(groups)}"] if groups else [])]
 
 
 def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -147,6 +147,8 @@ def show(report: dict[str, Any], page: Path | None = None) -> None:
         console.print(kinds)
     if report.get("target"):
         console.print(f"Target: {landing(report['target'])}", soft_wrap=True)
+    if (groups := report.get("groups")) and groups["closed"]:
+        console.print(f"Groups: {dead_groups(groups)}", soft_wrap=True)
     console.print(f"Saved to [bold]{report['output_dir']}[/bold], {report['zeros']:,} exact zeros counted in its files; loads with "
                   "from_pretrained.", soft_wrap=True, highlight=False)
     if page is not None:
@@ -159,6 +161,12 @@ def landing(target: dict[str, Any]) -> str:
     if not (closed := target["closed"]):
         return f"{target['sparsity']:.2%} zeros, but the run was stopped before its window ended."
     return f"{target['sparsity']:.2%} zeros; {closed['before']:.2%} died by decay, {closed['by_threshold']:.2%} at the last threshold."
+
+
+def dead_groups(groups: dict[str, Any]) -> str:
+    """Which whole groups are zero, in a sentence."""
+    dead = ", ".join(f"{dead:,} of {all_:,} {kind}" for kind, (dead, all_) in groups["kinds"].items())
+    return f"{dead} are zero; {groups['closed']['before']:.2%} died by decay, {groups['closed']['by_threshold']:.2%} at the last threshold."
 
 
 def number(value: float | str | None) -> str:

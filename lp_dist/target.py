@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lp_dist.decay import P_MIN, check_hyperparameters
+from lp_dist.parts import Groups
 from lp_dist.schedule import check_window
 
 # γ where neither the target nor the optimizer gives one, and the base has second moments: the pull is then that of the penalty's gradient
@@ -22,13 +23,15 @@ CURVES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class SparsityTarget:
-    """The share of exact zeros to end with.
+    """The share of exact zeros to end with, or of whole channels and heads (`groups`).
 
     Args:
-        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1.
+        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1. With groups: of each kind
+            of them, or in `of="all"` the share of all parameters that die with them. None with a budget.
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
-        scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target.
+        scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target. None: global,
+            and layer with groups, so that every layer keeps as many and can be cut to one width.
         p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them, and for a γ of 0 (the default there) 1 in
             its place if the base has second moments, since that loses less. A 0 here is a 0.
         cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent; None: all feel it.
@@ -40,14 +43,18 @@ class SparsityTarget:
             memory they so fade to next to nothing, and come back if their gradient asks for it. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
         every: optimizer steps between two looks at the weights; None: a twentieth of the window, and 20 at most.
+        groups: "channels" (feed-forward), "heads", "kv_groups" (heads of keys and values with the queries that read them), several of these, or `Groups` that
+            `lp_dist.groups_of` describes: these die as wholes, and `lp-dist export --shrink` cuts them out. They decay by their norms, and have no memory.
+        budget: with groups, the parameters of the model that are to be left at most, instead of a sparsity.
+        interval: with groups, optimizer steps between two decays of them, each for the learning rates of all; see `lp_dist.grouped.Grouped`.
     Raises:
         ValueError: a value is out of its range.
     """
 
-    sparsity: float
+    sparsity: float | None = None
     start: float = 0.1
     end: float = 0.7
-    scope: str = "global"
+    scope: str | None = None
     p: float | None = None
     precondition: float | None = None
     cap: float | None = 1.0
@@ -57,9 +64,15 @@ class SparsityTarget:
     freeze: bool = True
     every: int | None = None
     of: str = "decayed"
+    groups: str | Groups | Sequence[str | Groups] | None = None
+    budget: int | None = None
+    interval: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
+        if self.scope is None:
+            object.__setattr__(self, "scope", "layer" if self.groups else "global")
+        self._check_groups()
+        if self.budget is None and not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
             raise ValueError(f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of the weights")
         for key, choices in (("scope", ("layer", "global")), ("of", ("decayed", "all"))):
             if getattr(self, key) not in choices:
@@ -83,6 +96,21 @@ class SparsityTarget:
         if abs(points[0]) > 1e-9 or abs(points[-1] - 1.0) > 1e-9 or any(a > b + 1e-9 for a, b in zip(points, points[1:])):
             raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is dead stays dead")
 
+    def _check_groups(self) -> None:
+        if self.groups:
+            if self.memory:
+                raise ValueError(f"memory={self.memory:g} is of single weights, and groups have none; leave it out")
+            if (self.sparsity is None) == (self.budget is None):
+                raise ValueError(f"sparsity={self.sparsity} and budget={self.budget}: groups need one of them, the share that is to die or the parameters to be left")
+            if self.budget is not None and self.budget < 1:
+                raise ValueError(f"budget={self.budget!r} must be at least 1, the parameters of the model that are to be left")
+            if self.interval < 1:
+                raise ValueError(f"interval={self.interval!r} must be at least 1 optimizer step")
+            return
+        for key, default in (("budget", None), ("interval", 1)):
+            if getattr(self, key) != default:
+                raise ValueError(f"{key}={getattr(self, key)!r} is of groups, and none are named; set groups='channels', or leave it out")
+
     def at(self, u: float) -> float:
         """Share of the way from the first sparsity to the last when the part u of the window is over."""
         return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
@@ -94,7 +122,51 @@ class SparsityTarget:
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: what a checkpoint must agree on."""
-        return {**asdict(self), "curve": getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if self.groups or one.name not in ("groups", "budget", "interval")}
+        plain["curve"] = getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve
+        if self.groups:
+            plain["groups"] = names_of(self.groups)
+        return plain
+
+
+@dataclass(frozen=True)
+class GroupDecay:
+    """A λ for whole groups of weights, at every step: `attach(..., groups=GroupDecay("channels", 0.1))`. It comes on top of the decay of single weights.
+
+    Args:
+        groups: as of `SparsityTarget`. weight_decay: λ of the penalty (λ/p)·Σ‖w_g‖_2^p. p, precondition, cutoff: of the form in `lp_dist.grouped`.
+        interval: optimizer steps between two decays, each for the learning rates of all.
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    groups: str | Groups | Sequence[str | Groups]
+    weight_decay: float
+    p: float = 0.5
+    precondition: float = 0.0
+    cutoff: float = math.inf
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(weight_decay=self.weight_decay, p=self.p, precondition=self.precondition, cutoff=self.cutoff)
+        if self.p >= 2.0:
+            raise ValueError(f"p={self.p:g} makes no groups zero; take p < 1, such as 0.5")
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval!r} must be at least 1 optimizer step")
+
+    def described(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "groups": names_of(self.groups)}
+
+
+def names_of(groups: str | Groups | Sequence[str | Groups]) -> list[str]:
+    """What to call groups that a user named."""
+    return [one if isinstance(one, str) else one.label for one in listed(groups)]
+
+
+def listed(groups: str | Groups | Sequence[str | Groups]) -> list[str | Groups]:
+    """Groups as a user may name them, as a list."""
+    return [groups] if isinstance(groups, (str, Groups)) else list(groups)
 
 
 def check_p(p: float) -> None:

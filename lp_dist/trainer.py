@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ from lp_dist.hooks import steps_taken
 from lp_dist.live import show_on_bar, tensorboards, write_histograms
 from lp_dist.schedule import DecayWindow
 from lp_dist.sparsity import Sparsity, measure_histogram, measure_sparsity
-from lp_dist.target import CURVES, SparsityTarget
+from lp_dist.structure import KINDS
+from lp_dist.target import CURVES, GroupDecay, SparsityTarget
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class LpCallback(TrainerCallback, ExportableState):
     Args:
         window: when the decay acts and with which values; it is asked anew at every step, so a resumed run goes on as it would
             have. None, and no target: always, with the groups' own values.
-        target: the share of zeros to end with; λ is found, so the groups' weight_decay must be 0. Its state is kept in Trainer's
-            checkpoints. One of the two, as an object or as a mapping of its arguments.
+        target: the share of zeros to end with, of weights or of channels and heads; λ is found, so the groups' weight_decay must be 0. Its state is kept in
+            Trainer's checkpoints. One of the two, as an object or as a mapping of its arguments; or two targets, the one with `groups` first.
+        groups: a λ for whole channels or heads, instead of a target for them.
         names, overrides: which parameters may decay, and values of single ones, as of `lp_dist.attach`.
     The decay advances with the optimizer steps that were really taken: an fp16 overflow, which Trainer counts as a step, is none.
 
@@ -47,15 +49,15 @@ class LpCallback(TrainerCallback, ExportableState):
         RuntimeError: the gradients have become nan; without fp16's loss scaling nothing skips such a step.
     """
 
-    def __init__(self, window: DecayWindow | dict[str, Any] | None = None, *, target: SparsityTarget | dict[str, Any] | None = None,
-                 names: Iterable[str] | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(self, window: DecayWindow | dict[str, Any] | None = None, *, target: SparsityTarget | dict[str, Any] | Sequence[SparsityTarget | dict[str, Any]] | None = None,
+                 groups: GroupDecay | dict[str, Any] | None = None, names: Iterable[str] | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> None:
         if window is not None and target is not None:
             raise ValueError("a window and a target were given, but a target has a window of its own; set its start and end")
         self.window = DecayWindow(**window) if isinstance(window, dict) else window
-        if isinstance(target, dict) and target.get("curve") not in (None, *CURVES):
-            raise UsageError(f"a target with a curve of your own ({target['curve']}) can't be made again from a checkpoint; train with "
-                             "restore_callback_states_from_checkpoint=False, which the target does not need")
-        self.target = SparsityTarget(**target) if isinstance(target, dict) else target
+        self.target = [_made(one) for one in ([target] if isinstance(target, (SparsityTarget, dict)) else target or ())]
+        if groups is not None and self.target:
+            raise ValueError("a target and a λ for groups were given: what dies by the λ would count for the target; leave one of them out")
+        self.groups = GroupDecay(**groups) if isinstance(groups, dict) else groups
         self.names = None if names is None else sorted(names)
         self.overrides = overrides
         self.attached: Attachment | None = None
@@ -64,18 +66,18 @@ class LpCallback(TrainerCallback, ExportableState):
         """For Trainer's checkpoints: what this callback was made with, and where the target stands."""
         window = None if self.window is None else {**asdict(self.window), "values": None if self.window.values is None else {
             key: value if isinstance(value, (int, float)) else repr(value) for key, value in self.window.values.items()}}
-        made = {"window": window, "target": self.target and self.target.described(), "names": self.names, "overrides": self.overrides}
+        made = {"window": window, "target": [one.described() for one in self.target] or None, "groups": self.groups and self.groups.described(), "names": self.names, "overrides": self.overrides}
         return {"args": made, "attributes": {}, "progress": self.attached.state_dict() if self.attached is not None else {}}
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         scheduled = self.window.scheduled() if self.window is not None else {}
-        self.attached = attach(model, optimizer, names=self.names, overrides=self.overrides, target=self.target,
+        self.attached = attach(model, optimizer, names=self.names, overrides=self.overrides, target=self.target or None, groups=self.groups,
                                total_steps=state.max_steps if self.target else None, lr_scheduler=lr_scheduler, scheduled=scheduled)
         _check_saved(model, optimizer, self.attached.decayed, args)
         self._live = self.attached.optimizer
         # A checkpoint without optimizer state: its steps are known from Trainer alone.
         self._before = 0 if steps_taken(self._live) else state.global_step
-        if self._before and self.target is None:
+        if self._before and not self.target:
             logger.warning("going on at step %d without optimizer state: the checkpoint had none, so the moments start anew", self._before)
         self._resume_target(state)
         decayed = [shard for shard in self.attached.shards if shard.name in self.attached.decayed]
@@ -96,7 +98,7 @@ class LpCallback(TrainerCallback, ExportableState):
         saved = saved[-1] if isinstance(saved, list) else saved
         progress = (saved or {}).get("progress")
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # Trainer wants it there when it saves
-        if self._before and self.target is not None:
+        if self._before and self.target:
             raise UsageError(f"the checkpoint of step {self._before} has no optimizer state, so the target's plan can't go on from it; train with "
                              "save_only_model=False, or start anew from its weights with another output_dir")
         if progress and state.global_step:
@@ -116,10 +118,11 @@ class LpCallback(TrainerCallback, ExportableState):
             self.attached.finish()
 
     def progress(self, model: nn.Module) -> dict[str, float]:
-        """For a log line: a target's last look, else the zeros, which are counted now (collective)."""
+        """For a log line: a target's last look; without one of single weights the zeros, which are counted now (collective)."""
         if self.attached is None or not self.attached.decayed:
             return {}
-        return dict(self.attached.logs) if self.target else {"lp/measured": measure_sparsity(model, names=self.attached.decayed).total}
+        logs = dict(self.attached.logs)
+        return logs if self.attached.control is not None else {**logs, "lp/measured": measure_sparsity(model, names=self.attached.decayed).total}
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in (logs or {}) and "lp/measured" not in logs:    # Trainer's own log lines come after this callback; loggers came before it
@@ -128,6 +131,20 @@ class LpCallback(TrainerCallback, ExportableState):
         if bad and not args.fp16:
             raise RuntimeError(f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last checkpoint with a lower "
                                "learning rate or max_grad_norm; with DeepSpeed in bf16, \"check_grad_overflow\": true in its bf16 section skips such steps")
+
+
+def _made(target: SparsityTarget | dict[str, Any]) -> SparsityTarget:
+    """A target from its arguments, as a checkpoint has them."""
+    if not isinstance(target, dict):
+        return target
+    if target.get("curve") not in (None, *CURVES):
+        raise UsageError(f"a target with a curve of your own ({target['curve']}) can't be made again from a checkpoint; train with "
+                         "restore_callback_states_from_checkpoint=False, which the target does not need")
+    odd = [one for one in target.get("groups") or () if isinstance(one, str) and one not in KINDS] if not isinstance(target.get("groups"), str) else []
+    if odd:
+        raise UsageError(f"a target with groups of your own ({odd[0]}) can't be made again from a checkpoint; train with "
+                         "restore_callback_states_from_checkpoint=False, which the target does not need")
+    return SparsityTarget(**target)
 
 
 def _check_saved(model: nn.Module, optimizer: Any, decayed: Iterable[str], args: Any) -> None:

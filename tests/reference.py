@@ -114,3 +114,23 @@ def _power(base, exponent):
         return base**exponent
     except OverflowError:
         return math.inf
+
+
+def group_factors(groups, weights, *, lr, weight_decay, p, precondition=0.0, denoms=None, cutoff=math.inf, floor=0.0):
+    """For the penalty (λ/p)·Σ_g ‖w_g‖_2^p the number that every weight of a group is multiplied by after the base step.
+
+    groups: lists of indices. weights, denoms (√v̂+ε): from before the step.
+    """
+    factors = []
+    for group in groups:
+        metric = [1.0] * len(weights) if not precondition else [denom ** (precondition / (2.0 - p)) for denom in denoms]
+        norm = math.sqrt(math.fsum((weights[i] * metric[i]) ** 2 for i in group))
+        x = _power(norm, 2.0 - p)
+        if math.sqrt(math.fsum(weights[i] ** 2 for i in group)) <= SNAP * math.sqrt(len(group)) and not precondition:
+            factors.append(0.0)
+        elif x > cutoff:
+            factors.append(1.0)
+        else:
+            x = max(x, floor)
+            factors.append(x / (x + lr * weight_decay))
+    return factors

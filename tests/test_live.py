@@ -91,9 +91,9 @@ def test_with_trainer_itself_the_log_lines_have_the_zeros(callback, weight_decay
 
 def test_weights_that_fade_are_shown_beside_zeros_where_they_are_others():
     bar = Watched()
-    show_on_bar([object(), bar], {"loss": 2.5, "lp/measured": 0.1, "lp/faded": 0.25})
+    show_on_bar([object(), bar], {"loss": 2.5, "lp/measured": 0.1, "lp/faded": 0.25, "lp/groups_measured": 0.3})
     show_on_bar([bar], {"eval_loss": 2.5})
-    assert bar.training_bar.shown == [{"loss": "2.500", "zeros": "10.0%", "faded": "25.0%"}]
+    assert bar.training_bar.shown == [{"loss": "2.500", "zeros": "10.0%", "faded": "25.0%", "groups": "30.0%"}]
 
 
 def test_a_dense_run_shows_its_loss_alone(tmp_path):

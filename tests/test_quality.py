@@ -78,7 +78,7 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
             assert all((zeros[name] | ~was).all() for name, was in dead.items())
             dead.update(zeros)
             seen.append(sum(int(z.sum()) for z in zeros.values()) / sum(z.numel() for z in zeros.values()))
-    run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
+    run = runs.run_of(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
     watched = Watched(run, start=0.25, end=0.75, every=4)
     generator = torch.Generator().manual_seed(0)
     for t in range(1, STEPS + 1):
@@ -93,7 +93,7 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
 
 def test_pat_steps_on_from_the_dense_weights_and_prunes_them_anew(cache):
     """Written out: gradients at the pruned weights, the step at the dense ones, until the window ends; then the zeros stay."""
-    run, twin = (runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2)) for _ in range(2))
+    run, twin = (runs.run_of(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2)) for _ in range(2))
     pat, generator, came_back, masks = methods.PAT(run, end=0.5), torch.Generator().manual_seed(0), 0, {}
     pat.start()
     dense = {name: weight.clone() for name, weight in twin.weights.items()}
@@ -134,7 +134,7 @@ def test_a_teacher_is_asked_for_its_part_of_the_loss(cache, rows):
 
 
 def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
-    run = runs._run(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
+    run = runs.run_of(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
     tiny().loss_of(run.model, *tiny().text.batch(torch.Generator().manual_seed(0), 4, 16)).backward()
     run.optimizer.step()
     name, weight = next(iter(run.weights.items()))

@@ -271,7 +271,7 @@ def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp
 def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, common, tmp_path):
     _, _, decay, args = finetune.arguments.parse([*common, "--output_dir", str(tmp_path), *words])
     model = tiny()
-    assert finetune._optimizer(model, {name for name, _ in model.named_parameters()}, decay, args)[1]["precondition"] == optimizers and decay.target().precondition == targets
+    assert finetune._optimizer(model, {name for name, _ in model.named_parameters()}, decay, args)[1]["precondition"] == optimizers and decay.targets()[0].precondition == targets
 
 
 @pytest.mark.parametrize("words, parts", [

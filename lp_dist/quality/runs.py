@@ -41,7 +41,7 @@ def device_of(row: dict[str, Any]) -> str:
 
 def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
     """The rows that are asked for, as far as they are known before a run. A dense run has no sparsity."""
-    found, device = [], _device_name()
+    found, device = [], device_name()
     for seed in seeds:
         for spec in specs:
             for sparsity in sparsities if spec.family != "dense" else [0.0]:
@@ -54,7 +54,7 @@ def _device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def _device_name() -> str:
+def device_name() -> str:
     device = _device()
     return torch.cuda.get_device_name() if device.type == "cuda" else str(device)
 
@@ -131,7 +131,7 @@ def _in_process(make: Made, do: Callable[[Work, Any], dict[str, Any]], what: Any
 
 
 def _prepare(work: Work, seed: int) -> dict[str, Any]:
-    _dense(work, seed)
+    dense(work, seed)
     return {}
 
 
@@ -142,32 +142,32 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
     """Trains and evaluates; what the row gets from it."""
     spec, seed = Spec.read(row["method"]), row["seed"]
     start = time.perf_counter()
-    model = _dense(work, seed)
+    model = dense(work, seed)
     before = cached(["loss", {**work.described(), "schedule": None}, seed], lambda: work.evaluate(model))
     if spec.family == "dense" or dict(spec.given).get("at") == 1:
         model.load_state_dict(_fine_tuned(work, seed, spec.lr))
-        run = _run(work, model, seed, row["sparsity"], _schedule(work, spec.lr))
+        run = run_of(work, model, seed, row["sparsity"], schedule_of(work, spec.lr))
         spec.method(run).after_step(run.steps)  # a dense one does nothing there
     else:
-        run = _train(work, model, seed, row["sparsity"], _schedule(work, spec.lr), spec)
+        run = train(work, model, seed, row["sparsity"], schedule_of(work, spec.lr), spec)
     zeros = sum(int(slices.count_zeros(weight)) for weight in run.weights.values())
     loss = work.evaluate(model)
     return {"loss": loss if math.isfinite(loss) else None, "loss before": before, "zeros": zeros / sum(weight.numel() for weight in run.weights.values()),
             "weights": sum(weight.numel() for weight in run.weights.values()), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _schedule(work: Work, lr: float | None) -> Schedule:
+def schedule_of(work: Work, lr: float | None) -> Schedule:
     return work.schedule if lr is None else Schedule(work.schedule.steps, lr, work.schedule.warmup, work.schedule.last)
 
 
-def _dense(work: Work, seed: int) -> nn.Module:
+def dense(work: Work, seed: int) -> nn.Module:
     """The model that is to become sparse: as it is given, or trained once for each seed."""
     model = work.build(seed).to(_device())
     if work.pretraining is not None:
         described = {**work.described(), "schedule": None}
 
         def pretrained() -> dict[str, Any]:
-            return _train(work, model, seed, 0.0, work.pretraining, Spec("dense", ())).model.state_dict()
+            return train(work, model, seed, 0.0, work.pretraining, Spec("dense", ())).model.state_dict()
         model.load_state_dict(cached(["pretrained", described, seed], pretrained))
     return model
 
@@ -175,17 +175,17 @@ def _dense(work: Work, seed: int) -> nn.Module:
 def _fine_tuned(work: Work, seed: int, lr: float | None) -> dict[str, Any]:
     """What the dense fine-tune makes."""
     def trained() -> dict[str, Any]:
-        return _train(work, _dense(work, seed), seed, 0.0, _schedule(work, lr), Spec("dense", ())).model.state_dict()
+        return train(work, dense(work, seed), seed, 0.0, schedule_of(work, lr), Spec("dense", ())).model.state_dict()
     return cached(["fine-tuned", work.described(), seed, lr], trained)
 
 
 def _teacher(work: Work, seed: int) -> nn.Module:
-    teacher = _dense(work, seed)
+    teacher = dense(work, seed)
     teacher.load_state_dict(_fine_tuned(work, seed, None))
     return teacher.eval()
 
 
-def _run(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> Run:
+def run_of(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> Run:
     names = sorted(decayed_names(model))
     optimizer = LpAdamW(param_groups(model, 0.0, names=names), lr=schedule.lr, betas=work.betas)  # torch's AdamW, unless something decays
 
@@ -195,8 +195,8 @@ def _run(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Sch
     return Run(model, optimizer, schedule.of(optimizer), names, sparsity, schedule.steps, inputs)
 
 
-def _train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule, spec: Spec) -> Run:
-    run = _run(work, model, seed, sparsity, schedule)
+def train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule, spec: Spec) -> Run:
+    run = run_of(work, model, seed, sparsity, schedule)
     method = spec.method(run)
     teacher = _teacher(work, seed) if spec.distill else None
     generator = torch.Generator().manual_seed(seed + (10**5 if schedule is work.pretraining else 0))

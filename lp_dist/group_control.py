@@ -1,0 +1,285 @@
+"""GroupControl: brings whole groups of weights to a `SparsityTarget` with `groups`; `control.py` does it with single weights, and says how λ is found.
+
+The norms of all groups are known to every rank, so thresholds are exact and cost no communication beyond that of the norms. Groups of several sizes are
+ranked by their mean square, the damage of a parameter that is saved, and each kind dies by the λ and the cutoff that this threshold is in its own norm.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lp_dist.engines import update_copies
+from lp_dist.errors import UsageError
+from lp_dist.feasible import every_of, grace_until, refuse_window
+from lp_dist.grouped import Force, Grouped
+from lp_dist.hooks import steps_taken
+from lp_dist.parts import Groups
+from lp_dist.rates import rates_ahead
+from lp_dist.schedule import window_steps
+from lp_dist.shards import Shard
+from lp_dist.target import SparsityTarget
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class GroupControl:
+    """Made by `lp_dist.attach`. Collective: every rank does the same at the same step.
+
+    Args:
+        target: what to reach. optimizer: the live one. sets: the groups. shards: of all that it steps.
+        everything: parameters of the model. total: optimizer steps of the run. lr_scheduler: gives the learning rates ahead.
+        wrapper: the engine's optimizer around the live one, or that itself.
+    Raises:
+        UsageError: the target can't be reached in this run; the message says what to change.
+    """
+
+    def __init__(self, target: SparsityTarget, optimizer: Optimizer, sets: list[Groups], shards: list[Shard], everything: int, total: int,
+                 lr_scheduler: Any, wrapper: Any) -> None:
+        self.target, self.optimizer, self.sets, self.total = target, optimizer, sets, total
+        self.lr_scheduler, self.wrapper = lr_scheduler, wrapper
+        self.start, self.end = window_steps(target.start, target.end, total)
+        self.end = min(self.end, total)
+        p, gamma = target.p, target.precondition
+        self.grouped = Grouped(optimizer, sets, shards, p=p, precondition=gamma, interval=target.interval)
+        self.lr_group = {groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name) for groups in sets}
+        window = self.start, self.end, total
+        if gamma:
+            self.start = max(1, self.start)     # before the first step there are no moments
+        refuse_window(target, optimizer, set(self.lr_group.values()), window, self.start, lr_scheduler)
+        self.grace_ends = grace_until(self.start, self.end, slow=p > 0.5)
+        self.every = every_of(target, self.start, self.end)
+        self.needs, self.costs = _needs(target, sets, everything), _costs(target, sets)
+        self.before: dict[str, float] = {}      # what was dead of each scope when the window began, in its costs
+        self.seen, self.next = -1, self.start
+        self.logs: dict[str, float] = {}
+        self.closed: dict[str, float] | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the groups that are to die; of their parameters where that was asked for."""
+        return sum(self.needs.values()) / sum(float(self.costs[which].sum()) for which in self._scopes().values())
+
+    # -- what runs ----------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """Call it after each optimizer step (and the scheduler's)."""
+        t = steps_taken(self.optimizer)
+        if t != self.seen:
+            if t > self.start and not self.before:
+                raise RuntimeError(f"the optimizer has taken {t} steps, and the window of the groups began at {self.start}, but the target's own state is not "
+                                   "here: load it (load_state_dict of what attach returned), or call after_step() after each optimizer step from the first on")
+            self.run(t)
+
+    def begin(self, t: int) -> None:
+        """Makes ready for the first step here; after a resume beyond the start, `load_state_dict` does."""
+        if t <= self.start:
+            self.run(t)
+
+    def run(self, t: int) -> None:
+        """Makes ready for step t (from 0)."""
+        self.seen = t
+        if t < self.start:
+            return
+        if not self.before:
+            self._begin()
+        if t >= self.end - 1:
+            if self.closed is None:
+                self._close()
+        elif t >= self.next:
+            self._look(t)
+            self.next = t + self.every - (t - self.start) % self.every
+
+    def finish(self) -> None:
+        """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps. Collective."""
+        if self.closed is None:
+            logger.warning("the run ended after %d steps that were really taken, before the window of the groups did at %d; closing what is missing now",
+                           steps_taken(self.optimizer), self.end)
+            if not self.before:
+                self._begin()
+            self._close()
+
+    def plan(self, t: int) -> float:
+        """Share of the way to the target that lies behind after t steps."""
+        return self.target.at((t - self.start) / (self.end - 1 - self.start))
+
+    def _begin(self) -> None:
+        dead = self._squares() == 0
+        self.before = {scope: float(self.costs[which][dead[which]].sum()) for scope, which in self._scopes().items()}
+        full = [scope for scope, cost in self.before.items() if cost >= self.needs[scope]]
+        if full:
+            raise UsageError(f"as many of {full[0]} as the target asks for are zero already; ask for more, or leave the groups out")
+        logger.info("target: %d sets of groups lose %.2f%% from optimizer step %d to %d of %d, a look every %d", len(self.sets), 100 * self.sparsity, self.start,
+                    self.end, self.total, self.every)
+
+    def _look(self, t: int) -> None:
+        """λ and cutoff of each set, for what the plan has `every` steps from now."""
+        horizon = min(self.every, self.end - 1 - t)
+        grace = t < self.grace_ends and t + self.every < self.end - 1
+        squares = self._squares()
+        rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
+        means, limits = squares / self.grouped.sizes.cpu(), {}
+        for scope, which in self._scopes().items():
+            need = self.before[scope] + (self.needs[scope] - self.before[scope]) * self.plan(t + horizon)
+            order = torch.argsort(means[which], stable=True)
+            reached = torch.searchsorted(self.costs[which][order].cumsum(0), torch.tensor(need - 1e-6, dtype=torch.float64))
+            limits |= dict.fromkeys(self._labels(scope), float(means[which][order[min(int(reached), len(order) - 1)]]))
+        forces = []
+        for groups in self.sets:
+            x = (limits[groups.label] * groups.elements) ** ((2.0 - self.grouped.p) / 2.0)
+            total = sum(rate[self.lr_group[groups.label]] for rate in rates)
+            weight_decay = min(x / ((2.0 - self.grouped.p) * total), 1e30) if total > 0.0 else 0.0
+            # The group at the threshold is to die as well, however its squares were added up.
+            forces.append(Force(weight_decay, math.inf if self.target.cap is None else self.target.cap * x * (1.0 + 1e-9), self.target.grace * x if grace else 0.0))
+        self.grouped.forces = forces
+        self._log(t, squares)
+
+    def _close(self) -> None:
+        """The weakest die at once, exactly as many as the target asks for, in the masters and in an engine's copies of them."""
+        squares = self._squares()
+        means, dead = squares / self.grouped.sizes.cpu(), torch.zeros(len(squares), dtype=torch.bool)
+        for scope, which in self._scopes().items():
+            order = torch.argsort(means[which], stable=True)
+            number = int(torch.searchsorted(self.costs[which][order].cumsum(0), torch.tensor(self.needs[scope] - 1e-6, dtype=torch.float64))) + 1
+            dead[which[order[:number]]] = True
+        had = float((squares == 0).double().mean())
+        self.grouped.forces = [Force() for _ in self.sets]
+        self.grouped.kill(dead.to(self.grouped.sizes.device))
+        update_copies(self.wrapper)
+        self.closed = {"before": had, "after": float(dead.double().mean()), "by_threshold": float(dead.double().mean()) - had}
+        self._hold()
+        logger.info("target: %.2f%% of the groups zero by decay, %.2f%% (%d of %d) after the last threshold", 100 * had, 100 * self.closed["after"],
+                    int(dead.sum()), len(dead))
+        self._log(self.end - 1, self._squares())
+
+    def _hold(self) -> None:
+        """What is dead stays dead, from now on; known from the weights themselves, also after a resume."""
+        if self.target.freeze:
+            self.grouped.hold((self._squares() == 0).to(self.grouped.sizes.device))
+
+    # -- what it looks at ---------------------------------------------------------------------------------------------
+
+    def _squares(self) -> Tensor:
+        """Of each group, on the host, of the weights as they are."""
+        self.grouped.measure()
+        return self.grouped.squares.cpu().double()
+
+    def kinds(self) -> dict[str, list[int]]:
+        """{kind: [dead, all]} of the weights as they are. Collective."""
+        found: dict[str, list[int]] = {}
+        for groups, squares in zip(self.sets, self._squares().split([groups.count for groups in self.sets])):
+            dead, all_ = found.setdefault(groups.kind, [0, 0])
+            found[groups.kind] = [dead + int((squares == 0).sum()), all_ + groups.count]
+        return found
+
+    def _scopes(self) -> dict[str, Tensor]:
+        """The numbers of the groups that have one threshold, by its name."""
+        found: dict[str, list[Tensor]] = {}
+        first = 0
+        for groups in self.sets:
+            found.setdefault(_scope(self.target, groups), []).append(torch.arange(first, first + groups.count))
+            first += groups.count
+        return {scope: torch.cat(which) for scope, which in found.items()}
+
+    def _labels(self, scope: str) -> list[str]:
+        return [groups.label for groups in self.sets if _scope(self.target, groups) == scope]
+
+    def _log(self, t: int, squares: Tensor) -> None:
+        scopes = self._scopes()
+        all_ = sum(float(self.costs[which].sum()) for which in scopes.values())
+        first = sum(self.before.values()) / all_
+        dead = sum(float(self.costs[which][squares[which] == 0].sum()) for which in scopes.values()) / all_
+        forces = [force.weight_decay for force in self.grouped.forces]
+        self.logs = {"lp/groups_target": self.sparsity, "lp/groups_plan": first + (self.sparsity - first) * self.plan(t), "lp/groups_measured": dead,
+                     "lp/groups_lambda": max(forces)}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the same on every rank."""
+        forces = [{key: value if math.isfinite(value) else str(value) for key, value in asdict(force).items()} for force in self.grouped.forces]
+        return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every], "before": dict(self.before),
+                "next": self.next, "closed": self.closed, "logs": dict(self.logs), "forces": forces, "labels": [groups.label for groups in self.sets],
+                **self.grouped.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was. Call it after the optimizer's state was loaded. Raises UsageError if it is of another target, run or version."""
+        if state.get("version") != VERSION:
+            raise UsageError(f"the state of the groups' target is of version {state.get('version')!r}, and this lp_dist reads {VERSION}; install the one that "
+                             "wrote it")
+        mine = self.state_dict()
+        for key in ("target", "window", "labels"):
+            if mine[key] != state[key]:
+                raise UsageError(f"the checkpoint was trained for another {key} of groups than the script asks for: {state[key]}, and now {mine[key]}; go on "
+                                 "with the same target and as many steps, or start anew from the saved model without its optimizer state")
+        self.before, self.next, self.closed, self.logs = dict(state["before"]), state["next"], state["closed"], dict(state["logs"])
+        self.grouped.load_state_dict(state)
+        self.grouped.forces = [Force(**{key: float(value) for key, value in force.items()}) for force in state["forces"]]
+        if self.closed is not None:
+            self._hold()
+        self.run(steps_taken(self.optimizer))
+
+
+def _scope(target: SparsityTarget, groups: Groups) -> str:
+    """Which threshold a set of groups has: its own; or that of its kind; or, where parameters count and not groups, that of all."""
+    by_size = target.budget is not None or target.of == "all"
+    return groups.label if target.scope == "layer" else "all" if by_size else groups.kind
+
+
+def _costs(target: SparsityTarget, sets: list[Groups]) -> Tensor:
+    """What each group counts for: its parameters, or one."""
+    by_size = target.budget is not None or target.of == "all"
+    return torch.cat([torch.full((groups.count,), float(groups.elements if by_size else 1), dtype=torch.float64) for groups in sets])
+
+
+def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, float]:
+    """What is to die of each scope, in its costs; raises UsageError where there is not as much."""
+    needs: dict[str, float] = {}
+    if target.budget is None and target.of == "decayed":
+        for groups in sets:
+            scope = _scope(target, groups)
+            needs[scope] = needs.get(scope, 0.0) + target.sparsity * groups.count
+        needs = {scope: float(round(need)) for scope, need in needs.items()}
+        none = [scope for scope, need in needs.items() if need < 1]
+        if none:
+            raise UsageError(f"sparsity={target.sparsity:g} of {none[0]} is none of them; ask for more, or use scope='global'")
+        _refuse_all(target, sets, needs, [groups.count for groups in sets])
+        return needs
+    wanted = everything - target.budget if target.budget is not None else target.sparsity * everything
+    there = sum(groups.count * groups.elements for groups in sets)
+    dims: dict[str, set[int]] = {}
+    for member in (member for groups in sets for member in groups.members):
+        dims.setdefault(member.name, set()).add(member.dim)
+    twice = next((name for name, of in dims.items() if len(of) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the weights of {twice} are in two groups each, by row and by column, so that parameters would be counted twice; ask for a share of the "
+                         "groups (of='decayed'), or for one of the two kinds")
+    if wanted <= 0:
+        raise UsageError(f"budget={target.budget:,} is what the model has already, which is {everything:,} parameters; ask for fewer")
+    if wanted >= there:
+        asked = f"budget={target.budget:,}" if target.budget is not None else f"sparsity={target.sparsity:g} of all {everything:,} parameters"
+        raise UsageError(f"{asked} can't be reached: only {there:,} parameters are in these groups; ask for at least {everything - there + 1:,} parameters "
+                         f"(less than {there / everything:.3f} of all), or name more groups")
+    if target.scope == "global":
+        return {"all": float(math.ceil(wanted))}
+    share = wanted / there
+    needs = {groups.label: float(math.ceil(share * groups.count - 1e-9) * groups.elements) for groups in sets}
+    _refuse_all(target, sets, needs, [groups.count * groups.elements for groups in sets])
+    return needs
+
+
+def _refuse_all(target: SparsityTarget, sets: list[Groups], needs: dict[str, float], all_: list[int]) -> None:
+    """Raises UsageError if nothing would be left of a set, where each has a need of its own."""
+    gone = next((groups.label for groups, most in zip(sets, all_) if target.scope == "layer" and needs[groups.label] >= most), None)
+    if gone is not None:
+        asked = f"sparsity={target.sparsity:g}" if target.budget is None else f"budget={target.budget:,}"
+        raise UsageError(f"{asked} leaves nothing of {gone}; ask for less, or use scope='global'")
+

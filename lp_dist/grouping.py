@@ -1,0 +1,74 @@
+"""What `attach` does for whole groups of weights: which there are, whether what is asked of them can be, and what decays them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lp_dist.errors import UsageError
+from lp_dist.group_control import GroupControl
+from lp_dist.grouped import Force, Grouped
+from lp_dist.hooks import steps_taken
+from lp_dist.parts import Groups
+from lp_dist.shards import Shard, full_shape
+from lp_dist.structure import structure
+from lp_dist.target import GAMMA, GroupDecay, SparsityTarget
+
+
+def split(target: SparsityTarget | Sequence[SparsityTarget] | None) -> tuple[SparsityTarget | None, SparsityTarget | None]:
+    """The target of single weights and that of groups, of one or two targets; raises UsageError where there are two of a kind."""
+    targets = [target] if isinstance(target, SparsityTarget) else list(target or ())
+    weights, groups = ([one for one in targets if bool(one.groups) == whole] for whole in (False, True))
+    if len(weights) > 1 or len(groups) > 1:
+        raise UsageError(f"{len(targets)} targets are given, and two of them are for {'groups' if len(groups) > 1 else 'single weights'}; give one of each at most")
+    return next(iter(weights), None), next(iter(groups), None)
+
+
+def asked_of(model: nn.Module, live: Optimizer, found: list[Shard], asked: SparsityTarget | GroupDecay,
+             target: SparsityTarget | None) -> tuple[list[Groups], SparsityTarget | GroupDecay]:
+    """The groups, and what is asked of them with its form made out; changes nothing.
+
+    Args:
+        target: of single weights, if there is one too.
+    Raises:
+        UsageError: none is recognised, the optimizer lacks what the form needs, or the two targets get into each other's way.
+    """
+    sets = structure(model, asked.groups)
+    has_moments = "exp_avg_sq" in getattr(live, "state_names", ())
+    if isinstance(asked, SparsityTarget):
+        group = live.param_groups[next((shard.group for shard in found if shard.name == sets[0].members[0].name), 0)]
+        precondition = asked.precondition if asked.precondition is not None else group.get("precondition") or (GAMMA if has_moments else 0.0)
+        asked = replace(asked, p=group.get("p", 0.5) if asked.p is None else asked.p, precondition=precondition)
+    if asked.p > 1.0 and isinstance(asked, SparsityTarget):
+        raise UsageError(f"p={asked.p:g} makes no groups zero by itself; take p <= 1 for the target, 0.5 is the default")
+    if asked.precondition and not has_moments:
+        raise UsageError(f"precondition={asked.precondition:g} needs Adam's second moments where lp_dist knows them, and the optimizer is {type(live).__name__}; "
+                         "use LpAdamW, or precondition=0")
+    if target is not None and isinstance(asked, GroupDecay) and asked.weight_decay > 0:
+        raise UsageError("a target of single weights and a λ for groups are given: what dies by it would count for the target; give the groups a target as well, "
+                         "whose window ends where that of the weights begins")
+    return sets, asked
+
+
+def started(model: nn.Module, live: Optimizer, found: list[Shard], sets: list[Groups], asked: SparsityTarget | GroupDecay, total: int | None,
+            lr_scheduler: Any, wrapper: Any) -> tuple[Grouped, GroupControl | None]:
+    """What decays the groups from now on, and what brings them to their target if they have one. Arguments as of `GroupControl`."""
+    if isinstance(asked, SparsityTarget):
+        everything = sum(full_shape(param).numel() for param in model.parameters())
+        control = GroupControl(asked, live, sets, found, everything, total, lr_scheduler, wrapper)
+        control.begin(steps_taken(live))
+        return control.grouped, control
+    grouped = Grouped(live, sets, found, p=asked.p, precondition=asked.precondition, interval=asked.interval)
+    grouped.forces = [Force(asked.weight_decay, asked.cutoff) for _ in sets]
+    return grouped, None
+
+
+def check_order(groups: GroupControl, start: int) -> None:
+    """Raises UsageError if single weights begin to die, at the step `start`, before the groups have died."""
+    if start < groups.end - 1:
+        raise UsageError(f"the target of single weights begins at step {start}, and that of the groups ends at {groups.end}: groups die first, and zeros come "
+                         f"among what is left. Set start={groups.end} for the weights, or an earlier end for the groups")

@@ -1,0 +1,266 @@
+"""A target of whole groups in one process: exactly as many die as were asked for, whatever they are counted in; it goes on where it was; zeros come after."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, measure_sparsity
+from lp_dist.errors import UsageError
+from lp_dist.structure import groups_of
+from target_cases import Run, model_of, same
+
+TOTAL, PARAMETERS = 60, sum(param.numel() for param in model_of().parameters())
+
+
+def sets_of(model: nn.Module) -> list:
+    """160 channels between the first two layers, and 64 between the last two; the second layer has both."""
+    return groups_of(model, outputs="0", inputs="2", kind="wide") + groups_of(model, outputs="2", inputs="4", kind="narrow")
+
+
+def target_of(sparsity: float | None = 0.3, **values: Any) -> SparsityTarget:
+    return SparsityTarget(sparsity, **{"groups": sets_of(model_of()), **values})
+
+
+def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of both kinds which channels are all zeros; a channel that is zero in part is an error."""
+    first, second, last = model[0], model[2].weight, model[4].weight
+    parts = [torch.stack([(first.weight == 0).all(1), first.bias == 0, (second == 0).all(0)]), torch.stack([(second == 0).all(1), (last == 0).all(0)])]
+    assert all(part.all(0).equal(part.any(0)) for part in parts)
+    return parts[0][0], parts[1][0]
+
+
+@pytest.mark.parametrize("values, wanted", [
+    ({}, (48, 19)), ({"scope": "global"}, (48, 19)), ({"sparsity": 0.5, "cap": None, "p": 0.0}, (80, 32)), ({"precondition": 0.0, "grace": 0.0}, (48, 19)),
+    ({"interval": 3, "every": 6}, (48, 19)), ({"curve": "linear", "start": 0, "end": 40}, (48, 19)),
+])
+def test_exactly_as_many_die_as_were_asked_for(values, wanted):
+    run = Run(target_of(**values), total=TOTAL).to(TOTAL)
+    assert tuple(int(which.sum()) for which in dead(run.model)) == wanted
+    closed = run.attached.groups.closed
+    assert closed["after"] == sum(wanted) / 224
+    assert closed["before"] > 0.7 * closed["after"] or "interval" in values, "most of them are to die by decay"
+    assert run.attached.logs["lp/groups_measured"] == pytest.approx(sum(wanted) / 224)
+
+
+def test_before_the_window_nothing_decays_and_after_it_nothing_changes_but_survivors():
+    run = Run(target_of(), total=TOTAL).to(6)
+    twin = Run(None, total=TOTAL).to(6)
+    assert same(run.weights(), twin.weights())
+    run.to(41)
+    before, gone = run.weights(), dead(run.model)
+    run.to(TOTAL)
+    assert all(now.equal(then) for now, then in zip(dead(run.model), gone))
+    assert all(not same({name: run.weights()[name]}, {name: before[name]}) for name in before)
+    assert run.attached.grouped.active is False
+
+
+def apart() -> list:
+    """The channels of the first layer, and the outputs of the last: no weight is in two of them."""
+    return groups_of(model_of(), outputs="0", inputs="2", kind="wide") + groups_of(model_of(), outputs="4", kind="last")
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("asked", [{"sparsity": 0.25, "of": "all"}, {"sparsity": None, "budget": PARAMETERS - 5_000}])
+def test_parameters_may_be_counted_and_not_channels(scope, asked):
+    """No more are left than that, and with one channel more (of each layer, where layers are alike) there would be too many."""
+    run = Run(target_of(**{**asked, "scope": scope, "groups": apart()}), total=TOTAL).to(TOTAL)
+    first, last = run.model[0], run.model[4]
+    numbers = int((first.weight == 0).all(1).sum()), int((last.weight == 0).all(1).sum())
+    zeros = sum(int((param == 0).sum()) for param in run.model.parameters())
+    wanted = PARAMETERS - asked["budget"] if "budget" in asked else 0.25 * PARAMETERS
+    assert zeros == numbers[0] * 129 + numbers[1] * 65 >= wanted
+    if scope == "global":
+        assert zeros - 129 < wanted
+    else:
+        assert all((number - 1) / all_ < wanted / (160 * 129 + 8 * 65) for number, all_ in zip(numbers, (160, 8)))
+
+
+def test_the_weakest_die_first():
+    """Without gradients to speak of the smallest by their mean square die, of both kinds by one threshold."""
+    model = model_of()
+    with torch.no_grad():
+        for channel in (3, 70, 159):
+            for part in (model[0].weight[channel], model[0].bias[channel], model[2].weight[:, channel]):
+                part.mul_(0.1)
+        for part in (model[4].weight[5], model[4].bias[5]):
+            part.mul_(0.1)
+    asked = target_of(None, groups=apart(), budget=PARAMETERS - 3 * 129 - 65 + 5, scope="global", precondition=0.0)
+    run = Run(asked, model=model, lr=1e-5, total=TOTAL).to(TOTAL)
+    assert (run.model[0].weight == 0).all(1).nonzero()[:, 0].tolist() == [3, 70, 159]
+    assert (run.model[4].weight == 0).all(1).nonzero()[:, 0].tolist() == [5]
+
+
+@pytest.mark.parametrize("values", [{}, {"interval": 4, "every": 8}, {"scope": "global", "sparsity": None, "budget": 15_000, "groups": apart()}])
+@pytest.mark.parametrize("taken", [3, 17, 41, 50])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
+    def made() -> Run:
+        return Run(target_of(**values), total=TOTAL)
+
+    run, file = made().to(taken), io.BytesIO()
+    torch.save([run.model.state_dict(), run.optimizer.state_dict(), run.scheduler.state_dict()], file)
+    state = json.loads(json.dumps(run.attached.state_dict(), allow_nan=False))
+    again = made()
+    file.seek(0)
+    for one, loaded in zip((again.model, again.optimizer, again.scheduler), torch.load(file, weights_only=True)):
+        one.load_state_dict(loaded)
+    again.attached.load_state_dict(state)
+    again.taken = taken
+    run.to(TOTAL)
+    again.to(TOTAL)
+    assert same(run.weights(), again.weights()) and run.attached.state_dict() == again.attached.state_dict()
+    assert (again.model[0].weight == 0).all(1).any()
+
+
+def test_the_state_of_another_target_is_refused():
+    state = Run(target_of(), total=TOTAL).to(10).attached.state_dict()
+    for other, words in ((target_of(0.4), "another target of groups"), (target_of(groups=sets_of(model_of())[:1]), "another target of groups"),
+                         (SparsityTarget(0.4), "there is no groups|trained without this target"), (None, "there is no groups")):
+        with pytest.raises(UsageError, match=words):
+            Run(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(UsageError, match="trained without this target"):
+        Run([target_of(end=0.4), SparsityTarget(0.6, start=0.4)], total=TOTAL).attached.load_state_dict(state)
+    with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 1"):
+        Run(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
+
+
+def test_channels_die_first_and_zeros_come_among_what_is_left():
+    run = Run([target_of(end=0.4), SparsityTarget(0.7, start=0.4, end=0.8)], total=TOTAL).to(24)
+    gone = dead(run.model)
+    assert [int(which.sum()) for which in gone] == [48, 19]
+    run.to(TOTAL)
+    assert measure_sparsity(run.model).total == pytest.approx(0.7, abs=1e-4)
+    first, second = run.model[0], run.model[2].weight
+    assert all((first.weight[which] == 0).all() and (second[:, which] == 0).all() for which in gone[:1])
+    assert not first.bias[~gone[0]].eq(0).any(), "biases of channels that live are no weights"
+    assert {"lp/measured", "lp/groups_measured"} <= run.attached.logs.keys()
+    with pytest.raises(UsageError, match="begins at step 6, and that of the groups ends at 24: groups die first"):
+        Run([target_of(end=0.4), SparsityTarget(0.7)], total=TOTAL)
+
+
+def test_a_run_that_ends_early_is_closed():
+    run = Run(target_of(), total=TOTAL).to(20)
+    run.attached.finish()
+    assert [int(which.sum()) for which in dead(run.model)] == [48, 19]
+
+
+def test_other_bases_need_no_second_moments():
+    run = Run(target_of(), make=LpLion, lr=3e-4, total=TOTAL).to(TOTAL)
+    assert run.attached.groups.grouped.precondition == 0.0 and [int(which.sum()) for which in dead(run.model)] == [48, 19]
+    with pytest.raises(UsageError, match="needs Adam's second moments"):
+        Run(target_of(precondition=1.0), make=LpLion, lr=3e-4, total=TOTAL)
+
+
+@pytest.mark.parametrize("values, says", [
+    (dict(sparsity=None), "groups need one of them"), (dict(budget=10), "groups need one of them"), (dict(memory=1.0), "memory=1 is of single weights"),
+    (dict(interval=0), "interval=0 must be at least 1"), (dict(sparsity=None, budget=0), "budget=0 must be at least 1"),
+    (dict(groups=None, budget=10, sparsity=None), "budget=10 is of groups, and none are named"),
+    (dict(groups=None, interval=2), "interval=2 is of groups, and none are named"), (dict(sparsity=1.0), "sparsity=1.0 must be between 0 and 1"),
+])
+def test_arguments_that_contradict_each_other_are_refused(values, says):
+    with pytest.raises(ValueError, match=says):
+        target_of(**values)
+
+
+@pytest.mark.parametrize("values, says", [
+    (dict(sparsity=None, budget=PARAMETERS, groups=apart()), "is what the model has already"),
+    (dict(sparsity=0.99, of="all", groups=apart()), "sparsity=0.99 leaves nothing of 4.weight last"),
+    (dict(sparsity=0.99, of="all", groups=apart()[:1]), r"sparsity=0.99 of all .* can't be reached: only 20,640 parameters are in these groups"),
+    (dict(sparsity=None, budget=100, groups=apart()[:1]), "budget=100 can't be reached: only"), (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"), (dict(sparsity=0.003), "sparsity=0.003 of 0.weight wide is none of them"),
+    (dict(sparsity=0.997), "sparsity=0.997 leaves nothing of 0.weight wide; ask for less"), (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
+    (dict(p=1.5), "p=1.5 reaches no sparsity by itself"),
+])
+def test_what_cannot_be_reached_is_told_before_the_run(values, says):
+    with pytest.raises(ValueError, match=says):
+        Run(target_of(**values), total=TOTAL)
+
+
+def test_targets_of_one_kind_and_too_few_steps_are_refused():
+    with pytest.raises(UsageError, match="2 targets are given, and two of them are for groups"):
+        Run([target_of(), target_of()], total=TOTAL)
+    with pytest.raises(UsageError, match="two of them are for single weights"):
+        Run([SparsityTarget(0.5), SparsityTarget(0.6)], total=TOTAL)
+    model = model_of()
+    with pytest.raises(UsageError, match="total_steps=None: a target needs the number of optimizer steps"):
+        attach(model, LpAdamW(model.parameters()), target=target_of())
+    half = model_of()
+    with torch.no_grad():
+        for part in (half[0].weight[:80], half[0].bias[:80], half[2].weight[:, :80]):
+            part.zero_()
+    with pytest.raises(UsageError, match="as many of 0.weight wide as the target asks for are zero already"):
+        Run(target_of(), model=half, total=TOTAL).to(7)
+
+
+# -- Trainer and the program -------------------------------------------------------------------------------------------------
+
+
+def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
+    """Made anew from the arguments that the checkpoint keeps, and with their state."""
+    from test_target_trainer import Interrupted, same as same_models, train
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from lp_dist import LpCallback
+
+    targets = [SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", every=2), SparsityTarget(0.6, start=14, end=24)]
+    whole = train(tmp_path / "whole", [LpCallback(target=targets)], steps=30)
+    train(tmp_path / "cut", [LpCallback(target=targets), Interrupted(9)], steps=30)
+    again = train(tmp_path / "cut", [LpCallback(target=targets)], steps=30, resume=get_last_checkpoint(tmp_path / "cut"),
+                  restore_callback_states_from_checkpoint=True)
+    assert same_models(whole, again)
+    mlp = again.model.model.layers[0].mlp
+    gone = (mlp.down_proj.weight == 0).all(0)
+    assert int(gone.sum()) == 16 and not mlp.up_proj.weight[gone].any() and not mlp.gate_proj.weight[gone].any()
+    assert measure_sparsity(again.model).total == pytest.approx(0.6, abs=2e-3)
+    with pytest.raises(ValueError, match="a target and a λ for groups were given"):
+        LpCallback(target=targets, groups={"groups": "channels", "weight_decay": 0.1})
+
+
+def test_a_lambda_for_groups_in_trainer_is_logged_and_kept(tmp_path):
+    from test_target_trainer import train
+
+    from lp_dist import GroupDecay, LpCallback, LpTrainer
+
+    one = train(tmp_path, [LpCallback(groups=GroupDecay("channels", 0.5, p=0.0))], trainer=LpTrainer, logging_steps=8)
+    channels = (one.model.model.layers[0].mlp.down_proj.weight == 0).all(0)
+    assert channels.all(), "they are all of about one size, and die together"
+    assert all("lp/measured" in logs for logs in one.state.log_history if "loss" in logs)
+
+
+@pytest.fixture
+def words(tiny_model, topics, tmp_path) -> list[str]:
+    return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "40", "--learning_rate", "5e-3",
+            "--per_device_train_batch_size", "2", "--use_cpu", "true", "--report_to", "none", "--max_eval_blocks", "4", "--output_dir", str(tmp_path / "out"), "--logging_steps", "10"]
+
+
+def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
+    from lp_dist import finetune, report
+
+    finetune.main([*words, "--groups", "channels", "kv_groups", "--group_sparsity", "0.5", "--sparsity", "0.7"])
+    saved = report.read(tmp_path / "out")
+    assert saved["groups"]["kinds"] == {"channels": [96, 192], "kv_groups": [2, 4]} and saved["groups"]["closed"]["after"] == 0.5
+    assert saved["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert [entry["step"] for entry in saved["log"] if entry.get("lp/groups_measured") == 0.5] == [20, 30, 40]
+    said = capsys.readouterr().out
+    assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in said and "--shrink --verify" in said
+    assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--group_sparsity", "0.3"], "--group_sparsity 0.3 belongs to --groups, and none are named"),
+    (["--groups", "channels"], "groups need one of them"), (["--groups", "channels", "--budget", "1", "--group_sparsity", "0.1"], "groups need one of them"),
+    (["--groups", "neurons", "--group_sparsity", "0.1"], "groups='neurons' is none of channels, heads, kv_groups"),
+    (["--groups", "channels", "--group_sparsity", "0.1", "--weight_decay", "1"], "--groups channels finds λ by itself"),
+    (["--groups", "channels", "--group_sparsity", "0.1", "--memory", "1"], "--memory 1.0 belongs to a --sparsity"),
+    (["--groups", "channels", "--group_sparsity", "0.1", "--sparsity", "0.5", "--decay_start", "4"], "--decay_start 4 and --decay_end 0.7 are a fraction and a step"),
+])
+def test_the_program_refuses_what_contradicts_itself(words, more, says):
+    from lp_dist import finetune
+
+    with pytest.raises(SystemExit, match=says):
+        finetune.main([*words, *more])

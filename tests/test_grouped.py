@@ -1,0 +1,277 @@
+"""The decay of whole groups in one process: the equation, whatever steps; what dies stays dead; and what is asked of it in vain."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lp_dist import GroupDecay, LpAdamW, LpLion, LpSGD, add_lp_decay, attach
+from lp_dist.errors import UsageError
+from lp_dist.grouped import Force
+from lp_dist.places import blocks
+from lp_dist.structure import groups_of
+
+FORM = {"weight_decay": 0.3, "p": 0.5}
+
+
+def model_of(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 8)).to(dtype)
+
+
+def sets_of(model: nn.Module) -> list:
+    return groups_of(model, outputs="0", inputs="2", width=2, kind="pairs")
+
+
+def indices(model: nn.Module) -> list[list[int]]:
+    """The elements of the three pairs in the parameters, taken flat and one after the other; written without lp_dist."""
+    first = [[64 * row + column for row in (2 * i, 2 * i + 1) for column in range(64)] for i in range(3)]
+    bias = [[6 * 64 + 2 * i, 6 * 64 + 2 * i + 1] for i in range(3)]
+    last = [[6 * 64 + 6 + 6 * row + column for row in range(8) for column in (2 * i, 2 * i + 1)] for i in range(3)]
+    return [a + b + c for a, b, c in zip(first, bias, last)]
+
+
+def flat(model: nn.Module, of=lambda param: param) -> list[float]:
+    return torch.cat([of(param).detach().double().flatten() for param in model.parameters()]).tolist()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(32, 64, generator=generator).to(next(model.parameters()).dtype)
+    model.zero_grad()
+    (model(x) - x[:, :8].sin()).square().mean().backward()
+    optimizer.step()
+
+
+def hooked(params, lr):
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=0.01)
+    add_lp_decay(optimizer, p=0.5)
+    return optimizer
+
+
+BASES = {
+    "LpAdamW": lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.01), "LpSGD": lambda params, lr: LpSGD(params, lr=lr, momentum=0.9),
+    "LpLion": lambda params, lr: LpLion(params, lr=lr, l2=0.1), "reference": lambda params, lr: LpAdamW(params, lr=lr, implementation="reference"),
+    "torch's AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr), "SGD with hooks": hooked,
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
+    """Its step is that of a twin without groups, taken from the same weights and state."""
+    model = model_of()
+    optimizer = BASES[base](model.parameters(), lr=0.02)
+    if not hasattr(optimizer, "lp_decay") and "Lp" not in type(optimizer).__name__:
+        from lp_dist.grouped import Grouped
+        from lp_dist.shards import shards
+
+        grouped = Grouped(optimizer, sets_of(model), shards(model, optimizer), p=FORM["p"])
+        grouped.forces = [Force(FORM["weight_decay"])]
+    else:
+        grouped = attach(model, optimizer, names=["0.weight", "0.bias", "2.weight", "2.bias"], groups=GroupDecay(sets_of(model), **FORM)).grouped
+    for number in range(4):
+        twin = copy.deepcopy(model)
+        other = BASES[base](twin.parameters(), lr=0.02)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        before = flat(model)
+        step(model, optimizer, number)
+        step(twin, other, number)
+        wanted = flat(twin)
+        for group, factor in zip(indices(model), reference.group_factors(indices(model), before, lr=0.02, **FORM), strict=True):
+            assert 0.9 < factor < 1.0
+            for i in group:
+                wanted[i] *= factor
+        assert flat(model) == pytest.approx(wanted, rel=1e-12, abs=1e-15), number
+    grouped.remove()
+    before = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    twin, other = before[0], BASES[base](before[0].parameters(), lr=0.02)
+    other.load_state_dict(before[1])
+    step(model, optimizer, 9)
+    step(twin, other, 9)
+    assert flat(model) == flat(twin)
+
+
+@pytest.mark.parametrize("form", [{"p": -1.0, "precondition": 1.5}, {"p": 0.5, "precondition": 1.0, "cutoff": 0.05}, {"p": 1.0}, {"p": 0.0, "floor": 30.0}])
+def test_the_forms_of_the_norm(form):
+    """Preconditioned by the second moments from before the step, capped, and with a floor; λ such that it shows."""
+    model = model_of()
+    optimizer = LpAdamW(model.parameters(), lr=0.02)
+    floor = form.get("floor", 0.0)
+    asked = GroupDecay(sets_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "floor"})
+    grouped = attach(model, optimizer, groups=asked).grouped
+    grouped.forces = [Force(0.05, asked.cutoff, floor)]
+    seen = set()
+    for number in range(5):
+        twin = copy.deepcopy(model)
+        other = LpAdamW(twin.parameters(), lr=0.02)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        before = flat(model)
+        denoms = flat(model, lambda param: (optimizer.state[param]["exp_avg_sq"] / (1 - 0.999**number)).sqrt() + 1e-8) if number else None
+        step(model, optimizer, number)
+        step(twin, other, number)
+        wanted = flat(twin)
+        if number or not form.get("precondition"):      # before the first step nothing is known of how sensitive the loss is
+            values = {"p": 0.5, "precondition": 0.0, **form}
+            factors = reference.group_factors(indices(model), before, lr=0.02, weight_decay=0.05, denoms=denoms, **values)
+            seen |= {factor < 1.0 for factor in factors}
+            for group, factor in zip(indices(model), factors):
+                for i in group:
+                    wanted[i] *= factor
+        assert flat(model) == pytest.approx(wanted, rel=1e-12, abs=1e-15), number
+    assert seen == {True} if form.get("cutoff") is None else {True, False}
+
+
+def test_a_group_of_one_weight_decays_as_a_weight_does():
+    model = nn.Sequential(nn.Linear(1, 64, bias=False)).double()
+    twin = copy.deepcopy(model)
+    optimizer = LpAdamW(model.parameters(), lr=0.02)
+    attach(model, optimizer, groups=GroupDecay(groups_of(model, outputs="0"), 0.05, p=0.3, cutoff=0.5))
+    other = LpAdamW(twin.parameters(), lr=0.02, weight_decay=0.05, p=0.3, cutoff=0.5)
+    for number in range(30):
+        x = torch.randn(8, 1, generator=torch.Generator().manual_seed(number)).double()
+        for one, stepper in ((model, optimizer), (twin, other)):
+            one.zero_grad()
+            (one(x) - x.sin()).square().mean().backward()
+            stepper.step()
+    assert 0 < (model[0].weight == 0).sum() < 64
+    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-9, atol=1e-12)
+
+
+def test_every_so_many_steps_it_decays_for_the_learning_rates_of_all():
+    model = model_of()
+    optimizer = LpSGD(model.parameters(), lr=0.02)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 9)
+    attached = attach(model, optimizer, groups=GroupDecay(sets_of(model), 0.3, interval=3))
+    rates = []
+    for number in range(6):
+        twin = copy.deepcopy(model)
+        other = LpSGD(twin.parameters(), lr=optimizer.param_groups[0]["lr"])
+        before = flat(model)
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(model, optimizer, number)
+        step(twin, other, number)
+        attached.after_step()
+        scheduler.step()
+        wanted = flat(twin)
+        if number % 3 == 2:
+            factors = reference.group_factors(indices(model), before, lr=sum(rates[-3:]), weight_decay=0.3, p=0.5)
+            for group, factor in zip(indices(model), factors):
+                for i in group:
+                    wanted[i] *= factor
+        assert flat(model) == pytest.approx(wanted, rel=1e-12), number
+    state = attached.state_dict()
+    assert state == {"groups": {"steps": 0, "rates": {}}}
+
+
+@settings(max_examples=200, deadline=None)
+@given(start=st.integers(0, 40), length=st.integers(0, 60), width=st.integers(1, 13), most=st.sampled_from([1, 7, 30, None]))
+def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
+    values = torch.arange(start, start + length)
+    seen = []
+    for at, block, rows, columns in blocks(values, start, width, most=most):
+        assert block.shape == (rows.stop - rows.start, columns.stop - columns.start) and block.data_ptr() == values[at:].data_ptr()
+        assert (block == torch.arange(rows.start, rows.stop)[:, None] * width + torch.arange(columns.start, columns.stop)).all()
+        assert columns == slice(0, width) or len(block) == 1
+        assert most is None or len(block) == 1 or block.numel() <= most
+        seen += block.flatten().tolist()
+    assert seen == values.tolist()
+    assert most is not None or len(list(blocks(values, start, width, most=None))) <= 3
+
+
+def test_the_squares_are_the_same_however_the_weights_are_cut():
+    """In double precision the order in which squares are added is below what single precision sees."""
+    values = torch.randn(64 * 37, generator=torch.Generator().manual_seed(0))
+    def squares(cuts: list[int]) -> torch.Tensor:
+        sums = torch.zeros(64, dtype=torch.float64)
+        for start, stop in zip([0, *cuts], [*cuts, len(values)]):
+            for _, block, rows, _ in blocks(values[start:stop], start, 37, most=100):
+                sums[rows] += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
+        return sums.sqrt().float()
+    assert all(squares(cuts).equal(squares([])) for cuts in ([1], [36, 38, 900], [500, 501, 1999], list(range(0, 2368, 11))))
+
+
+def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
+    model = model_of(torch.float32)
+    optimizer = LpAdamW(model.parameters(), lr=0.02)
+    grouped = attach(model, optimizer, groups=GroupDecay(sets_of(model), 0.0)).grouped
+    step(model, optimizer, 0)
+    dead = torch.tensor([False, True, False])
+    grouped.kill(dead)
+    for name in ("exp_avg", "weight"):
+        for param in (model[0].weight, model[0].bias):
+            values = param if name == "weight" else optimizer.state[param]["exp_avg"]
+            assert not values[2:4].any() and values[:2].all() and values[4:].all()
+    grouped.hold(dead)
+    twin, other = copy.deepcopy(model), LpAdamW(copy.deepcopy(model).parameters(), lr=0.02)
+    other = LpAdamW(twin.parameters(), lr=0.02)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        model[2].weight.grad = None
+    step(model, optimizer, 1)
+    step(twin, other, 1)
+    assert model[2].weight[:, 2:4].any() == False and twin[0].weight[2:4].any() == False  # noqa: E712
+    torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=0)
+    with torch.no_grad():
+        model[0].bias[2] = 1.0                      # from elsewhere: the next step puts it back
+    step(model, optimizer, 2)
+    assert not model[0].bias[2:4].any() and model[0].bias[:2].all()
+    grouped.hold(None)
+    with torch.no_grad():
+        model[0].bias[2] = 1.0
+    step(model, optimizer, 3)
+    assert model[0].bias[2]
+
+
+def test_a_step_that_is_left_out_decays_nothing():
+    """AMP's GradScaler tells the optimizer so, whose fused step then does nothing."""
+    model = model_of(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    add_lp_decay(optimizer)
+    attach(model, optimizer, groups=GroupDecay(sets_of(model), 0.3))
+    backward_only = copy.deepcopy(model)
+    optimizer.found_inf = torch.ones(1)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert flat(model) == flat(backward_only)
+    optimizer.found_inf = torch.zeros(1)
+    optimizer.step()
+    assert flat(model) != flat(backward_only)
+
+
+@pytest.mark.parametrize("values, says", [
+    (dict(weight_decay=-1.0), "weight_decay=-1.0 must be a finite number"), (dict(weight_decay=0.1, p=2.0), "p=2 makes no groups zero"),
+    (dict(weight_decay=0.1, interval=0), "interval=0 must be at least 1"), (dict(weight_decay=0.1, cutoff=math.nan), "cutoff=nan"),
+])
+def test_values_out_of_range_are_refused(values, says):
+    with pytest.raises(ValueError, match=says):
+        GroupDecay("channels", **values)
+
+
+def test_what_groups_need_and_is_not_there_is_told():
+    model = model_of()
+    with pytest.raises(UsageError, match="needs Adam's second moments .* the optimizer is LpSGD"):
+        attach(model, LpSGD(model.parameters(), lr=0.1), groups=GroupDecay(sets_of(model), 0.1, precondition=1.0))
+    with pytest.raises(UsageError, match="pairs have weights in 2.weight, which this optimizer does not step"):
+        attach(model, LpSGD(model[0].parameters(), lr=0.1), groups=GroupDecay(sets_of(model), 0.1))
+    with pytest.raises(UsageError, match="no feed-forward channels are recognised in Sequential"):
+        attach(model, LpSGD(model.parameters(), lr=0.1), groups=GroupDecay("channels", 0.1))
+
+
+def test_attaching_again_takes_the_first_decay_off():
+    model = model_of()
+    optimizer = LpSGD(model.parameters(), lr=0.02)
+    attach(model, optimizer, groups=GroupDecay(sets_of(model), 0.3))
+    attach(model, optimizer)
+    twin = copy.deepcopy(model)
+    other = LpSGD(twin.parameters(), lr=0.02)
+    step(model, optimizer, 0)
+    step(twin, other, 0)
+    assert flat(model) == flat(twin)
