@@ -107,6 +107,24 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     assert done.bytes_dense == sum(t.nbytes for t in before.values())
 
 
+def test_what_a_target_for_groups_takes_to_zero_is_what_goes(tmp_path):
+    from lp_dist import LpAdamW, SparsityTarget, attach
+
+    model = model_of("llama", tie_word_embeddings=True)
+    optimizer = LpAdamW(model.parameters(), lr=3e-3)
+    attached = attach(model, optimizer, target=SparsityTarget(0.5, groups=["channels", "kv_groups"]), total_steps=30)
+    for _ in range(30):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        attached.after_step()
+    done = export(save(model, tmp_path / "sparse"), tmp_path / "out", shrunk=True, verified=True)
+    assert [str(one) for one in done.shrunk.removed] == ["48 of 96 feed-forward channels are dead, 48 are gone: 48 → 24 in each of 2 layers",
+                                                         "2 of 4 groups of 2 attention heads are dead, 2 are gone: 2 → 1 in each of 2 layers"]
+    assert sum(zeros for zeros, _ in done.counts.values()) == 0
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=0, atol=1e-5)
+
+
 def test_dead_heads_beyond_whole_groups_go_where_every_group_loses_as_many(tmp_path):
     """4 heads of queries for each of 2 of keys and values: two go of each, although one group has three dead ones, and single ones stay."""
     model = model_of("llama", hidden_size=48, num_attention_heads=8)
