@@ -1,62 +1,78 @@
 """Feed-forward channels and attention heads that can't have an effect any more, whatever the input is: found from dead rows and columns.
 
-Known by the names that most decoders and encoders give their parts. What is named otherwise is left out, and not guessed.
+Which they are is read from the model's modules (`structure.py`). What is not recognised there is left out, and not guessed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
+import torch
 from torch import Tensor
 
-# The matrix whose inputs the channels or heads are, and whose outputs they are: where two are multiplied, or the values. GPT-2's c_proj is both.
-_FEED_FORWARD = {"down_proj": ("up_proj", "gate_proj"), "dense_4h_to_h": (), "fc2": (), "w2": ("w1", "w3"), "wo": ("wi_0", "wi_1"), "c_proj": ()}
-_ATTENTION = {"o_proj": "v_proj", "out_proj": "v_proj", "o": "v", "c_proj": None}
+from lp_dist.parts import Groups, Member
+
+_VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")     # v_proj, value, v, wv
 
 
-def dead_channels(rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a channel is dead if its column of the last matrix is zero, or its row in one of the two that a gated layer multiplies.
+def dead_channels(parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
+    """`{module: [dead, all]}`: a channel is dead if what reads it is zero, or one of the two rows that a gated layer multiplies, with its bias.
 
     (The row of a plain layer may be zero and its activation not: gelu(bias).)
-    Args: rows, columns: by parameter, which are all zero.
+    Args: parts: of the kind "channels". rows, columns: by parameter, which outputs and which inputs are all zero.
     """
     found = {}
-    for name, column in columns.items():
-        module, kind = _parts(name)
-        if kind not in _FEED_FORWARD or kind == "c_proj" and "mlp" not in module:
-            continue
-        dead = column
-        for other in _FEED_FORWARD[kind]:
-            weight, bias = rows.get(f"{module}.{other}.weight"), rows.get(f"{module}.{other}.bias")
-            if weight is not None and weight.shape == dead.shape:
-                dead = dead | (weight if bias is None else weight & bias)
-        found[module] = [int(dead.sum()), len(dead)]
+    for groups in parts:
+        dead = _read_by_zeros(groups, rows, columns)
+        ups = _own_weights(groups)
+        for up in ups if len(ups) == 2 else ():
+            dead = dead | _silent(groups, up, rows)
+        found[groups.name] = [int(dead.sum()), groups.count]
     return found
 
 
-def dead_heads(rows: dict[str, Tensor], columns: dict[str, Tensor], config: Any) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a head is dead if all its columns of the output matrix are zero, or all rows of the values that it reads.
+def dead_heads(queries: list[Groups], shared: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
+    """`{module: [dead, all]}`: a head is dead if what reads it is zero, or its values are, with their bias, where it can be told which these are.
 
-    Args: config: of the model, for the number of heads; None: no heads are known.
+    Args: queries, shared: the same modules' parts of the kinds "heads" and "kv_groups". rows, columns: as of `dead_channels`.
     """
-    config = getattr(config, "get_text_config", lambda: config)()
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None) or heads
     found = {}
-    for name, column in columns.items():
-        module, kind = _parts(name)
-        if not isinstance(heads, int) or kind not in _ATTENTION or kind == "c_proj" and "attn" not in module or len(column) % heads:
-            continue
-        dead = column.view(heads, -1).all(dim=1)
-        values, bias = (rows.get(f"{module}.{_ATTENTION[kind]}.{part}") for part in ("weight", "bias"))
-        if values is not None and len(values) % groups == 0 and heads % groups == 0:
-            silent = (values if bias is None else values & bias).view(groups, -1).all(dim=1)
-            dead = dead | silent.repeat_interleave(heads // groups)
-        found[module] = [int(dead.sum()), heads]
+    for groups, values_of in zip(queries, shared):
+        dead = _read_by_zeros(groups, rows, columns)
+        values = _values(values_of)
+        if values is not None:
+            dead = dead | _silent(values_of, values, rows).repeat_interleave(groups.count // values_of.count)
+        found[groups.name] = [int(dead.sum()), groups.count]
     return found
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """Module and kind of a weight: `model.layers.0.mlp.down_proj.weight` → `model.layers.0.mlp`, `down_proj`."""
-    parts = name.removesuffix(".weight").rsplit(".", 1)
-    return (parts[0], parts[1]) if len(parts) == 2 and name.endswith(".weight") else ("", "")
+def _values(groups: Groups) -> Member | None:
+    """By its name, or as the last of three in one layer; None where they are not apart (as where queries, keys and values lie head by head)."""
+    own = _own_weights(groups)
+    named = [member for member in own if _VALUES.search(member.name)]
+    if len(named) == 1:
+        return named[0]
+    return max(own, key=lambda member: member.start) if len(own) == 3 and len({member.name for member in own}) == 1 else None
+
+
+def _own_weights(groups: Groups) -> list[Member]:
+    return [member for member in groups.members if not member.reads and member.name.endswith(".weight")]
+
+
+def _silent(groups: Groups, weight: Member, rows: dict[str, Tensor]) -> Tensor:
+    """(count,) whether the group's outputs of this layer are always zero."""
+    bias = weight.name.removesuffix("weight") + "bias"
+    parts = [weight, *(member for member in groups.members if member.name == bias and member.start == weight.start)]
+    return torch.stack([_zero(groups, member, rows) for member in parts]).all(dim=0)
+
+
+def _read_by_zeros(groups: Groups, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> Tensor:
+    return torch.stack([_zero(groups, member, columns) for member in groups.members if member.reads]).all(dim=0)
+
+
+def _zero(groups: Groups, member: Member, lines: dict[str, Tensor]) -> Tensor:
+    """(count,) whether all the group's lines of this parameter are zero; none where the parameter is not known, or of another width."""
+    line = lines.get(member.name)
+    if line is None or len(line) < member.stop:
+        return torch.zeros(groups.count, dtype=torch.bool)
+    return line[member.start:member.stop].view(groups.count, member.width).all(dim=1)

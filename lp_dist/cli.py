@@ -80,19 +80,22 @@ def inspect(model: str, revision: str | None = None, as_json: Annotated[bool, ty
 @app.command(context_settings=_UNDERSCORES)
 def export(run: str, out: str, dtype: str | None = None, shard_size: str = "5GB", config: str | None = None,
            masters: Annotated[bool, typer.Option("--masters")] = False, compact: Annotated[bool, typer.Option("--compact")] = False,
+           shrink: Annotated[bool, typer.Option("--shrink")] = False, multiple: _Positive = 1,
            verify: Annotated[bool, typer.Option("--verify")] = False, overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
            trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False) -> None:
     """Write the model of a checkpoint (Hugging Face, DeepSpeed of any stage and world size, FSDP2) as a directory that from_pretrained loads.
 
     --dtype: float32, bfloat16, float16; else as stored. --shard-size: of a file, and so much is in memory at a time. --config: directory or hub id of the
     model, where no config.json is with the checkpoint. --masters: an engine's fp32 weights where a directory holds both. --compact: a bit for each weight and
-    the weights that are not zero, for storage and transfer; exporting that gives the model back. --verify: read it back, compare weights, zeros and logits.
+    the weights that are not zero, for storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and
+    attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it back, compare weights, zeros and
+    logits.
     """
     from lp_dist.export import export as write
 
     with _one_line_errors():
-        write(run, out, dtype=dtype, shard_size=shard_size, config=config, masters=masters, compacted=compact, verified=verify, overwrite=overwrite,
-              trust_remote_code=trust_remote_code).show()
+        write(run, out, dtype=dtype, shard_size=shard_size, config=config, masters=masters, compacted=compact, shrunk=shrink, multiple=multiple,
+              verified=verify, overwrite=overwrite, trust_remote_code=trust_remote_code).show()
 
 
 @app.command(context_settings=_UNDERSCORES)

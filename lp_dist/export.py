@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from lp_dist.checkpoints import Checkpoint, compact, open_checkpoint
 from lp_dist.checkpoints.entries import read_json
-from lp_dist.checkpoints.publishing import Published, loadable, published
+from lp_dist.checkpoints.publishing import Published, in_dtype, loadable, published
+from lp_dist.compaction import Shrunk, planned
 from lp_dist.errors import UsageError
 from lp_dist.outputs import replaceable, written_whole
 from lp_dist.report import FILE
@@ -35,7 +36,8 @@ _CODE = "*.py"
 
 @dataclass
 class Exported:
-    """What was written. counts: zeros and elements of each tensor, as written. underflows: weights that became zero in the new dtype alone."""
+    """What was written. counts: zeros and elements of each tensor, as written. underflows: weights that became zero in the new dtype alone.
+    bytes_dense: of the tensors before they were shrunk or compacted, in their dtype. shrunk: what was removed, None where it was not asked for."""
 
     out: Path
     form: str
@@ -46,6 +48,7 @@ class Exported:
     bytes_after: int = 0
     bytes_dense: int = 0
     files: list[str] = field(default_factory=list)
+    shrunk: Shrunk | None = None
     verified: dict[str, Any] | None = None
 
     def show(self) -> None:
@@ -56,14 +59,18 @@ class Exported:
             table.add_column(column, justify="left" if not column else "right")
         table.add_row("before", decimal(self.bytes_before), "")
         share = self.bytes_after / max(1, self.bytes_dense)
-        table.add_row("after" + (", compact form" if self.compacted else ""), decimal(self.bytes_after), f"{share:.1%}")
-        lines = [f"{zeros:,} of {numel:,} weights are exactly zero ({zeros / max(1, numel):.2%}), in {len(self.counts)} tensors, {len(self.files)} "
+        table.add_row("after" + ", shrunk" * (self.shrunk is not None) + ", compact form" * self.compacted, decimal(self.bytes_after), f"{share:.1%}")
+        lines = [] if self.shrunk is None else [f"{one}." for one in self.shrunk.removed]
+        lines += [f"{zeros:,} of {numel:,} weights are exactly zero ({zeros / max(1, numel):.2%}), in {len(self.counts)} tensors, {len(self.files)} "
                  f"file{'s' if len(self.files) > 1 else ''}."]
         if self.underflows:
             lines.append(f"{self.underflows:,} of these were too small for the new dtype.")
         if self.verified is not None:
             logits = f", and so are {self.verified['logits']:,} logits" if self.verified["logits"] else ""
-            lines.append(f"Read back: {self.verified['tensors']} tensors are the checkpoint's bit for bit{logits}.")
+            if "difference" in self.verified:
+                logits = "; {logits:,} logits differ by {difference:.1e} at most, and rounding explains up to {rounding:.1e}".format(**self.verified)
+            what = "the checkpoint's" if self.shrunk is None else "what the checkpoint has, without these,"
+            lines.append(f"Read back: {self.verified['tensors']} tensors are {what} bit for bit{logits}.")
         loads = f"lp-dist export {self.out} OUT gives the model back" if self.compacted else "loads with from_pretrained"
         lines.append(f"Saved to {self.out}; {loads}.")
         console = Console()
@@ -73,7 +80,8 @@ class Exported:
 
 
 def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_size: str = "5GB", config: str | None = None, masters: bool = False,
-           compacted: bool = False, verified: bool = False, overwrite: bool = False, trust_remote_code: bool = False) -> Exported:
+           compacted: bool = False, shrunk: bool = False, multiple: int = 1, verified: bool = False, overwrite: bool = False,
+           trust_remote_code: bool = False) -> Exported:
     """Writes the model of a checkpoint to `out`, whole or not at all: what is being written lies in `out`.partial until it is complete.
 
     Args:
@@ -82,11 +90,15 @@ def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_
         shard_size: of a file, such as "5GB"; so much is held in memory at a time, and one tensor more where a single one is larger.
         config: directory or hub id of the model, where no config.json is beside or above the checkpoint.
         compacted: the compact form (`lp_dist.checkpoints.compact`) instead of one that loads with `from_pretrained`.
+        shrunk: without dead feed-forward channels and attention heads, as far as the config can say so; multiple: what their width is rounded up to
+            (`lp_dist.compaction.planned`).
         verified: read it back and compare it (`lp_dist.verification.verify`) before it is put in its place.
     Raises:
         DiffersError: what was read back differs; it is left in `out`.partial.
-        UsageError: bad arguments, an unknown or incomplete checkpoint, weights that are not finite, or beyond float16.
+        UsageError: bad arguments, an unknown or incomplete checkpoint, weights that are not finite, or beyond float16, nothing to shrink.
     """
+    if multiple != 1 and not shrunk:
+        raise UsageError("--multiple says what --shrink rounds widths up to; give --shrink too, or leave it out")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}; choose one, or leave it out to keep the stored one")
     try:
@@ -99,6 +111,11 @@ def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_
     replaceable(out, overwrite, checkpoint.path, *([beside] if beside else []))
     pieces = published(checkpoint, beside, trust_remote_code)
     written = Exported(given, checkpoint.form, compacted, bytes_before=checkpoint.nbytes)
+    if shrunk:
+        if beside is None:
+            raise UsageError(f"--shrink rewrites the model's config.json, and none is in {checkpoint.path}; give the model's directory or hub id: "
+                             "--config MODEL")
+        written.shrunk = planned(pieces, beside, cast, multiple, trust_remote_code)
     with written_whole(out) as partial:
         files = _Files(partial, limit, compacted)
         for name, tensor in _tensors(pieces, cast, written):
@@ -106,9 +123,9 @@ def export(run: str | Path, out: str | Path, *, dtype: str | None = None, shard_
         written.files = files.close()
         written.bytes_after = sum((partial / file).stat().st_size for file in written.files)
         if beside is not None:
-            _copy_along(beside, partial, checkpoint, cast)
+            _copy_along(beside, partial, checkpoint, cast, written.shrunk.config if written.shrunk else None)
         if verified:
-            written.verified = verify(checkpoint, partial, config=beside, dtype=cast, trust_remote_code=trust_remote_code)
+            written.verified = verify(checkpoint, partial, config=beside, dtype=cast, shrunk=written.shrunk, trust_remote_code=trust_remote_code)
     return written
 
 
@@ -133,13 +150,14 @@ def _tensors(pieces: list[Published], dtype: torch.dtype | None, written: Export
     """The tensors to write, in their new dtype, one at a time; counts their zeros on the way."""
     with tqdm(total=sum(piece.nbytes for piece in pieces), desc="Exporting", unit="B", unit_scale=True) as bar:
         for piece in pieces:
-            for name, tensor in piece.read().items():
-                cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            for name, whole in piece.read().items():
+                tensor = whole if written.shrunk is None else written.shrunk.cut(name, whole)
+                cast = in_dtype(tensor, dtype)
                 _check_finite(name, tensor, cast)
                 zeros = _zeros(cast)
                 written.underflows += zeros - _zeros(tensor) if cast is not tensor else 0
                 written.counts[name] = (zeros, cast.numel())
-                written.bytes_dense += cast.nbytes
+                written.bytes_dense += whole.numel() * cast.itemsize
                 yield name, cast.contiguous()
             bar.update(piece.nbytes)
 
@@ -204,9 +222,10 @@ class _Files:
         return self._directory / f"{self._stem}-{i + 1:05d}.safetensors"
 
 
-def _copy_along(beside: Path, out: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """dtype: None leaves what config.json says of a published model; an engine's weights may be wider than the model that they began as."""
-    config = read_json(beside / "config.json")
+def _copy_along(beside: Path, out: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, smaller: dict[str, Any] | None) -> None:
+    """dtype: None leaves what config.json says of a published model; an engine's weights may be wider than the model that they began as.
+    smaller: the config of a shrunk model."""
+    config = smaller or read_json(beside / "config.json")
     patterns = [*_ALONG, *([_CODE] if "auto_map" in config else []), *([FILE, "report.html"] if beside == checkpoint.path else [])]
     for file in (file for pattern in patterns for file in beside.glob(pattern) if file.is_file() and file.name != "zero_to_fp32.py"):
         target = out / file.relative_to(beside)

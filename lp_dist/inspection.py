@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from lp_dist.channels import dead_channels, dead_heads
 from lp_dist.checkpoints import Checkpoint, Entry, open_checkpoint
-from lp_dist.checkpoints.publishing import meta_model, of_model
+from lp_dist.checkpoints.publishing import meta_model, names_in, of_model
 from lp_dist.errors import UsageError
 from lp_dist.groups import matrix_names, named_like_a_matrix
+from lp_dist.parts import Groups
 from lp_dist.sparsity import kind_of, layer_of
+from lp_dist.structure import recognised
 
 BLOCK, NONZERO = 4, 2   # the pattern that sparse tensor cores take: of each four weights along the input at most two are not zero
 
@@ -49,7 +51,7 @@ class TensorZeros:
 @dataclass
 class Inspection:
     """What `inspect` found. channels, heads: {module: [dead, all]} of the feed-forward channels and attention heads that can't have an effect, of
-    the modules whose parts were recognised."""
+    the modules whose parts were recognised; none where there is no config.json."""
 
     model: str
     form: str
@@ -99,23 +101,24 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
     skeleton = _skeleton(config, trust_remote_code)
     known, matrices = (set(), set()) if skeleton is None else (set(skeleton.state_dict()), matrix_names(skeleton))
     transposed = set() if skeleton is None else {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
-    tensors, rows, columns = [], {}, {}
+    tensors, rows, columns = [], {}, {}     # rows and columns by the model's own names
     with tqdm(total=checkpoint.nbytes, desc="Inspecting", unit="B", unit_scale=True) as bar:
-        for name, entry in _once(checkpoint, skeleton):
+        for name, mine, entry in _once(checkpoint, skeleton):
             # A published name may be none of the model's in memory: the experts of a layer are one tensor there.
-            counted = name in matrices if name in known else named_like_a_matrix(name, entry.shape)
+            counted = mine in matrices if mine in known else named_like_a_matrix(name, entry.shape)
             found = TensorZeros(name, list(entry.shape), str(entry.dtype).removeprefix("torch."), kind_of(name), layer_of(name), counted, 0, entry.numel)
             zero = entry.read() == 0
             found.zeros = int(zero.sum())
             if zero.ndim >= 2 and zero.numel():
-                matrix = zero.flatten(1).T if name.rsplit(".", 1)[0] in transposed else zero.flatten(1)
-                rows[name], columns[name] = _measure(matrix, found)
+                matrix = zero.flatten(1).T if mine.rsplit(".", 1)[0] in transposed else zero.flatten(1)
+                rows[mine], columns[mine] = _measure(matrix, found)
             elif zero.ndim == 1:
-                rows[name] = zero     # a bias
+                rows[mine] = zero     # a bias
             tensors.append(found)
             bar.update(entry.nbytes)
-    settings = getattr(skeleton, "config", None)
-    return Inspection(str(model), checkpoint.form, tensors, dead_channels(rows, columns), dead_heads(rows, columns, settings))
+    parts: dict[str, list[Groups]] = {} if skeleton is None else recognised(skeleton)[0]
+    return Inspection(str(model), checkpoint.form, tensors, dead_channels(parts.get("channels", []), rows, columns),
+                      dead_heads(parts.get("heads", []), parts.get("kv_groups", []), rows, columns))
 
 
 def _measure(zero: Tensor, found: TensorZeros) -> tuple[Tensor, Tensor]:
@@ -138,9 +141,11 @@ def _skeleton(config: Path | None, trust_remote_code: bool) -> Any:
         return None
 
 
-def _once(checkpoint: Checkpoint, skeleton: Any) -> list[tuple[str, Entry]]:
-    """The entries in the order of the model, a tied tensor once. (Files have them in the order of the alphabet, layer 10 before layer 2.)"""
+def _once(checkpoint: Checkpoint, skeleton: Any) -> list[tuple[str, str, Entry]]:
+    """Name, name in the model, and entry of each tensor, in the order of the model, a tied one once. (Files have them in the order of the alphabet,
+    layer 10 before layer 2.)"""
     place: dict[str, int] = {}
+    own: dict[str, str] = {}
     twice: set[str] = set()
     entries = checkpoint.entries
     if skeleton is not None and checkpoint.live:
@@ -148,11 +153,13 @@ def _once(checkpoint: Checkpoint, skeleton: Any) -> list[tuple[str, Entry]]:
             entries = of_model(checkpoint, skeleton)
     if skeleton is not None:
         place = {name: i for i, name in enumerate(skeleton.state_dict())}
+        own = {known: name for name, known in names_in(skeleton, {name: entry.shape for name, entry in entries.items()}).items()}
         first: dict[int, str] = {}
+        there = {own.get(name, name) for name in entries}
         twice = {name for name, param in skeleton.named_parameters(remove_duplicate=False)
-                 if first.setdefault(id(param), name) != name and first[id(param)] in entries}
-    names = sorted((name for name in entries if name not in twice), key=lambda name: (place.get(name, len(place)), _by_number(name)))
-    return [(name, entries[name]) for name in names]
+                 if first.setdefault(id(param), name) != name and first[id(param)] in there}
+    names = sorted((name for name in entries if name not in twice), key=lambda name: (place.get(own.get(name, name), len(place)), _by_number(name)))
+    return [(name, own.get(name, name), entries[name]) for name in names]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -37,6 +37,9 @@ def channels(model: nn.Module) -> list[Groups]:
         ups, down = match
         odd = _as_wide(model, module, {down.inputs, 2 * down.inputs}, {layer.name for layer in layers})
         taken |= {layer.name for layer in (*ups, down)}
+        if getattr(model.get_submodule(module), "activation_sparsity", 0):     # Gemma 3n: a threshold from mean and spread of all channels
+            reasons[module] = "its activation_sparsity ties the channels together"
+            continue
         if odd:
             reasons[module] = f"{odd} is as wide as the channels, and ties them together"
             continue
@@ -111,6 +114,7 @@ def _feed_forward(own: list[Layer], widths: set[int]) -> tuple[list[Layer], Laye
 
 # -- attention ----------------------------------------------------------------------------------------------------------------
 
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")     # what modules call the size of a head
 # How one layer that makes queries, keys and values at once lays out its outputs; shapes can't tell.
 _ONE_AFTER_ANOTHER = ("GPT2Attention", "Phi3Attention")
 _HEAD_BY_HEAD = ("GPTNeoXAttention", "BloomAttention")
@@ -162,10 +166,9 @@ def _heads(model: nn.Module, kind: str) -> list[Groups]:
 def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | str:
     """What is in an attention module, or why it is not known."""
     inside = model.get_submodule(module)
-    size = next((value for part in inside.modules() for key in ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-                 if isinstance(value := getattr(part, key, None), int)), None)
+    size = next((value for part in inside.modules() for key in HEAD_SIZES if isinstance(value := getattr(part, key, None), int)), None)
     if size is None:
-        return "its modules have no head_dim, attention_head_size, head_size or key_value_proj_dim"
+        return f"its modules have none of {', '.join(HEAD_SIZES)}"
     if len(own) == 2:
         last, first = sorted(own, key=lambda layer: layer.outputs)
         heads, rest = divmod(last.inputs, size)

@@ -46,6 +46,17 @@ def structure(model: nn.Module, groups: str | Sequence[str | Groups]) -> list[Gr
     return found
 
 
+def recognised(model: nn.Module) -> tuple[dict[str, list[Groups]], list[str]]:
+    """Whatever is recognised of each kind, {kind: groups}; and why a kind is not."""
+    found, reasons = {}, {}
+    for kind, find in KINDS.items():
+        try:
+            found[kind] = find(model)
+        except UsageError as error:
+            reasons[str(error).partition(" Describe them by")[0]] = None    # heads and kv_groups for the same one
+    return found, [*reasons]
+
+
 def groups_of(model: nn.Module, *, outputs: str | Iterable[str] = (), inputs: str | Iterable[str] = (), along: str | Iterable[str] = (), width: int = 1,
               kind: str = "groups") -> list[Groups]:
     """Groups of your own, by patterns on the names of modules: group i is output i of the layers in `outputs` (bias and all) and input i of those in `inputs`.

@@ -14,8 +14,9 @@ from export_runs import llama
 from safetensors.torch import save_file
 
 FORMS = ("plain", "zero", "dcp")
-RUNS = {"shards": {}, "compact": {"compacted": True}, "bfloat16": {"dtype": "bfloat16"}, "one file": {"shard_size": "1GB"}}
-CASES = [*(f"shards, {form}" for form in FORMS), "compact, plain", "bfloat16, zero", *(f"one file, {form}" for form in FORMS)]
+RUNS = {"shards": {}, "compact": {"compacted": True}, "bfloat16": {"dtype": "bfloat16"}, "shrunk": {"shrunk": True},
+        "one file": {"shard_size": "1GB"}}
+CASES = [*(f"shards, {form}" for form in FORMS), "compact, plain", "bfloat16, zero", "shrunk, dcp", *(f"one file, {form}" for form in FORMS)]
 # Every form is exported once before, in small, so that what is loaded on the way does not count.
 PROGRAM = f"""
 import json, resource, sys
@@ -65,6 +66,8 @@ def test_a_ceiling_far_below_the_model_is_enough(tmp_path):
     large.to_empty(device="cpu")
     for param in large.parameters():
         param.data.uniform_(-1, 1)
+    for layer in large.model.layers:
+        layer.mlp.down_proj.weight.data[:, ::2] = 0
     assert 190e6 < written(tmp_path / "large", large) < 210e6
     places = [str(tmp_path / name) for name in ("small", "large", "out")]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *places], capture_output=True, text=True)
@@ -73,4 +76,5 @@ def test_a_ceiling_far_below_the_model_is_enough(tmp_path):
     assert seen == {case: "no memory" if case.startswith("one file") else "done" for case in CASES}
     sizes = [file.stat().st_size for file in (tmp_path / "out" / "shards" / "zero").glob("*.safetensors")]
     assert len(sizes) > 10 and max(sizes) < 20.1e6 and sum(sizes) > 190e6
+    assert sum(file.stat().st_size for file in (tmp_path / "out" / "shrunk").glob("*/*.safetensors")) < sum(sizes) - 70e6
     assert not [path for path in tmp_path.glob("out/*/*.partial")], "what failed is left lying"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,11 +27,11 @@ FAMILIES: dict[str, tuple[dict, tuple[int, int, int]]] = {
 }
 
 
-def model_of(family: str) -> nn.Module:
+def model_of(family: str, **more: Any) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][0])).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES.get(family, ({},))[0], **more})).eval()
     with torch.no_grad():
         for param in model.parameters():    # biases start at zero, and would hide what forgets them
             param.add_(torch.randn(param.shape) * 0.1)

@@ -17,9 +17,10 @@ from lp_dist.errors import UsageError
 
 @dataclass(frozen=True)
 class Published:
-    """A tensor of a checkpoint, or a few, and what becomes of it: mostly one tensor of the same name. read() → {name: tensor}."""
+    """A tensor of a checkpoint, or a few, and what becomes of it: mostly one tensor of the same name. read() → {name: tensor}; shapes: of these."""
 
     nbytes: int
+    shapes: dict[str, tuple[int, ...]]
     read: Callable[[], dict[str, Tensor]]
 
 
@@ -33,7 +34,8 @@ def published(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bo
     """
     if not checkpoint.live:
         twice = _twice(checkpoint, config, trust_remote_code)
-        return [Published(entry.nbytes, partial(_same, name, entry)) for name, entry in checkpoint.entries.items() if name not in twice]
+        return [Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry)) for name, entry in checkpoint.entries.items()
+                if name not in twice]
     if config is None:
         raise UsageError(f"no config.json is in {checkpoint.path} or above it, so it is not known of which model its weights are; give the model's "
                          "directory or hub id: --config MODEL")
@@ -61,6 +63,11 @@ def _alike(one: Entry | None, other: Entry | None) -> bool:
 def bits(tensor: Tensor) -> Tensor:
     """A tensor by its bytes: -0 is not 0, and nan equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in this dtype; any other, and where it is None, the tensor itself."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _same(name: str, entry: Entry) -> dict[str, Tensor]:
@@ -91,12 +98,16 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
 
 def meta_model(config: Path, trust_remote_code: bool = False) -> nn.Module:
     """The model without its weights: names and shapes, on the meta device."""
-    cls, settings = model_class(config, trust_remote_code)
+    return made_on_meta(*model_class(config, trust_remote_code), f"{config}/config.json")
+
+
+def made_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
+    """A model of this class without its weights. source: where its configuration is from, for the UsageError where it can't be made."""
     try:
         with torch.device("meta"):
             return cls.from_config(settings, trust_remote_code=True) if hasattr(cls, "from_config") else cls._from_config(settings)
     except Exception as error:      # so does a model's, on a config that is not its own or for want of a package
-        raise UsageError(f"{cls.__name__} can't be made from {config}/config.json ({_line(error)}); give the config of the model that was trained: "
+        raise UsageError(f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was trained: "
                          "--config MODEL") from error
 
 
@@ -139,6 +150,21 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
     return found
 
 
+def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head,
+    as GPT-2 on the hub, has not its prefix.)
+
+    Args: shapes: of the published tensors, by name.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {}
+    for name, param in model.named_parameters():
+        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None)
+        if known is not None and shapes[known] == tuple(param.shape):
+            names[name] = known
+    return names
+
+
 def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
     """What stands before the model's names: nothing, or the name under which a script kept the model ("model.")."""
     def fits(prefix: str) -> int:
@@ -175,13 +201,13 @@ def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[Published]:
     try:
         for name, meta in metas.items():
             groups.setdefault(min(shapes({name: meta}))[0], []).append(name)
-        apart = [shape for names in groups.values() for shape in shapes({name: metas[name] for name in names})]
+        apart = [shapes({name: metas[name] for name in names}) for names in groups.values()]
     except Exception:   # whatever a conversion raises that lacks its other tensors
         apart = []
-    if sorted(apart) != sorted(shapes(metas)):
+    if sorted(shape for group in apart for shape in group) != sorted(shapes(metas)):
         raise UsageError(f"{type(model).__name__}'s weights are published in another form than in memory, which can't be made of a few tensors at a "
                          "time; export from the training itself: trainer.save_model()")
-    return [Published(sum(entries[name].nbytes for name in names), partial(read, names)) for names in groups.values()]
+    return [Published(sum(entries[name].nbytes for name in names), dict(made), partial(read, names)) for names, made in zip(groups.values(), apart)]
 
 
 def loadable(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
