@@ -149,8 +149,8 @@ class PAT(GMP):
 class Lp(Method):
     """Ours: a `SparsityTarget`, with its keys."""
 
-    keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "scope", "cap", "grace", "curve", "every")},
-            "p": 0.5, "precondition": GAMMA, "memory": MEMORY}     # else what fits the optimizer
+    keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "cap", "grace", "curve", "every")},
+            "scope": "global", "p": 0.5, "precondition": GAMMA, "memory": MEMORY}     # else what fits the optimizer
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
