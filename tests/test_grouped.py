@@ -144,6 +144,20 @@ def test_a_group_of_one_weight_decays_as_a_weight_does():
     torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-9, atol=1e-12)
 
 
+def test_what_is_lost_to_single_precision_becomes_zero():
+    model = model_of(torch.float32)
+    optimizer = LpSGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        for part in (model[0].weight[2:4], model[0].bias[2:4], model[2].weight[:, 2:4]):
+            part.fill_(0.9e-13)
+        model[0].weight[4:6] = 1.1e-13
+    attach(model, optimizer, groups=GroupDecay(sets_of(model), 1e-30))
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert not model[0].weight[2:4].any() and not model[2].weight[:, 2:4].any() and model[0].weight[4:6].all()
+
+
 def test_every_so_many_steps_it_decays_for_the_learning_rates_of_all():
     model = model_of()
     optimizer = LpSGD(model.parameters(), lr=0.02)
