@@ -20,7 +20,8 @@ from lp_dist.feasible import remembers
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
-from lp_dist.segments import Segment, SegmentMap, check_keys
+from lp_dist.patterned import refuse_misfits, segment_map
+from lp_dist.segments import check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
 from lp_dist.shards import Shard, all_zero, full_shape, shards
@@ -66,7 +67,7 @@ class Attachment:
             raise UsageError(f"the checkpoint was trained for {state['target']}, and now there is no target; give the same one")
 
     def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff, floor) of one parameter instead of its group's; None gives one back to the group.
+        """Values (weight_decay, p, l2, precondition, cutoff, floor, pattern) of one parameter instead of its group's; None gives one back to the group.
 
         Takes effect at the next step, costs no communication, and must be called alike on every rank.
         """
@@ -108,6 +109,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         if target is not None:
             target = _formed(target, live, asked)
             _check_target(live, found, asked, own, target, total_steps)
+        refuse_misfits(model, found, asked, own, *((allowed, target.pattern) if target is not None else (set(), None)))
         failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps}
     except (RuntimeError, TypeError, ValueError) as error:
         failure, told = error, error
@@ -117,11 +119,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     undo_dry_step(optimizer)
     book = _book(live)
 
-    segments = SegmentMap()
-    tensors: dict[Any, list[Segment]] = {}
-    for shard in found:
-        tensors.setdefault(shard.tensor, []).append(Segment(shard.name, shard.offset, shard.length, shard.start, shard.shape))
-    segments.replace(tensors)
+    segments = segment_map(found)
     for name, values in own.items():
         segments.set(name, **values)
     if target is not None:
@@ -221,7 +219,7 @@ def _formed(target: SparsityTarget, live: Any, asked: list[dict[str, Any]]) -> S
     """With the γ and the memory that lose least, where nobody says other ones. (A λ by hand keeps γ = 0: with v̂ in it it would depend on the
     loss' scale.)"""
     if target.memory is None:
-        target = replace(target, memory=MEMORY if remembers(live) and target.cap == 1.0 and target.grace else 0.0)
+        target = replace(target, memory=MEMORY if remembers(live) and target.cap == 1.0 and target.grace and not target.pattern else 0.0)
     if target.precondition is not None or any(values.get("precondition") for values in asked):
         return target
     return replace(target, precondition=GAMMA) if isinstance(live, LpOptimizer) and "exp_avg_sq" in live.state_names else target

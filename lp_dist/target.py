@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lp_dist import patterns
 from lp_dist.decay import P_MIN, check_hyperparameters
 from lp_dist.schedule import check_window
 
@@ -25,7 +26,8 @@ class SparsityTarget:
     """The share of exact zeros to end with.
 
     Args:
-        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1.
+        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1. None with a pattern, which
+            says it.
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
         scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target.
@@ -40,11 +42,13 @@ class SparsityTarget:
             memory they so fade to next to nothing, and come back if their gradient asks for it. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
         every: optimizer steps between two looks at the weights; None: a twentieth of the window, and 20 at most.
+        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer are not zero. The larger x of each block
+            feel no decay. memory is 0 then.
     Raises:
         ValueError: a value is out of its range.
     """
 
-    sparsity: float
+    sparsity: float | None = None
     start: float = 0.1
     end: float = 0.7
     scope: str = "global"
@@ -57,8 +61,14 @@ class SparsityTarget:
     freeze: bool = True
     every: int | None = None
     of: str = "decayed"
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
+        patterns.check(self.pattern)
+        if self.pattern is not None:
+            self._take_pattern()
+        if self.sparsity is None:
+            raise ValueError("sparsity=None: name the share of zeros to end with (0.5 is half of the weights), or a pattern ('2:4')")
         if not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
             raise ValueError(f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of the weights")
         for key, choices in (("scope", ("layer", "global")), ("of", ("decayed", "all"))):
@@ -83,13 +93,24 @@ class SparsityTarget:
         if abs(points[0]) > 1e-9 or abs(points[-1] - 1.0) > 1e-9 or any(a > b + 1e-9 for a, b in zip(points, points[1:])):
             raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is dead stays dead")
 
+    def _take_pattern(self) -> None:
+        """The sparsity of the pattern; raises ValueError for what contradicts it."""
+        n, m = patterns.parse(self.pattern)
+        if self.sparsity not in (None, (m - n) / m):
+            raise ValueError(f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which is {(m - n) / m:g}; leave one of them out")
+        if self.memory:
+            raise ValueError(f"memory={self.memory!r} hides weights by one threshold, and pattern={self.pattern!r} goes by blocks; set memory=0, or leave one out")
+        if self.of != "decayed":
+            raise ValueError(f"of={self.of!r} and pattern={self.pattern!r} can't be together: a pattern is one of the weights that decay; use of='decayed'")
+        object.__setattr__(self, "sparsity", (m - n) / m)
+
     def at(self, u: float) -> float:
         """Share of the way from the first sparsity to the last when the part u of the window is over."""
         return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
 
     def phase(self) -> dict[str, Any]:
         """The param groups' values while it acts."""
-        form = {key: getattr(self, key) for key in ("p", "precondition") if getattr(self, key) is not None}
+        form = {key: getattr(self, key) for key in ("p", "precondition", "pattern") if getattr(self, key) is not None}
         return {"cutoff": math.inf, **form}
 
     def described(self) -> dict[str, Any]:
