@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from lp_dist.decay import check_hyperparameters
 from lp_dist.distillation import check_part
 from lp_dist.errors import UsageError
+from lp_dist.patterns import CHOICES
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow, window_steps
 from lp_dist.target import CURVES, SparsityTarget
@@ -54,6 +55,8 @@ class DecayArguments:
     """How to decay: name a --sparsity, or a λ by --weight_decay; without either the fine-tune is dense."""
 
     sparsity: float | None = field(default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."})
+    pattern: str | None = field(default=None, metadata={"help": "Instead of a --sparsity: at most 2 (4) weights of each 4 (8) inputs of a linear layer are not "
+                                                        "zero at the end.", "choices": list(CHOICES)})
     sparsity_of: str = field(default="decayed", metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]})
     scope: str = field(default="global", metadata={"help": "One threshold for all tensors, or every tensor reaches the sparsity.",
                                                   "choices": ["layer", "global"]})
@@ -95,15 +98,17 @@ class DecayArguments:
 
     def target(self) -> SparsityTarget | None:
         """The sparsity that is asked for, if one is; raises ValueError where it is bad."""
-        if self.sparsity is None:
+        if self.sparsity is None and self.pattern is None:
             for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every"):
                 if getattr(self, key) != self.__dataclass_fields__[key].default:
                     raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
-        if not self.sparsity:
+            return None
+        if self.sparsity == 0:  # a dense run by the same recipe
             return None
         window = {key: value for key, value in (("start", self.decay_start), ("end", self.decay_end)) if value is not None}
         return SparsityTarget(self.sparsity, **window, scope=self.scope, cap=None if self.cap == float("inf") else self.cap, memory=self.memory,
-                              grace=self.grace, curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition)
+                              grace=self.grace, curve=self.curve, every=self.every, of=self.sparsity_of, p=self.p, precondition=self.precondition,
+                              pattern=self.pattern)
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""
@@ -154,6 +159,8 @@ def _from_yaml(path: Path) -> list[str]:
         if value is None:
             continue
         words.append(f"--{key}")
+        if key == "pattern" and isinstance(value, int):
+            value = f"{value // 60}:{value % 60}"   # YAML takes a bare 2:4 for minutes and seconds
         if isinstance(value, dict):
             words.append(json.dumps(value))
         elif isinstance(value, list):
@@ -176,10 +183,11 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
     decays.window()
     own, target = decays.own_values(), decays.target()
     if target is not None:
+        asked = f"--sparsity {decays.sparsity:g}" if decays.pattern is None else f"--pattern {decays.pattern}"
         if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in own.values()):
-            raise UsageError(f"--sparsity {decays.sparsity:g} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
+            raise UsageError(f"{asked} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
         if decays.cutoff != float("inf"):
-            raise UsageError(f"--sparsity {decays.sparsity:g} finds the cutoff by itself; leave --cutoff out, and see --cap")
+            raise UsageError(f"{asked} finds the cutoff by itself; leave --cutoff out, and see --cap")
         if training.load_best_model_at_end:
             raise UsageError("--load_best_model_at_end true would put back weights from before they were sparse; set it to false")
     if training.max_steps > 0 and target is not None:
