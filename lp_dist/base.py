@@ -158,8 +158,6 @@ class LpOptimizer(Optimizer):
             return f"lag={values['lag']}, which only the other implementations have"
         if values.get("precondition", 0.0) > kernels.LARGEST_GAMMA:
             return f"precondition={values['precondition']}; it takes at most {kernels.LARGEST_GAMMA}"
-        if values.get("pattern") and device.type != "cpu":
-            return f"pattern={values['pattern']} on {device.type}, where only the other implementations have it"
         why = kernels.unavailable(device)
         if why is not None and self.implementation is None:
             _tell(device.type, why)

@@ -17,9 +17,12 @@ Values = dict[str, Any]
 
 def acting(values: Values) -> Values:
     """Values without a pattern where the Lp term is off, or zeros are frozen: it spares weights from the pull alone."""
-    if values.get("pattern") and not (values["cutoff"] > 0 and decay.is_active(float(values["lr"]), values["weight_decay"], values["cutoff"])):
-        return {**values, "pattern": None}
-    return values
+    if not values.get("pattern"):
+        return values
+    lr = values["lr"]
+    unread = isinstance(lr, Tensor) and lr.device.type != "cpu"     # the host would have to wait for it
+    acts = values["cutoff"] > 0 and decay.is_active(1.0 if unread else float(lr), values["weight_decay"], values["cutoff"])
+    return values if acts else {**values, "pattern": None}
 
 
 def segments_of(book: SegmentMap, param: Tensor, there: Tensor, offset: int, length: int) -> list[Segment]:
