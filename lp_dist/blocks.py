@@ -1,4 +1,4 @@
-"""What a pattern makes of the rows of a step: whole blocks are rows as ever, and entries of blocks that lie on several ranks are rows of their own."""
+"""What a pattern makes of a step's rows: whole blocks are rows as ever, and entries of blocks that lie on several ranks are rows of their own."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Ends:
         why = patterns.misfit(segment.shape, segment.start, m)
         if why:
             raise ValueError(f"{segment.name} can't have pattern={values['pattern']!r}: {why}. Leave it out: pattern=None or weight_decay=0 in a group of its "
-                             "own, or by attach(..., overrides=)")
+                             "own, or by attach(..., overrides=), without which a shard of DeepSpeed's is no matrix either")
         head, whole = patterns.spans(segment.start, segment.length, m)
         if whole == tensors[0].numel():
             return [row]

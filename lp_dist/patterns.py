@@ -53,14 +53,14 @@ def spared(blocks: Tensor, n: int | Tensor) -> Tensor:
     blocks: [..., M], any dtype that can be compared. n: N, or [...] of each block.
     """
     columns = blocks.movedim(-1, 0).contiguous()     # entry by entry, so that each comparison is one over all blocks
-    marks = torch.empty(columns.shape, dtype=torch.bool, device=blocks.device)
-    for i, own in enumerate(columns):
-        ahead = torch.zeros(own.shape, dtype=torch.int8, device=blocks.device)
-        for j, other in enumerate(columns):
-            if i != j:
-                ahead += other >= own if j < i else other > own
-        marks[i] = ahead < n
-    return marks.movedim(0, -1)
+    ahead = torch.empty(columns.shape, dtype=torch.int8, device=blocks.device)      # how many of its block go ahead of each
+    for j, own in enumerate(columns):
+        ahead[j] = len(columns) - 1 - j
+        for i, earlier in enumerate(columns[:j]):
+            one = (earlier >= own).view(torch.int8)
+            ahead[j] += one
+            ahead[i] -= one
+    return (ahead < n).movedim(0, -1)
 
 
 def spare_(x: Iterable[Tensor], n: int, m: int) -> None:

@@ -349,15 +349,17 @@ template <int GAMMA_HALVES> void rank(Buffers& b) {
 
 // S = 0 for the `spared` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each comparison is one over all blocks.
 template <int M> void spare(int spared, Buffers& b) {
+    constexpr int BLOCKS = B / M;
     float *S = b.S, *Z = b.Z;
-    alignas(64) float turned[M][B / M], ahead[B / M];
-    for (int j = 0; j < M; j++) for (int k = 0; k < B / M; k++) turned[j][k] = Z[k * M + j];
-    for (int j = 0; j < M; j++) {
-        for (int k = 0; k < B / M; k++) ahead[k] = 0;
-        for (int i = 0; i < j; i++) for (int k = 0; k < B / M; k++) ahead[k] += turned[i][k] <= turned[j][k] ? 1.f : 0.f;
-        for (int i = j + 1; i < M; i++) for (int k = 0; k < B / M; k++) ahead[k] += turned[i][k] < turned[j][k] ? 1.f : 0.f;
-        for (int k = 0; k < B / M; k++) S[k * M + j] = ahead[k] < spared ? 0.f : S[k * M + j];
+    alignas(64) float turned[M][BLOCKS], ahead[M][BLOCKS];
+    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) turned[j][k] = Z[k * M + j];
+    for (int j = 0; j < M; j++) for (int k = 0; k < BLOCKS; k++) ahead[j][k] = static_cast<float>(M - 1 - j);
+    for (int j = 1; j < M; j++) for (int i = 0; i < j; i++) for (int k = 0; k < BLOCKS; k++) {
+        const float one = turned[i][k] <= turned[j][k] ? 1.f : 0.f;     // the earlier goes ahead
+        ahead[j][k] += one;
+        ahead[i][k] -= one;
     }
+    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < spared ? 0.f : S[k * M + j];
 }
 
 void pattern(const Plan& s, float* w, Buffers& b) {
