@@ -55,8 +55,8 @@ class DecayArguments:
     """How to decay: name a --sparsity, or a λ by --weight_decay; without either the fine-tune is dense."""
 
     sparsity: float | None = field(default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."})
-    pattern: str | None = field(default=None, metadata={"help": "Instead of a --sparsity: at most 2 (4) weights of each 4 (8) inputs of a linear layer are not "
-                                                        "zero at the end.", "choices": list(CHOICES)})
+    pattern: str | None = field(default=None, metadata={
+        "help": "Instead of a --sparsity: at most 2 (4) weights of each 4 (8) inputs of a linear layer are not zero at the end.", "choices": list(CHOICES)})
     sparsity_of: str = field(default="decayed", metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]})
     scope: str = field(default="global", metadata={"help": "One threshold for all tensors, or every tensor reaches the sparsity.",
                                                   "choices": ["layer", "global"]})

@@ -67,7 +67,7 @@ class Attachment:
             raise UsageError(f"the checkpoint was trained for {state['target']}, and now there is no target; give the same one")
 
     def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff, floor, pattern) of one parameter instead of its group's; None gives one back to the group.
+        """Values (weight_decay, p, l2, precondition, cutoff, floor, pattern) of one parameter instead of its group's; None gives one back.
 
         Takes effect at the next step, costs no communication, and must be called alike on every rank.
         """

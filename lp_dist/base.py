@@ -164,7 +164,7 @@ class LpOptimizer(Optimizer):
         return why
 
     def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
-        """The group's rows, by the values that hold for them: one list unless parameters have values of their own, or blocks of a pattern are divided."""
+        """The group's rows, by the values that hold for them: one list unless parameters have values of their own, or blocks lie on several ranks."""
         params = [param for param in group["params"] if param.grad is not None]
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
@@ -241,7 +241,7 @@ class LpOptimizer(Optimizer):
             decay.decay_(columns[0], x, **values)
 
     def _stepped(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> tuple:
-        """Steps the base. Gives the columns of the rows (weights, gradients, each state tensor), x, √v̂+ε where the base has it, and what was hidden."""
+        """Steps the base. Gives the columns of the rows (weights, gradients, each state tensor), x, √v̂+ε where there is one, and what was hidden."""
         columns = [list(column) for column in zip(*rows)]
         weights, grads = columns[:2]
         lagged = columns.pop(-2) if group["lag"] else None

@@ -49,8 +49,8 @@ class Ends:
         m = patterns.parse(values["pattern"])[1]
         why = patterns.misfit(segment.shape, segment.start, m)
         if why:
-            raise ValueError(f"{segment.name} can't have pattern={values['pattern']!r}: {why}. Leave it out: pattern=None or weight_decay=0 in a group of its "
-                             "own, or by attach(..., overrides=), without which a shard of DeepSpeed's is no matrix either")
+            raise ValueError(f"{segment.name} can't have pattern={values['pattern']!r}: {why}. Leave it out: pattern=None or weight_decay=0 in a group of "
+                             "its own, or by attach(..., overrides=), without which a shard of DeepSpeed's is no matrix either")
         head, whole = patterns.spans(segment.start, segment.length, m)
         if whole == tensors[0].numel():
             return [row]
@@ -67,11 +67,13 @@ class Ends:
         """
         # By all parameters of the group, whatever is here of them: every rank must take part alike
         names = [name for param in group["params"] for name in book.straddling.names(param)] if book.straddling is not None else []
-        held = {name: acting(effective(group, book.values(name))).get("pattern") for name in names}
+        own = [(name, values) for name in names for values in [book.values(name)] if values.get("pattern") or group.get("pattern")]
+        held = {name: acting(effective(group, values)).get("pattern") for name, values in own}
         taking = {name: patterns.parse(pattern) for name, pattern in held.items() if pattern}
         if not taking:
             if self._found:
-                raise RuntimeError(f"a block of {self._found[0][0]} lies on several ranks, and nothing is known of the others'; call lp_dist.attach on every rank")
+                raise RuntimeError(f"a block of {self._found[0][0]} lies on several ranks, and nothing is known of the others; call lp_dist.attach on "
+                                   "every rank")
             return []
         mine: list[tuple[str, int, Tensor]] = []
         by_values: dict[int, list[tuple[str, int, Values, Row]]] = {}

@@ -144,7 +144,7 @@ class Control:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target asks for."""
         counts = self._counts(census(self.shards))
         shares = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
-        sparser = [(scope, share) for scope, share in shares.items() if share >= self.sparsity and not self.target.pattern]     # half of zeros are no 2:4
+        sparser = [(scope, share) for scope, share in shares.items() if share >= self.sparsity and not self.target.pattern]     # half zeros are no 2:4
         if sparser:
             scope, share = sparser[0]
             way_out = ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'" if self.target.scope == "layer" else ""
@@ -202,9 +202,9 @@ class Control:
         return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
 
     def _close(self) -> None:
-        """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
+        """What remains dies at once, by the same x (of a pattern all that is not spared), in the masters and in an engine's copies of them."""
         ranks = {scope: round(self.sparsity * elements) for scope, (_, elements) in self._counts(census(self.shards)).items()}
-        found = smallest(self._parts(whole=False), ranks, passes=3) if not self.target.pattern else dict.fromkeys(ranks, LARGEST)   # all that is not spared
+        found = dict.fromkeys(ranks, LARGEST) if self.target.pattern else smallest(self._parts(whole=False), ranks, passes=3)
         settle(self._parts(), found)
         before = self._counts(census(self.shards))
         zero_below(self._parts(), found)

@@ -194,11 +194,11 @@ def check_hyperparameters(**values: Any) -> None:
         raise ValueError("latent=True with cutoff=inf would hide every weight; set the cutoff to the x below which weights are to be zero")
     patterns.check(values.get("pattern"))
     if values.get("pattern") and values.get("latent"):
-        raise ValueError(f"latent=True and pattern={values['pattern']!r} can't be together: what is spared in its block is never hidden; set one of them to "
-                         "False or None")
+        raise ValueError(f"latent=True and pattern={values['pattern']!r} can't be together: what is spared in its block is never hidden; set "
+                         "latent=False, or pattern=None")
     if values.get("pattern") and values.get("p", 0.0) >= 2:
-        raise ValueError(f"pattern={values['pattern']!r} needs p < 2, not p={values['p']!r}: x = |w|^(2-p) of a larger weight is not larger then; use p=0.5, "
-                         "or pattern=None")
+        raise ValueError(f"pattern={values['pattern']!r} needs p < 2, not p={values['p']!r}: x = |w|^(2-p) of a larger weight is not larger then; use "
+                         "p=0.5, or pattern=None")
     if values.get("nesterov") and not values.get("momentum"):
         raise ValueError(f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or nesterov=False")
 

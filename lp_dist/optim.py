@@ -35,8 +35,8 @@ class LpAdamW(LpOptimizer):
             and zero absorbs.
         latent: where λ and the cutoff are above 0, weights with x not above the cutoff after the step are zero, and what they would be lies in exp_avg, since
             what is zero needs no momentum. It goes on learning from the gradient at zero and decaying, and is the weight again once its x is above.
-        pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of a matrix [outputs, inputs] the 2 (4) weights of largest x feel no Lp term in
-            a step; the others decay as ever. None: no weight is spared for its place.
+        pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of a matrix [outputs, inputs] the 2 (4) weights of largest x feel no Lp term
+            in a step; the others decay as ever. None: no weight is spared for its place.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
         maximize: step along the gradient, not against it.
@@ -55,7 +55,8 @@ class LpAdamW(LpOptimizer):
         implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
-                                      cutoff=cutoff, floor=floor, latent=latent, pattern=pattern, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, latent=latent, pattern=pattern, lag=lag, maximize=maximize,
+                                      capturable=capturable), implementation)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)

@@ -17,7 +17,8 @@ from lp_dist.segments import Segment, SegmentMap
 from lp_dist.shards import Shard
 
 
-def refuse_misfits(model: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], targeted: set[str], pattern: str | None) -> None:
+def refuse_misfits(model: Any, found: list[Shard], asked: list[dict[str, Any]], own: dict[str, dict[str, Any]], targeted: set[str],
+                   pattern: str | None) -> None:
     """Raises UsageError for a parameter that is to decay in blocks, and has none.
 
     Args:
@@ -36,7 +37,8 @@ def refuse_misfits(model: Any, found: list[Shard], asked: list[dict[str, Any]], 
         elif why is None and not _local(shard.tensor).is_contiguous():
             why = "it does not lie in memory row by row"
         if why is not None:
-            raise UsageError(f"{shard.name} can't have pattern={wanted!r}: {why}. Leave it out by an override, {{{shard.name!r}: {{'weight_decay': 0.0}}}}")
+            raise UsageError(f"{shard.name} can't have pattern={wanted!r}: {why}. Leave it out by an override, {{{shard.name!r}: "
+                             "{'weight_decay': 0.0}}")
 
 
 def _not_linear(owner: nn.Module) -> str | None:
@@ -52,7 +54,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def segment_map(found: list[Shard]) -> SegmentMap:
-    """Which parameter each part of a tensor belongs to, and which blocks lie on several ranks. One exchange, of where shards begin inside of a block."""
+    """Which parameter each part of a tensor belongs to, and which blocks lie on several ranks. One exchange, of where shards begin inside of one."""
     book = SegmentMap()
     tensors: dict[Tensor, list[Segment]] = {}
     names: dict[Tensor, list[str]] = {}

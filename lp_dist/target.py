@@ -26,8 +26,8 @@ class SparsityTarget:
     """The share of exact zeros to end with.
 
     Args:
-        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1. None with a pattern, which
-            says it.
+        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1. None with a pattern,
+            which says it.
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
         scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target.
@@ -42,8 +42,8 @@ class SparsityTarget:
             memory they so fade to next to nothing, and come back if their gradient asks for it. 0: what dies stays dead from the first step on.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros come back.
         every: optimizer steps between two looks at the weights; None: a twentieth of the window, and 20 at most.
-        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer are not zero. The larger x of each block
-            feel no decay. memory is 0 then.
+        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer are not zero. The largest x of each
+            block feel no decay. memory is 0 then.
     Raises:
         ValueError: a value is out of its range.
     """
@@ -99,9 +99,11 @@ class SparsityTarget:
         if self.sparsity not in (None, (m - n) / m):
             raise ValueError(f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which is {(m - n) / m:g}; leave one of them out")
         if self.memory:
-            raise ValueError(f"memory={self.memory!r} hides weights by one threshold, and pattern={self.pattern!r} goes by blocks; set memory=0, or leave one out")
+            raise ValueError(f"memory={self.memory!r} hides weights by one threshold, and pattern={self.pattern!r} goes by blocks; set memory=0, or leave "
+                             "one of them out")
         if self.of != "decayed":
-            raise ValueError(f"of={self.of!r} and pattern={self.pattern!r} can't be together: a pattern is one of the weights that decay; use of='decayed'")
+            raise ValueError(f"of={self.of!r} and pattern={self.pattern!r} can't be together: a pattern is one of the weights that decay; use "
+                             "of='decayed'")
         object.__setattr__(self, "sparsity", (m - n) / m)
 
     def at(self, u: float) -> float:

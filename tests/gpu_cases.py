@@ -120,9 +120,12 @@ from lp_dist.kernels import gpu
 
 signature = dict(rows="*i64", plans="*fp32", count="i32")
 names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "SPARED", "OF", "HAS_STATE", "NESTEROV", "SIZE")
-for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, 0, 0, True, False, 1024), ("adamw", tl.float32, tl.bfloat16, 3, 2, True, 0, 0, True, False, 1024),
-               ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, 0, 0, True, False, 1024), ("adamw", tl.float32, tl.bfloat16, 3, 2, False, 4, 8, True, False, 1024),
-               ("sgd", tl.float32, tl.float16, -1, 0, False, 0, 0, False, False, 1024), ("lion", tl.float32, tl.float32, -2, 0, False, 0, 0, True, False, 1024)]:
+for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, 0, 0, True, False, 1024),
+               ("adamw", tl.float32, tl.bfloat16, 3, 2, True, 0, 0, True, False, 1024),
+               ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, 0, 0, True, False, 1024),
+               ("adamw", tl.float32, tl.bfloat16, 3, 2, False, 4, 8, True, False, 1024),
+               ("sgd", tl.float32, tl.float16, -1, 0, False, 0, 0, False, False, 1024),
+               ("lion", tl.float32, tl.float32, -2, 0, False, 0, 0, True, False, 1024)]:
     source = triton.compiler.ASTSource(gpu.lp_step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
         asm = triton.compile(source, target=target, options=dict(num_warps=gpu._WARPS, enable_fp_fusion=False)).asm

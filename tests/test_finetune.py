@@ -157,7 +157,8 @@ def test_a_pattern_is_in_the_saved_model(common, tmp_path):
                    "--eval_strategy", "no"])
     found = inspection.inspect(tmp_path)
     matrices = [tensor for tensor in found.tensors if tensor.counted]
-    assert len(matrices) == 14 and all(tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2 for tensor in matrices)
+    assert len(matrices) == 14
+    assert all(tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2 for tensor in matrices)
     assert report.read(tmp_path)["sparsity"] == 0.5 and report.read(tmp_path)["decay"]["pattern"] == "2:4"
 
 

@@ -76,7 +76,8 @@ def test_every_base_against_float64(gpu, base, mode, maximize):
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 @pytest.mark.parametrize(("base", "more"), [
-    ("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "cutoff": 1e-3, "floor": 1e-5}), ("adamw", {"p": -1.0, "precondition": 1.5}),
+    ("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "cutoff": 1e-3, "floor": 1e-5}),
+    ("adamw", {"p": -1.0, "precondition": 1.5}),
     ("lion", {"p": 0.0, "cutoff": 1e-2, "floor": 1e-4}), ("momentum", {"p": 1.2}), ("sgd", {})], ids=str)
 def test_patterns_against_float64(gpu, base, more, pattern):
     for offset in (0, 3, 8):    # wherever vectors start, blocks begin with the row
@@ -90,7 +91,8 @@ def test_patterns_against_float64(gpu, base, more, pattern):
         assert all(map(torch.equal, (t[:offset] for t in after[:-1]), (t[:offset] for t in before[:-1])))
 
 
-@pytest.mark.parametrize(("base", "more"), [("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "floor": 1.0}), ("sgd", {"p": 0.0})], ids=str)
+@pytest.mark.parametrize(("base", "more"), [
+    ("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "floor": 1.0}), ("sgd", {"p": 0.0})], ids=str)
 def test_what_blocks_are_ranked_by_and_entries_that_are_spared(gpu, base, more):
     """For blocks that lie on several ranks: the numbers to be told, and then each entry alone, to the very bits of the whole block's step."""
     a = values(base, pattern="4:8", **more)

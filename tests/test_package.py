@@ -34,10 +34,11 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 
 # Each room may import those before it, never one after it.
-ORDER = ["errors", "outputs", "patterns", "decay", "slices", "kernels", "segments", "blocks", "latents", "base", "optim", "hooks", "engines", "shards", "groups", "schedule",
-         "sparsity", "rates", "quantiles", "patterned", "target", "feasible", "control", "restoring", "attachment", "footprint", "distillation", "live", "trainer", "report",
-         "canvas", "figures", "page", "data", "merging", "checkpoints", "verification", "export", "channels", "inspection", "bench", "trajectories",
-         "stepping_whole", "stepping_contenders", "stepping", "dequantise", "quality", "arguments", "finetune", "cli"]
+ORDER = ["errors", "outputs", "patterns", "decay", "slices", "kernels", "segments", "blocks", "latents", "base", "optim", "hooks", "engines",
+         "shards", "groups", "schedule", "sparsity", "rates", "quantiles", "patterned", "target", "feasible", "control", "restoring", "attachment",
+         "footprint", "distillation", "live", "trainer", "report", "canvas", "figures", "page", "data", "merging", "checkpoints", "verification",
+         "export", "channels", "inspection", "bench", "trajectories", "stepping_whole", "stepping_contenders", "stepping", "dequantise", "quality",
+         "arguments", "finetune", "cli"]
 
 
 def imports(path: Path) -> set[str]:

@@ -21,7 +21,7 @@ from lp_dist.attachment import Attachment
 from lp_dist.patterns import parse, spans
 
 STEPS, STOP, SAMPLE = 14, 6, 512
-# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. The looks of a target take some of the blocks.
+# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's looks take some of the blocks.
 SIZES = {"2:4": ((60, 51), (20, 7), (12, 9), (4, 1), (28, 1)), "4:8": ((72, 41), (40, 7), (24, 9), (8, 1), (40, 1))}
 
 

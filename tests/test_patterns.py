@@ -21,7 +21,8 @@ CASES = {
     "adamw": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1}),
     "adamw gamma": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "precondition": 1.0, "betas": (0.8, 0.9)}),
     "adamw gamma 1.5, p = -1, cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.01, "p": -1.0, "precondition": 1.5, "cutoff": 0.3, "l2": 0.2}),
-    "adamw odd gamma, cutoff, floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "p": 0.8, "precondition": 0.37, "cutoff": 0.3, "floor": 0.02, "maximize": True}),
+    "adamw odd gamma, cutoff, floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "p": 0.8, "precondition": 0.37, "cutoff": 0.3, "floor": 0.02,
+                                                 "maximize": True}),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "p": 0.0}),
     "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2, "p": 1.0, "cutoff": 0.6, "floor": 0.05}),
 }
@@ -181,7 +182,8 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"pattern": "1:4"}, "pattern='1:4' must be one of 2:4, 4:8"), ({"pattern": 2}, "pattern=2 must be"), ({"pattern": "1:1"}, "pattern='1:1' must be"),
+    ({"pattern": "1:4"}, "pattern='1:4' must be one of 2:4, 4:8"), ({"pattern": 2}, "pattern=2 must be"),
+    ({"pattern": "1:1"}, "pattern='1:1' must be"),
     ({"pattern": "2:4", "p": 2.0}, r"pattern='2:4' needs p < 2, not p=2.0"), ({"pattern": "2:4", "latent": True, "cutoff": 1.0}, "can't be together"),
 ])
 def test_bad_values(values, message):
@@ -211,8 +213,8 @@ def test_other_optimizers_have_none():
 def test_ranks_and_pulls_are_those_of_the_step():
     """The numbers that are told to other ranks: αλ/x, of bf16 weights those of their fp32 values."""
     w, g = torch.tensor([0.5, -0.25, 0.0, 2.0]).bfloat16(), torch.tensor([1.0, 0.5, 1.0, 0.1]).bfloat16()
-    values = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 0.0, "maximize": False, "weight_decay": 0.2, "p": 0.0, "l2": 0.0, "precondition": 1.0, "cutoff": math.inf,
-              "pattern": "2:4"}
+    values = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 0.0, "maximize": False, "weight_decay": 0.2, "p": 0.0, "l2": 0.0, "precondition": 1.0,
+              "cutoff": math.inf, "pattern": "2:4"}
     (pull,) = kernels.pulls("cpu", "adamw", values, [(w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0)])
     torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
     keys = patterns.keys_of(pull, smallest=True)

@@ -157,7 +157,8 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
 
 
 def _addresses(places: list[tuple[int, ...]], sizes: list[int], in_blocks: bool = False) -> Tensor:
-    """FIRST, HEAD, ... of each place: numbers of blocks and of elements, and addresses of tensors with elements of `sizes` bytes. in_blocks: a pattern's."""
+    """FIRST, HEAD, ... of each place: numbers of blocks and of elements, and addresses of tensors with elements of `sizes` bytes. in_blocks: of a
+    pattern."""
     table, first = [], 0
     for blocks, numel, *addresses in places:
         # A run in a shard may start anywhere. If all its tensors do so alike, the walk starts before them, where vectors do.
