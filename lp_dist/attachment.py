@@ -81,10 +81,10 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
            lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
-    After it, λ, p, l2, precondition, cutoff and floor can differ per parameter inside one flat shard, what decays is decided by name whoever
+    After it, λ, p, l2, precondition, cutoff, floor and pattern can differ per parameter inside one flat shard, what decays is decided by name whoever
     made the param groups, and the hyperparameters that the script asked for hold, whatever a checkpoint loader puts into the groups.
-    Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and one exchange of
-    hyperparameters now, nothing per step, no gather.
+    Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and two exchanges
+    (hyperparameters, where shards begin) now, no gather, and nothing per step but for blocks of a pattern that lie on several ranks.
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2.
