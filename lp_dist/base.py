@@ -190,13 +190,12 @@ class LpOptimizer(Optimizer):
                     rows.append((*run, step))
         return [*work.values(), *ends.divided(self.segments, group, self._keys)]
 
-    def _keys(self, values: dict[str, Any], rows: list[Row]) -> list[Tensor]:
-        """What the entries of rows are ranked by in their blocks: from copies, by the very arithmetic that ranks a whole block."""
-        copies: list[Row] = [(*(t.clone() for t in row[:-1]), row[-1]) for row in rows]
-        device = rows[0][0].device
-        if self.implementation in (None, "fused") and self._not_fused(values, device) is None and kernels.refusal(rows[0]) is None:
-            return [patterns.keys_of(pull, smallest=True) for pull in kernels.pulls(device.type, self.kernel, values, copies)]
-        return [patterns.keys_of(x) for x in self._stepped(values, copies, self._foreach)[1]]
+    def _keys(self, values: dict[str, Any], row: Row) -> Tensor:
+        """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a whole block. The row is used up."""
+        device = row[0].device
+        if self.implementation in (None, "fused") and self._not_fused(values, device) is None and kernels.refusal(row) is None:
+            return patterns.keys_of(kernels.pull(device.type, self.kernel, values, row), smallest=True)
+        return patterns.keys_of(self._stepped(values, [row], self._foreach)[1][0])
 
     def _state_of(self, param: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
         if id(param) not in self._checked:

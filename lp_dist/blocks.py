@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lp_dist import decay, patterns
@@ -60,10 +61,10 @@ class Ends:
                 self._found.append((segment.name, segment.start + at, values, cut))
         return [(*(part(t, segment.offset + head, whole) for t in tensors), step)] if whole else []
 
-    def divided(self, book: SegmentMap, group: Values, keys: Callable[[Values, list[Row]], list[Tensor]]) -> list[tuple[Values, list[Row]]]:
+    def divided(self, book: SegmentMap, group: Values, keys: Callable[[Values, Row], Tensor]) -> list[tuple[Values, list[Row]]]:
         """The rows of the rest, by whether they are spared. Collective, where a tensor of the group has such blocks on any rank.
 
-        keys: what the entries of rows with these values are ranked by (`patterns.keys_of`); it changes nothing.
+        keys: what the entries of a row with these values are ranked by (`patterns.keys_of`); the row, a copy, is used up.
         """
         # By all parameters of the group, whatever is here of them: every rank must take part alike
         names = [name for param in group["params"] for name in book.straddling.names(param)] if book.straddling is not None else []
@@ -75,14 +76,18 @@ class Ends:
                 raise RuntimeError(f"a block of {self._found[0][0]} lies on several ranks, and nothing is known of the others; call lp_dist.attach on "
                                    "every rank")
             return []
-        mine: list[tuple[str, int, Tensor]] = []
-        by_values: dict[int, list[tuple[str, int, Values, Row]]] = {}
+        alike: dict[tuple, list[tuple[str, int, Values, Row]]] = {}     # ends that can be ranked as one row
         for end in self._found:
-            by_values.setdefault(id(end[2]), []).append(end)
-        for alike in by_values.values():
-            mine += [(name, first, key) for (name, first, *_), key in zip(alike, keys(alike[0][2], [row for *_, row in alike]))]
+            weights, grads, *_, step = end[3]
+            same = id(end[2]), id(step) if isinstance(step, Tensor) else step, weights.dtype, grads.dtype, weights.device
+            alike.setdefault(same, []).append(end)
+        ends, mine = [end for some in alike.values() for end in some], []
+        for some in alike.values():
+            columns = zip(*(row[:-1] for *_, row in some))
+            joined = (*(torch.cat(column) for column in columns), some[0][3][-1])
+            found = keys(some[0][2], joined).split([row[0].numel() for *_, row in some])
+            mine += [(name, first, key) for (name, first, *_), key in zip(some, found)]
         work: dict[tuple[int, bool], tuple[Values, list[Row]]] = {}
-        ends = [end for alike in by_values.values() for end in alike]
         for (_, _, values, row), marks in zip(ends, book.straddling.spared(taking, mine)):
             at = 0
             for spared, some in groupby(marks):

@@ -215,7 +215,7 @@ def test_ranks_and_pulls_are_those_of_the_step():
     w, g = torch.tensor([0.5, -0.25, 0.0, 2.0]).bfloat16(), torch.tensor([1.0, 0.5, 1.0, 0.1]).bfloat16()
     values = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 0.0, "maximize": False, "weight_decay": 0.2, "p": 0.0, "l2": 0.0, "precondition": 1.0,
               "cutoff": math.inf, "pattern": "2:4"}
-    (pull,) = kernels.pulls("cpu", "adamw", values, [(w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0)])
+    pull = kernels.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
     torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
     keys = patterns.keys_of(pull, smallest=True)
     assert keys.argsort(descending=True).tolist() == [3, 0, 1, 2]

@@ -79,8 +79,9 @@ def step(device_type: str, base: str, work: Work) -> None:
     _module(device_type).step(base, work)
 
 
-def pulls(device_type: str, base: str, values: Mapping[str, Any], rows: list[Row]) -> list[Tensor]:
-    """αλ/x of each weight of rows with a pattern, in fp32: the very numbers by which a step ranks it in its block. The rows are used up."""
-    rows = [(row[0].float(), row[1], *(t.float() for t in row[2:-1]), row[-1]) for row in rows]
-    step(device_type, base, [({**values, "ranked": True}, rows)])
-    return [row[0] for row in rows]
+def pull(device_type: str, base: str, values: Mapping[str, Any], row: Row) -> Tensor:
+    """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block. The row is used up."""
+    weights, grads, *states, count = row
+    weights = weights.float()
+    step(device_type, base, [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])])
+    return weights
