@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from lp_dist.decay import check_hyperparameters
 from lp_dist.distillation import check_part
 from lp_dist.errors import UsageError
+from lp_dist.patterns import CHOICES
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow, window_steps
 from lp_dist.target import CURVES, SparsityTarget
@@ -54,6 +55,8 @@ class DecayArguments:
     """How to decay: name a --sparsity, or a λ by --weight_decay; without either the fine-tune is dense."""
 
     sparsity: float | None = field(default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."})
+    pattern: str | None = field(default=None, metadata={
+        "help": "Instead of a --sparsity: at most 2 (4) weights of each 4 (8) inputs of a linear layer are not zero at the end.", "choices": list(CHOICES)})
     sparsity_of: str = field(default="decayed", metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]})
     scope: str = field(default="global", metadata={"help": "One threshold for all tensors, or every tensor reaches the sparsity.",
                                                   "choices": ["layer", "global"]})
@@ -104,7 +107,7 @@ class DecayArguments:
 
     def targets(self) -> list[SparsityTarget]:
         """What is asked for: of groups, of single weights, or both, one after the other; raises ValueError where it is bad."""
-        for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every") if self.sparsity is None else ():
+        for key in ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every") if self.sparsity is None and self.pattern is None else ():
             if getattr(self, key) != self.__dataclass_fields__[key].default and (key not in ("curve", "cap", "grace", "every") or not self.groups):
                 raise UsageError(f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave it out")
         for key in ("group_sparsity", "budget", "group_of", "group_scope", "group_interval") if not self.groups else ():
@@ -112,7 +115,8 @@ class DecayArguments:
                 raise UsageError(f"--{key} {getattr(self, key)} belongs to --groups, and none are named; add --groups channels, or leave it out")
         first, last = (default if given is None else given for given, default in ((self.decay_start, 0.1), (self.decay_end, 0.7)))
         middle = (first + last) / 2 if (first <= 1) == (last <= 1) else None
-        if self.groups and self.sparsity and middle is None:
+        weights = self.sparsity or (self.sparsity is None and self.pattern is not None)     # a sparsity of 0 is a dense run by the same recipe
+        if self.groups and weights and middle is None:
             raise UsageError(f"--decay_start {first:g} and --decay_end {last:g} are a fraction and a step; write both as fractions or both as steps, so that they have "
                              "a middle at which groups have died")
         common = {"cap": None if self.cap == float("inf") else self.cap, "grace": self.grace, "curve": self.curve, "every": self.every, "p": self.p,
@@ -120,10 +124,10 @@ class DecayArguments:
         targets = []
         if self.groups:
             share = {"of": "all" if self.group_of == "all" else "decayed", "budget": self.budget, "scope": self.group_scope, "interval": self.group_interval}
-            targets.append(SparsityTarget(self.group_sparsity, start=first, end=middle if self.sparsity else last, groups=tuple(self.groups), **share, **common))
-        if self.sparsity:
+            targets.append(SparsityTarget(self.group_sparsity, start=first, end=middle if weights else last, groups=tuple(self.groups), **share, **common))
+        if weights:
             targets.append(SparsityTarget(self.sparsity, start=middle if self.groups else first, end=last, scope=self.scope, memory=self.memory,
-                                          of=self.sparsity_of, **common))
+                                          of=self.sparsity_of, pattern=self.pattern, **common))
         return targets
 
     def own_values(self) -> dict[str, dict[str, Any]]:
@@ -175,6 +179,8 @@ def _from_yaml(path: Path) -> list[str]:
         if value is None:
             continue
         words.append(f"--{key}")
+        if key == "pattern" and isinstance(value, int):
+            value = f"{value // 60}:{value % 60}"   # YAML takes a bare 2:4 for minutes and seconds
         if isinstance(value, dict):
             words.append(json.dumps(value))
         elif isinstance(value, list):
@@ -197,7 +203,7 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
     decays.window()
     own, targets = decays.own_values(), decays.targets()
     if targets:
-        asked = f"--sparsity {decays.sparsity:g}" if decays.sparsity else f"--groups {' '.join(decays.groups)}"
+        asked = f"--pattern {decays.pattern}" if decays.pattern else f"--sparsity {decays.sparsity:g}" if decays.sparsity else f"--groups {' '.join(decays.groups)}"
         if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in own.values()):
             raise UsageError(f"{asked} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out")
         if decays.cutoff != float("inf"):

@@ -69,7 +69,7 @@ class Attachment:
                 raise UsageError(f"the checkpoint was trained without this target ({what}); leave it out, or start anew from the saved model without its optimizer state")
 
     def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff, floor) of one parameter instead of its group's; None gives one back to the group.
+        """Values (weight_decay, p, l2, precondition, cutoff, floor, pattern) of one parameter instead of its group's; None gives one back.
 
         Takes effect at the next step, costs no communication, and must be called alike on every rank.
         """

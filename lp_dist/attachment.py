@@ -22,7 +22,8 @@ from lp_dist.grouping import asked_of, check_order, split, started
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
-from lp_dist.segments import Segment, SegmentMap, check_keys
+from lp_dist.patterned import refuse_misfits, segment_map
+from lp_dist.segments import check_keys
 from lp_dist.restoring import restore_rates, restore_values, tell_of_rates
 from lp_dist.schedule import values_of
 from lp_dist.shards import Shard, all_zero, full_shape, shards
@@ -36,10 +37,10 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
            groups: GroupDecay | None = None, total_steps: int | None = None, lr_scheduler: Any = None, scheduled: dict[str, Container] | None = None) -> Attachment:
     """Gives the live optimizer a map of which parameter each part of its tensors belongs to.
 
-    After it, λ, p, l2, precondition, cutoff and floor can differ per parameter inside one flat shard, what decays is decided by name whoever
+    After it, λ, p, l2, precondition, cutoff, floor and pattern can differ per parameter inside one flat shard, what decays is decided by name whoever
     made the param groups, and the hyperparameters that the script asked for hold, whatever a checkpoint loader puts into the groups.
-    Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and one exchange of
-    hyperparameters now, nothing per step, no gather.
+    Call it on every rank, after the engine is made; a second call replaces the first. One small reduction and two exchanges
+    (hyperparameters, where shards begin) now, no gather, and nothing per step but for blocks of a pattern that lie on several ranks.
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2.
@@ -71,6 +72,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         if target is not None:
             target = _formed(target, live, asked)
             _check_target(live, found, asked, own, target)
+        refuse_misfits(model, found, asked, own, *((allowed, target.pattern) if target is not None else (set(), None)))
         whole = whole or groups
         sets, whole = asked_of(unwrap(model), live, found, whole, target) if whole is not None else ([], None)
         failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps,
@@ -83,11 +85,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
     undo_dry_step(optimizer)
     book = book_of(live)
 
-    segments = SegmentMap()
-    tensors: dict[Any, list[Segment]] = {}
-    for shard in found:
-        tensors.setdefault(shard.tensor, []).append(Segment(shard.name, shard.offset, shard.length, shard.start, shard.shape))
-    segments.replace(tensors)
+    segments = segment_map(found)
     for name, values in own.items():
         segments.set(name, **values)
     if target is not None:
@@ -195,7 +193,7 @@ def _formed(target: SparsityTarget, live: Any, asked: list[dict[str, Any]]) -> S
     """With the γ and the memory that lose least, where nobody says other ones. (A λ by hand keeps γ = 0: with v̂ in it it would depend on the
     loss' scale.)"""
     if target.memory is None:
-        target = replace(target, memory=MEMORY if remembers(live) and target.cap == 1.0 and target.grace else 0.0)
+        target = replace(target, memory=MEMORY if remembers(live) and target.cap == 1.0 and target.grace and not target.pattern else 0.0)
     if target.precondition is not None or any(values.get("precondition") for values in asked):
         return target
     return replace(target, precondition=GAMMA) if isinstance(live, LpOptimizer) and "exp_avg_sq" in live.state_names else target

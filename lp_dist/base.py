@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lp_dist import decay, kernels
+from lp_dist import decay, kernels, patterns
+from lp_dist.blocks import Ends, acting, segments_of
 from lp_dist.latents import Hidden
 from lp_dist.segments import Asked, SegmentMap, effective, part
 from lp_dist.slices import Row, batches, local, refuse_all_zero
@@ -138,7 +139,7 @@ class LpOptimizer(Optimizer):
             if device not in reasons:
                 reasons[device] = self._not_fused(values, device)
                 ours.setdefault(device.type, [])
-            why = reasons[device] or kernels.refusal(row)
+            why = reasons[device] or kernels.refusal(row, bool(values.get("pattern")))
             if why is None:
                 ours[device.type].append(row)
             elif self.implementation == "fused":
@@ -163,27 +164,38 @@ class LpOptimizer(Optimizer):
         return why
 
     def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
-        """The group's rows, by the values that hold for them: one list unless parameters have values of their own."""
+        """The group's rows, by the values that hold for them: one list unless parameters have values of their own, or blocks lie on several ranks."""
         params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return []
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
         capturable = group["capturable"]
         counts = [state["step"] for state in states]
-        # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
-        torch._foreach_add_(counts, 1 if capturable else _ONE)
+        if counts:  # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
+            torch._foreach_add_(counts, 1 if capturable else _ONE)
         work: dict[int, tuple[dict[str, Any], list[Row]]] = {}
+        ends = Ends()
         for param, state, count in zip(params, states, counts):
             step = count.item() if count.device.type == "cpu" else count
             tensors = self._local(param, [state[name] for name in names])
             numel = tensors[0].numel()
             for offset, length, own in self.segments.runs(param, numel):
                 if id(own) not in work:
-                    work[id(own)] = effective(group, own), []
-                run = tensors if length == numel else [part(t, offset, length) for t in tensors]
-                work[id(own)][1].append((*run, step))
-        return list(work.values())
+                    work[id(own)] = acting(effective(group, own)), []
+                values, rows = work[id(own)]
+                if values.get("pattern"):
+                    for segment in segments_of(self.segments, param, tensors[0], offset, length):
+                        rows.extend(ends.whole(segment, values, (*tensors, step)))
+                else:
+                    run = tensors if length == numel else [part(t, offset, length) for t in tensors]
+                    rows.append((*run, step))
+        return [*work.values(), *ends.divided(self.segments, group, self._keys)]
+
+    def _keys(self, values: dict[str, Any], row: Row) -> Tensor:
+        """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a whole block. The row is used up."""
+        device = row[0].device
+        if self.implementation in (None, "fused") and self._not_fused(values, device) is None and kernels.refusal(row) is None:
+            return patterns.keys_of(kernels.pull(device.type, self.kernel, values, row), smallest=True)
+        return patterns.keys_of(self._stepped(values, [row], self._foreach)[1][0])
 
     def _state_of(self, param: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
         if id(param) not in self._checked:
@@ -218,6 +230,17 @@ class LpOptimizer(Optimizer):
 
     def _update(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> None:
         """w_new of the equation for some rows: x from the old weights, the base's step, then the decay."""
+        columns, x, denom, hidden = self._stepped(group, rows, direction)
+        values = {"lr": float(group["lr"]), **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")}}
+        if x is not None and group.get("pattern"):
+            patterns.spare_(x, *patterns.parse(group["pattern"]))
+        if hidden:
+            hidden.decay_(*columns[:3], denom, x, group["precondition"], values)
+        else:
+            decay.decay_(columns[0], x, **values)
+
+    def _stepped(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> tuple:
+        """Steps the base. Gives the columns of the rows (weights, gradients, each state tensor), x, √v̂+ε where there is one, and what was hidden."""
         columns = [list(column) for column in zip(*rows)]
         weights, grads = columns[:2]
         lagged = columns.pop(-2) if group["lag"] else None
@@ -234,11 +257,7 @@ class LpOptimizer(Optimizer):
         denom = direction(group, lr, *columns)
         if x is not None and group.get("precondition"):
             decay.precondition_(x, denom, group["precondition"])
-        values = {"lr": lr, **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")}}
-        if hidden:
-            hidden.decay_(weights, columns[1], columns[2], denom, x, group["precondition"], values)
-        else:
-            decay.decay_(weights, x, **values)
+        return columns, x, denom, hidden
 
     # Each base gives its direction twice. Both get the group, the learning rate and the columns of the rows (weights,
     # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of each

@@ -19,7 +19,8 @@ from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
 from lp_dist.feasible import every_of, grace_until, refuse_what_cannot_be
 from lp_dist.hooks import steps_taken
-from lp_dist.quantiles import Census, Part, census, settle, share_below, smallest, stride_of, zero_below
+from lp_dist.patterned import parts
+from lp_dist.quantiles import LARGEST, Census, Part, census, settle, share_below, smallest, stride_of, zero_below
 from lp_dist.rates import rates_ahead
 from lp_dist.schedule import FROZEN, KEPT, OFF, window_steps
 from lp_dist.segments import SegmentMap, effective
@@ -140,7 +141,7 @@ class Control:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target asks for."""
         counts = self._counts(census(self.shards))
         shares = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
-        sparser = [(scope, share) for scope, share in shares.items() if share >= self.sparsity]
+        sparser = [(scope, share) for scope, share in shares.items() if share >= self.sparsity and not self.target.pattern]     # half zeros are no 2:4
         if sparser:
             scope, share = sparser[0]
             way_out = ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'" if self.target.scope == "layer" else ""
@@ -150,6 +151,8 @@ class Control:
     def _begin(self) -> None:
         counts = self._zeros()
         self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
+        if self.target.pattern:     # of which a zero that is spared is no part
+            self.before = share_below(self._parts(whole=False), dict.fromkeys(counts, 0.0))
         idle = [shard.name for shard in self.shards if shard.length and not shard.state and self._values(shard).get("precondition")]
         if idle:
             logger.warning("%d of the parameters that decay have had no gradient before the window, %s among them: the loss is not sensitive to them, so "
@@ -170,8 +173,7 @@ class Control:
         counts = self._counts(seen)
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}
         all_ = {scope: elements for scope, (_, elements) in counts.items()}
-        sample = [Part.of(scope, shard, self._values(shard), stride=stride_of(shard, all_[scope]), latent=self._hides(shard))
-                  for scope, shard in self._scoped()]
+        sample = self._parts(whole=False, elements=all_)
         faded = self._faded(sample, all_)
         found = smallest(sample, {scope: round(share[scope] * elements) for scope, elements in all_.items()}, passes=2, elements=all_)
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
@@ -197,9 +199,9 @@ class Control:
         return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
 
     def _close(self) -> None:
-        """What remains dies at once, by the same x, in the masters and in an engine's copies of them."""
+        """What remains dies at once, by the same x (of a pattern all that is not spared), in the masters and in an engine's copies of them."""
         ranks = {scope: round(self.sparsity * elements) for scope, (_, elements) in self._counts(census(self.shards)).items()}
-        found = smallest(self._parts(whole=False), ranks, passes=3)
+        found = dict.fromkeys(ranks, LARGEST) if self.target.pattern else smallest(self._parts(whole=False), ranks, passes=3)
         settle(self._parts(), found)
         before = self._counts(census(self.shards))
         zero_below(self._parts(), found)
@@ -222,8 +224,11 @@ class Control:
         """Whether its zeros may be latent weights."""
         return bool(self.segments.values(shard.name).get("latent"))
 
-    def _parts(self, whole: bool = True) -> list[Part]:
-        return [Part.of(scope, shard, self._values(shard), whole, latent=self._hides(shard)) for scope, shard in self._scoped()]
+    def _parts(self, whole: bool = True, elements: dict[str, int] | None = None) -> list[Part]:
+        if self.target.pattern:
+            return parts(self._scoped(), self._values, self.target.pattern, self.segments.straddling, whole, elements)
+        return [Part.of(scope, shard, self._values(shard), whole, stride_of(shard, elements[scope]) if elements else 1, self._hides(shard))
+                for scope, shard in self._scoped()]
 
     # -- what it looks at ---------------------------------------------------------------------------------------------
 

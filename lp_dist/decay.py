@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lp_dist import patterns
+
 P_MIN, P_MAX = -4.0, 4.0
 # A decayed weight below this is set to exact zero: it is lost to any loss in fp32, and denormals are slow.
 SNAP = 1e-13
@@ -161,7 +163,7 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, latent, lag, eps, momentum, betas, nesterov; other keys are ignored.
+    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, latent, pattern, lag, eps, momentum, betas, nesterov; other keys are ignored.
     A tensor on an accelerator is not looked at, since that would make the host wait for it.
     """
     for key, value in values.items():
@@ -190,6 +192,13 @@ def check_hyperparameters(**values: Any) -> None:
         raise ValueError(f"latent={values['latent']!r} must be True or False: whether weights that are not above the cutoff are kept out of the model")
     if values.get("latent") and values.get("cutoff") == math.inf:
         raise ValueError("latent=True with cutoff=inf would hide every weight; set the cutoff to the x below which weights are to be zero")
+    patterns.check(values.get("pattern"))
+    if values.get("pattern") and values.get("latent"):
+        raise ValueError(f"latent=True and pattern={values['pattern']!r} can't be together: what is spared in its block is never hidden; set "
+                         "latent=False, or pattern=None")
+    if values.get("pattern") and values.get("p", 0.0) >= 2:
+        raise ValueError(f"pattern={values['pattern']!r} needs p < 2, not p={values['p']!r}: x = |w|^(2-p) of a larger weight is not larger then; use "
+                         "p=0.5, or pattern=None")
     if values.get("nesterov") and not values.get("momentum"):
         raise ValueError(f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or nesterov=False")
 

@@ -177,12 +177,26 @@ def summed(counts: torch.Tensor) -> torch.Tensor:
     return counts
 
 
+def largest(numbers: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over all ranks of a small tensor of integers, on the CPU; every rank must call it."""
+    if torch.distributed.is_initialized() and numbers.numel():
+        numbers = numbers.to(reduction_device())
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return numbers.cpu()
+
+
+def everyones(told: Any) -> list[Any]:
+    """What each rank tells, by rank; every rank must call it. Small things that pickle."""
+    if not torch.distributed.is_initialized():
+        return [told]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, told)
+    return everyone
+
+
 def agree(told: dict[str, Any] | Exception) -> None:
     """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one failed."""
-    if not torch.distributed.is_initialized():
-        return
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, str(told) if isinstance(told, Exception) else told)
+    everyone = everyones(str(told) if isinstance(told, Exception) else told)
     if isinstance(told, Exception):
         return  # its own error says more
     for rank, other in enumerate(everyone):

@@ -111,6 +111,8 @@ class LpDecay:
                              "or leave it out")
         if group.get("latent"):
             raise ValueError("latent=True keeps hidden weights where Adam has its first moments, of which add_lp_decay knows nothing; use LpAdamW, or leave it out")
+        if group.get("pattern"):
+            raise ValueError(f"pattern={group['pattern']!r} is for LpAdamW, LpSGD and LpLion; use one of these, or leave it out")
         for key, way_out in (("lr", "with Adafactor set relative_step=False and an lr"), ("weight_decay", "give the groups a weight_decay, λ")):
             if group.get(key) is None:
                 raise ValueError(f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a number; {way_out}")

@@ -35,6 +35,8 @@ class LpAdamW(LpOptimizer):
             and zero absorbs.
         latent: where λ and the cutoff are above 0, weights with x not above the cutoff after the step are zero, and what they would be lies in exp_avg, since
             what is zero needs no momentum. It goes on learning from the gradient at zero and decaying, and is the weight again once its x is above.
+        pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of a matrix [outputs, inputs] the 2 (4) weights of largest x feel no Lp term
+            in a step; the others decay as ever. None: no weight is spared for its place.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at a rate of its own. 0: it
             follows at once, and needs no state.
         maximize: step along the gradient, not against it.
@@ -49,11 +51,12 @@ class LpAdamW(LpOptimizer):
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, precondition: float = 0.0, cutoff: float = math.inf,
-        floor: float = 0.0, latent: bool = False, lag: float = 0.0, maximize: bool = False, capturable: bool = False,
+        floor: float = 0.0, latent: bool = False, pattern: str | None = None, lag: float = 0.0, maximize: bool = False, capturable: bool = False,
         implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, p=p, l2=l2, precondition=precondition,
-                                      cutoff=cutoff, floor=floor, latent=latent, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, latent=latent, pattern=pattern, lag=lag, maximize=maximize,
+                                      capturable=capturable), implementation)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -107,11 +110,11 @@ class LpSGD(_Unconditioned):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0.0, nesterov: bool = False,
-        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, lag: float = 0.0,
-        maximize: bool = False, capturable: bool = False, implementation: str | None = None,
+        weight_decay: float = 0.0, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0,
+        pattern: str | None = None, lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, p=p, l2=l2,
-                                      cutoff=cutoff, floor=floor, lag=lag, maximize=maximize, capturable=capturable), implementation)
+                                      cutoff=cutoff, floor=floor, pattern=pattern, lag=lag, maximize=maximize, capturable=capturable), implementation)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (("momentum_buffer",) if group["momentum"] else ()) + super()._state_names(group)
@@ -144,10 +147,10 @@ class LpLion(_Unconditioned):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
-        *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, lag: float = 0.0, maximize: bool = False,
-        capturable: bool = False, implementation: str | None = None,
+        *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, pattern: str | None = None,
+        lag: float = 0.0, maximize: bool = False, capturable: bool = False, implementation: str | None = None,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, lag=lag,
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, pattern=pattern, lag=lag,
                                       maximize=maximize, capturable=capturable), implementation)
 
     @staticmethod

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lp_dist import decay, latents, slices
+from lp_dist import decay, latents, patterns, slices
 from lp_dist.engines import summed
 from lp_dist.shards import Piece, Shard
 
 # A positive fp32 has 31 bits, and their order is that of the numbers: 11 of them, then 10, then 10 more.
 _BITS = (11, 10, 10)
 _INFINITY = 0x7F800000  # nan lies beyond it
+LARGEST = torch.finfo(torch.float32).max
 # Weights of a scope that are enough to see where its x lie: a share of them is that of all within 0.003 (one standard deviation).
 _SAMPLE = 1 << 15
 _TOGETHER = 1 << 20     # weights of small parts that are joined at most, for about 50 bytes each while they are looked at
@@ -32,6 +33,7 @@ class Part:
         second: Adam's v of them where x is preconditioned, else None.
         values: p, precondition, betas and eps that hold for it. step: Adam's.
         memory: Adam's m of them where weights that are zero may be latent in it (see `latents.py`), else None.
+        pattern: N and M where they are whole blocks: the x of those that are spared is inf, and finite of all others. None: no blocks.
     """
 
     scope: str
@@ -40,12 +42,16 @@ class Part:
     values: dict[str, Any]
     step: float
     memory: Tensor | None = None
+    pattern: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, scope: str, shard: Shard, values: dict[str, Any], whole: bool = False, stride: int = 1, latent: bool = False) -> Part:
+    def of(cls, scope: str, shard: Shard, values: dict[str, Any], whole: bool = False, stride: int = 1, latent: bool = False,
+           take: Callable[[Tensor], Tensor] | None = None, pattern: tuple[int, int] | None = None) -> Part:
         """whole: all that lies on this rank, also what another rank counts. latent: zeros may hide weights. stride: every so many weights of the parameter; they are the
-        same ones however it is sharded (unless a shard is no contiguous range of it)."""
+        same ones however it is sharded (unless a shard is no contiguous range of it). take: gives these from what lies here, instead of the two."""
         def mine(tensor: Tensor) -> Tensor:
+            if take is not None:
+                return take(tensor)
             if whole:
                 return tensor
             piece = Piece(tensor, shard.start, shard.replica, shard.replicas)
@@ -57,7 +63,7 @@ class Part:
         if values.get("precondition") and shard.length:
             # Without a gradient so far there is no state, and √v̂ is 0
             second, step = (mine(state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"])) if state else (torch.zeros_like(weights), 1.0)
-        return cls(scope, weights, second, values, step, memory)
+        return cls(scope, weights, second, values, step, memory, pattern)
 
     def x(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Slices of the weights and of the memory (views where they are contiguous) and their x, as the decay would compute it now."""
@@ -69,12 +75,16 @@ class Part:
                 beta2 = float(self.values["betas"][1])
                 denom = (seconds[i].sqrt() / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
                 decay.precondition_(x, [denom], self.values["precondition"])
-            yield weights, memory, x[0].float()
+            found = x[0].float()
+            if self.pattern is not None:
+                patterns.spare_([found.clamp_(max=LARGEST)], *self.pattern)
+            yield weights, memory, found
 
 
-def stride_of(shard: Shard, elements: int) -> int:
-    """For `Part.of`: a sample of a scope of `elements` weights, evenly over the columns of each parameter, since whole columns may be small."""
-    width = shard.shape[-1] if len(shard.shape) else 1
+def stride_of(shard: Shard, elements: int, block: int = 1) -> int:
+    """For `Part.of`: a sample of a scope of `elements` weights, evenly over the columns (or blocks of them) of each parameter, since whole columns
+    may be small."""
+    width = shard.shape[-1] // block if len(shard.shape) else 1
     return next(stride for stride in range(max(1, elements // _SAMPLE), 0, -1) if math.gcd(stride, width) == 1)
 
 
@@ -134,7 +144,7 @@ def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[
         if len(batch) > 1:
             weights, second, memory = (torch.cat([t.reshape(-1) for t in ts]) if ts[0] is not None else None
                                        for ts in zip(*((part.weights, part.second, part.memory) for part in batch)))
-            one = Part(one.scope, weights, second, one.values, one.step, memory)
+            one = Part(one.scope, weights, second, one.values, one.step, memory, one.pattern)
         distinct = sorted(set(rows))
         which = None
         if len(distinct) > 1:   # then it is one slice
@@ -149,7 +159,8 @@ def _batches(parts: list[Part]) -> Iterator[list[Part]]:
     for part in parts:
         if part.weights.numel():
             values = tuple(str(part.values.get(key)) for key in ("p", "precondition", "betas", "eps"))
-            kinds.setdefault((part.weights.device, part.weights.dtype, *values, part.second is None, part.memory is None, part.step), []).append(part)
+            kinds.setdefault((part.weights.device, part.weights.dtype, *values, part.second is None, part.memory is None, part.step,
+                              part.pattern), []).append(part)
     for alike in kinds.values():
         batch: list[Part] = []
         size = 0

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lp_dist.decay import check_hyperparameters
+from lp_dist.patterns import Straddling
 
 # What a parameter can have of its own. The learning rate and the moments' constants are the base optimizer's, hence the group's.
-KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent")
+KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent", "pattern")
 
 # Part of a tensor with one set of values: offset, length, the values that differ from its group's.
 Run = tuple[int, int, dict[str, Any]]
@@ -52,6 +53,7 @@ class SegmentMap:
     """Segments of the tensors that an optimizer steps, and values of single parameters. Tensors are known by identity."""
 
     def __init__(self) -> None:
+        self.straddling: Straddling | None = None   # set by `attach` where blocks of patterns lie on several ranks
         self._segments = WeakIdKeyDictionary()
         self._runs: dict[int, tuple[weakref.ref[Tensor], tuple[Run, ...]]] = {}
         self._values: dict[str, dict[str, Any]] = {}

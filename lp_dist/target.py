@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lp_dist import patterns
 from lp_dist.decay import P_MIN, check_hyperparameters
 from lp_dist.parts import Groups
 from lp_dist.schedule import check_window
@@ -27,7 +28,7 @@ class SparsityTarget:
 
     Args:
         sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0 and 1. With groups: of each kind
-            of them, or in `of="all"` the share of all parameters that die with them. None with a budget.
+            of them, or in `of="all"` the share of all parameters that die with them. None with a budget, or a pattern, which says it.
         start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it nothing decays, so that
             Adam's second moments can fill; after it survivors recover.
         scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every tensor reaches the target. None: global,
@@ -47,6 +48,8 @@ class SparsityTarget:
             `lp_dist.groups_of` describes: these die as wholes, and `lp-dist export --shrink` cuts them out. They decay by their norms, and have no memory.
         budget: with groups, the parameters of the model that are to be left at most, instead of a sparsity.
         interval: with groups, optimizer steps between two decays of them, each for the learning rates of all; see `lp_dist.grouped.Grouped`.
+        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer are not zero. The largest x of each
+            block feel no decay. memory is 0 then.
     Raises:
         ValueError: a value is out of its range.
     """
@@ -67,11 +70,17 @@ class SparsityTarget:
     groups: str | Groups | Sequence[str | Groups] | None = None
     budget: int | None = None
     interval: int = 1
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if self.scope is None:
             object.__setattr__(self, "scope", "layer" if self.groups else "global")
         self._check_groups()
+        patterns.check(self.pattern)
+        if self.pattern is not None:
+            self._take_pattern()
+        if self.budget is None and self.sparsity is None:
+            raise ValueError("sparsity=None: name the share of zeros to end with (0.5 is half of the weights), or a pattern ('2:4')")
         if self.budget is None and not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
             raise ValueError(f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of the weights")
         for key, choices in (("scope", ("layer", "global")), ("of", ("decayed", "all"))):
@@ -98,6 +107,8 @@ class SparsityTarget:
 
     def _check_groups(self) -> None:
         if self.groups:
+            if self.pattern is not None:
+                raise ValueError(f"pattern={self.pattern!r} is of single weights, and groups have none; give the weights a target of their own")
             if self.memory:
                 raise ValueError(f"memory={self.memory:g} is of single weights, and groups have none; leave it out")
             if (self.sparsity is None) == (self.budget is None):
@@ -111,18 +122,33 @@ class SparsityTarget:
             if getattr(self, key) != default:
                 raise ValueError(f"{key}={getattr(self, key)!r} is of groups, and none are named; set groups='channels', or leave it out")
 
+    def _take_pattern(self) -> None:
+        """The sparsity of the pattern; raises ValueError for what contradicts it."""
+        n, m = patterns.parse(self.pattern)
+        if self.sparsity not in (None, (m - n) / m):
+            raise ValueError(f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which is {(m - n) / m:g}; leave one of them out")
+        if self.memory:
+            raise ValueError(f"memory={self.memory!r} hides weights by one threshold, and pattern={self.pattern!r} goes by blocks; set memory=0, or leave "
+                             "one of them out")
+        if self.of != "decayed":
+            raise ValueError(f"of={self.of!r} and pattern={self.pattern!r} can't be together: a pattern is one of the weights that decay; use "
+                             "of='decayed'")
+        object.__setattr__(self, "sparsity", (m - n) / m)
+
     def at(self, u: float) -> float:
         """Share of the way from the first sparsity to the last when the part u of the window is over."""
         return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
 
     def phase(self) -> dict[str, Any]:
         """The param groups' values while it acts."""
-        form = {key: getattr(self, key) for key in ("p", "precondition") if getattr(self, key) is not None}
+        form = {key: getattr(self, key) for key in ("p", "precondition", "pattern") if getattr(self, key) is not None}
         return {"cutoff": math.inf, **form}
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: what a checkpoint must agree on."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self) if self.groups or one.name not in ("groups", "budget", "interval")}
+        # What is not asked for is left out, so that checkpoints of before it could be asked for are still those of the same target.
+        left_out = (("pattern",) if self.pattern is None else ()) + (() if self.groups else ("groups", "budget", "interval"))
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in left_out}
         plain["curve"] = getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve
         if self.groups:
             plain["groups"] = names_of(self.groups)

@@ -51,7 +51,7 @@ class LpCallback(TrainerCallback, ExportableState):
 
     def __init__(self, window: DecayWindow | dict[str, Any] | None = None, *, target: SparsityTarget | dict[str, Any] | Sequence[SparsityTarget | dict[str, Any]] | None = None,
                  groups: GroupDecay | dict[str, Any] | None = None, names: Iterable[str] | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> None:
-        if window is not None and target is not None:
+        if window is not None and target:
             raise ValueError("a window and a target were given, but a target has a window of its own; set its start and end")
         self.window = DecayWindow(**window) if isinstance(window, dict) else window
         self.target = [_made(one) for one in ([target] if isinstance(target, (SparsityTarget, dict)) else target or ())]

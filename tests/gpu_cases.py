@@ -68,6 +68,10 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         w = torch.where(hidden, of[2].cpu().double(), w)
         move, parts = torch.where(hidden, lr * g / denom, move), torch.where(hidden, lr * g.abs() / denom, parts)
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
+    if a.get("pattern"):    # of each block the n largest x, of equal ones the earlier
+        n, m = map(int, a["pattern"].split(":"))
+        places = x.view(-1, m).sort(descending=True, stable=True).indices[:, :n]
+        x = x.view(-1, m).scatter(1, places, math.inf).view(-1)
     pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0))
     divisor = 1 + lr * a["l2"] + (pull if a["weight_decay"] > 0 and lr > 0 else 0.0)
     new = (w - move) / divisor
@@ -115,10 +119,13 @@ from triton.backends.compiler import GPUTarget
 from lp_dist.kernels import gpu
 
 signature = dict(rows="*i64", plans="*fp32", count="i32")
-names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "HAS_STATE", "NESTEROV", "SIZE")
-for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, True, False, 1024), ("adamw", tl.float32, tl.bfloat16, 3, 2, True, True, False, 1024),
-               ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, True, False, 1024),
-               ("sgd", tl.float32, tl.float16, -1, 0, False, False, False, 1024), ("lion", tl.float32, tl.float32, -2, 0, False, True, False, 1024)]:
+names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "SPARED", "OF", "HAS_STATE", "NESTEROV", "SIZE")
+for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, 0, 0, True, False, 1024),
+               ("adamw", tl.float32, tl.bfloat16, 3, 2, True, 0, 0, True, False, 1024),
+               ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, 0, 0, True, False, 1024),
+               ("adamw", tl.float32, tl.bfloat16, 3, 2, False, 4, 8, True, False, 1024),
+               ("sgd", tl.float32, tl.float16, -1, 0, False, 0, 0, False, False, 1024),
+               ("lion", tl.float32, tl.float32, -2, 0, False, 0, 0, True, False, 1024)]:
     source = triton.compiler.ASTSource(gpu.lp_step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
         asm = triton.compile(source, target=target, options=dict(num_warps=gpu._WARPS, enable_fp_fusion=False)).asm

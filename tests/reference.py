@@ -42,8 +42,20 @@ def lp_weight(u, w_old, *, lr, weight_decay, p, **variants):
     return w_new
 
 
+def cutoffs(weights, pattern, cutoff, *, p, precondition=0.0, denoms=None):
+    """The cutoff of each weight: below every x for the n largest x of each block of m, of equal ones the earlier. pattern: (n, m) or None."""
+    found = [cutoff] * len(weights)
+    if pattern and cutoff > 0.0:
+        n, m = pattern
+        xs = [_power(abs(w), 2.0 - p) * _power(d, precondition) for w, d in zip(weights, denoms or [1.0] * len(weights), strict=True)]
+        for start in range(0, len(xs), m):
+            for i in sorted(range(start, start + m), key=lambda i: (-xs[i], i))[:n]:
+                found[i] = -1.0
+    return found
+
+
 def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, p=0.5, l2=0.0,
-               precondition=0.0, cutoff=math.inf, floor=0.0, latent=False, maximize=False):
+               precondition=0.0, cutoff=math.inf, floor=0.0, latent=False, pattern=None, maximize=False):
     """Adam (Kingma and Ba, arXiv 1412.6980), then the Lp decay. State: step, exp_avg, exp_avg_sq.
 
     latent: a weight whose x is not above the cutoff after the step is 0, and exp_avg has its latent value, which steps without momentum.
@@ -52,7 +64,9 @@ def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, 
     state = state or {"step": 0, "exp_avg": [0.0] * len(weights), "exp_avg_sq": [0.0] * len(weights)}
     t = state["step"] + 1
     new_weights, new_m, new_v = [], [], []
-    for w, g, m, v in zip(weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], strict=True):
+    denoms = [math.sqrt((beta2 * v + (1.0 - beta2) * g * g) / (1.0 - beta2**t)) + eps for v, g in zip(state["exp_avg_sq"], grads, strict=True)]
+    limits = cutoffs(weights, pattern, cutoff, p=p, precondition=precondition, denoms=denoms)
+    for w, g, m, v, cutoff in zip(weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], limits, strict=True):
         acts = latent and weight_decay > 0.0 and cutoff > 0.0
         hidden, old = acts and w == 0.0, w
         if hidden:
@@ -75,10 +89,11 @@ def adamw_step(weights, grads, state=None, *, lr, betas=(0.9, 0.999), eps=1e-8, 
 
 
 def sgd_step(weights, grads, state=None, *, lr, momentum=0.0, nesterov=False, weight_decay=0.0, p=0.5, l2=0.0,
-             cutoff=math.inf, floor=0.0, maximize=False):
+             cutoff=math.inf, floor=0.0, pattern=None, maximize=False):
     """SGD with (Nesterov) momentum, then the Lp decay. State: momentum_buffer, whose first value is the first gradient."""
     new_weights, new_buffer = [], []
-    for i, (w, g) in enumerate(zip(weights, _signed(grads, maximize), strict=True)):
+    limits = cutoffs(weights, pattern, cutoff, p=p)
+    for i, (w, g, cutoff) in enumerate(zip(weights, _signed(grads, maximize), limits, strict=True)):
         buffer = momentum * state["momentum_buffer"][i] + g if state else g
         direction = g + momentum * buffer if nesterov else buffer
         u = w - lr * direction
@@ -88,12 +103,12 @@ def sgd_step(weights, grads, state=None, *, lr, momentum=0.0, nesterov=False, we
 
 
 def lion_step(weights, grads, state=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, p=0.5, l2=0.0, cutoff=math.inf, floor=0.0,
-              maximize=False):
+              pattern=None, maximize=False):
     """Lion (Chen et al., arXiv 2302.06675), then the Lp decay. State: exp_avg."""
     beta1, beta2 = betas
     old_m = state["exp_avg"] if state else [0.0] * len(weights)
     new_weights, new_m = [], []
-    for w, g, m in zip(weights, _signed(grads, maximize), old_m, strict=True):
+    for w, g, m, cutoff in zip(weights, _signed(grads, maximize), old_m, cutoffs(weights, pattern, cutoff, p=p), strict=True):
         mix = beta1 * m + (1.0 - beta1) * g
         direction = (mix > 0) - (mix < 0)
         u = w - lr * direction

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lp_dist import arguments, dequantise, finetune, report
+from lp_dist import arguments, dequantise, finetune, inspection, report
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +144,24 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     assert (training.weight_decay, decays.p) == (0.25, 0.0)  # the command line wins
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "'4:8'"])
+def test_a_recipe_may_name_a_pattern(tmp_path, pattern):
+    (tmp_path / "recipe.yaml").write_text(f"model: m\ndataset: d\noutput_dir: {tmp_path / 'out'}\npattern: {pattern}\nscope: layer\n")
+    target = arguments.parse([str(tmp_path / "recipe.yaml")])[2].targets()[0]
+    assert (target.pattern, target.sparsity, target.scope) == (pattern.strip("'"), 0.5, "layer")
+    assert arguments.parse([str(tmp_path / "recipe.yaml"), "--sparsity", "0"])[2].targets() == [], "a dense run by the same recipe"
+
+
+def test_a_pattern_is_in_the_saved_model(common, tmp_path):
+    finetune.main([*common, "--weight_decay", "0", "--decay_start", "0.1", "--decay_end", "0.9", "--pattern", "2:4", "--output_dir", str(tmp_path),
+                   "--eval_strategy", "no"])
+    found = inspection.inspect(tmp_path)
+    matrices = [tensor for tensor in found.tensors if tensor.counted]
+    assert len(matrices) == 14
+    assert all(tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2 for tensor in matrices)
+    assert report.read(tmp_path)["sparsity"] == 0.5 and report.read(tmp_path)["decay"]["pattern"] == "2:4"
+
+
 @pytest.mark.parametrize("words, parts", [
     (["--p", "5"], ["p=5.0", "[-4, 4]"]),
     (["--weight_decay", "-1"], ["weight_decay=-1.0", ">= 0"]),
@@ -160,6 +178,8 @@ def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
     (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
     (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+    (["--pattern", "2:4"], ["--pattern 2:4 finds λ by itself", "--weight_decay", "must be 0"]),
+    (["--pattern", "2:4", "--sparsity", "0.7", "--weight_decay", "0"], ["sparsity=0.7 contradicts pattern='2:4'"]),
     (["--distill", "2"], ["distill=2.0", "at most 1", "leave the teacher out"]),
     (["--distill", "0.3"], ["--distill 0.3 belongs to a --teacher"]),
     (["--teacher", "dense", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1", "two losses"]),

@@ -74,6 +74,39 @@ def test_every_base_against_float64(gpu, base, mode, maximize):
         assert_right(base, a, before, after)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize(("base", "more"), [
+    ("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "cutoff": 1e-3, "floor": 1e-5}),
+    ("adamw", {"p": -1.0, "precondition": 1.5}),
+    ("lion", {"p": 0.0, "cutoff": 1e-2, "floor": 1e-4}), ("momentum", {"p": 1.2}), ("sgd", {})], ids=str)
+def test_patterns_against_float64(gpu, base, more, pattern):
+    for offset in (0, 3, 8):    # wherever vectors start, blocks begin with the row
+        a = values(base, pattern=pattern, **more)
+        before = row(base, 2056 + offset)
+        for t in before[:-1]:
+            t[100:140] = t[100]     # of equal weights the earlier are spared
+        after = copy(before)
+        run(gpu, base, a, (*(t[offset:] for t in after[:-1]), after[-1]))
+        assert_right(base, a, (*(t[offset:] for t in before[:-1]), before[-1]), (*(t[offset:] for t in after[:-1]), after[-1]))
+        assert all(map(torch.equal, (t[:offset] for t in after[:-1]), (t[:offset] for t in before[:-1])))
+
+
+@pytest.mark.parametrize(("base", "more"), [
+    ("adamw", {"precondition": 1.0}), ("adamw", {"p": 0.8, "precondition": 0.37, "floor": 1.0}), ("sgd", {"p": 0.0})], ids=str)
+def test_what_blocks_are_ranked_by_and_entries_that_are_spared(gpu, base, more):
+    """For blocks that lie on several ranks: the numbers to be told, and then each entry alone, to the very bits of the whole block's step."""
+    a = values(base, pattern="4:8", **more)
+    whole, told = copy(before := row(base, 80)), copy(before)
+    run(gpu, base, a, whole)
+    run(gpu, base, {**a, "ranked": True}, told)
+    cut, spared = copy(before), torch.zeros(80, dtype=torch.bool)
+    spared.view(10, 8).scatter_(1, told[0].cpu().view(10, 8).sort(stable=True).indices[:, :4], True)
+    entries = [(*(t[i:i + 1] for t in cut[:-1]), cut[-1]) for i in range(80)]
+    for pattern, where in (("1:1", spared), (None, ~spared)):
+        run(gpu, base, {**a, "pattern": pattern}, *(entries[i] for i in where.nonzero()[:, 0].tolist()))
+    assert all(map(torch.equal, cut[:-1], whole[:-1]))
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_steps_in_a_row_against_the_oracle(gpu, base):
     a = values(base, cutoff=0.5, l2=0.1)

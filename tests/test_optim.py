@@ -203,7 +203,7 @@ def test_a_late_gradient_starts_at_step_one(implementation):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
-    common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "lag", "maximize", "capturable"}
+    common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "pattern", "lag", "maximize", "capturable"}
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
         (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),

@@ -45,8 +45,8 @@ def unavailable(device: torch.device) -> str | None:
     return str(found) if isinstance(found, Unavailable) else None
 
 
-def refusal(row: Row) -> str | None:
-    """What keeps a row from the fused step; None if nothing does."""
+def refusal(row: Row, blocks: bool = False) -> str | None:
+    """What keeps a row from the fused step; None if nothing does. blocks: it has a pattern's."""
     weights, grads = row[0], row[1]
     dtype, alike = weights.dtype, weights.is_contiguous() and grads.is_contiguous()
     if dtype not in _WEIGHTS:
@@ -57,6 +57,8 @@ def refusal(row: Row) -> str | None:
         if state.dtype is not dtype:
             return f"state of {state.dtype} for weights of {dtype}; it takes both in one dtype"
         alike = alike and state.is_contiguous()
+    if blocks and not weights.is_contiguous():
+        return f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
     if not alike and not _laid_out_alike(row[:-1]):
         return f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
     return None
@@ -75,3 +77,11 @@ def step(device_type: str, base: str, work: Work) -> None:
     Every row has passed `refusal`, and the device is not `unavailable`. Weights and state are changed in place.
     """
     _module(device_type).step(base, work)
+
+
+def pull(device_type: str, base: str, values: Mapping[str, Any], row: Row) -> Tensor:
+    """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block. The row is used up."""
+    weights, grads, *states, count = row
+    weights = weights.float()
+    step(device_type, base, [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])])
+    return weights

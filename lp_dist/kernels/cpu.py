@@ -19,6 +19,7 @@ import torch
 
 from lp_dist.decay import SNAP
 from lp_dist.kernels import Unavailable, Work
+from lp_dist.patterns import parse
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,11 @@ def step(base: str, work: Work) -> None:
     table, numbers = array("q"), array("d")
     for i, (values, rows) in enumerate(work):
         betas = values.get("betas", (0.0, 0.0))
+        n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
         numbers.extend(map(float, (
             values["lr"], *betas, values.get("eps", 0.0), values.get("momentum", 0.0), values.get("nesterov", False), values["maximize"],
-            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], values.get("floor", 0.0), SNAP, values.get("latent", False))))
+            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], values.get("floor", 0.0), SNAP,
+            values.get("latent", False), n, m, values.get("ranked", False))))
         for row in rows:
             weights, grads = row[0], row[1]
             m = row[2].data_ptr() if len(row) > 3 else 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from lp_dist.decay import SNAP, lp_decay
 from lp_dist.kernels import Unavailable, Work
 from lp_dist.kernels.gpu_kernel import ANY, FROZEN, LARGEST, NONE, ODD, lp_step
+from lp_dist.patterns import parse
 
 _SIZE, _WARPS = 1024, 4     # 8 elements a thread: two vectors of 16 bytes of each fp32 tensor are under way at a time
 _LEAST_PULL = 1e-12
@@ -118,8 +119,8 @@ def step(base: str, work: Work) -> None:
             _launch(kind, members)
 
 
-def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """POWER, GAMMA and LATENT. The learning rate is not looked at: should it be 0, the numbers say so."""
+def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, int]:
+    """POWER, GAMMA, LATENT, SPARED and OF. The learning rate is not looked at: should it be 0, the numbers say so."""
     for key in _ON_THE_HOST:
         value = values.get(key)
         if type(value) in _PLAIN:   # every tensor of the model may have values of its own, so this is quick
@@ -129,20 +130,21 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool]:
                 raise ValueError(f"{key} is a tensor on {part.device}, and the host would have to wait for it; pass a number. Only lr may lie there")
     halves, gamma = 2 * (2 - float(values["p"])), 2 * float(values.get("precondition", 0)) * (base == "adamw")
     if not (values["weight_decay"] > 0 and values["cutoff"] > 0):   # frozen at p >= 2 nothing is: SNAPPED is −1
-        return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0, False
+        return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0, False, 0, 0
+    n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
     form = (int(halves), int(gamma)) if halves in range(8) and gamma in range(5) else (ANY.value, ODD.value if gamma else 0)
-    return *form, bool(values.get("latent"))
+    return *form, bool(values.get("latent")), -1 if values.get("ranked") else n, m
 
 
 def _launch(kind: tuple, members: list[tuple]) -> None:
-    base, device, weight, gradient, power, gamma, latent, has_state, nesterov, lr_there, step_there = kind
+    base, device, weight, gradient, power, gamma, latent, spared, of, has_state, nesterov, lr_there, step_there = kind
     if base == "adamw" and not step_there and _is_capturing(device):
         raise RuntimeError("a CUDA graph would repeat this step's count forever; make the step counts tensors on the device (capturable)")
     addresses, numbers = _tables.setdefault(kind, (_Table(), _Table()))
     blocks = [(row[0].numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members]  # wherever a row starts
     places = [(n, row[0].numel(), *[t.data_ptr() for t in row[:-1]]) for n, (*_, row) in zip(blocks, members)]
     given = [(0.0 if lr_there else float(lr), *own, 0.0 if step_there or base != "adamw" else float(row[-1])) for lr, own, row in members]
-    rows = addresses.of(places, lambda: _addresses(places, [t.element_size() for t in members[0][-1][:-1]]), device)
+    rows = addresses.of(places, lambda: _addresses(places, [t.element_size() for t in members[0][-1][:-1]], of > 0), device)
     if lr_there or step_there:
         plans = _plans(base, numbers.of(given, lambda: torch.tensor(given, dtype=torch.float64), device),
                        lr=torch.stack([lr.reshape(()) for lr, *_ in members]) if lr_there else None,
@@ -150,16 +152,19 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
     else:
         plans = numbers.of(given, lambda: _plans(base, given), device)
     lp_step[(sum(blocks),)](
-        rows, plans, len(members), base, _TYPES[weight], _TYPES[gradient], power, gamma, latent, has_state, nesterov, _SIZE,
+        rows, plans, len(members), base, _TYPES[weight], _TYPES[gradient], power, gamma, latent, spared, of, has_state, nesterov, _SIZE,
         num_warps=_WARPS, enable_fp_fusion=False)
 
 
-def _addresses(places: list[tuple[int, ...]], sizes: list[int]) -> Tensor:
-    """FIRST, HEAD, ... of each place: numbers of blocks and of elements, and addresses of tensors with elements of `sizes` bytes."""
+def _addresses(places: list[tuple[int, ...]], sizes: list[int], in_blocks: bool = False) -> Tensor:
+    """FIRST, HEAD, ... of each place: numbers of blocks and of elements, and addresses of tensors with elements of `sizes` bytes. in_blocks: of a
+    pattern."""
     table, first = [], 0
     for blocks, numel, *addresses in places:
         # A run in a shard may start anywhere. If all its tensors do so alike, the walk starts before them, where vectors do.
         heads = {address // size % _ALIGNED for address, size in zip(addresses, sizes)}
+        if in_blocks and heads != {0}:      # the walk starts with a pattern's block
+            heads = {0, 1}
         head = min(heads) if len(heads) == 1 else 0
         starts = [address - head * size for address, size in zip(addresses, sizes)] + [0] * (4 - len(sizes))
         table.append([first, head, head + numel, len(heads) == 1, *starts])

@@ -15,13 +15,15 @@ FIRST, HEAD, END, ALIGNED, W, G, M, V, ADDRESSES = map(tl.constexpr, range(9))
 # Of its numbers, the Plan of step.cpp:
 (SIGN, LERP1, LERP2, BETA2, BC2, EPS, STEP, PLAIN, MOMENTUM, K, L_HI, L_LO, C, C_HI, C_LO, Y, Y_HI, Y_LO, LEAST, MOST, AT_ZERO, BASE, SNAPPED,
  NUMBERS) = map(tl.constexpr, range(24))
-# Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at most 4, or ODD.
+# Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at most 4, or ODD. SPARED of each OF
+# weights have no pull, and if it is negative what they are ranked by goes into W instead of a step; OF = 0: there are no blocks.
 NONE, FROZEN, ANY, ODD = map(tl.constexpr, (-1, -2, -3, -4))
+_PLUS = tl.standard._sum_combine    # tl.sum's own: Triton's interpreter knows it, and is quick
 
 
 @triton.jit(do_not_specialize=["count"])
 def lp_step(rows, plans, count, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, POWER: tl.constexpr, GAMMA: tl.constexpr,
-          LATENT: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr):
+          LATENT: tl.constexpr, SPARED: tl.constexpr, OF: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     low, high = block * 0, block * 0 + count - 1
     while low < high:   # the last row whose first block isn't beyond this one
@@ -33,14 +35,15 @@ def lp_step(rows, plans, count, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, G
     start = (block - tl.load(row + FIRST)) * SIZE   # int64: a tensor may have more than 2^31 elements
     whole = (tl.load(row + ALIGNED) != 0) & (start >= tl.load(row + HEAD)) & (start + SIZE <= tl.load(row + END))
     if whole:           # with a mask, or at an address of which nothing is known, there is no vector load
-        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, HAS_STATE, NESTEROV, SIZE, True)
+        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, SPARED, OF, HAS_STATE, NESTEROV, SIZE, True)
     else:
-        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, HAS_STATE, NESTEROV, SIZE, False)
+        _block(row, plan, start, OPTIMIZER, WEIGHT, GRADIENT, POWER, GAMMA, LATENT, SPARED, OF, HAS_STATE, NESTEROV, SIZE, False)
 
 
 @triton.jit
 def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, POWER: tl.constexpr, GAMMA: tl.constexpr,
-           LATENT: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+           LATENT: tl.constexpr, SPARED: tl.constexpr, OF: tl.constexpr, HAS_STATE: tl.constexpr, NESTEROV: tl.constexpr, SIZE: tl.constexpr,
+           WHOLE: tl.constexpr):
     at = tl.arange(0, SIZE)
     inside = None if WHOLE else (start + at >= tl.load(row + HEAD)) & (start + at < tl.load(row + END))
     w, step = _load(row + W, WEIGHT, start, at, inside), tl.load(plan + STEP)
@@ -68,7 +71,10 @@ def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRAD
 
     divisor = tl.load(plan + BASE)
     if POWER >= 0 or POWER == ANY:
-        divisor += _pull(tl.abs(w), d if OPTIMIZER == "adamw" else w, plan, POWER, GAMMA)
+        pull = _pull(tl.abs(w), d if OPTIMIZER == "adamw" else w, plan, POWER, GAMMA)
+        if OF > 0 and SPARED >= 0:
+            pull = _spare(pull, SPARED, OF, SIZE)
+        divisor += tl.minimum(pull, tl.load(plan + MOST))
     u = tl.div_rn(u, divisor)
     if POWER != NONE:
         snapped = tl.load(plan + SNAPPED)       # −1, the magnitude of nothing, where nothing decays after all
@@ -79,6 +85,8 @@ def _block(row, plan, start, OPTIMIZER: tl.constexpr, WEIGHT: tl.constexpr, GRAD
         under = _pull(tl.abs(u), d, plan, POWER, GAMMA) > 0
         _store(row + M, tl.where(under, u, tl.where(hidden, 0.0, m)), WEIGHT, start, at, inside)
         u = tl.where(under, u * 0.0 + 0.0, u)
+    if SPARED < 0:
+        u = pull
     _store(row + W, u, WEIGHT, start, at, inside)
 
 
@@ -100,7 +108,7 @@ def _store(address, values, TYPE: tl.constexpr, start, at, inside):
 
 @triton.jit
 def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
-    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff, and no more than at the floor."""
+    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff. What it is at the floor, MOST, is not looked at."""
     if POWER == ANY:
         pull = _power_any(a, d, plan, GAMMA)
     else:               # nothing needs to be approximated: products of q = k/|w|, k = (αλ)^(1/(2−p))
@@ -123,7 +131,19 @@ def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
     pull = tl.where(pull < tl.load(plan + LEAST), 0.0, pull)
     if POWER != 0:      # |w|^0 is 1 of a zero too
         pull = tl.where(a == tl.minimum(tl.load(plan + AT_ZERO), 0.0), tl.load(plan + AT_ZERO), pull)
-    return tl.minimum(pull, tl.load(plan + MOST))
+    return pull
+
+
+@triton.jit
+def _spare(pull, SPARED: tl.constexpr, OF: tl.constexpr, SIZE: tl.constexpr):
+    """0 for the SPARED smallest of each block of OF; of equal ones the earlier."""
+    if OF == 1:
+        return tl.full([SIZE], 0.0, tl.float32)
+    blocks, place = tl.reshape(pull, [SIZE // OF, OF]), tl.arange(0, OF)
+    own, other = tl.expand_dims(blocks, 2), tl.expand_dims(blocks, 1)
+    earlier = tl.expand_dims(tl.expand_dims(place, 0), 0) < tl.expand_dims(tl.expand_dims(place, 0), 2)
+    ahead = tl.reduce(((other < own) | ((other == own) & earlier)).to(tl.int32), 2, _PLUS)
+    return tl.reshape(tl.where(ahead < SPARED, 0.0, blocks), [SIZE])
 
 
 @triton.jit

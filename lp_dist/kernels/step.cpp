@@ -58,6 +58,7 @@ struct Row {
 
 struct Values {
     double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, floor, snap, latent;
+    double spared, of, ranked;                          // the pattern's N and M, or 0; ranked: not a step, but what it would rank by goes into w
 };
 
 // -- what a row needs, in single precision ------------------------------------------------------------------------------
@@ -74,6 +75,8 @@ struct Plan {
     float L_hi, L_lo, c, c_hi, c_lo, y, y_hi, y_lo;     // log2(αλ), 2−p and γ: see power_any
     float least, most;                                  // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
     float at_zero, base, inv_base;
+    int spared, of;                                     // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
+    bool ranked;
     int32_t snap;                                       // bits of the largest magnitude that becomes zero; −1: none does
 };
 
@@ -104,6 +107,9 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.plain = static_cast<float>(-a.lr);
     s.step = static_cast<float>(-a.lr / (base == ADAMW ? 1 - std::pow(a.beta1, double(step)) : 1));
 
+    s.spared = static_cast<int>(a.spared);
+    s.of = static_cast<int>(a.of);
+    s.ranked = a.ranked != 0;
     s.latent = base == ADAMW && a.latent != 0 && a.weight_decay > 0 && a.cutoff > 0;
     // By its pull it is told whether a weight is hidden, so where α = 0 there is one that changes no weight.
     const double strength = std::max(a.lr * a.weight_decay, s.latent ? a.cutoff * LEAST_PULL : 0), exponent = 2 - a.p;
@@ -330,6 +336,46 @@ void powers(const Plan& s, const float* w, Buffers& b, const float* const next[4
     }
 }
 
+// Z = αλ/x, where D^γ is not in S yet; what a block is ranked by.
+template <int GAMMA_HALVES> void rank(Buffers& b) {
+    const float *D = b.D, *S = b.S;
+    float* Z = b.Z;
+    sweep([=](int i) {
+        const float d = D[i], root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
+        const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
+        Z[i] = S[i] / power;
+    });
+}
+
+// S = 0 for the `spared` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each comparison is one over all blocks.
+template <int M> void spare(int spared, Buffers& b) {
+    constexpr int BLOCKS = B / M;
+    float *S = b.S, *Z = b.Z;
+    alignas(64) float turned[M][BLOCKS], ahead[M][BLOCKS];
+    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) turned[j][k] = Z[k * M + j];
+    for (int j = 0; j < M; j++) for (int k = 0; k < BLOCKS; k++) ahead[j][k] = static_cast<float>(M - 1 - j);
+    for (int j = 1; j < M; j++) for (int i = 0; i < j; i++) for (int k = 0; k < BLOCKS; k++) {
+        const float one = turned[i][k] <= turned[j][k] ? 1.f : 0.f;     // the earlier goes ahead
+        ahead[j][k] += one;
+        ahead[i][k] -= one;
+    }
+    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < spared ? 0.f : S[k * M + j];
+}
+
+void pattern(const Plan& s, float* w, Buffers& b) {
+    switch (s.base_optimizer == ADAMW ? s.gamma_halves : 0) {
+        case 1: rank<1>(b); break;
+        case 2: rank<2>(b); break;
+        case 3: rank<3>(b); break;
+        case 4: rank<4>(b); break;
+        default: rank<0>(b);
+    }
+    if (s.ranked) std::memcpy(w, b.Z, sizeof b.Z);
+    else if (s.of == 1) std::memset(b.S, 0, sizeof b.S);
+    else if (s.of == 4) spare<4>(s.spared, b);
+    else if (s.of == 8) spare<8>(s.spared, b);
+}
+
 void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers& b, const float* const next[4]) {
     const bool adam = s.base_optimizer == ADAMW;
     if (adam) moments_adam(s, w, g, m, v, b, next[3]);
@@ -338,6 +384,8 @@ void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers&
     if (s.power == NONE) return undecayed<false>(s, w, b, next[0]);
     if (s.power == FROZEN) return undecayed<true>(s, w, b, next[0]);
     powers(s, s.latent ? b.L : w, b, next);
+    if (s.of) pattern(s, w, b);
+    if (s.ranked) return;
     if (!adam) return decay<false, 0>(s, w, b, next[0]);
     if (!s.latent) return decay_adam(s, w, b, next[0]);
     decay_adam(s, b.L, b, next[0]);
