@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
-from lp_dist.feasible import every_of, grace_until, refuse_what_cannot_be
+from lp_dist.feasible import refuse_what_cannot_be
 from lp_dist.hooks import steps_taken
 from lp_dist.patterned import parts
 from lp_dist.quantiles import LARGEST, Census, Part, census, settle, share_below, smallest, stride_of, zero_below
+from lp_dist.planned import Planned
 from lp_dist.rates import rates_ahead
-from lp_dist.schedule import FROZEN, KEPT, OFF, window_steps
+from lp_dist.schedule import FROZEN, KEPT, OFF
 from lp_dist.segments import SegmentMap, effective
 from lp_dist.shards import Shard
 from lp_dist.target import SparsityTarget
@@ -33,7 +34,7 @@ _TINY = 1e-30      # λ where nothing more is to die: zeros absorb only while th
 VERSION = 3
 
 
-class Control:
+class Control(Planned):
     """Brings the optimizer to a `SparsityTarget`; made by `lp_dist.attach`. Collective: every rank does the same at the same step.
 
     Args:
@@ -47,26 +48,15 @@ class Control:
 
     def __init__(self, target: SparsityTarget, optimizer: Optimizer, segments: SegmentMap, candidates: list[Shard], left_out: list[str],
                  everything: int, total: int, lr_scheduler: Any, wrapper: Any) -> None:
-        self.target, self.total, self.lr_scheduler = target, total, lr_scheduler
-        self.optimizer, self.segments, self.wrapper = optimizer, segments, wrapper
-        self.candidates, self.left_out = candidates, left_out
-        self.start, self.end = window_steps(target.start, target.end, total)
-        self.end = min(self.end, total)
+        super().__init__(target, optimizer, total, lr_scheduler, wrapper)
+        self.segments, self.candidates, self.left_out = segments, candidates, left_out
         self.groups = sorted({shard.group for shard in candidates})
         self.phase = target.phase()
         forms = {shard.name: self._values(shard) for shard in self.shards}
         refuse_what_cannot_be(target, optimizer, self.shards, forms, (self.start, self.end, total), everything, lr_scheduler)
-        if target.memory or any(form.get("precondition") for form in forms.values()):
-            self.start = max(1, self.start)     # before the first step there are no moments
+        self._plan(bool(target.memory) or any(form.get("precondition") for form in forms.values()), slow=any(form["p"] > 0.5 for form in forms.values()))
         elements = sum(shard.shape.numel() for shard in self.shards)
         self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
-        self.grace_ends = grace_until(self.start, self.end, slow=any(form["p"] > 0.5 for form in forms.values()))
-        self.every = every_of(target, self.start, self.end)
-        self.before: dict[str, float] = {}      # share of zeros of each scope when the window began
-        self.seen = -1                          # optimizer steps at the last call
-        self.next = self.start                  # optimizer steps at which the weights are looked at again
-        self.logs: dict[str, float] = {}
-        self.closed: dict[str, float] | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -75,39 +65,17 @@ class Control:
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
-    def after_step(self) -> None:
-        """Call it after each optimizer step (and the scheduler's); a step that was skipped, or a micro-batch, changes nothing."""
-        t = steps_taken(self.optimizer)
-        if t != self.seen:
-            if t > self.start and not self.before:
-                raise RuntimeError(f"the optimizer has taken {t} steps, and the window began at {self.start}, but the target's own state is not here: "
-                                   "load it (load_state_dict of what attach returned), or call after_step() after each optimizer step from the first on")
-            self.run(t)
-
     def begin(self, t: int) -> None:
-        """Makes the optimizer ready for its first step here; after a resume beyond the start, `load_state_dict` does."""
-        if t <= self.start:
-            if t < self.start:
-                self._zeros()   # what can't be reached is known now
-            self.run(t)
+        if t < self.start:
+            self._zeros()   # what can't be reached is known now
+        super().begin(t)
 
     def run(self, t: int) -> None:
-        """Makes the optimizer ready for step t (from 0)."""
-        self.seen = t
         self.set_phase(t)
-        if t < self.start:
-            if self._keeps():
-                for shard in self.shards:
-                    self.segments.set(shard.name, weight_decay=_TINY)   # without a λ nothing is frozen
-            return
-        if not self.before:
-            self._begin()
-        if t >= self.end - 1:
-            if self.closed is None:
-                self._close()
-        elif t >= self.next:
-            self._look(t)
-            self.next = t + self.every - (t - self.start) % self.every
+        if t < self.start and self._keeps():
+            for shard in self.shards:
+                self.segments.set(shard.name, weight_decay=_TINY)   # without a λ nothing is frozen
+        super().run(t)
 
     def set_phase(self, t: int) -> None:
         """The groups' values for step t: no decay, decay, or frozen zeros. The step after the last threshold is frozen in any case."""
@@ -123,19 +91,6 @@ class Control:
     def _keeps(self) -> bool:
         """Whether zeros that the model came with are to stay: without grace and memory zero absorbs, before the window as in it."""
         return not (self.target.grace or self.target.memory)
-
-    def finish(self) -> None:
-        """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps. Collective."""
-        if self.closed is None:
-            logger.warning("the run ended after %d steps that were really taken, before the target's window did at %d; closing what is missing now",
-                           steps_taken(self.optimizer), self.end)
-            if not self.before:
-                self._begin()
-            self._close()
-
-    def plan(self, t: int) -> float:
-        """Share of the way to the target that lies behind after t steps."""
-        return self.target.at((t - self.start) / (self.end - 1 - self.start))
 
     def _zeros(self) -> dict[str, tuple[int, int]]:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target asks for."""
@@ -168,7 +123,7 @@ class Control:
     def _look(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has `every` steps from now; from a sample, since the next look mends it."""
         horizon = min(self.every, self.end - 1 - t)
-        grace = self.target.memory or (t < self.grace_ends and t + self.every < self.end - 1)
+        grace = self.target.memory or self.graced(t)
         seen = census(self.shards)
         counts = self._counts(seen)
         share = {scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()}

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from lp_dist.engines import update_copies
 from lp_dist.errors import UsageError
-from lp_dist.feasible import every_of, grace_until, refuse_window
+from lp_dist.feasible import refuse_window
 from lp_dist.grouped import Force, Grouped
 from lp_dist.hooks import steps_taken
 from lp_dist.parts import Groups
+from lp_dist.planned import Planned
 from lp_dist.rates import rates_ahead
-from lp_dist.schedule import window_steps
 from lp_dist.shards import Shard
 from lp_dist.target import SparsityTarget
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 
 
-class GroupControl:
+class GroupControl(Planned):
     """Made by `lp_dist.attach`. Collective: every rank does the same at the same step.
 
     Args:
@@ -42,26 +42,19 @@ class GroupControl:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
+    window = "window of the groups"
+
     def __init__(self, target: SparsityTarget, optimizer: Optimizer, sets: list[Groups], shards: list[Shard], everything: int, total: int,
                  lr_scheduler: Any, wrapper: Any) -> None:
-        self.target, self.optimizer, self.sets, self.total = target, optimizer, sets, total
-        self.lr_scheduler, self.wrapper = lr_scheduler, wrapper
-        self.start, self.end = window_steps(target.start, target.end, total)
-        self.end = min(self.end, total)
+        super().__init__(target, optimizer, total, lr_scheduler, wrapper)
+        self.sets = sets
         p, gamma = target.p, target.precondition
         self.grouped = Grouped(optimizer, sets, shards, p=p, precondition=gamma, interval=target.interval)
         self.lr_group = {groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name) for groups in sets}
         window = self.start, self.end, total
-        if gamma:
-            self.start = max(1, self.start)     # before the first step there are no moments
+        self._plan(bool(gamma), slow=p > 0.5)
         refuse_window(target, optimizer, set(self.lr_group.values()), window, self.start, lr_scheduler)
-        self.grace_ends = grace_until(self.start, self.end, slow=p > 0.5)
-        self.every = every_of(target, self.start, self.end)
         self.needs, self.costs = _needs(target, sets, everything), _costs(target, sets)
-        self.before: dict[str, float] = {}      # what was dead of each scope when the window began, in its costs
-        self.seen, self.next = -1, self.start
-        self.logs: dict[str, float] = {}
-        self.closed: dict[str, float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -69,47 +62,6 @@ class GroupControl:
         return sum(self.needs.values()) / sum(float(self.costs[which].sum()) for which in self._scopes().values())
 
     # -- what runs ----------------------------------------------------------------------------------------------------
-
-    def after_step(self) -> None:
-        """Call it after each optimizer step (and the scheduler's)."""
-        t = steps_taken(self.optimizer)
-        if t != self.seen:
-            if t > self.start and not self.before:
-                raise RuntimeError(f"the optimizer has taken {t} steps, and the window of the groups began at {self.start}, but the target's own state is not "
-                                   "here: load it (load_state_dict of what attach returned), or call after_step() after each optimizer step from the first on")
-            self.run(t)
-
-    def begin(self, t: int) -> None:
-        """Makes ready for the first step here; after a resume beyond the start, `load_state_dict` does."""
-        if t <= self.start:
-            self.run(t)
-
-    def run(self, t: int) -> None:
-        """Makes ready for step t (from 0)."""
-        self.seen = t
-        if t < self.start:
-            return
-        if not self.before:
-            self._begin()
-        if t >= self.end - 1:
-            if self.closed is None:
-                self._close()
-        elif t >= self.next:
-            self._look(t)
-            self.next = t + self.every - (t - self.start) % self.every
-
-    def finish(self) -> None:
-        """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps. Collective."""
-        if self.closed is None:
-            logger.warning("the run ended after %d steps that were really taken, before the window of the groups did at %d; closing what is missing now",
-                           steps_taken(self.optimizer), self.end)
-            if not self.before:
-                self._begin()
-            self._close()
-
-    def plan(self, t: int) -> float:
-        """Share of the way to the target that lies behind after t steps."""
-        return self.target.at((t - self.start) / (self.end - 1 - self.start))
 
     def _begin(self) -> None:
         dead = self._squares() == 0
@@ -123,7 +75,7 @@ class GroupControl:
     def _look(self, t: int) -> None:
         """λ and cutoff of each set, for what the plan has `every` steps from now."""
         horizon = min(self.every, self.end - 1 - t)
-        grace = t < self.grace_ends and t + self.every < self.end - 1
+        grace = self.graced(t)
         squares = self._squares()
         rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
         means, limits = squares / self.grouped.sizes.cpu(), {}

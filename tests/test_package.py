@@ -36,7 +36,7 @@ def test_an_installed_package_is_typed_and_says_its_version():
 # Each room may import those before it, never one after it.
 ORDER = ["errors", "outputs", "patterns", "decay", "slices", "kernels", "segments", "blocks", "latents", "base", "optim", "hooks", "engines",
          "shards", "groups", "schedule", "sparsity", "parts", "recognition", "structure", "rates", "quantiles", "patterned", "target", "feasible",
-         "control", "places", "grouped", "group_control", "grouping", "attached", "restoring", "attachment", "footprint", "distillation", "live",
+         "planned", "control", "places", "grouped", "group_control", "grouping", "attached", "restoring", "attachment", "footprint", "distillation", "live",
          "trainer", "report", "canvas", "figures", "page", "data", "merging", "checkpoints", "widths", "compaction", "verification", "export",
          "channels", "inspection", "bench", "trajectories", "stepping_whole", "stepping_contenders", "stepping", "dequantise", "quality",
          "arguments", "finetune", "cli"]
