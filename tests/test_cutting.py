@@ -15,7 +15,7 @@ from lp_dist.quality.methods import Spec
 from lp_dist.quality.structured import STRUCTURED, OneCut
 from test_structure import model_of
 
-METHODS = "dense groups gcut:c=0.67 cut cut:criterion=taylor lp"
+METHODS = "dense:lr=0.001 groups gcut:c=0.67 cut cut:criterion=taylor lp"
 
 
 def bench(tiny_model, topics, out, methods: str, **values) -> list[dict]:
@@ -31,20 +31,21 @@ def test_every_way_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, monkey
     monkeypatch.setenv("LP_DIST_CACHE", str(tmp_path / "cache"))
     rows = {row["method"]: row for row in bench(tiny_model, topics, tmp_path, METHODS)}
     assert list(rows) == METHODS.split()
-    before = rows["dense"]["parameters"]
+    before = rows["dense:lr=0.001"]["parameters"]
     for method, row in rows.items():
         assert row["parameters"] == before and row["loss"] < 7.0 and row["seconds"] > 0.0
-        cut = method not in ("dense", "lp")
+        cut = method not in ("dense:lr=0.001", "lp")
         assert ("loss cut" in row) == cut
         if cut:     # 48 of 96 channels of two layers, of three rows of 48 numbers each
             assert row["parameters cut"] == before - 2 * 48 * 3 * 48
             assert row["bytes"] - row["bytes cut"] == pytest.approx(4 * 2 * 48 * 3 * 48, abs=200) and row["loss cut"] == pytest.approx(row["loss"], abs=1e-4)
             assert row["tokens a second"] > 0 and row["tokens a second cut"] > 0
     assert rows["lp"]["zeros"] == pytest.approx(2 * 48 * 3 * 48, rel=1e-3), "as many parameters as the channels have"
-    assert rows["dense"]["zeros"] == 0
+    assert rows["dense:lr=0.001"]["zeros"] == 0
     page = (tmp_path / "structure.md").read_text()
-    assert page.count("\n| 50% | ") == 5 and "| ours |" in page and "×" in page
+    assert page.count("\n| 50% | ") == 5 and "| ours |" in page and "| dense fine-tune, learning rate 0.001 |" in page and "×" in page
     monkeypatch.setattr(runs, "train", None)
+    assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 6, "a dense run has no share"
     assert len(bench(tiny_model, topics, tmp_path, METHODS)) == 6, "none is made again"
 
 

@@ -48,7 +48,7 @@ def structure(model: str, text: str, methods: str, shares: str, seeds: str, grou
     path = directory / "structure.jsonl"
     asked = [{"work": work.described(), "device": runs.device_name(), "method": spec.line, "settings": spec.settings, "groups": groups, "sparsity": part, "seed": seed}
              for seed in numbers for part in parts for spec in specs]
-    asked = [row for i, row in enumerate(asked) if row["method"] != "dense" or row["sparsity"] == parts[0]]
+    asked = [row for i, row in enumerate(asked) if not _is_dense(row) or row["sparsity"] == parts[0]]
     have = {_key(row) for row in runs.read(path)}
     left = [row for row in asked if _key(row) not in have]
     tqdm.write(f"{len(asked) - len(left)} of {len(asked)} runs are in {path} already")
@@ -56,6 +56,16 @@ def structure(model: str, text: str, methods: str, shares: str, seeds: str, grou
     for row in tqdm(left, desc="runs", unit="run"):
         runs.append(path, {**row, **_one(work, row, tokens), **context})
     return _page(runs.read(path), directory)
+
+
+def _is_dense(row: dict[str, Any]) -> bool:
+    return Spec.read(row["method"]).family == "dense"
+
+
+def _name_of(method: str) -> str:
+    spec = Spec.read(method)
+    name = _NAMES.get(spec.without("lr").line, spec.without("lr").line)
+    return f"{name}, learning rate {spec.lr:g}" if spec.lr else name
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -118,7 +128,7 @@ def _page(rows: list[dict[str, Any]], directory: Path) -> Path:
                   "| share | method | seeds | perplexity | cut | parameters | file | tokens a second |", "|---:|---|---:|---:|---:|---:|---:|---:|"]
         cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
         for row in mine:
-            cells.setdefault((row["sparsity"] if row["method"] != "dense" else 0.0, row["method"]), []).append(row)
+            cells.setdefault((0.0 if _is_dense(row) else row["sparsity"], row["method"]), []).append(row)
         for (share, method), of in sorted(cells.items(), key=lambda cell: (cell[0][0], mean(row["loss"] for row in cell[1]))):
             lines.append(_line(share, method, of))
     path = directory / "structure.md"
@@ -134,7 +144,7 @@ def _line(share: float, method: str, rows: list[dict[str, Any]]) -> str:
     def perplexity(key: str) -> str:
         values = sorted(math.exp(row[key]) for row in rows)
         return f"{mean(values):.2f}" + (f" ± {(values[-1] - values[0]) / 2:.2f}" if len(values) > 1 else "")
-    cells = [f"{share:.0%}" if share else "", _NAMES.get(method, method), str(len(rows)), perplexity("loss")]
+    cells = [f"{share:.0%}" if share else "", _name_of(method), str(len(rows)), perplexity("loss")]
     if "loss cut" in rows[0]:
         before, after = rows[0]["parameters"], rows[0]["parameters cut"]
         speed = median(row["tokens a second cut"] / row["tokens a second"] for row in rows)
