@@ -58,12 +58,11 @@ class Grouped:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.counts = torch.tensor([groups.count for groups in sets])
         self.sizes = self.each([float(groups.elements) for groups in sets], device)
-        self.dead: Tensor | None = None         # of each group, whether it is held at zero
         self._held: dict[int, list[tuple[Shard, int, int, int, int, Tensor]]] = {}
         self._squares: Tensor | None = None
         self._reduction: Any = None
         self._fresh = False                     # whether the squares are those of the weights as they are
-        self._open = False                      # whether an engine's step is under way
+        self._open = False                      # whether there was a step
         self._stepped: set[int] = set()         # tensors that it has stepped
         self._made: tuple[list[Force], list[Tensor]] | None = None
         self._decays = False                    # whether it decays in this step
@@ -144,9 +143,7 @@ class Grouped:
 
     def after_step(self) -> None:
         """May be called when an engine's step is over: what the next one needs is measured now, and reduced behind forward and backward."""
-        self._open = False
-        if self._decays:
-            self._decays, self.steps, self.rates = False, 0, {}
+        self._end()
         if self._acts() and self.steps + 1 == self.interval:
             self.measure()
 
@@ -165,12 +162,15 @@ class Grouped:
                 self._counted.add(group)
                 self.rates[group] = self.rates.get(group, 0.0) + rate
 
+    def _end(self) -> None:
+        if self._decays:
+            self._decays, self.steps, self.rates = False, 0, {}
+
     def _begin(self) -> None:
         if len(self.optimizer.param_groups) == len(self._groups):
             self._groups = list(self.optimizer.param_groups)    # loading a state makes new ones
-        if self._decays:
-            self.steps, self.rates = 0, {}
-        self._open, self._stepped, self._decays, self._factors, self._counted = True, set(), False, {}, set()
+        self._end()
+        self._open, self._stepped, self._factors, self._counted = True, set(), {}, set()
         if self._acts():
             self.steps += 1
             self._decays = self.steps == self.interval
@@ -245,7 +245,7 @@ class Grouped:
 
     def hold(self, dead: Tensor | None) -> None:
         """Keeps these groups at zero from now on, at the cost of writing their zeros in each step; None: no group."""
-        self.dead, self._held = dead, {}
+        self._held = {}
         for place in self.places if dead is not None else ():
             some = torch.cat([dead, dead.new_zeros(1)]).to(place.shard.tensor.device)
             for at, block, rows, columns in blocks(place.shard.piece.values.reshape(-1), place.shard.start, place.width, most=None):

@@ -100,6 +100,20 @@ def test_the_weakest_die_first():
             assert (run.model[4].weight == 0).all(1).nonzero()[:, 0].tolist() == last
 
 
+def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
+    """On other shards the sums differ in their last bits, of the norms and of what the threshold was made from."""
+    run = Run(target_of(grace=0.0), total=TOTAL).to(20)
+    grouped = run.attached.grouped
+    numbers = []
+    for bits in (-1e-15, 0.0, 1e-15):
+        grouped.forget()
+        run.attached.groups._look(20)
+        grouped._squares = grouped._squares * (1.0 + bits)
+        grouped._factors, grouped.rates = {}, {0: 1e-3}
+        numbers.append(int((grouped._factor(grouped.places[0].shard, None) < 1.0).sum()))
+    assert numbers[0] == numbers[1] == numbers[2] > 0
+
+
 @pytest.mark.parametrize("values", [{}, {"interval": 4, "every": 8}, {"groups": apart()}])
 @pytest.mark.parametrize("taken", [3, 17, 41, 50])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
@@ -120,6 +134,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
     again.to(TOTAL)
     assert same(run.weights(), again.weights()) and run.attached.state_dict() == again.attached.state_dict()
     assert (again.model[0].weight == 0).all(1).any()
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_takes_norms_anew():
+    run = Run(target_of(), total=TOTAL).to(17)
+    saved = [copy.deepcopy(one.state_dict()) for one in (run.model, run.optimizer, run.scheduler, run.attached)]
+    wanted = run.to(23).weights()
+    for one, state in zip((run.model, run.optimizer, run.scheduler, run.attached), saved):
+        one.load_state_dict(copy.deepcopy(state))
+    run.taken = 17
+    assert same(run.to(23).weights(), wanted)
 
 
 def test_the_state_of_another_target_is_refused():
