@@ -277,6 +277,16 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in said and "--shrink --verify" in said
     assert "Groups: 96 of 192 channels, 2 of 4 kv_groups are zero;" in (tmp_path / "out" / "report.html").read_text()
+    # What the report says to do next
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from lp_dist.cli import app
+
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "out"), str(tmp_path / "out-small"), "--shrink", "--verify"])
+    assert done.exit_code == 0, done.output
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out-small")
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (48, 1)
 
 
 @pytest.mark.parametrize("more, says", [
