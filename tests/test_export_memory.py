@@ -17,15 +17,18 @@ FORMS = ("plain", "zero", "dcp")
 RUNS = {"shards": {}, "compact": {"compacted": True}, "bfloat16": {"dtype": "bfloat16"}, "shrunk": {"shrunk": True},
         "one file": {"shard_size": "1GB"}}
 CASES = [*(f"shards, {form}" for form in FORMS), "compact, plain", "bfloat16, zero", "shrunk, dcp", *(f"one file, {form}" for form in FORMS)]
-# Every form is exported once before, in small, so that what is loaded on the way does not count.
+# Every form is exported once before, in small, and torch's threads are started, so that what is loaded on the way and their stacks do not count.
 PROGRAM = f"""
 import json, resource, sys
 from pathlib import Path
+import torch
 from lp_dist.export import export
 
 small, large, out = map(Path, sys.argv[1:])
 for form in {FORMS}:
     export(small / form, out / "small" / form)
+export(small / "plain", out / "small" / "compact", compacted=True)
+torch.ones(1_000_000).sum()
 held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held + 60_000_000,) * 2)
 seen = {{}}

@@ -27,19 +27,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Bitmask and values of a tensor; None where they are not smaller than it."""
-    bits = tensor.contiguous().view(-1).view(_BITS[tensor.dtype.itemsize])
+    bits = tensor.contiguous().view(-1).view(_BITS[tensor.dtype.itemsize]).numpy()
     mask = bits != 0
-    count = int(mask.sum())
-    if math.ceil(len(bits) / 8) + count * tensor.dtype.itemsize >= tensor.nbytes:
+    if math.ceil(len(bits) / 8) + np.count_nonzero(mask) * tensor.dtype.itemsize >= tensor.nbytes:
         return None
-    return torch.from_numpy(np.packbits(mask.numpy())), bits[mask].view(tensor.dtype)
+    # By numpy: torch would make an index of eight bytes for every weight.
+    return torch.from_numpy(np.packbits(mask)), torch.from_numpy(bits[mask]).view(tensor.dtype)
 
 
 def unpack(bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The tensor that `pack` took apart, bit for bit."""
-    mask = torch.from_numpy(np.unpackbits(bitmask.numpy(), count=math.prod(shape))).bool()
+    mask = np.unpackbits(bitmask.numpy(), count=math.prod(shape)).view(bool)
     bits = torch.zeros(len(mask), dtype=_BITS[values.dtype.itemsize])
-    bits[mask] = values.view(bits.dtype)
+    bits.numpy()[mask] = values.view(bits.dtype).numpy()
     return bits.view(values.dtype).view(shape)
 
 
