@@ -137,14 +137,14 @@ def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: fl
 
 @bench.command()
 def step(sizes: str = "1e6,2e7", repeats: _Positive = 11, out: str = "docs/results", whole: bool = True, seed: int = 0, compiled: bool = True,
-         layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6,
+         layers: _Positive = 8, hidden: _Positive = 320, tokens: _Positive = 1024, blocks: _Positive = 6, groups: str = "", interval: _Positive = 1,
          engines: str = "one process; ZeRO-2; ZeRO-3; ZeRO-2, CPU offload") -> None:
     """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama; step.jsonl and step.md."""
     from lp_dist.stepping import step as measure
     from lp_dist.stepping_whole import Shape
 
     with _one_line_errors():
-        typer.echo(measure(sizes, repeats, out, whole, seed, compiled, Shape(layers, hidden, tokens, blocks), engines))
+        typer.echo(measure(sizes, repeats, out, whole, seed, compiled, Shape(layers, hidden, tokens, blocks, groups, interval), engines))
 
 
 @bench.command()

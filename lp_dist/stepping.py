@@ -35,9 +35,10 @@ def step(sizes: str = "1e6,2e7", repeats: int = 11, out: str = "docs/results", w
     torch.compile takes part. shape: of the model of the whole steps. engines: of these, by semicolons.
 
     Raises:
-        UsageError: the sizes can't be read, or are too small; there is no such engine.
+        UsageError: the sizes can't be read, or are too small; there is no such engine, or no such groups.
     """
     numbers, under = _numbers(sizes), _engines(engines)
+    shape.check()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,8 @@ def step(sizes: str = "1e6,2e7", repeats: int = 11, out: str = "docs/results", w
     run = max((row["run"] for row in rows_of(path)), default=0) + 1
     append(path, {
         "benchmark": "step", "run": run, "command": f"lp-dist bench step {words}", "seed": seed, "repeats": repeats, "device": _name(device),
-        "machine": report.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": report.versions()})
+        "machine": report.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": report.versions(),
+        **(shape.described() if whole else {})})
     for n in numbers:
         for kind in SHAPES:
             for row in _group(n, kind, device, repeats, seed, compiled):
@@ -255,11 +257,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for row in [row for row in whole if "model" in row][:1]:
             lines += [
                 f"{row['model']}.",
-                f"LpAdamW has p = 0.5, γ = 0.5 and a `SparsityTarget` that acts all the time and looks at the weights every {LOOK} steps, and",
+                f"LpAdamW has p = 0.5, γ = 0.5 and a `SparsityTarget`{_target_of(run)} that acts all the time and looks at the weights every {LOOK} steps, and",
                 f"zeros are counted every {LOOK} steps. Both train in the same processes, a step each in turn; medians over",
                 f"{row['blocks']} blocks of {LOOK} steps, quartiles in brackets; the ratio is the median of the blocks' ratios.", ""]
         lines += _markdown_table(_WHOLE_COLUMNS, map(_whole_cells, whole), left=(0, 2))
     return "\n".join(lines) + "\n"
+
+
+def _target_of(run: dict[str, Any]) -> str:
+    return f" of {run['groups']} (a decay every {'step' if run['interval'] == 1 else str(run['interval']) + ' steps'})" if run.get("groups") else ""
 
 
 def _markdown_table(columns: Iterable[str], rows: Iterable[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from lp_dist.attachment import attach
 from lp_dist.bench import wait
+from lp_dist.errors import UsageError
 from lp_dist.optim import LpAdamW
 from lp_dist.sparsity import measure_sparsity
+from lp_dist.structure import structure
 from lp_dist.target import SparsityTarget
 
 ENGINES = {
@@ -39,15 +41,34 @@ _LR, _LAMBDA, _VOCABULARY, _WARM = 1e-4, 0.1, 8192, 3
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each optimizer."""
+    """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each optimizer.
+
+    groups, interval: of the target; with no groups it is one for single weights.
+    """
 
     layers: int = 8
     hidden: int = 320
     tokens: int = 1024
     blocks: int = 6
+    groups: str = ""
+    interval: int = 1
 
-    def described(self) -> dict[str, int]:
-        return asdict(self)
+    def described(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if self.groups or key not in ("groups", "interval")}
+
+    def check(self) -> None:
+        """Raises UsageError if there are no such groups in the model, or an interval is of none."""
+        if self.interval != 1 and not self.groups:
+            raise UsageError(f"--interval {self.interval} is of groups, and none are named; add --groups channels, or leave it out")
+        if self.groups:
+            with torch.device("meta"):
+                structure(self.model(), self.groups)
+
+    @property
+    def target(self) -> SparsityTarget:
+        """One that acts all the time, of the scope that looks at more."""
+        of = {"groups": self.groups, "interval": self.interval} if self.groups else {"scope": "layer"}
+        return SparsityTarget(0.5, start=_WARM, end=max(2, self.steps), every=LOOK, **of)
 
     @property
     def steps(self) -> int:
@@ -173,8 +194,7 @@ def _ours(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
     model = shape.model().to(device)
     optimizer = LpAdamW(model.parameters(), lr=_LR, precondition=0.5, implementation="fused")
     run = _Run("LpAdamW", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
-    target = SparsityTarget(0.5, start=_WARM, end=max(2, shape.steps), scope="layer", every=LOOK)   # the scope that looks at more
-    attached = attach(run.handle, None if ENGINES[engine] else optimizer, target=target, total_steps=shape.steps)
+    attached = attach(run.handle, None if ENGINES[engine] else optimizer, target=shape.target, total_steps=shape.steps)
     taken = 0
 
     def after() -> None:

@@ -150,7 +150,20 @@ def test_whole_steps_of_one_process_reach_the_target_and_a_failed_engine_says_wh
     assert (row["engine"], row["ranks"], row["blocks"], row["zeros"]) == ("one process", 1, 1, pytest.approx(0.5, abs=0.01))
     assert row["ratio"] == row["ours"]["tokens/s"] / row["peer"]["tokens/s"], "of one block, that is the median"
     assert row["peer"]["name"] == PEER
+    assert "`SparsityTarget` that acts" in page
     assert failed["skipped"] == "it broke\nhere" and "| ZeRO-2 | skipped: here |" in page and "| one process, 1 × " in page
+
+
+def test_whole_steps_with_groups(tmp_path):
+    shape = Shape(layers=1, hidden=32, tokens=8, blocks=1, groups="channels", interval=2)
+    page = stepping.step("", repeats=1, out=str(tmp_path), shape=shape, engines="one process").read_text()
+    run, row = stepping.rows_of(tmp_path / "step.jsonl")
+    assert "--groups channels --interval 2 --engines" in run["command"] and "`SparsityTarget` of channels (a decay every 2 steps) that acts" in page
+    assert row["zeros"] == pytest.approx(0.5 * 3 * 85 / (4 * 32 + 3 * 85), abs=0.005), "half of the channels, and single weights not"
+    with pytest.raises(UsageError, match="'neurons' is none of channels, "):
+        stepping.step("", out=str(tmp_path), shape=Shape(groups="neurons"))
+    with pytest.raises(UsageError, match="--interval 2 is of groups"):
+        stepping.step("", out=str(tmp_path), shape=Shape(interval=2))
 
 
 def test_the_command_runs_and_what_is_no_size_is_refused(tmp_path):
