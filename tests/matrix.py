@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, attach, param_groups
 
-STEPS, HALVES, MAX_NORM = 20, (10, 20), 0.25
+STEPS, HALVES, MAX_NORM = 12, (6, 12), 0.25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEEPSPEED = {"ZeRO 0": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3, "ZeRO 2, CPU offload": 2, "ZeRO 3, CPU offload": 3, "BF16_Optimizer": 1}
 ENGINES = ("one process", "DDP", *DEEPSPEED, "FSDP2")
 MAIN = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")  # these get every combination in fp32
 # With powers of which nothing is a product or a root: the fused step gives the same bits wherever a weight lies, for any p and γ.
 OPTIMIZERS = {
-    "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.5, "p": 0.8, "precondition": 0.0}),
+    "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.8, "p": 0.8, "precondition": 0.0}),
     "LpAdamW, preconditioned, capped": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.01, "p": 0.3, "precondition": 0.6, "cutoff": 0.005}),
     "LpSGD": (LpSGD, {"lr": 2e-2, "weight_decay": 0.005, "p": -0.7, "momentum": 0.9}),
     "LpLion": (LpLion, {"lr": 1e-2, "weight_decay": 0.5, "p": 0.4}),
