@@ -4,5 +4,6 @@
 #   DRY_RUN=1       only print the command
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-# A file at a time in each of up to 4 processes: most of a test's time is one core's, starting ranks and importing.
-run "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# A file at a time in each process, one more than there are cores (ranks wait for each other) and up to 4: most of a test's time is one core's, starting
+# ranks and importing.
+run "$PYTHON" -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --maxprocesses 4 --dist loadfile "$@"

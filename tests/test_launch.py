@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -77,7 +78,7 @@ class Project:
         return [line.partition(" | ")[2] for line in lines]
 
 
-PYTEST = "pytest -n auto --maxprocesses 4 --dist loadfile"
+PYTEST = f"pytest -n {os.cpu_count() + 1} --maxprocesses 4 --dist loadfile"
 
 
 @pytest.fixture
