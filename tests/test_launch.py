@@ -78,7 +78,7 @@ class Project:
         return [line.partition(" | ")[2] for line in lines]
 
 
-PYTEST = f"pytest -n {os.cpu_count() + 1} --maxprocesses 4 --dist loadfile"
+PYTEST = f"pytest -n {os.cpu_count() + 1} --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
 
 
 @pytest.fixture
