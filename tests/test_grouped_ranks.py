@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,23 @@ def resumed(case: Grouped, directory: Path) -> tuple[list[str], int]:
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
+def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
+    """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights that are there, and not as before."""
+    engine = engine_of(case)
+    trained(engine, SimpleNamespace(after_step=lambda: None), case, 0, 3)
+    engine.save(directory, "before")
+    trained(engine, found := attached_to(engine, case), case, 3, 6)     # the next step's norms are under way
+    before = found.grouped.squares.clone()
+    engine.handle.load_checkpoint(directory, tag="before", load_optimizer_states=False)
+    found.grouped.measure()
+    got = found.grouped.squares.clone()
+    found.grouped.forget()
+    found.grouped.measure()
+    told = got.equal(found.grouped.squares), before.equal(got)
+    ended(engine)
+    return told
+
+
 RESUMED = [Grouped(engine, steps=STEPS, asked_for=asked, interval=3) for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))]
 
 
@@ -107,6 +125,7 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     reductions: list[int] = []
     if world_size == 2:
         told["resumed"] = {case: resumed(case, directory / case.engine.replace(" ", "-")) for case in RESUMED}
+        told["went back"] = went_back(Grouped("zero2", steps=STEPS, asked_for="λ"), directory / "back")
         told["reductions"] = reductions_of(Grouped("zero3", steps=STEPS, asked_for="λ"), reductions)
     return told
 
@@ -157,6 +176,11 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(told):
     for rank in told:
         for case, (differs, compared) in rank["resumed"].items():
             assert not differs and compared > 15, case
+
+
+def test_weights_that_an_engine_has_loaded_are_measured_anew(told):
+    """Where nothing else tells of it: with the optimizer's states its own hook does."""
+    assert all(rank["went back"] == (True, False) for rank in told)
 
 
 def test_a_step_costs_one_reduction_of_as_many_numbers_as_there_are_groups(told):
