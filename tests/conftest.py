@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def run_ranks(tmp_path, cpu_op):
     """
     def run(fn, world_size: int, *args) -> list:
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "transformers"])     # or every rank imports them anew, which takes seconds
+        # or every rank imports them anew, which takes seconds
+        context.set_forkserver_preload(["torch", "deepspeed", "transformers.trainer", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
         ranks = [context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, dict(os.environ), args)) for rank in range(world_size)]
         for process in ranks:
             process.start()
@@ -82,6 +84,33 @@ def run_ranks(tmp_path, cpu_op):
             assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
             results.append(pickle.loads((tmp_path / f"result_{rank}").read_bytes()))
         return results
+    return run
+
+
+_SEVERAL = """
+import json, sys
+import torch
+from lp_dist import arguments, finetune
+
+for words in json.loads(sys.argv[1]):
+    finetune.run(*arguments.parse(words))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def run_program(tmp_path_factory, cpu_op):
+    """`run_program([arguments, ...])`: the training program under torchrun on 2 CPU ranks, one run after the other in the same processes, since
+    most of a small run's time is that of its imports. A failure shows what it printed."""
+    script = tmp_path_factory.mktemp("script") / "several.py"
+    script.write_text(_SEVERAL)
+
+    def run(runs: list[list[str]]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), json.dumps(runs)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return run
 
 

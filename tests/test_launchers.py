@@ -21,13 +21,17 @@ TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node"
 ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--num_processes", "2"]
 LAUNCHERS = {
     "torchrun-ddp": (TORCHRUN, []),
-    "torchrun-zero3-offload": (TORCHRUN, ["--deepspeed", "configs/ds_zero3_offload.json"]),
     "deepspeed-zero1": ([*PYTHON, "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"],
                         ["--deepspeed", "configs/ds_zero1.json"]),
-    "torchrun-zero2-bf16": (TORCHRUN, ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true", "--gradient_checkpointing", "true"]),
     "accelerate-ddp": ([*ACCELERATE, "--config_file", "configs/accelerate_ddp.yaml", "-m"], []),
     "accelerate-zero2": ([*ACCELERATE, "--config_file", "configs/accelerate_zero2.yaml", "-m"], []),
     "accelerate-zero3": ([*ACCELERATE, "--config_file", "configs/accelerate_zero3.yaml", "-m"], []),
+}
+
+# Under torchrun as well, one after the other in the same processes.
+ENGINES = {
+    "torchrun-zero3-offload": ["--deepspeed", "configs/ds_zero3_offload.json"],
+    "torchrun-zero2-bf16": ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true", "--gradient_checkpointing", "true"],
 }
 
 
@@ -44,15 +48,14 @@ def words(tiny_model, topics, cpu_op) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def runs(words, tmp_path_factory) -> dict[str, Path]:
-    """One run under each launcher, by name; a failure shows what the launcher printed."""
-    found = {}
+def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
+    """One run under each launcher and of each engine, by name; a failure shows what the launcher printed."""
+    found = {name: tmp_path_factory.mktemp("launchers") / name for name in (*LAUNCHERS, *ENGINES)}
     for name, (launcher, more) in LAUNCHERS.items():
-        out = tmp_path_factory.mktemp("launchers") / name
-        done = launch(launcher, [*words, *more, "--output_dir", str(out)])
+        done = launch(launcher, [*words, *more, "--output_dir", str(found[name])])
         assert done.returncode == 0, f"{name}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         assert done.stdout.count("Perplexity on held-out text") == 1, f"{name}: the table is for rank 0 alone"
-        found[name] = out
+    run_program([[*words, *more, "--output_dir", str(found[name])] for name, more in ENGINES.items()])
     return found
 
 
