@@ -122,9 +122,9 @@ class Grouped:
             for at, block, rows, columns in blocks(values, first, place.width):
                 if self.precondition:
                     block = block * self._sensitivity(shard, first - piece.start + at, block)
+                squares = torch.square(block.to(self.dtype))
                 for dim, number in place.of.items():
-                    some = torch.linalg.vector_norm(block, dim=1 - dim, dtype=self.dtype).square_()
-                    sums[values.device].index_add_(0, number[(rows, columns)[dim]], some)
+                    sums[values.device].index_add_(0, number[(rows, columns)[dim]], squares.sum(1 - dim))
         first_sum, *others = sums.values()
         return sum((other.to(first_sum.device) for other in others), first_sum)
 
@@ -136,8 +136,8 @@ class Grouped:
             return eps ** exponent
         bias = (1 - float(group["betas"][1]) ** float(shard.state_of(shard.tensor)["step"])) ** 0.5
         second = state["exp_avg_sq"].reshape(-1)[start:start + block.numel()].view_as(block)
-        # A CPU's power depends on where in a vector an element lies, in its last bit: of single precision that would show.
-        return (second.to(torch.float64 if second.device.type == "cpu" else torch.float32).sqrt() / bias).add_(eps).pow_(exponent)
+        # Not pow_, whose last bit on a CPU depends on where in a vector an element lies, so on the sharding; log and exp have one code for all, and are faster.
+        return (second.to(torch.promote_types(second.dtype, torch.float32)).sqrt() / bias).add_(eps).log_().mul_(exponent).exp_()
 
     # -- around a step ------------------------------------------------------------------------------------------------
 
