@@ -46,7 +46,11 @@ def test_every_way_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, monkey
     assert page.count("\n| 50% | ") == 5 and "| ours |" in page and "| dense fine-tune, learning rate 0.001 |" in page and "×" in page
     monkeypatch.setattr(runs, "train", None)
     assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 6, "a dense run has no share"
+    (tmp_path / "structure.jsonl").write_text("".join(json.dumps({**row, **({"machine": "another", "threads": 2} if i else {})}) + "\n"
+                                                      for i, row in enumerate(rows.values())))
     assert len(bench(tiny_model, topics, tmp_path, METHODS)) == 6, "none is made again"
+    assert f"{rows['lp']['machine']} ({rows['lp']['threads']} thread" in (tmp_path / "structure.md").read_text()
+    assert " and another (2 threads)\n" in (tmp_path / "structure.md").read_text()
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -21,7 +21,7 @@ from lp_dist.quality import runs, works
 from lp_dist.quality.methods import Spec
 from lp_dist.quality.structured import STRUCTURED, share_of
 
-_NAMES = {"groups": "ours", "gcut": "cut gradually, by the norm", "cut": "cut before the fine-tune, by the norm",
+_NAMES = {"groups": "ours", "gcut": "cut gradually, by the norm", "gcut:c=0.67": "cut gradually, by our saliency ‖w·(√v̂)^⅔‖", "cut": "cut before the fine-tune, by the norm",
           "cut:criterion=taylor": "cut before the fine-tune, by Taylor (LLM-Pruner's)", "lp": "single zeros, as many parameters left", "dense": "dense fine-tune"}
 
 
@@ -123,8 +123,9 @@ def _page(rows: list[dict[str, Any]], directory: Path) -> Path:
     for about in dict.fromkeys(map(_about, rows)):
         mine = [row for row in rows if _about(row) == about]
         first = mine[0]
+        machines = dict.fromkeys(f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)})" for row in mine)
         lines += ["", f"## {first['groups']}, {first['work']['text']}, {first['work']['schedule']['steps']} steps of {first['work']['block']} tokens, "
-                      f"{first['machine']} ({first['threads']} threads)", "",
+                      f"{' and '.join(machines)}", "",
                   "| share | method | seeds | perplexity | cut | parameters | file | tokens a second |", "|---:|---|---:|---:|---:|---:|---:|---:|"]
         cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
         for row in mine:
