@@ -100,6 +100,8 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
         counts = [(sum(groups.count for groups in known if groups.kind == kind), what) for kind, what in (("channels", _CHANNELS), ("heads", _HEADS))]
         none = " and ".join(f"{count:,} {what}" for count, what in counts if count)
         why = f"of {none} of {cls.__name__} none is dead" if none else f"the checkpoint's tensors have other names than those of {cls.__name__}"
+        if none and len(known) < len(parts):
+            why += f" (and {len(parts) - len(known)} parts of it, such as {next(one.name for one in parts if one not in known)}, have other names in the checkpoint)"
         raise UsageError(f"--shrink finds nothing to remove: {why}. Single zeros are not enough: all that reads a channel or head must be zero, as a "
                          'target for whole groups makes it: SparsityTarget(0.5, groups="channels"), or "kv_groups"')
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
@@ -169,7 +171,9 @@ def _channels(widths: Widths, parts: list[Groups], dead: dict[str, Tensor], mult
         if before != after and len(before) == len(alike) and any(widths.cut(cuts, edits(after)) for edits in widths.of_lists(before)):
             removed.append(_told(_CHANNELS, alike, dead, [*after.values()], rounded.removeprefix(", ")))
             left = [groups for groups in left if groups not in alike]
-    for alike in _alike(left, lambda groups: groups.count):
+
+    def one_width(alike: list[Groups], whole: bool) -> bool:
+        """Cuts these parts to the width of the one that needs most, and whether it could be done. whole: tells it also if not."""
         most, before = max(alike, key=lambda groups: to[groups.label]), alike[0].count
         width = to[most.label]
         cuts = [(groups, _stays(dead[groups.label], width)) for groups in alike]
@@ -177,7 +181,15 @@ def _channels(widths: Widths, parts: list[Groups], dead: dict[str, Tensor], mult
         why = f"all layers have one width, and {most.name} needs {_alive(dead, most):,}{rounded}"
         if width < before and not fits:
             why = f"no entry of config.json, changed alone, makes them fewer than {before:,}"
-        removed.append(_told(_CHANNELS, alike, dead, [width if fits else before] * len(alike), why))
+        if fits or whole:
+            removed.append(_told(_CHANNELS, alike, dead, [width if fits else before] * len(alike), why))
+        return fits
+
+    for same in _alike(left, lambda groups: groups.count):
+        kinds = _alike(same, lambda groups: re.sub(r"\d+", "*", groups.name))     # encoder and decoder may have keys of their own
+        rest = [groups for kind in kinds if len(kinds) == 1 or not one_width(kind, False) for groups in kind]
+        if rest:
+            one_width(rest, True)
     return removed
 
 

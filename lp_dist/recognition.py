@@ -25,17 +25,18 @@ def channels(model: nn.Module) -> list[Groups]:
     Raises:
         UsageError: none is recognised; says what was looked for.
     """
-    layers, reasons = layers_of(model), {}
+    layers, widths = layers_of(model), _widths(model)
+    reasons = {module: "its experts are one tensor for all of them, which is not known" for module in _experts(model)}
     attention = {layer.name for module in _attentions(model) for layer in within(layers, module)}
     found: list[Groups] = []
     taken = set(attention)
     for module in _stacked(model):
         own = [layer for layer in within(layers, module) if layer.name not in taken]
-        match = _feed_forward(own, _widths(model))
+        match = _feed_forward(own, widths) or _square(type(model.get_submodule(module)).__name__, own, widths)
         if match is None:
             continue
         ups, down = match
-        odd = _as_wide(model, module, {down.inputs, 2 * down.inputs}, {layer.name for layer in layers})
+        odd = _as_wide(model, module, {down.inputs, ups[0].outputs}, {layer.name for layer in layers})
         taken |= {layer.name for layer in (*ups, down)}
         if getattr(model.get_submodule(module), "activation_sparsity", 0):     # Gemma 3n: a threshold from mean and spread of all channels
             reasons[module] = "its activation_sparsity ties the channels together"
@@ -74,16 +75,22 @@ def _stacked(model: nn.Module) -> list[str]:
 
 
 def _attentions(model: nn.Module) -> list[str]:
-    """Modules that call themselves attention, the innermost first."""
+    """Modules that call themselves attention, the innermost first; without whole layers that do so (JambaAttentionDecoderLayer)."""
     kinds = {name: type(module).__name__.lower() for name, module in model.named_modules()}
-    return [name for name in _stacked(model) if "attention" in kinds[name] or "attn" in kinds[name]]
+    named = [name for name in _stacked(model) if "attention" in kinds[name] or "attn" in kinds[name]]
+    return [name for name in named if not (kinds[name].endswith(("layer", "block")) and any(other.startswith(name + ".") for other in named))]
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Modules with a matrix for each of many experts in one tensor."""
+    return sorted({name.rpartition(".")[0] for name, param in model.named_parameters() if "experts" in name and len(full_shape(param)) == 3})
 
 
 def _widths(model: nn.Module) -> set[int]:
     """How wide the model is between its layers; several where a model has several parts. Empty where neither a config nor an embedding tells."""
     config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
-    widths = {getattr(config, "hidden_size", None), getattr(config, "d_model", None)} - {None}
+    configs = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))] if config is not None else []
+    widths = {getattr(one, key, None) for one in configs for key in ("hidden_size", "d_model")} - {None}
     return widths or {module.embedding_dim for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -100,6 +107,9 @@ def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) 
 
 # -- feed-forward -------------------------------------------------------------------------------------------------------------
 
+_LAST_FORWARD = re.compile(r"\.(down[a-z_]*|c_proj|fc2|w2|wo|lin2|dense_4h_to_h)$")
+
+
 def _feed_forward(own: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
     """The first layers and the last one, if these layers hold one feed-forward part and not several."""
     matches = []
@@ -112,12 +122,21 @@ def _feed_forward(own: list[Layer], widths: set[int]) -> tuple[list[Layer], Laye
     return matches[0] if len(matches) == 1 else None
 
 
+def _square(kind: str, own: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
+    """The same where the channels are as many as the model is wide (as cutting can leave it), so that names must tell which layer is the last one."""
+    *ups, down = own if len(own) in (2, 3) else [None]
+    if down is None or not re.search("mlp|ffn|feedforward", kind.lower()) or not _LAST_FORWARD.search(down.name):
+        return None
+    return (ups, down) if {width for layer in own for width in (layer.inputs, layer.outputs)} == {down.inputs} and (not widths or down.inputs in widths) else None
+
+
 # -- attention ----------------------------------------------------------------------------------------------------------------
 
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")     # what modules call the size of a head
 # How one layer that makes queries, keys and values at once lays out its outputs; shapes can't tell.
 _ONE_AFTER_ANOTHER = ("GPT2Attention", "Phi3Attention")
 _HEAD_BY_HEAD = ("GPTNeoXAttention", "BloomAttention")
+_BORROWS = "has queries alone, and reads another layer's keys and values"
 _LAST = re.compile(r"(^|\.)(o|wo|out|dense|c_proj|[a-z_]*(o_proj|out)[a-z_]*)$")
 
 
@@ -137,6 +156,7 @@ class _Attention:
 def _heads(model: nn.Module, kind: str) -> list[Groups]:
     layers, found, reasons = layers_of(model), [], {}
     taken: set[str] = set()
+    lent: list[str] = []        # modules of which keys and values are in a group
     for module in _attentions(model):
         own = [layer for layer in within(layers, module) if layer.name not in taken]
         if len(own) < 2 or any(layer.name in taken for layer in within(layers, module)):
@@ -147,6 +167,7 @@ def _heads(model: nn.Module, kind: str) -> list[Groups]:
             continue
         taken |= {layer.name for layer in own}
         whole = kind == "kv_groups" or attention.shared == attention.heads
+        lent += [module] * whole
         count = attention.shared if whole else attention.heads
         wide = attention.size * (attention.heads // count)      # of a group's queries, and of its inputs of the last layer
         members = []
@@ -158,6 +179,10 @@ def _heads(model: nn.Module, kind: str) -> list[Groups]:
             for layer, start in attention.others if whole else []:
                 members += layer.of_outputs(attention.size, start, start + attention.shared * attention.size)
         found.append(made_of(model, module, kind, count, [*members, *attention.last.of_inputs(wide)]))
+    borrows = next((module for module, reason in reasons.items() if reason == _BORROWS), None)
+    if borrows is not None:     # Gemma 3n's last layers: whose keys they read is in no shape
+        found = [groups for groups in found if groups.name not in lent]
+        reasons |= dict.fromkeys(lent, f"{borrows} {_BORROWS}, which may be its")
     looked = ("modules whose class is called attention, with a head size (head_dim and the like), linear layers of queries, keys, values and a last one, or "
               f"one for the first three in the layout of {', '.join((*_ONE_AFTER_ANOTHER, *_HEAD_BY_HEAD))}, and nothing else that is as wide as the heads")
     return _sorted(model, found, "attention heads", looked, reasons)
@@ -170,6 +195,8 @@ def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | 
     if size is None:
         return f"its modules have none of {', '.join(HEAD_SIZES)}"
     if len(own) == 2:
+        if own[0].outputs == own[1].inputs and own[0].inputs == own[1].outputs:
+            return _BORROWS
         last, first = sorted(own, key=lambda layer: layer.outputs)
         heads, rest = divmod(last.inputs, size)
         shared = (first.outputs // size - heads) // 2
@@ -199,20 +226,26 @@ def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | 
         attention = _Attention(size, heads, shared, [(layer, 0) for layer in queries], [(layer, 0) for layer in others], last)
     else:
         return f"{len(own)} linear layers ({', '.join(layer.name.rsplit('.', 1)[-1] for layer in own)})"
-    odd = _as_wide_as_heads(model, module, attention, {layer.name for layer in own})
-    return attention if odd is None else f"{odd} is as wide as the heads, and ties them together"
+    return _not_of_heads(model, module, attention, {layer.name for layer in own}) or attention
 
 
-def _as_wide_as_heads(model: nn.Module, module: str, attention: _Attention, linear: set[str]) -> str | None:
-    """A parameter in the module besides its linear layers that has a number for each head. (What stands beside the last layer in a module of its own, as
-    BERT's norm does, comes after the heads.)"""
+def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: set[str]) -> str | None:
+    """Why what stands in the module besides its linear layers is not the same for all heads, or None. (What stands beside the last layer in a module of
+    its own, as BERT's norm does, comes after the heads.)"""
     widths = {attention.heads * attention.size, attention.shared * attention.size, attention.heads, attention.shared} - {attention.size, 1}
     after = attention.last.name.rsplit(".", 1)[0]
     for name, param in model.named_parameters():
         owner = name.rsplit(".", 1)[0]
         if name.startswith(module + ".") and owner not in linear and not (after != module and name.startswith(after + ".")):
-            if widths & set(full_shape(param)):
-                return name
+            shape = full_shape(param)
+            if widths & set(shape):
+                return f"{name} is as wide as the heads, and ties them together"
+            if "norm" not in type(model.get_submodule(owner)).__name__.lower() and shape.numel() > 1:
+                # gpt-oss's sinks, where there are as many heads as each is wide; DiffLlama's lambdas, by which one head is taken from another
+                return f"it is not known what {name} does to the heads"
+    for name, part in model.get_submodule(module).named_modules():
+        if isinstance(part, nn.ModuleList) and next(part.parameters(), None) is not None:      # StableLM's norms, one for each head
+            return f"{module}.{name} is a list, and it is not known what is whose head's"
     return None
 
 

@@ -5,8 +5,9 @@ They are read from a model's modules (`recognition.py`), or described by their u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
 from torch import nn
 
@@ -62,34 +63,41 @@ def groups_of(model: nn.Module, *, outputs: str | Iterable[str] = (), inputs: st
     """Groups of your own, by patterns on the names of modules: group i is output i of the layers in `outputs` (bias and all) and input i of those in `inputs`.
 
     Args:
-        outputs, inputs: of linear layers, such as "*.fc_in" and "*.fc_out". Those of one layer, by the numbers in their names, go together;
-            without wildcards all do.
+        outputs, inputs: of linear layers, such as "*.fc_in" and "*.fc_out". Those of one layer go together, by the last number that the wildcards of
+            each stand for; without wildcards all do.
         along: one-dimensional parameters that go with them, by parameter names.
         width: neighbouring outputs (or inputs) in one group, such as the size of a head.
         kind: what to call them.
     Raises:
-        UsageError: a pattern matches nothing or two layers at once, what stands together has different widths, or the width does not divide them.
+        UsageError: a pattern matches nothing or two layers at once, or not in all the layers where another does, what stands together has different
+            widths, or the width does not divide them.
     """
     layers = {layer.name: layer for layer in layers_of(model)}
     vectors = {name: full_shape(param)[0] for name, param in model.named_parameters() if len(full_shape(param)) == 1}
     outputs, inputs, along = ([patterns] if isinstance(patterns, str) else list(patterns) for patterns in (outputs, inputs, along))
-    stacked = any(set(pattern) & set("*?[") for pattern in (*outputs, *inputs, *along))     # else the names are those of one set of groups
+    places: dict[str, set[str]] = {}
     parts: dict[str, tuple[list[Member], set[int]]] = {}
     for patterns, known, made in ((outputs, layers, lambda name: (layers[name].of_outputs(width), layers[name].outputs)),
                                   (inputs, layers, lambda name: (layers[name].of_inputs(width), layers[name].inputs)),
                                   (along, vectors, lambda name: ([Member(name, 0, 0, vectors[name], width)], vectors[name]))):
         for pattern in patterns:
-            matches = {name: _layer_of(name) if stacked else "" for name in known if fnmatchcase(name, pattern)}
+            matches = {name: _layer_of(name, pattern) for name in known if fnmatchcase(name, pattern)}
             if not matches:
                 raise UsageError(f"{pattern!r} matches no {'vector' if known is vectors else 'linear layer'} of {type(model).__name__}; names look like "
                                  f"{next(iter(known), 'none')!r}, and * stands for any part of one")
             if len(set(matches.values())) < len(matches):
                 raise UsageError(f"{pattern!r} matches two of the same layer ({', '.join(list(matches)[:2])}), whose parts can't be told apart; write it out further")
+            places[pattern] = {*matches.values()}
             for name, layer in matches.items():
                 members, size = made(name)
                 mine = parts.setdefault(layer, ([], set()))
                 mine[0].extend(members)
                 mine[1].add(size)
+    lone = next(((pattern, parts.keys() - own) for pattern, own in places.items() if parts.keys() - own), None)
+    if lone is not None:
+        where = "the layers that others name by wildcards" if lone[0] in layers or lone[0] in vectors else min(lone[1]) or "what others name without wildcards"
+        raise UsageError(f"{lone[0]!r} matches nothing in {where}, so that groups there would not be whole; let all patterns match in the same layers, or "
+                         "describe each kind of layer by a call of its own")
     found = []
     for key, (members, sizes) in parts.items():
         name = key or members[0].name
@@ -102,7 +110,11 @@ def groups_of(model: nn.Module, *, outputs: str | Iterable[str] = (), inputs: st
     return found
 
 
-def _layer_of(name: str) -> str:
-    """What of a name says which layer it is: up to the last number in it."""
-    parts = name.split(".")
-    return ".".join(parts[:max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)])
+def _layer_of(name: str, pattern: str) -> str:
+    """What of a name says which layer it is: up to the last number in it that is not spelled out by the pattern."""
+    wild = re.split(r"(\*|\?|\[!?\]?[^\]]*\])", pattern)     # text and wildcards in turn
+    match = re.fullmatch("".join(re.escape(part) if i % 2 == 0 else f"({translate(part)[4:-3]})" for i, part in enumerate(wild)), name)
+    assert match is not None
+    numbers = [one.span(1) for one in re.finditer(r"(?:^|\.)(\d+)(?=\.|$)", name)]
+    return name[:max((stop for start, stop in numbers for i in range(1, match.re.groups + 1)
+                      if match.start(i) < stop and start < match.end(i)), default=0)]

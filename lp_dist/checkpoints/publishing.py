@@ -152,17 +152,28 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
 
 def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head,
-    as GPT-2 on the hub, has not its prefix.)
+    as GPT-2 on the hub, has not its prefix; others are saved under other names than they have in memory.)
 
     Args: shapes: of the published tensors, by name.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
     for name, param in model.named_parameters():
-        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None)
-        if known is not None and shapes[known] == tuple(param.shape):
+        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None) or _saved_name(model, name, param)
+        if shapes.get(known) == tuple(param.shape):
             names[name] = known
     return names
+
+
+def _saved_name(model: nn.Module, name: str, param: Tensor) -> str:
+    """Under which transformers saves a parameter, as `_reverted`; its own where it is no tensor of its own there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        saved = list(revert_weight_conversion(model, {name: torch.empty(param.shape, dtype=param.dtype, device="meta")}))
+    except Exception:       # whatever a conversion raises that lacks its other tensors
+        saved = []
+    return saved[0] if len(saved) == 1 else name
 
 
 def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
