@@ -18,7 +18,7 @@ from lp_dist.engines import (
     agree, foreign_steppers, in_checkpoints, inner_scheduler, is_wrapped, live_optimizer, optimizer_of, undo_dry_step, unwrap)
 from lp_dist.errors import UsageError
 from lp_dist.feasible import remembers
-from lp_dist.grouping import asked_of, check_order, split, started
+from lp_dist.grouping import asked_of, check_order, check_room, split, started
 from lp_dist.groups import matrix_names
 from lp_dist.hooks import steps_taken
 from lp_dist.optim import LpOptimizer
@@ -74,9 +74,9 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             _check_target(live, found, asked, own, target)
         refuse_misfits(model, found, asked, own, *((allowed, target.pattern) if target is not None else (set(), None)))
         whole = whole or groups
-        sets, whole = asked_of(unwrap(model), live, found, whole, target) if whole is not None else ([], None)
+        sets, whole = asked_of(unwrap(model), live, found, asked, whole, target) if whole is not None else ([], None)
         failure, told = None, {**_told(live, found, asked, own), "the target": target and target.described(), "total_steps": total_steps,
-                               "the groups": str(whole), "their number": len(sets)}
+                               "the groups": whole and {**whole.described(), "are": [one.label for one in sets]}}
     except (RuntimeError, TypeError, ValueError) as error:
         failure, told = error, error
     agree(told)  # a rank that failed takes part, so that the others don't wait for it
@@ -133,6 +133,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
         control = Control(target, live, segments, candidates, left_out, everything, total_steps, scheduler, optimizer)
         if group_control is not None:
             check_order(group_control, control.start)
+            check_room(group_control, control)
         decayed = frozenset(shard.name for shard in control.shards)
         control.begin(steps_taken(live))
     matrices = {member.name for groups in sets for member in groups.members} & {shard.name for shard in found if len(shard.shape) > 1}
@@ -146,7 +147,7 @@ def attach(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = N
             attached.load_state_dict(state)
 
     in_checkpoints(model, lambda: attached.state_dict() or None, load)
-    logger.info("Lp decay on %d of %d parameters", len(decayed), len(found))
+    logger.info("Lp decay on %d of %d parameters%s", len(decayed), len(found), f", and on {sum(one.count for one in sets):,} groups in {len(matrices)}" if sets else "")
     return attached
 
 
@@ -161,7 +162,8 @@ def verify(optimizer: Any) -> Any:
         raise RuntimeError(
             f"the optimizer that steps is {type(live).__module__}.{type(live).__name__}, not one of lp_dist: there would be no Lp decay. "
             'With DeepSpeed and offload_optimizer, set "zero_force_ds_cpu_optimizer": false at the top level of its config and '
-            "remove its \"optimizer\" section; else pass optimizer_cls_and_kwargs=(LpAdamW, {...}) to Trainer")
+            "remove its \"optimizer\" section; else pass optimizer_cls_and_kwargs=(LpAdamW, {...}) to Trainer, or give the optimizer the decay by "
+            "lp_dist.add_lp_decay(optimizer)")
     others = foreign_steppers(optimizer)
     if others:
         raise RuntimeError(f"{others[0]} steps some of the weights by an optimizer of its own, without Lp decay; remove it from the DeepSpeed "

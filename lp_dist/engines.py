@@ -142,7 +142,10 @@ def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         path, client = load(*args, **kwargs)
-        restore((client or {}).get("lp_dist"))
+        given = {**dict(zip(("load_dir", "tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only"), args)), **kwargs}
+        # Where the weights alone are asked for the engine gives the client state all the same.
+        anew = given.get("load_module_only", False) or not given.get("load_optimizer_states", True)
+        restore(None if anew else (client or {}).get("lp_dist"))
         return path, client
 
     @functools.wraps(save)

@@ -226,7 +226,7 @@ def _copy_along(beside: Path, out: Path, checkpoint: Checkpoint, dtype: torch.dt
     """dtype: None leaves what config.json says of a published model; an engine's weights may be wider than the model that they began as.
     smaller: the config of a shrunk model."""
     config = smaller or read_json(beside / "config.json")
-    patterns = [*_ALONG, *([_CODE] if "auto_map" in config else []), *([FILE, "report.html"] if beside == checkpoint.path else [])]
+    patterns = [*_ALONG, *([_CODE] if "auto_map" in config else []), *([FILE, "report.html"] if beside == checkpoint.path and smaller is None else [])]     # these tell of the model as it was
     for file in (file for pattern in patterns for file in beside.glob(pattern) if file.is_file() and file.name != "zero_to_fp32.py"):
         target = out / file.relative_to(beside)
         target.parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -55,22 +56,45 @@ class GroupControl(Planned):
         self._plan(bool(gamma), slow=p > 0.5)
         refuse_window(target, optimizer, set(self.lr_group.values()), window, self.start, lr_scheduler)
         self.needs, self.costs = _needs(target, sets, everything), _costs(target, sets)
+        self.dead: Tensor | None = None     # which groups have died by the last threshold, or before it
+        if self.end - self.start < 2 * target.interval:
+            raise UsageError(f"interval={target.interval}: the window of the groups, from step {self.start} to {self.end}, holds no two decays, so that groups would "
+                             f"die by the last threshold alone; take an interval of at most {max(1, (self.end - self.start) // 2)}, or a longer window")
 
     @property
     def sparsity(self) -> float:
         """Share of the groups that are to die; of their parameters where that was asked for."""
-        return sum(self.needs.values()) / sum(float(self.costs[which].sum()) for which in self._scopes().values())
+        return sum(self.needs.values()) / float(self.costs.sum())
+
+    def shares(self) -> list[tuple[Groups, float]]:
+        """Of each set the share of its groups that is to die; where several have one threshold, the share of all of them."""
+        all_ = {scope: float(self.costs[which].sum()) for scope, which in self._scopes().items()}
+        return [(groups, self.needs[scope] / all_.get(scope, 1.0)) for groups in self.sets for scope in (_scope(self.target, groups),)]
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def begin(self, t: int) -> None:
+        if t < self.start:
+            self._dead_now()        # what can't be reached is known now
+        super().begin(t)
+
+    def _dead_now(self) -> dict[str, float]:
+        """What is dead of each scope before the window, in its costs; raises UsageError where it is as much as the target asks for."""
         dead = self._squares() == 0
-        self.before = {scope: float(self.costs[which][dead[which]].sum()) for scope, which in self._scopes().items()}
-        full = [scope for scope, cost in self.before.items() if cost >= self.needs[scope]]
-        if full:
-            raise UsageError(f"as many of {full[0]} as the target asks for are zero already; ask for more, or leave the groups out")
-        logger.info("target: %d sets of groups lose %.2f%% from optimizer step %d to %d of %d, a look every %d", len(self.sets), 100 * self.sparsity, self.start,
-                    self.end, self.total, self.every)
+        before = {scope: float(self.costs[which][dead[which]].sum()) for scope, which in self._scopes().items()}
+        scope = next((scope for scope, cost in before.items() if cost >= self.needs[scope]), None)
+        if scope is not None:
+            raise UsageError(f"{before[scope]:,.0f} of the {float(self.costs[self._scopes()[scope]].sum()):,.0f} {self._counted}{scope} are zero already, and the target "
+                             f"asks for {self.needs[scope]:,.0f}; ask for more, or leave these groups out")
+        return before
+
+    def _begin(self) -> None:
+        self.before = self._dead_now()
+        lost: dict[str, list[float]] = {}
+        for groups, share in self.shares():
+            lost.setdefault(groups.kind, []).append(share * groups.count)
+        told = ", ".join(f"{sum(of):,.0f} {kind} in {len(of)} parts" for kind, of in lost.items())
+        logger.info("target: the model loses %s, from optimizer step %d to %d of %d, a look every %d", told, self.start, self.end, self.total, self.every)
 
     def _look(self, t: int) -> None:
         """λ and cutoff of each set, for what the plan has `every` steps from now."""
@@ -86,6 +110,9 @@ class GroupControl(Planned):
             limits |= dict.fromkeys(self._labels(scope), float(means[which][order[min(int(reached), len(order) - 1)]]))
         forces = []
         for groups in self.sets:
+            if groups.label not in limits:
+                forces.append(Force())
+                continue
             x = (limits[groups.label] * groups.elements) ** ((2.0 - self.grouped.p) / 2.0)
             total = sum(rate[self.lr_group[groups.label]] for rate in rates)
             weight_decay = min(x / ((2.0 - self.grouped.p) * total), 1e30) if total > 0.0 else 0.0
@@ -102,6 +129,7 @@ class GroupControl(Planned):
             order = torch.argsort(means[which], stable=True)
             number = int(torch.searchsorted(self.costs[which][order].cumsum(0), torch.tensor(self.needs[scope] - 1e-6, dtype=torch.float64))) + 1
             dead[which[order[:number]]] = True
+        self.dead = dead | (squares == 0)
         had = float((squares == 0).double().mean())
         self.grouped.forces = [Force() for _ in self.sets]
         self.grouped.kill(dead.to(self.grouped.sizes.device))
@@ -113,9 +141,9 @@ class GroupControl(Planned):
         self._log(self.end - 1, self._squares())
 
     def _hold(self) -> None:
-        """What is dead stays dead, from now on; known from the weights themselves, also after a resume."""
+        """What has died stays dead, from now on. (By the weights alone it can't be told, where those of a group that lives are hidden.)"""
         if self.target.freeze:
-            self.grouped.hold((self._squares() == 0).to(self.grouped.sizes.device))
+            self.grouped.hold(self.dead.to(self.grouped.sizes.device))
 
     # -- what it looks at ---------------------------------------------------------------------------------------------
 
@@ -132,21 +160,25 @@ class GroupControl(Planned):
             found[groups.kind] = [dead + int((squares == 0).sum()), all_ + groups.count]
         return found
 
+    @property
+    def _counted(self) -> str:
+        return "parameters of " if self.target.budget is not None or self.target.of == "all" else ""
+
     def _scopes(self) -> dict[str, Tensor]:
-        """The numbers of the groups that have one threshold, by its name."""
+        """The numbers of the groups that have one threshold, by its name; without those that lose none."""
         found: dict[str, list[Tensor]] = {}
         first = 0
         for groups in self.sets:
             found.setdefault(_scope(self.target, groups), []).append(torch.arange(first, first + groups.count))
             first += groups.count
-        return {scope: torch.cat(which) for scope, which in found.items()}
+        return {scope: torch.cat(which) for scope, which in found.items() if self.needs[scope]}
 
     def _labels(self, scope: str) -> list[str]:
         return [groups.label for groups in self.sets if _scope(self.target, groups) == scope]
 
     def _log(self, t: int, squares: Tensor) -> None:
         scopes = self._scopes()
-        all_ = sum(float(self.costs[which].sum()) for which in scopes.values())
+        all_ = float(self.costs.sum())
         first = sum(self.before.values()) / all_
         dead = sum(float(self.costs[which][squares[which] == 0].sum()) for which in scopes.values()) / all_
         forces = [force.weight_decay for force in self.grouped.forces]
@@ -160,6 +192,7 @@ class GroupControl(Planned):
         forces = [{key: value if math.isfinite(value) else str(value) for key, value in asdict(force).items()} for force in self.grouped.forces]
         return {"version": VERSION, "target": self.target.described(), "window": [self.start, self.end, self.total, self.every], "before": dict(self.before),
                 "next": self.next, "closed": self.closed, "logs": dict(self.logs), "forces": forces, "labels": [groups.label for groups in self.sets],
+                "dead": None if self.dead is None else np.packbits(self.dead.numpy()).tobytes().hex(),
                 **self.grouped.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,7 +208,9 @@ class GroupControl(Planned):
         self.before, self.next, self.closed, self.logs = dict(state["before"]), state["next"], state["closed"], dict(state["logs"])
         self.grouped.load_state_dict(state)
         self.grouped.forces = [Force(**{key: float(value) for key, value in force.items()}) for force in state["forces"]]
-        if self.closed is not None:
+        if state["dead"] is not None:
+            bits = np.frombuffer(bytes.fromhex(state["dead"]), dtype=np.uint8)
+            self.dead = torch.from_numpy(np.unpackbits(bits, count=len(self.costs)).astype(bool))
             self._hold()
         self.run(steps_taken(self.optimizer))
 
@@ -194,19 +229,16 @@ def _costs(target: SparsityTarget, sets: list[Groups]) -> Tensor:
 
 def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, float]:
     """What is to die of each scope, in its costs; raises UsageError where there is not as much."""
-    needs: dict[str, float] = {}
+    all_: dict[str, float] = {}
+    for groups, cost in zip(sets, _costs(target, sets).split([groups.count for groups in sets])):
+        all_[_scope(target, groups)] = all_.get(_scope(target, groups), 0.0) + float(cost.sum())
     if target.budget is None and target.of == "decayed":
-        for groups in sets:
-            scope = _scope(target, groups)
-            needs[scope] = needs.get(scope, 0.0) + target.sparsity * groups.count
-        needs = {scope: float(round(need)) for scope, need in needs.items()}
-        none = [scope for scope, need in needs.items() if need < 1]
-        if none:
-            raise UsageError(f"sparsity={target.sparsity:g} of {none[0]} is none of them; ask for more, or use scope='global'")
-        _refuse_all(target, sets, needs, [groups.count for groups in sets])
+        needs = {scope: float(round(target.sparsity * count)) for scope, count in all_.items()}
+        scope = next((scope for scope, need in needs.items() if not 1 <= need < all_[scope]), None)
+        if scope is not None:
+            raise UsageError(f"sparsity={target.sparsity:g} of the {all_[scope]:.0f} {scope} is {'none' if needs[scope] < 1 else 'all'} of them; ask for "
+                             f"{'more' if needs[scope] < 1 else 'less'}" + (", or for one threshold for all layers (scope='global')" if target.scope == "layer" else ""))
         return needs
-    wanted = everything - target.budget if target.budget is not None else target.sparsity * everything
-    there = sum(groups.count * groups.elements for groups in sets)
     dims: dict[str, set[int]] = {}
     for member in (member for groups in sets for member in groups.members):
         dims.setdefault(member.name, set()).add(member.dim)
@@ -214,24 +246,37 @@ def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[
     if twice is not None:
         raise UsageError(f"the weights of {twice} are in two groups each, by row and by column, so that parameters would be counted twice; ask for a share of the "
                          "groups (of='decayed'), or for one of the two kinds")
+    wanted = everything - target.budget if target.budget is not None else target.sparsity * everything
     if wanted <= 0:
-        raise UsageError(f"budget={target.budget:,} is what the model has already, which is {everything:,} parameters; ask for fewer")
-    if wanted >= there:
+        raise UsageError(f"budget={target.budget:,} is no fewer parameters than the model has, which is {everything:,}; ask for fewer")
+    # One group of every scope stays, the largest.
+    there = sum(groups.count * groups.elements for groups in sets)
+    most = sum((groups.count - 1) * groups.elements for groups in sets) if target.scope == "layer" else there - max(groups.elements for groups in sets)
+    needs = {"all": float(math.ceil(wanted))} if target.scope == "global" else _spread(sets, wanted)
+    if wanted > most or sum(needs.values()) < wanted - 1e-6:
         asked = f"budget={target.budget:,}" if target.budget is not None else f"sparsity={target.sparsity:g} of all {everything:,} parameters"
-        raise UsageError(f"{asked} can't be reached: only {there:,} parameters are in these groups; ask for at least {everything - there + 1:,} parameters "
-                         f"(less than {there / everything:.3f} of all), or name more groups")
-    if target.scope == "global":
-        return {"all": float(math.ceil(wanted))}
-    share = wanted / there
-    needs = {groups.label: float(math.ceil(share * groups.count - 1e-9) * groups.elements) for groups in sets}
-    _refuse_all(target, sets, needs, [groups.count * groups.elements for groups in sets])
+        least = f"a budget of {everything - most:,} at least" if target.budget is not None else f"less than {most / everything:.3f} of all"
+        raise UsageError(f"{asked} can't be reached: {there:,} parameters are in these groups, of which {there - most:,} must stay; ask for {least}, or name more groups")
     return needs
 
 
-def _refuse_all(target: SparsityTarget, sets: list[Groups], needs: dict[str, float], all_: list[int]) -> None:
-    """Raises UsageError if nothing would be left of a set, where each has a need of its own."""
-    gone = next((groups.label for groups, most in zip(sets, all_) if target.scope == "layer" and needs[groups.label] >= most), None)
-    if gone is not None:
-        asked = f"sparsity={target.sparsity:g}" if target.budget is None else f"budget={target.budget:,}"
-        raise UsageError(f"{asked} leaves nothing of {gone}; ask for less, or use scope='global'")
-
+def _spread(sets: list[Groups], wanted: float) -> dict[str, float]:
+    """The parameters that each set is to lose, so that they are `wanted` or little more: of every kind the same share, the one with the largest groups
+    first, rounded to what its sets can lose alike, and the finer ones make up for it."""
+    needs: dict[str, float] = {}
+    kinds: dict[str, list[Groups]] = {}
+    for groups in sets:
+        kinds.setdefault(groups.kind, []).append(groups)
+    order = sorted(kinds.values(), key=lambda of: -max(groups.elements for groups in of))
+    for i, of in enumerate(order):
+        left = sum(groups.count * groups.elements for more in order[i:] for groups in more)
+        finer = sum((groups.count - 1) * groups.elements for more in order[i + 1:] for groups in more)
+        share = wanted / left
+        rounded = {groups.label: round(share * groups.count) for groups in of} if finer else {}
+        if not finer or wanted - sum(min(rounded[groups.label], groups.count - 1) * groups.elements for groups in of) > finer:
+            rounded = {groups.label: math.ceil(share * groups.count - 1e-9) for groups in of}      # the last one, or else too much would be left to those after it
+        for groups in of:
+            needs[groups.label] = float(min(rounded[groups.label], groups.count - 1) * groups.elements)
+            wanted -= needs[groups.label]
+        wanted = max(wanted, 0.0)
+    return needs

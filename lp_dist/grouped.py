@@ -59,6 +59,9 @@ class Grouped:
         self.counts = torch.tensor([groups.count for groups in sets])
         self.sizes = self.each([float(groups.elements) for groups in sets], device)
         self._held: dict[int, list[tuple[Shard, int, int, int, int, Tensor]]] = {}
+        # Where nothing that reads it is in a group, its weights have gradients at zero, by which a momentum would grow that a target of single weights takes
+        # for what it hides.
+        self._moving = _MOMENTA if any(not any(member.reads for member in groups.members) for groups in sets) else ()
         self._squares: Tensor | None = None
         self._reduction: Any = None
         self._fresh = False                     # whether the squares are those of the weights as they are
@@ -66,6 +69,7 @@ class Grouped:
         self._stepped: set[int] = set()         # tensors that it has stepped
         self._made: tuple[list[Force], list[Tensor]] | None = None
         self._decays = False                    # whether it decays in this step
+        self._snap = (SNAP * min((group["eps"] for group in optimizer.param_groups if precondition), default=1.0) ** (precondition / (2.0 - p))) ** 2
         self._factors: dict[tuple[int, torch.device], Tensor] = {}
         self.steps = 0                          # since the last decay
         self.rates: dict[int, Any] = {}         # learning rates summed over them, by param group
@@ -144,7 +148,7 @@ class Grouped:
     def after_step(self) -> None:
         """May be called when an engine's step is over: what the next one needs is measured now, and reduced behind forward and backward."""
         self._end()
-        if self._acts() and self.steps + 1 == self.interval:
+        if self._acts() and self.steps + 1 >= self.interval:
             self.measure()
 
     def _acts(self) -> bool:
@@ -173,7 +177,7 @@ class Grouped:
         self._open, self._stepped, self._factors, self._counted = True, set(), {}, set()
         if self._acts():
             self.steps += 1
-            self._decays = self.steps == self.interval
+            self._decays = self.steps >= self.interval
         if self._decays:
             self.measure()
 
@@ -190,7 +194,9 @@ class Grouped:
                 if id(place.shard.tensor) in stepped:
                     self._scale(place, self._factor(place.shard, skipped))
         for shard, at, rows, columns, dim, which in (held for tensor in stepped for held in self._held.get(tensor, ())):
-            shard.piece.values.reshape(-1)[at:at + rows * columns].view(rows, columns).index_fill_(dim, which, 0.0)
+            state = shard.state if self._moving else {}
+            for values in (shard.piece.values, *(state[name] for name in self._moving if name in state)):
+                values.reshape(-1)[at:at + rows * columns].view(rows, columns).index_fill_(dim, which, 0.0)
 
     def _factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
         """What the weights of each group are multiplied by, and 1 for those of none, on the shard's device."""
@@ -203,7 +209,7 @@ class Grouped:
             x = squares.pow((2.0 - self.p) / 2.0)
             factor = 1.0 / (1.0 + strength * weight_decay / torch.maximum(x, floor))
             decays = (x <= cutoff) & (weight_decay > 0.0)
-            factor = torch.where(decays, torch.where(squares <= self.sizes * SNAP**2, 0.0, factor), 1.0)
+            factor = torch.where(decays, torch.where(squares <= self.sizes * self._snap, 0.0, factor), 1.0)
             if skipped is not None:
                 factor = torch.where(skipped.to(factor.device) > 0, 1.0, factor)
             self._factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
@@ -216,7 +222,7 @@ class Grouped:
         return self._made[1]
 
     def _scale(self, place: Place, factors: Tensor, names: tuple[str, ...] = ()) -> None:
-        """Multiplies the weights, and the state of these names, by the factors of their groups, in place."""
+        """Multiplies the weights, and the state of these names, by the factors of their groups, in place (all lie row by row)."""
         piece, state = place.shard.piece, place.shard.state if names else {}
         for values in (piece.values, *(state[name] for name in names if name in state)):
             for _, block, rows, columns in blocks(values.reshape(-1), piece.start, place.width):
@@ -226,11 +232,13 @@ class Grouped:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON types: where it stands between two decays."""
-        return {"steps": self.steps, "rates": {str(i): float(rate) for i, rate in self.rates.items()}}
+        rates = {} if self._decays else self.rates      # of a step that is over, and whose end nobody has told
+        return {"steps": 0 if self._decays else self.steps, "rates": {str(i): float(rate) for i, rate in rates.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was; the weights are those that were loaded."""
         self.steps, self.rates = state["steps"], {int(i): rate for i, rate in state["rates"].items()}
+        self._decays, self._open = False, False
         self.forget()
 
     # -- death --------------------------------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ class LpDecay:
     def remove(self) -> None:
         """Takes the decay off: from now on the optimizer does with weight_decay what it did before."""
         self._restore()
+        if getattr(self, "grouped", None) is not None:
+            self.grouped.remove()       # `attach` has put it here
         for handle in self._handles:
             handle.remove()
         del self._optimizer.lp_decay

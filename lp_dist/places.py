@@ -60,6 +60,9 @@ def places_of(sets: list[Groups], shards: list[Shard]) -> list[Place]:
             if shard.start is None:
                 raise UsageError(f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this way of sharding is not "
                                  "supported. Shard by the first dimension (FSDP2), or use ZeRO")
+            if not shard.piece.values.is_contiguous():
+                raise UsageError(f"{groups.label} have weights in {member.name}, which does not lie in memory row by row (transposed, or channels last); make it "
+                                 "so by .contiguous() before the optimizer is made, or leave these groups out")
             of = numbers.setdefault(member.name, {})
             number = of.setdefault(member.dim, torch.full((shard.shape[member.dim],), total))
             number[member.start:member.stop] = first + torch.arange(member.stop - member.start) // member.width

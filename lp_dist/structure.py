@@ -26,6 +26,10 @@ def structure(model: nn.Module, groups: str | Sequence[str | Groups]) -> list[Gr
         UsageError: an unknown kind, a part of the model that is in two groups of one dimension, or none recognised.
     """
     asked = [groups] if isinstance(groups, (str, Groups)) else list(groups)
+    names = [one if isinstance(one, str) else one.label for one in asked]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is named twice in groups; name it once")
     found: list[Groups] = []
     for one in asked:
         if isinstance(one, Groups):

@@ -106,17 +106,18 @@ class SparsityTarget:
             raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is dead stays dead")
 
     def _check_groups(self) -> None:
-        if self.groups:
+        if self.groups is not None:
+            if not listed(self.groups):
+                raise ValueError(f"groups={self.groups!r} names none; name channels, heads or kv_groups, or leave it out for single weights")
             if self.pattern is not None:
                 raise ValueError(f"pattern={self.pattern!r} is of single weights, and groups have none; give the weights a target of their own")
             if self.memory:
                 raise ValueError(f"memory={self.memory:g} is of single weights, and groups have none; leave it out")
             if (self.sparsity is None) == (self.budget is None):
                 raise ValueError(f"sparsity={self.sparsity} and budget={self.budget}: groups need one of them, the share that is to die or the parameters to be left")
-            if self.budget is not None and self.budget < 1:
-                raise ValueError(f"budget={self.budget!r} must be at least 1, the parameters of the model that are to be left")
-            if self.interval < 1:
-                raise ValueError(f"interval={self.interval!r} must be at least 1 optimizer step")
+            if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
+                raise ValueError(f"budget={self.budget!r} must be a whole number from 1, the parameters of the model that are to be left")
+            check_interval(self.interval)
             return
         for key, default in (("budget", None), ("interval", 1)):
             if getattr(self, key) != default:
@@ -177,8 +178,7 @@ class GroupDecay:
         check_hyperparameters(weight_decay=self.weight_decay, p=self.p, precondition=self.precondition, cutoff=self.cutoff)
         if self.p >= 2.0:
             raise ValueError(f"p={self.p:g} makes no groups zero; take p < 1, such as 0.5")
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval!r} must be at least 1 optimizer step")
+        check_interval(self.interval)
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -193,6 +193,12 @@ def names_of(groups: str | Groups | Sequence[str | Groups]) -> list[str]:
 def listed(groups: str | Groups | Sequence[str | Groups]) -> list[str | Groups]:
     """Groups as a user may name them, as a list."""
     return [groups] if isinstance(groups, (str, Groups)) else list(groups)
+
+
+def check_interval(interval: int) -> None:
+    """Raises ValueError for steps between two decays that are none."""
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval={interval!r} must be a whole number of optimizer steps from 1")
 
 
 def check_p(p: float) -> None:

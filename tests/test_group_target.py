@@ -187,7 +187,9 @@ def test_other_bases_need_no_second_moments():
 
 @pytest.mark.parametrize("values, says", [
     (dict(sparsity=None), "groups need one of them"), (dict(budget=10), "groups need one of them"), (dict(memory=1.0), "memory=1 is of single weights"),
-    (dict(interval=0), "interval=0 must be at least 1"), (dict(sparsity=None, budget=0), "budget=0 must be at least 1"),
+    (dict(interval=0), "interval=0 must be a whole number"), (dict(interval=2.5), "interval=2.5 must be a whole number"),
+    (dict(sparsity=None, budget=0), "budget=0 must be a whole number from 1"), (dict(sparsity=None, budget="100M"), "budget='100M' must be a whole number"),
+    (dict(groups=[]), r"groups=\[\] names none"),
     (dict(groups=None, budget=10, sparsity=None), "budget=10 is of groups, and none are named"),
     (dict(groups=None, interval=2), "interval=2 is of groups, and none are named"), (dict(sparsity=1.0), "sparsity=1.0 must be between 0 and 1"),
 ])
@@ -197,11 +199,15 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
 
 
 @pytest.mark.parametrize("values, says", [
-    (dict(sparsity=None, budget=PARAMETERS, groups=apart()), "is what the model has already"),
-    (dict(sparsity=0.99, of="all", groups=apart()), "sparsity=0.99 leaves nothing of 4.weight last"),
-    (dict(sparsity=0.99, of="all", groups=apart()[:1]), r"sparsity=0.99 of all .* can't be reached: only 20,640 parameters are in these groups"),
-    (dict(sparsity=None, budget=100, groups=apart()[:1]), "budget=100 can't be reached: only"), (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"), (dict(sparsity=0.003), "sparsity=0.003 of 0.weight wide is none of them"),
-    (dict(sparsity=0.997), "sparsity=0.997 leaves nothing of 0.weight wide; ask for less"), (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
+    (dict(sparsity=None, budget=PARAMETERS, groups=apart()), "budget=21,160 is no fewer parameters than the model has, which is 21,160"),
+    (dict(sparsity=0.995, of="all", groups=apart()), "20,966|21,160 parameters are in these groups, of which 194 must stay; ask for less than 0.991 of all"),
+    (dict(sparsity=0.99, of="all", groups=apart()[:1]), r"sparsity=0.99 of all .* 20,640 parameters are in these groups, of which 129 must stay; .* less than 0.969"),
+    (dict(sparsity=None, budget=100, groups=apart()[:1]), "budget=100 can't be reached: .* ask for a budget of 649 at least"),
+    (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"),
+    (dict(sparsity=0.003), r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global'\)"),
+    (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
+    (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"), (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
+    (dict(interval=19), "interval=19: the window of the groups, from step 6 to 42, holds no two decays, .* an interval of at most 18"),
     (dict(p=1.5), "p=1.5 reaches no sparsity by itself"),
 ])
 def test_what_cannot_be_reached_is_told_before_the_run(values, says):
@@ -221,5 +227,5 @@ def test_targets_of_one_kind_and_too_few_steps_are_refused():
     with torch.no_grad():
         for part in (half[0].weight[:80], half[0].bias[:80], half[2].weight[:, :80]):
             part.zero_()
-    with pytest.raises(UsageError, match="as many of 0.weight wide as the target asks for are zero already"):
-        Run(target_of(), model=half, total=TOTAL).to(7)
+    with pytest.raises(UsageError, match="80 of the 160 0.weight wide are zero already, and the target asks for 48; ask for more"):
+        Run(target_of(), model=half, total=TOTAL)

@@ -271,7 +271,7 @@ def test_a_step_that_is_left_out_decays_nothing():
 
 @pytest.mark.parametrize("values, says", [
     (dict(weight_decay=-1.0), "weight_decay=-1.0 must be a finite number"), (dict(weight_decay=0.1, p=2.0), "p=2 makes no groups zero"),
-    (dict(weight_decay=0.1, interval=0), "interval=0 must be at least 1"), (dict(weight_decay=0.1, cutoff=math.nan), "cutoff=nan"),
+    (dict(weight_decay=0.1, interval=0), "interval=0 must be a whole number"), (dict(weight_decay=0.1, cutoff=math.nan), "cutoff=nan"),
 ])
 def test_values_out_of_range_are_refused(values, says):
     with pytest.raises(ValueError, match=says):
