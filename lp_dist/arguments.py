@@ -21,6 +21,7 @@ from lp_dist.errors import UsageError
 from lp_dist.patterns import CHOICES
 from lp_dist.report import FILE
 from lp_dist.schedule import DecayWindow, window_steps
+from lp_dist.structure import KINDS
 from lp_dist.target import CURVES, SparsityTarget
 
 
@@ -113,6 +114,8 @@ class DecayArguments:
         for key in ("group_sparsity", "budget", "group_of", "group_scope", "group_interval") if not self.groups else ():
             if getattr(self, key) != self.__dataclass_fields__[key].default:
                 raise UsageError(f"--{key} {getattr(self, key)} belongs to --groups, and none are named; add --groups channels, or leave it out")
+        if self.groups:
+            self._check_groups()
         first, last = (default if given is None else given for given, default in ((self.decay_start, 0.1), (self.decay_end, 0.7)))
         middle = (first + last) / 2 if (first <= 1) == (last <= 1) else None
         weights = self.sparsity or (self.sparsity is None and self.pattern is not None)     # a sparsity of 0 is a dense run by the same recipe
@@ -129,6 +132,22 @@ class DecayArguments:
             targets.append(SparsityTarget(self.sparsity, start=middle if self.groups else first, end=last, scope=self.scope, memory=self.memory,
                                           of=self.sparsity_of, pattern=self.pattern, **common))
         return targets
+
+    def _check_groups(self) -> None:
+        """Raises UsageError for --groups and what belongs to them, by the names of the options."""
+        odd = next((kind for kind in self.groups if kind not in KINDS), None)
+        if odd is not None:
+            raise UsageError(f"--groups {odd} is none of {', '.join(KINDS)}; name one, or several with spaces between them")
+        if (self.group_sparsity is None) == (self.budget is None):
+            raise UsageError("--groups need one of --group_sparsity, the share of each kind that is to die, and --budget, the parameters of the model to be left")
+        if self.group_sparsity is not None and not 0.0 < self.group_sparsity < 1.0:
+            raise UsageError(f"--group_sparsity {self.group_sparsity:g} must be between 0 and 1, such as 0.3 for 30 %")
+        for key in ("budget", "group_interval"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise UsageError(f"--{key} {getattr(self, key)} must be at least 1")
+        if self.pattern is not None:
+            raise UsageError(f"--pattern {self.pattern} and --groups: where dead groups are cut out, what stays would move to other blocks, and be in no pattern any "
+                             "more. Cut the groups out first (lp-dist export --shrink), and train the smaller model to the pattern")
 
     def own_values(self) -> dict[str, dict[str, Any]]:
         """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""

@@ -225,7 +225,7 @@ def _engine(trainer: LpTrainer) -> str:
 def _next(sparsity: Sparsity, args: TrainingArguments, groups: dict[str, Any] | None) -> str:
     """The command to try next: dead groups are cut out; a look at what the model writes, or more decay where hardly a weight died."""
     if groups is not None and groups["closed"]:
-        return f"lp-dist export {shlex.join([args.output_dir, args.output_dir.rstrip('/') + '-small'])} --shrink --verify    # cuts out what is dead"
+        return f"lp-dist export {shlex.join([args.output_dir, args.output_dir.rstrip('/') + '-small'])} --shrink --verify    # cuts out what is dead, where its configuration can say so"
     if args.weight_decay > 0 and sparsity.total < 0.01:
         return f"{arguments.command_line(args)} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a weight died"
     python = os.path.relpath(sys.executable)

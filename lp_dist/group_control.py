@@ -237,7 +237,7 @@ def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[
         scope = next((scope for scope, need in needs.items() if not 1 <= need < all_[scope]), None)
         if scope is not None:
             raise UsageError(f"sparsity={target.sparsity:g} of the {all_[scope]:.0f} {scope} is {'none' if needs[scope] < 1 else 'all'} of them; ask for "
-                             f"{'more' if needs[scope] < 1 else 'less'}" + (", or for one threshold for all layers (scope='global')" if target.scope == "layer" else ""))
+                             f"{'more' if needs[scope] < 1 else 'less'}" + (", or for one threshold for all layers (scope='global', --group_scope global)" if target.scope == "layer" else ""))
         return needs
     dims: dict[str, set[int]] = {}
     for member in (member for groups in sets for member in groups.members):

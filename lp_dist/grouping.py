@@ -93,4 +93,4 @@ def check_room(groups: GroupControl, weights: Control) -> None:
     name, share = max(full.items(), key=lambda item: item[1], default=("", 0.0))
     if share >= weights.sparsity:
         raise UsageError(f"when the groups have died {share:.1%} of {name} is zero, and the target of single weights is {weights.sparsity:.1%}, which counts these "
-                         "zeros as well; ask for more of it, for fewer groups" + ("" if weights.target.scope == "global" else ", or use scope='global' for it"))
+                         "zeros as well; ask for more of it, for fewer groups" + ("" if weights.target.scope == "global" else ", or use scope='global' for it (--scope global)"))

@@ -20,6 +20,7 @@ from torch import nn
 from lp_dist import widths
 from lp_dist.errors import UsageError
 from lp_dist.export import export
+from lp_dist.report import FILE
 from lp_dist.structure import structure
 
 TOKENS = torch.arange(24).view(2, 12) % 61
@@ -82,7 +83,9 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
         heads = kill(model, "kv_groups", [*range(half)], [*range(half, 2 * half)])
         gone |= heads if sized else {}
         saved += sum(half * groups.elements for groups in structure(model, "kv_groups")) if sized else 0
-    done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True, verified=True)
+    (save(model, tmp_path / "masked") / FILE).write_text("{}")
+    done = export(tmp_path / "masked", tmp_path / "out", shrunk=True, verified=True)
+    assert not (tmp_path / "out" / FILE).exists(), "it tells of the whole model"
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("masked", "out"))
     assert before.keys() == after.keys() and sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values()) == 4 * saved
     for name, tensor in before.items():

@@ -46,14 +46,14 @@ def test_a_decay_without_after_step_goes_on_from_where_it_was_saved(interval, ta
 
 
 def test_going_back_to_between_two_decays_forgets_what_came_after():
-    model, wanted = model_of(), None
+    model, states, wanted = model_of(), None, None
     optimizer = LpAdamW(model.parameters(), lr=0.02)
     attached = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.3, interval=3))
     for stop in (5, 6):             # in the second turn from right after a decay
         for number in range(stop):
             step(model, optimizer, number)
-            if number == 4:
-                states = saved(model, optimizer, attached) if wanted is None else states
+            if number == 4 and states is None:
+                states = saved(model, optimizer, attached)
         for one, state in zip((model, optimizer, attached), copy.deepcopy(states)):
             one.load_state_dict(state)
         for number in range(5, 9):

@@ -204,7 +204,7 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
     (dict(sparsity=0.99, of="all", groups=apart()[:1]), r"sparsity=0.99 of all .* 20,640 parameters are in these groups, of which 129 must stay; .* less than 0.969"),
     (dict(sparsity=None, budget=100, groups=apart()[:1]), "budget=100 can't be reached: .* ask for a budget of 649 at least"),
     (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"),
-    (dict(sparsity=0.003), r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global'\)"),
+    (dict(sparsity=0.003), r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global', --group_scope global\)"),
     (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
     (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"), (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
     (dict(interval=19), "interval=19: the window of the groups, from step 6 to 42, holds no two decays, .* an interval of at most 18"),

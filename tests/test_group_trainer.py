@@ -70,8 +70,11 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, says", [
     (["--group_sparsity", "0.3"], "--group_sparsity 0.3 belongs to --groups, and none are named"),
-    (["--groups", "channels"], "groups need one of them"), (["--groups", "channels", "--budget", "1", "--group_sparsity", "0.1"], "groups need one of them"),
-    (["--groups", "neurons", "--group_sparsity", "0.1"], "groups='neurons' is none of channels, heads, kv_groups"),
+    (["--groups", "channels"], "--groups need one of --group_sparsity"),
+    (["--groups", "channels", "--budget", "1", "--group_sparsity", "0.1"], "--groups need one of --group_sparsity, .* and --budget"),
+    (["--groups", "channels,heads", "--group_sparsity", "0.1"], "--groups channels,heads is none of channels, heads, kv_groups; name one, or several with spaces"),
+    (["--groups", "channels", "--group_sparsity", "1.5"], "--group_sparsity 1.5 must be between 0 and 1"), (["--groups", "heads", "--budget", "0"], "--budget 0 must be"),
+    (["--groups", "channels", "--group_sparsity", "0.3", "--pattern", "2:4"], "--pattern 2:4 and --groups: where dead groups are cut out"),
     (["--groups", "channels", "--group_sparsity", "0.1", "--weight_decay", "1"], "--groups channels finds λ by itself"),
     (["--groups", "channels", "--group_sparsity", "0.1", "--memory", "1"], "--memory 1.0 belongs to a --sparsity"),
     (["--groups", "channels", "--group_sparsity", "0.1", "--sparsity", "0.5", "--decay_start", "4"], "--decay_start 4 and --decay_end 0.7 are a fraction and a step"),
