@@ -19,9 +19,11 @@ from tqdm.auto import tqdm
 from lp_dist.checkpoints.entries import read_json
 from lp_dist.checkpoints.publishing import Published, in_dtype, made_on_meta, model_class, names_in
 from lp_dist.errors import UsageError
+from lp_dist.group_control import deaths
 from lp_dist.parts import Groups, Member
 from lp_dist.sparsity import layer_of
-from lp_dist.structure import recognised
+from lp_dist.structure import recognised, structure
+from lp_dist.target import SparsityTarget
 from lp_dist.widths import Widths
 
 _CHANNELS, _HEADS = "feed-forward channels", "attention heads"
@@ -115,6 +117,25 @@ def planned(pieces: list[Published], config: Path, dtype: torch.dtype | None = N
             kept.setdefault(names[name], {})[dim] = stays
     readers = {(names[member.name], member.dim) for groups in known for member in groups.members if member.reads}
     return Shrunk(kept, readers, widths.config, removed)
+
+
+def foreseen(cls: Any, settings: Any, target: SparsityTarget) -> list[Removed]:
+    """What could be cut out after a run with this target of groups, by the model's configuration alone, if in every layer the first ones died.
+
+    Args: cls, settings: of the model, as of `model_class`. Raises UsageError as `structure` and `attach` do.
+    """
+    model = made_on_meta(cls, settings, "its configuration")
+    found, _ = recognised(model)
+    dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in found.values() for groups in kind}
+    for label, number in deaths(target, structure(model, target.groups), sum(param.numel() for param in model.parameters())).items():
+        if label in dead:       # else they are of the user's own
+            dead[label][:number] = True
+    for shared, queries in zip(found.get("kv_groups", []), found.get("heads", [])):
+        dead[queries.label] |= dead[shared.label].repeat_interleave(queries.count // shared.count)
+        dead[shared.label] |= dead[queries.label].view(shared.count, -1).all(dim=1)
+    widths = Widths(cls, settings, settings.to_dict(), model)
+    removed = _channels(widths, found.get("channels", []), dead, 1) + _heads(widths, found.get("kv_groups", []), found.get("heads", []), dead)
+    return [one for one in removed if any(one.dead)]
 
 
 def _dead(parts: list[Groups], names: dict[str, str], pieces: list[Published], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -19,8 +19,10 @@ import datasets
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lp_dist import LpAdamW, LpLion, LpSGD, __version__, arguments, report
+from lp_dist.compaction import foreseen
 from lp_dist.data import load_text, pack
 from lp_dist.dequantise import dequantised
 from lp_dist.distillation import check_vocabularies
@@ -71,6 +73,10 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         join_deepspeed()
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
+    for target in targets if not is_deepspeed_zero3_enabled() else ():     # under ZeRO-3 no second model can be made to look at
+        stays = [str(one) for one in foreseen(type(model), model.config, target) if not one.gone] if target.groups else []
+        if stays:
+            logger.warning("what dies will not be cut out by lp-dist export --shrink, so the model gets neither smaller nor faster by it: %s", "; ".join(stays))
     teacher = None
     if teaching is not None:    # it needs no master weights
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype

@@ -227,6 +227,14 @@ def _costs(target: SparsityTarget, sets: list[Groups]) -> Tensor:
     return torch.cat([torch.full((groups.count,), float(groups.elements if by_size else 1), dtype=torch.float64) for groups in sets])
 
 
+def deaths(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, int]:
+    """{label: how many of a set's groups are to die}; where several have one threshold, as many of each as would be alike. Raises UsageError as `GroupControl`."""
+    needs, all_ = _needs(target, sets, everything), {}
+    for groups, cost in zip(sets, _costs(target, sets).split([groups.count for groups in sets])):
+        all_[_scope(target, groups)] = all_.get(_scope(target, groups), 0.0) + float(cost.sum())
+    return {groups.label: round(needs[_scope(target, groups)] / all_[_scope(target, groups)] * groups.count) for groups in sets}
+
+
 def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, float]:
     """What is to die of each scope, in its costs; raises UsageError where there is not as much."""
     all_: dict[str, float] = {}

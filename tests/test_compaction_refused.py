@@ -17,6 +17,7 @@ from lp_dist import compaction
 from lp_dist.cli import app
 from lp_dist.errors import DiffersError, UsageError
 from lp_dist.export import export
+from lp_dist.target import SparsityTarget
 
 MAMBA = dict(hidden_size=16, num_hidden_layers=2, vocab_size=61, state_size=4, bos_token_id=0, eos_token_id=0)
 
@@ -83,3 +84,31 @@ def test_the_command_tells_what_went_and_what_stayed(half, tmp_path, monkeypatch
     told = CliRunner().invoke(app, ["export", str(half), str(tmp_path / "out"), "--shrink", "--multiple", "16", "--verify"]).stdout
     assert "52 of 96 feed-forward channels are dead, 32 are gone: 48 → 32 in each of 2 layers; all layers have one width, and model." in told
     assert re.search(r"after, shrunk +│ +\d", told) and "what the checkpoint has, without these, bit for bit; 915 logits differ by" in told
+
+
+@pytest.mark.parametrize("family, asked, wanted", [
+    ("llama", {"groups": ["channels", "kv_groups"]}, [(48, 96), (2, 4)]), ("llama", {"groups": "heads"}, [(2, 4)]), ("gpt2", {"groups": "channels"}, [(128, 256)]),
+    ("gpt2", {"groups": "heads"}, [(0, 8)]), ("falcon", {"groups": "channels", "scope": "global"}, [(128, 256)]),
+    ("qwen3", {"sparsity": None, "budget": 24_288, "groups": "channels"}, [(14, 96)]),
+])
+def test_what_can_be_cut_out_is_known_before_a_run(family, asked, wanted):
+    """(gone, all) of each kind; what stays says why."""
+    model = model_of(family)
+    found = compaction.foreseen(type(model), model.config, SparsityTarget(**{"sparsity": 0.5, **asked}))
+    assert [(one.gone, sum(one.before)) for one in found] == wanted
+    assert all(one.gone or "makes a model of other ones" in str(one) for one in found)
+
+
+def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_model, caplog):
+    """Heads of GPT-2 die and stay: its configuration has no head size of its own."""
+    from transformers import AutoTokenizer
+
+    from lp_dist import finetune
+
+    directory = save(model_of("gpt2", vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)), n_positions=64), tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    finetune.main(["--model", str(directory), "--dataset", str(topics), "--block_size", "32", "--max_steps", "16", "--per_device_train_batch_size", "2", "--use_cpu", "true",
+                   "--report_to", "none", "--max_eval_blocks", "2", "--output_dir", str(tmp_path / "out"), "--groups", "heads", "--group_sparsity", "0.5"])
+    said = [record.getMessage() for record in caplog.records]
+    at = next(i for i, line in enumerate(said) if "what dies will not be cut out by lp-dist export --shrink" in line and "4 of 8 attention heads" in line)
+    assert any("Lp decay on" in line for line in said[at:]), "before the decay is attached"
