@@ -122,7 +122,9 @@ class LpCallback(TrainerCallback, ExportableState):
         if self.attached is None or not self.attached.decayed:
             return {}
         logs = dict(self.attached.logs)
-        return logs if self.attached.control is not None else {**logs, "lp/measured": measure_sparsity(model, names=self.attached.decayed).total}
+        # Of all that may decay, as at the end of a run; where groups alone die that is more than what they are in.
+        names = self.attached.decayed if self.names is None else self.names
+        return logs if self.attached.control is not None else {**logs, "lp/measured": measure_sparsity(model, names=names).total}
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in (logs or {}) and "lp/measured" not in logs:    # Trainer's own log lines come after this callback; loggers came before it

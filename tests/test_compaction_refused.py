@@ -103,12 +103,15 @@ def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_m
     """Heads of GPT-2 die and stay: its configuration has no head size of its own."""
     from transformers import AutoTokenizer
 
-    from lp_dist import finetune
+    from lp_dist import finetune, report
 
     directory = save(model_of("gpt2", vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)), n_positions=64), tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
     finetune.main(["--model", str(directory), "--dataset", str(topics), "--block_size", "32", "--max_steps", "16", "--per_device_train_batch_size", "2", "--use_cpu", "true",
-                   "--report_to", "none", "--max_eval_blocks", "2", "--output_dir", str(tmp_path / "out"), "--groups", "heads", "--group_sparsity", "0.5"])
+                   "--report_to", "none", "--max_eval_blocks", "2", "--output_dir", str(tmp_path / "out"), "--groups", "heads", "--group_sparsity", "0.5", "--logging_steps", "4"])
     said = [record.getMessage() for record in caplog.records]
     at = next(i for i, line in enumerate(said) if "what dies will not be cut out by lp-dist export --shrink" in line and "4 of 8 attention heads" in line)
     assert any("Lp decay on" in line for line in said[at:]), "before the decay is attached"
+    saved = report.read(tmp_path / "out")
+    measured = [entry["lp/measured"] for entry in saved["log"] if "lp/measured" in entry]
+    assert measured[-1] == pytest.approx(saved["sparsity"]) and 0.0 < saved["sparsity"] < 0.3, "of all that may decay, in the log as at the end"
