@@ -6,29 +6,40 @@ Which they are is read from the model's modules (`structure.py`). What is not re
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lp_dist.parts import Groups, Member
 
 _VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")     # v_proj, value, v, wv
 
 
-def dead_channels(parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
+def dead_channels(model: nn.Module | None, parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
     """`{module: [dead, all]}`: a channel is dead if what reads it is zero, or one of the two rows that a gated layer multiplies, with its bias.
 
-    (The row of a plain layer may be zero and its activation not: gelu(bias).)
-    Args: parts: of the kind "channels". rows, columns: by parameter, which outputs and which inputs are all zero.
+    (The row of a plain layer may be zero and its activation not: gelu(bias). So may that of a gate: sigmoid(0).)
+    Args: model: that the parts are of. parts: of the kind "channels". rows, columns: by parameter, which outputs and which inputs are all zero.
     """
     found = {}
     for groups in parts:
         dead = _read_by_zeros(groups, rows, columns)
         ups = _own_weights(groups)
-        for up in ups if len(ups) == 2 else ():
+        for up in ups if len(ups) == 2 and _nothing_of_nothing(model.get_submodule(groups.name)) else ():
             dead = dead | _silent(groups, up, rows)
         found[groups.name] = [int(dead.sum()), groups.count]
     return found
+
+
+def _nothing_of_nothing(module: nn.Module) -> bool:
+    """Whether the module's activation is 0 at 0, as far as it has one that can be asked."""
+    for name, act in {**vars(module), **dict(module.named_children())}.items():
+        if "act" in name and callable(act):
+            with suppress(Exception):   # it takes more than one tensor
+                if act(torch.zeros(1)).any():
+                    return False
+    return True
 
 
 def dead_heads(queries: list[Groups], shared: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:

@@ -117,7 +117,7 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
             tensors.append(found)
             bar.update(entry.nbytes)
     parts: dict[str, list[Groups]] = {} if skeleton is None else recognised(skeleton)[0]
-    return Inspection(str(model), checkpoint.form, tensors, dead_channels(parts.get("channels", []), rows, columns),
+    return Inspection(str(model), checkpoint.form, tensors, dead_channels(skeleton, parts.get("channels", []), rows, columns),
                       dead_heads(parts.get("heads", []), parts.get("kv_groups", []), rows, columns))
 
 

@@ -117,6 +117,20 @@ def test_a_bias_keeps_a_channel_alive(tmp_path):
     assert alive.heads["model.layers.0.self_attn"] == [0, 4] and dead.heads["model.layers.0.self_attn"] == [1, 4]
 
 
+@pytest.mark.parametrize("act, dead", [("silu", 1), ("sigmoid", 0)])
+def test_a_gate_that_is_open_at_zero_kills_nothing(tmp_path, act, dead):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=10, num_hidden_layers=1, num_attention_heads=4, hidden_act=act,
+                                         bos_token_id=0, eos_token_id=0))
+    model.model.layers[0].mlp.gate_proj.weight.data[1] = 0.0
+    model.save_pretrained(tmp_path)
+    assert inspect(tmp_path).channels["model.layers.0.mlp"] == [dead, 10]
+    before = logits(model)
+    model.model.layers[0].mlp.up_proj.weight.data[1] = 5.0
+    assert torch.equal(logits(model), before) == bool(dead)
+
+
 def test_gpt2_stores_its_matrices_the_other_way(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
