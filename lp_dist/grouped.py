@@ -74,6 +74,7 @@ class Grouped:
         self.steps = 0                          # since the last decay
         self.rates: dict[int, Any] = {}         # learning rates summed over them, by param group
         self._counted: set[int] = set()         # param groups whose rate of this step is in there
+        self._skipped: Tensor | None = None     # > 0 where AMP's GradScaler has a fused base leave out this step by itself; never looked at by the host
         self._group_of = {id(place.shard.tensor): place.shard.group for place in self.places}
         self._groups = list(optimizer.param_groups)     # ZeRO-1 and 2 leave the optimizer one of them while it steps
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
@@ -160,15 +161,21 @@ class Grouped:
         rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
         if not self._open or rates.keys() & self._stepped:
             self._begin()
+        self._skipped = getattr(optimizer, "found_inf", None)
         for tensor, rate in rates.items() if self.steps else ():
             group = self._group_of.get(tensor)
             if group is not None and group not in self._counted:
                 self._counted.add(group)
-                self.rates[group] = self.rates.get(group, 0.0) + rate
+                self.rates[group] = self.rates.get(group, 0.0) + (rate if self._skipped is None else torch.where(self._skipped > 0, 0.0, rate))
 
     def _end(self) -> None:
         if self._decays:
-            self._decays, self.steps, self.rates = False, 0, {}
+            self.rates = self._owed()
+            self._decays, self.steps = False, 0
+
+    def _owed(self) -> dict[int, Any]:
+        """The learning rates for which nothing has decayed when the step of a decay is over: those of all, where that step was left out."""
+        return {} if self._skipped is None else {group: torch.where(self._skipped > 0, rate, 0.0) for group, rate in self.rates.items()}
 
     def _begin(self) -> None:
         if len(self.optimizer.param_groups) == len(self._groups):
@@ -189,10 +196,9 @@ class Grouped:
             return
         self._fresh = False
         if self._decays:
-            skipped = getattr(optimizer, "found_inf", None)     # AMP's GradScaler: a fused base leaves out the step by itself
             for place in self.places:
                 if id(place.shard.tensor) in stepped:
-                    self._scale(place, self._factor(place.shard, skipped))
+                    self._scale(place, self._factor(place.shard, self._skipped))
         for shard, at, rows, columns, dim, which in (held for tensor in stepped for held in self._held.get(tensor, ())):
             state = shard.state if self._moving else {}
             for values in (shard.piece.values, *(state[name] for name in self._moving if name in state)):
@@ -232,7 +238,7 @@ class Grouped:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON types: where it stands between two decays."""
-        rates = {} if self._decays else self.rates      # of a step that is over, and whose end nobody has told
+        rates = self._owed() if self._decays else self.rates      # of a step that is over, and whose end nobody has told
         return {"steps": 0 if self._decays else self.steps, "rates": {str(i): float(rate) for i, rate in rates.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

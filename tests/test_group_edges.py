@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import reference
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from lp_dist.group_control import _needs
 from lp_dist.structure import groups_of, structure
 from target_cases import Run
 from test_group_target import TOTAL, target_of
-from test_grouped import flat, model_of, step
+from test_grouped import FORM, flat, indices, model_of, step
 from test_grouped import sets_of as pairs_of
 
 
@@ -76,6 +77,29 @@ def test_an_interval_that_was_lowered_since_goes_on():
     step(model, optimizer, 3)
     step(twin, LpSGD(twin.parameters(), lr=0.02), 3)
     assert flat(model) != flat(twin)
+
+
+@pytest.mark.parametrize("interval, left_out, owed", [(1, 2, 1), (3, 1, 2), (3, 2, 5)])
+def test_what_a_left_out_step_should_have_decayed_the_next_one_does(interval, left_out, owed):
+    """AMP's GradScaler tells a fused optimizer on the device, so that the host never knows. owed: learning rates in the decay that comes after it."""
+    model = model_of(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=True)
+    add_lp_decay(optimizer)
+    attached = attach(model, optimizer, groups=GroupDecay(pairs_of(model), **FORM, interval=interval))
+    last = next(number for number in range(left_out + 1, 9) if number % interval == interval - 1)
+    for number in range(last + 1):
+        optimizer.found_inf = torch.tensor(float(number == left_out))
+        twin, before = copy.deepcopy(model), flat(model)
+        step(model, optimizer, number)
+        if number == left_out:
+            assert flat(model) == before
+    step(twin, torch.optim.SGD(twin.parameters(), lr=0.02, fused=True), last)
+    wanted = flat(twin)
+    for group, factor in zip(indices(model), reference.group_factors(indices(model), before, lr=owed * 0.02, **FORM), strict=True):
+        for i in group:
+            wanted[i] *= factor
+    assert flat(model) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
+    assert attached.state_dict()["groups"]["steps"] == 0
 
 
 def test_what_does_not_lie_row_by_row_is_refused():
