@@ -31,6 +31,7 @@ from lp_dist.errors import UsageError
 from lp_dist.groups import decayed_names, param_groups
 from lp_dist.shards import full_shape
 from lp_dist.sparsity import Sparsity, measure_histogram, measure_sparsity
+from lp_dist.target import SparsityTarget
 from lp_dist.trainer import LpCallback, LpTrainer
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,8 @@ def run(model_args: arguments.ModelArguments, data_args: arguments.DataArguments
         join_deepspeed()
     model = AutoModelForCausalLM.from_pretrained(path, revision=model_args.revision, dtype=getattr(torch, model_args.dtype),
                                                  trust_remote_code=model_args.trust_remote_code)
-    for target in targets if not is_deepspeed_zero3_enabled() else ():     # under ZeRO-3 no second model can be made to look at
-        stays = [str(one) for one in foreseen(type(model), model.config, target) if not one.gone] if target.groups else []
-        if stays:
-            logger.warning("what dies will not be cut out by lp-dist export --shrink, so the model gets neither smaller nor faster by it: %s", "; ".join(stays))
+    if args.process_index == 0 and not is_deepspeed_zero3_enabled():     # under ZeRO-3 no second model can be made to look at
+        _tell_what_stays(model, targets)
     teacher = None
     if teaching is not None:    # it needs no master weights
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
@@ -218,6 +217,16 @@ def _page(directory: str) -> Path | None:
         logger.warning("the run is saved, but the page of its report could not be drawn: %s: %s. `lp-dist report %s` draws it",
                        type(error).__name__, error, shlex.quote(directory), exc_info=not isinstance(error, UsageError))
         return None
+
+
+def _tell_what_stays(model: torch.nn.Module, targets: list[SparsityTarget]) -> None:
+    """Warns before the run where what dies can't be cut out of the model's file afterwards."""
+    for target in targets:
+        stays: list[str] = []
+        with suppress(UsageError):      # what can't be is said by `attach`, and a model that can't be made a second time can be trained
+            stays = [str(one) for one in foreseen(type(model), model.config, target) if not one.gone] if target.groups else []
+        if stays:
+            logger.warning("what dies will not be cut out by lp-dist export --shrink, so the model gets neither smaller nor faster by it: %s", "; ".join(stays))
 
 
 def _engine(trainer: LpTrainer) -> str:

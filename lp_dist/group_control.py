@@ -68,8 +68,7 @@ class GroupControl(Planned):
 
     def shares(self) -> list[tuple[Groups, float]]:
         """Of each set the share of its groups that is to die; where several have one threshold, the share of all of them."""
-        all_ = {scope: float(self.costs[which].sum()) for scope, which in self._scopes().items()}
-        return [(groups, self.needs[scope] / all_.get(scope, 1.0)) for groups in self.sets for scope in (_scope(self.target, groups),)]
+        return _shares(self.target, self.sets, self.needs)
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
@@ -85,7 +84,8 @@ class GroupControl(Planned):
         scope = next((scope for scope, cost in before.items() if cost >= self.needs[scope]), None)
         if scope is not None:
             raise UsageError(f"{before[scope]:,.0f} of the {float(self.costs[self._scopes()[scope]].sum()):,.0f} {self._counted}{scope} are zero already, and the target "
-                             f"asks for {self.needs[scope]:,.0f}; ask for more, or leave these groups out")
+                             f"asks for {self.needs[scope]:,.0f}; ask for more, or leave these groups out (to go on with a run, load the optimizer's state "
+                             "before attach)")
         return before
 
     def _begin(self) -> None:
@@ -229,17 +229,25 @@ def _costs(target: SparsityTarget, sets: list[Groups]) -> Tensor:
 
 def deaths(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, int]:
     """{label: how many of a set's groups are to die}; where several have one threshold, as many of each as would be alike. Raises UsageError as `GroupControl`."""
-    needs, all_ = _needs(target, sets, everything), {}
+    return {groups.label: round(share * groups.count) for groups, share in _shares(target, sets, _needs(target, sets, everything))}
+
+
+def _totals(target: SparsityTarget, sets: list[Groups]) -> dict[str, float]:
+    """What all groups of each scope count for."""
+    all_: dict[str, float] = {}
     for groups, cost in zip(sets, _costs(target, sets).split([groups.count for groups in sets])):
         all_[_scope(target, groups)] = all_.get(_scope(target, groups), 0.0) + float(cost.sum())
-    return {groups.label: round(needs[_scope(target, groups)] / all_[_scope(target, groups)] * groups.count) for groups in sets}
+    return all_
+
+
+def _shares(target: SparsityTarget, sets: list[Groups], needs: dict[str, float]) -> list[tuple[Groups, float]]:
+    all_ = _totals(target, sets)
+    return [(groups, needs[_scope(target, groups)] / all_[_scope(target, groups)]) for groups in sets]
 
 
 def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, float]:
     """What is to die of each scope, in its costs; raises UsageError where there is not as much."""
-    all_: dict[str, float] = {}
-    for groups, cost in zip(sets, _costs(target, sets).split([groups.count for groups in sets])):
-        all_[_scope(target, groups)] = all_.get(_scope(target, groups), 0.0) + float(cost.sum())
+    all_ = _totals(target, sets)
     if target.budget is None and target.of == "decayed":
         needs = {scope: float(round(target.sparsity * count)) for scope, count in all_.items()}
         scope = next((scope for scope, need in needs.items() if not 1 <= need < all_[scope]), None)
