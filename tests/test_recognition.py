@@ -106,6 +106,16 @@ def test_towers_of_two_widths_and_names_of_their_own_in_the_file(tmp_path):
     torch.testing.assert_close(small(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits, rtol=0, atol=1e-5)
 
 
+def test_a_part_with_a_configuration_of_its_own_is_as_wide_as_that_says():
+    from transformers import PretrainedConfig
+
+    model = nn.Module()
+    model.config = PretrainedConfig(hidden_size=16)
+    model.config.vision_config = PretrainedConfig(hidden_size=24)
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for width in (16, 24, 20))
+    assert [groups.count for groups in structure(model, "channels")] == [32, 48], "of a width that no configuration has it is none"
+
+
 def test_encoder_and_decoder_of_one_width_are_cut_each_to_its_own(tmp_path):
     from transformers import BartConfig, BartForConditionalGeneration
 
