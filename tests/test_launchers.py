@@ -20,7 +20,6 @@ PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--num_processes", "2"]
 LAUNCHERS = {
-    "torchrun-ddp": (TORCHRUN, []),
     "deepspeed-zero1": ([*PYTHON, "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"],
                         ["--deepspeed", "configs/ds_zero1.json"]),
     "accelerate-ddp": ([*ACCELERATE, "--config_file", "configs/accelerate_ddp.yaml", "-m"], []),
@@ -30,6 +29,7 @@ LAUNCHERS = {
 
 # Under torchrun as well, one after the other in the same processes.
 ENGINES = {
+    "torchrun-ddp": [],
     "torchrun-zero3-offload": ["--deepspeed", "configs/ds_zero3_offload.json"],
     "torchrun-zero2-bf16": ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true", "--gradient_checkpointing", "true"],
 }
@@ -50,7 +50,7 @@ def words(tiny_model, topics, cpu_op) -> list[str]:
 @pytest.fixture(scope="session")
 def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
     """One run under each launcher and of each engine, by name; a failure shows what the launcher printed."""
-    found = {name: tmp_path_factory.mktemp("launchers") / name for name in (*LAUNCHERS, *ENGINES)}
+    found = {name: tmp_path_factory.mktemp("launchers") / name for name in (*ENGINES, *LAUNCHERS)}
     for name, (launcher, more) in LAUNCHERS.items():
         done = launch(launcher, [*words, *more, "--output_dir", str(found[name])])
         assert done.returncode == 0, f"{name}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
