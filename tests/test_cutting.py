@@ -15,7 +15,7 @@ from lp_dist.quality.methods import Spec
 from lp_dist.quality.structured import STRUCTURED, OneCut
 from test_structure import model_of
 
-METHODS = "dense:lr=0.001 groups gcut:c=0.67 cut cut:criterion=taylor lp"
+METHODS = "dense:lr=0.001 groups:end=0.5 gcut:c=0.67 cut cut:criterion=taylor lp"
 
 
 def bench(tiny_model, topics, out, methods: str, **values) -> list[dict]:
@@ -43,7 +43,7 @@ def test_every_way_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, monkey
     assert rows["lp"]["zeros"] == pytest.approx(2 * 48 * 3 * 48, rel=1e-3), "as many parameters as the channels have"
     assert rows["dense:lr=0.001"]["zeros"] == 0
     page = (tmp_path / "structure.md").read_text()
-    assert page.count("\n| 50% | ") == 5 and "| ours |" in page and "| dense fine-tune, learning rate 0.001 |" in page and "×" in page
+    assert page.count("\n| 50% | ") == 5 and "| ours, end = 0.5 |" in page and "| dense fine-tune, learning rate 0.001 |" in page and "×" in page
     monkeypatch.setattr(runs, "train", None)
     assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 6, "a dense run has no share"
     (tmp_path / "structure.jsonl").write_text("".join(json.dumps({**row, **({"machine": "another", "threads": 2} if i else {})}) + "\n"

@@ -64,7 +64,8 @@ def _is_dense(row: dict[str, Any]) -> bool:
 
 def _name_of(method: str) -> str:
     spec = Spec.read(method)
-    name = _NAMES.get(spec.without("lr").line, spec.without("lr").line)
+    plain = spec.without("lr")
+    name = _NAMES.get(plain.line) or ", ".join([_NAMES.get(plain.family, plain.family), *(f"{key} = {value}" for key, value in plain.given)])
     return f"{name}, learning rate {spec.lr:g}" if spec.lr else name
 
 
