@@ -194,17 +194,20 @@ def test_workers_end_with_the_bench_even_if_it_is_killed(tmp_path):
 def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     found = runs.read(rows)
     other = {**found[-1], "seed": 1, "loss": found[-1]["loss"] + 0.5}
+    assert "![" not in page.draw(found, tmp_path).read_text() and not list(tmp_path.glob("*.png")), "one sparsity is no curve"
+    other_sparsity = {**found[-1], "sparsity": 0.95}
     old = {**found[1], "work": {**found[1]["work"], "rows": 99}}
-    text = page.draw([old, *found, other], tmp_path).read_text()
+    text = page.draw([old, *found, other, other_sparsity], tmp_path).read_text()
     assert (tmp_path / f"quality-tiny-{STEPS}.png").stat().st_size > 10_000
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
-    assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | 2 |" in text, "mean and half of the range"
+    assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | {found[-1]['loss']:.3f} | 2 |" in text, "mean and half of the range"
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
 
 
 def test_each_device_and_each_length_of_run_has_a_section_of_its_own(rows, tmp_path):
     found = [row for row in runs.read(rows) if row["method"] in ("dense", "gmp", "lp")]
+    found.append({**found[-1], "sparsity": 0.95})
     gpu = [{**row, "device": "NVIDIA H200", "loss": row["loss"] + 1} for row in found]
     longer = [{**row, "work": {**row["work"], "schedule": {**row["work"]["schedule"], "steps": 4000}}} for row in gpu]
     assert len({runs.key_of(row) for row in [*found, *gpu, *longer]}) == 3 * len(found)

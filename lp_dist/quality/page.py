@@ -36,7 +36,7 @@ def name_of(method: str) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> Path:
-    """Writes quality.md, and quality-WORK-STEPS.png for each work on a CPU and on each kind of GPU; returns the page's path.
+    """Writes quality.md, and quality-WORK-STEPS.png for each work on a CPU and on each kind of GPU, where it has several sparsities; returns the page's path.
 
     Rows of another work than the last one of its name and steps are left out of both, and stay in the file. A method is called by what differs
     from the defaults of now, whatever they were when it ran."""
@@ -49,9 +49,11 @@ def draw(rows: list[Row], directory: Path) -> Path:
         of_name = [row for row in rows if _about(row) == (name, steps, device)]
         of_work = [{**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line} for row in of_name if row["work"] == of_name[-1]["work"]]
         title = f"{name}, {steps:,} steps" + (f", {device}" if device != "cpu" else "")
-        picture = "-".join(["quality", name, str(steps), *(device.lower().split() if device != "cpu" else [])]) + ".png"
+        picture = None
+        if len(_sparsities(of_work)) > 1:       # one of them is no curve
+            picture = "-".join(["quality", name, str(steps), *(device.lower().split() if device != "cpu" else [])]) + ".png"
+            _plot(title, of_work, directory / picture)
         lines += ["", *_section(title, picture, of_work)]
-        _plot(title, of_work, directory / picture)
     path = directory / "quality.md"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -137,7 +139,7 @@ def _cell(losses: list[float | None], words: bool) -> str:
     return f"{middle:.3f}" + (f" ± {spread:.3f}" if len(losses) > 1 else "") + (f" ({math.exp(middle):.2f})" if words else "")
 
 
-def _section(title: str, picture: str, rows: list[Row]) -> Iterable[str]:
+def _section(title: str, picture: str | None, rows: list[Row]) -> Iterable[str]:
     work = rows[0]["work"]
     schedule, machines = work["schedule"], sorted({f"{row['machine']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run" for row in rows})
     before = f"A dense model trained for {work['pretraining']['steps']:,} steps, then" if work["pretraining"] else "The model as it is given, then"
@@ -149,7 +151,7 @@ def _section(title: str, picture: str, rows: list[Row]) -> Iterable[str]:
     return [
         f"## {title}", "",
         f"{work['text']}. {before} {schedule['steps']:,} steps of {work['rows']} × {work['block']} tokens, learning rate {schedule['lr']:g} unless the method's",
-        f"name says another one. Measured on {'; '.join(machines)}.", "", f"![loss against sparsity]({picture})", *lines]
+        f"name says another one. Measured on {'; '.join(machines)}.", *(["", f"![loss against sparsity]({picture})"] if picture else []), *lines]
 
 
 def _plot(title: str, rows: list[Row], path: Path) -> None:
