@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from quality_cases import STEPS, gpt2, tiny
 from typer.testing import CliRunner
 
@@ -196,13 +197,38 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     other = {**found[-1], "seed": 1, "loss": found[-1]["loss"] + 0.5}
     assert "![" not in page.draw(found, tmp_path).read_text() and not list(tmp_path.glob("*.png")), "one sparsity is no curve"
     other_sparsity = {**found[-1], "sparsity": 0.95}
-    old = {**found[1], "work": {**found[1]["work"], "rows": 99}}
-    text = page.draw([old, *found, other, other_sparsity], tmp_path).read_text()
+    text = page.draw([*found, other, other_sparsity], tmp_path).read_text()
     assert (tmp_path / f"quality-tiny-{STEPS}.png").stat().st_size > 10_000
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + len(LINES) and sum("GMP by \\|w\\| " in line for line in lines) == 1
     assert f"{found[-1]['loss'] + 0.25:.3f} ± 0.250 | {found[-1]['loss']:.3f} | 2 |" in text, "mean and half of the range"
     assert "diverged" in page._cell([1.0, None], False) and page._cell([2.0], True) == "2.000 (7.39)"
+
+
+def test_works_of_one_name_and_length_have_sections_called_by_what_differs(rows, tmp_path):
+    found = [row for row in runs.read(rows) if row["method"] in ("dense", "lp")]
+    found.append({**found[-1], "sparsity": 0.95})
+    work = found[0]["work"]
+    another = [{**row, "work": {**work, "text": f"other.txt, 5 tokens{works.HELD_OUT}"}} for row in found]
+    unwarmed = [{**row, "work": {**work, "schedule": {**work["schedule"], "warmup": 0}}, "device": "NVIDIA H200"} for row in found]
+    text = page.draw([*found, *another, *unwarmed], tmp_path).read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## tiny, {STEPS} steps, counting, schedule warmup 2", f"## tiny, {STEPS} steps, other.txt, 5 tokens, schedule warmup 2",
+        f"## tiny, {STEPS} steps, counting, schedule warmup 0, NVIDIA H200"]
+    assert len(set(tmp_path.glob("quality-*.png"))) == 3 and text.count("| ours | ") == 3
+
+
+def test_no_two_lines_of_a_plot_look_alike(rows):
+    row = runs.read(rows)[-1]
+    lines = [{**row, "method": method, "settings": Spec.read(method).settings, "sparsity": sparsity, "loss": 2 + sparsity + i}
+             for i, method in enumerate(["dense", *page.DRAWN]) for sparsity in (0.5, 0.9)]
+    axes, = page._figure("all", lines).axes
+    drawn = {line.get_label(): (to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth()) for line in axes.lines}
+    assert set(drawn) == {page.name_of(method) for method in ("dense", *page.DRAWN)} and len(set(drawn.values())) == len(drawn)
+    greys = [page.name_of(method) for method in page.DRAWN if len({drawn[page.name_of(method)][0][i:i + 2] for i in (1, 3, 5)}) == 1]
+    assert greys == [page.name_of(method) for method in page.DRAWN if method.startswith("lp")], "ours, and nothing else"
+    low, high = axes.get_ylim()
+    assert low < 2.9 and high > 2.9 + list(page.DRAWN).index(page.BEST), "from the lowest to the highest of ours and GMP"
 
 
 def test_each_device_and_each_length_of_run_has_a_section_of_its_own(rows, tmp_path):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lp_dist.quality.methods import BASELINES, FORMS, OURS, Spec
 from lp_dist.quality.runs import device_of
+from lp_dist.quality.works import HELD_OUT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 BEST = "lp"
@@ -23,8 +29,12 @@ _NAMES = {
     "lp:scope=layer": "ours, layer by layer",
     "lp:memory=1": "ours, memory = 1", "lp:memory=1,precondition=0.5": "ours, γ = ½, memory = 1",
     "lp:memory=0": "ours, without memory", "lp:memory=0,precondition=0.5": "ours, γ = ½, without memory"}
+_OURS: dict[str, dict[str, Any]] = {
+    "lp:memory=0": {"color": "0.5"}, "lp:memory=0,precondition=0.5": {"color": "0.5", "linestyle": "--"},
+    "lp:memory=1,precondition=0.5": {"color": "black", "linestyle": ":"}, "lp:precondition=0.5": {"color": "black", "linestyle": "--"},
+    BEST: {"color": "black", "linewidth": 2.4, "zorder": 3}}
 DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33,scope=global",
-         "gmp:c=0.67,scope=global", "lp:memory=0", "lp:memory=0,precondition=0.5", "lp:memory=1,precondition=0.5", "lp:precondition=0.5", BEST)
+         "gmp:c=0.67,scope=global", *_OURS)
 
 
 def name_of(method: str) -> str:
@@ -36,31 +46,39 @@ def name_of(method: str) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> Path:
-    """Writes quality.md, and quality-WORK-STEPS.png for each work on a CPU and on each kind of GPU, where it has several sparsities; returns the page's path.
-
-    Rows of another work than the last one of its name and steps are left out of both, and stay in the file. A method is called by what differs
-    from the defaults of now, whatever they were when it ran."""
+    """Writes quality.md, with a section for each work on a CPU and on each kind of GPU, and a quality-….png for those with several sparsities;
+    returns the page's path. A method is called by what differs from the defaults of now, whatever they were when it ran."""
     lines = [
         "# What sparsity costs: ours against the ways that others go", "",
         "Cross-entropy on held-out text, in nats a token (perplexity in brackets where the tokens are words), lower is better. Same data, tokens,",
         "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of [quality.jsonl](quality.jsonl), and",
         "`lp-dist bench quality --work W --text FILE --methods METHOD --sparsities PERCENT --seeds SEED`, with its values, makes it again."]
-    for name, steps, device in dict.fromkeys(map(_about, rows)):
-        of_name = [row for row in rows if _about(row) == (name, steps, device)]
-        of_work = [{**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line} for row in of_name if row["work"] == of_name[-1]["work"]]
-        title = f"{name}, {steps:,} steps" + (f", {device}" if device != "cpu" else "")
+    sections: dict[str, list[Row]] = {}
+    for row in rows:
+        named = {**row, "method": Spec.of(Spec.read(row["method"]).family, row["settings"]).line}
+        sections.setdefault(json.dumps([row["work"], device_of(row)], sort_keys=True), []).append(named)
+    for of_work in sections.values():
+        parts = _title(of_work[0], [others[0]["work"] for others in sections.values()])
         picture = None
         if len(_sparsities(of_work)) > 1:       # one of them is no curve
-            picture = "-".join(["quality", name, str(steps), *(device.lower().split() if device != "cpu" else [])]) + ".png"
-            _plot(title, of_work, directory / picture)
-        lines += ["", *_section(title, picture, of_work)]
+            picture = "-".join(["quality", *re.findall(r"[a-z0-9]+", " ".join(parts).lower().replace(",", "").replace(" steps", "", 1))]) + ".png"
+            _figure(", ".join(parts), of_work).savefig(directory / picture, dpi=150)
+        lines += ["", *_section(", ".join(parts), picture, of_work)]
     path = directory / "quality.md"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def _about(row: Row) -> tuple[str, int, str]:
-    return row["work"]["name"], row["work"]["schedule"]["steps"], device_of(row)
+def _title(row: Row, works: list[dict[str, Any]]) -> list[str]:
+    """Name, length and device of a section, and between them what tells its work from others of that name and length: text, block and so on."""
+    def flat(work: dict[str, Any]) -> dict[str, Any]:
+        return {f"{key} {inner}".strip(): value for key, part in work.items()
+                for inner, value in (part.items() if isinstance(part, dict) else [("", part)])}
+    own, others = flat(row["work"]), list(map(flat, works))
+    alike = [other for other in others if all(other[key] == own[key] for key in ("name", "schedule steps"))]
+    special = [str(value).removesuffix(HELD_OUT) if key == "text" else f"{key} {value}" for key, value in own.items()
+               if any(other.get(key) != value for other in alike)]
+    return [own["name"], f"{own['schedule steps']:,} steps", *special, *([device_of(row)] if device_of(row) != "cpu" else [])]
 
 
 def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
@@ -154,7 +172,8 @@ def _section(title: str, picture: str | None, rows: list[Row]) -> Iterable[str]:
         f"name says another one. Measured on {'; '.join(machines)}.", *(["", f"![loss against sparsity]({picture})"] if picture else []), *lines]
 
 
-def _plot(title: str, rows: list[Row], path: Path) -> None:
+def _figure(title: str, rows: list[Row]) -> Figure:
+    """Loss against sparsity of DRAWN: baselines in colours, which are the same in every plot, ours in black and grey."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
@@ -162,20 +181,22 @@ def _plot(title: str, rows: list[Row], path: Path) -> None:
     dense = [row["loss"] for row in rows if row["method"] == "dense"]
     if dense:
         axes.axhline(mean(dense), color="0.4", linestyle=":", label="dense")
-    highest = mean(dense) if dense else 0.0
-    for method in DRAWN:
+    shown = [mean(dense)] if dense else []
+    for i, method in enumerate(DRAWN):
         rates = _by_rate(rows, method)
         at = {sparsity: found[1] for sparsity in _sparsities(rows) if (found := _best(rates, sparsity))}
         if not at:
             continue
-        points, means = list(at), list(map(mean, at.values()))
-        highest = max(highest, means[-1]) if Spec.read(method).family in ("gmp", "lp") else highest
-        line, = axes.plot([100 * s for s in points], means, marker="o", markersize=4, linewidth=2.4 if method == BEST else 1.3,
-                          label=name_of(method), color="black" if method == BEST else None, zorder=3 if method == BEST else 2)
-        axes.fill_between([100 * s for s in points], list(map(min, at.values())), list(map(max, at.values())), alpha=0.2, color=line.get_color())
-    if highest and dense:
-        axes.set_ylim(mean(dense) * 0.98, highest * 1.03)     # what is far worse would flatten the rest
+        points, means = [100 * s for s in at], list(map(mean, at.values()))
+        if Spec.read(method).family in ("gmp", "lp"):
+            shown += means
+        look = _OURS.get(method, {"color": f"C{i + (i > 6)}"})     # C7 is a grey
+        line, = axes.plot(points, means, marker="o", markersize=4, **{"linewidth": 1.3, "zorder": 2, **look}, label=name_of(method))
+        axes.fill_between(points, list(map(min, at.values())), list(map(max, at.values())), alpha=0.12, color=line.get_color(), linewidth=0)
+    if len(shown) > 1 and (span := max(shown) - min(shown)):
+        axes.set_ylim(min(shown) - 0.08 * span, max(shown) + 0.15 * span)     # what is far worse would flatten the rest
     axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{title}: each at its best learning rate, lower is better")
+    axes.title.set_fontsize(10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    return figure

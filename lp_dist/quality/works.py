@@ -22,6 +22,8 @@ from lp_dist.data import load_text
 from lp_dist.distillation import divergence
 from lp_dist.errors import UsageError
 
+HELD_OUT = ", the last tenth held out"      # as a text's description ends
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -140,7 +142,7 @@ def _characters(text: str) -> Text:
     parts = _read(text)
     alphabet = {c: i for i, c in enumerate(sorted(set("".join(parts))))}
     tokens = [torch.tensor([alphabet[c] for c in part]) for part in parts]
-    return Text(*tokens, len(alphabet), f"{Path(text).name}, {sum(map(len, parts)):,} characters, the last tenth held out")
+    return Text(*tokens, len(alphabet), f"{Path(text).name}, {sum(map(len, parts)):,} characters{HELD_OUT}")
 
 
 def _gpt(vocabulary: int, block: int, layers: int, width: int, heads: int, dropout: float, seed: int) -> nn.Module:
@@ -167,7 +169,7 @@ def lm(model: str, text: str, steps: int | None = None, block: int = 1024) -> Wo
 
     def build(seed: int) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_cache=False)
-    described = f"{Path(text).name}, {sum(map(len, tokens)):,} tokens of {Path(model).stem}, the last tenth held out"
+    described = f"{Path(text).name}, {sum(map(len, tokens)):,} tokens of {Path(model).stem}{HELD_OUT}"
     return Work("lm", Text(*tokens, len(tokenizer), described), build, None, Schedule(steps or 100, 1e-4, 5), rows=1, block=block, evaluated=16,
                 betas=(0.9, 0.999))
 
