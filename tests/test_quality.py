@@ -155,6 +155,8 @@ def test_a_method_that_there_is_not_is_named(line, word):
 def test_a_line_says_the_same_when_it_is_read_again():
     for spec in methods.specs("baselines ours forms lp:lr=3e-05,cap=none"):
         assert Spec.read(spec.line) == spec
+    as_made = {**Spec.read("lp").settings, "memory": 1.0, "precondition": 0.5, "lr": 2e-3}    # what --methods lp wrote when 1 was the default
+    assert Spec.of("lp", as_made).line == "lp:lr=0.002,memory=1,precondition=0.5"
     assert len(methods.FORMS) == 39 and len(methods.specs("forms gmp gmp")) == 40
 
 

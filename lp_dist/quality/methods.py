@@ -189,7 +189,10 @@ class Spec:
 
     @property
     def line(self) -> str:
-        return self.family + (":" if self.given else "") + ",".join(f"{key}={'none' if value is None else value}" for key, value in self.given)
+        """A 1.0 is a 1 in it, as it may have been given."""
+        def word(value: Any) -> Any:
+            return "none" if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
+        return self.family + (":" if self.given else "") + ",".join(f"{key}={word(value)}" for key, value in self.given)
 
     @property
     def settings(self) -> dict[str, Any]:
