@@ -52,6 +52,36 @@ def test_every_method_ends_at_its_sparsity(rows):
     assert len({row["loss"] for row in found.values()}) == len(LINES), "each does something of its own"
 
 
+def _rates(schedule: Schedule) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=schedule.lr)
+    scheduler, found = schedule.of(optimizer), []
+    for _ in range(schedule.steps + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_learning_rate_stays_up_until_it_falls():
+    rates, plain = _rates(Schedule(20, 2.0, 3, fall=0.7)), _rates(Schedule(20, 2.0, 3))
+    assert rates[:4] == plain[:4] == [0.5, 1.0, 1.5, 2.0] and rates[3:15] == [2.0] * 12, "up to 14 of 20 steps"
+    assert rates[17] == pytest.approx(2.0 * (0.1 + 0.9 / 2)), "a cosine, of which this is the middle"
+    assert rates[20] == plain[20] == pytest.approx(0.2) and plain[4] < 2.0
+    assert _rates(Schedule(20, 2.0, 3, fall=0.1)) == plain, "a fall before the end of the warm-up begins there"
+
+
+def test_a_fall_reaches_the_dense_fine_tune_and_the_methods_and_rows_from_before_had_none(rows, tmp_path):
+    found = {row["method"]: row for row in runs.read(rows)}
+    losses = {line: runs.one(tiny(), {"method": line, "sparsity": share, "seed": 0})["loss"]
+              for line, share in (("dense:fall=0.5", 0.0), ("magnitude:at=1,fall=0.5", 0.0), ("lp:fall=0.5", SPARSITY), ("lp:fall=0", SPARSITY))}
+    assert losses["dense:fall=0.5"] == losses["magnitude:at=1,fall=0.5"] != found["dense"]["loss"]
+    assert losses["lp:fall=0.5"] != found["lp"]["loss"] == losses["lp:fall=0"]
+    old = {**found["lp"], "settings": {key: value for key, value in found["lp"]["settings"].items() if key != "fall"}}
+    runs.append(tmp_path / "old.jsonl", old)
+    assert runs.key_of(runs.read(tmp_path / "old.jsonl")[0]) == runs.key_of(found["lp"])
+    assert tiny().described()["schedule"] == {"steps": STEPS, "lr": 3e-3, "warmup": 2, "last": 0.1}, "as in rows from before"
+
+
 def test_one_shot_prunes_what_the_dense_fine_tune_has_made(rows):
     dense = next(row for row in runs.read(rows) if row["method"] == "dense")
     pruned = runs.one(tiny(), {"method": "magnitude:at=1", "sparsity": 0.0, "seed": 0})
@@ -145,7 +175,7 @@ def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
     assert torch.equal(methods.GMP(run)._score(name, weight), weight.abs())
 
 
-@pytest.mark.parametrize("line, word", [("gmpp", "'gmpp' is none of"), ("gmp:d=1", "gmp has no 'd'"), ("lp:p=x.y", "'x.y' is neither"),
+@pytest.mark.parametrize("line, word", [("gmpp", "'gmpp' is none of"), ("lp:fall=1", "fall=1 is no part of the run"), ("lp:fall=late", "fall=late is no"), ("gmp:d=1", "gmp has no 'd'"), ("lp:p=x.y", "'x.y' is neither"),
                                         ("", "names nothing")])
 def test_a_method_that_there_is_not_is_named(line, word):
     with pytest.raises(UsageError, match=word):
@@ -273,12 +303,15 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     assert page.tables(diverged)[title][1][1] == "1.200 at 0.7"
     lone = [*found, {**found[0], "sparsity": 0.9, "loss": 7.0}]
     assert page.tables(lone)[title][1] == ["ours", "2.000 ± 1.000 at 0.003", "7.000 at 0.003", "0.003, 0.5, 0.7"]
+    falls = [*found, {**found[0], "method": "lp:fall=0.7,lr=0.5", "loss": 0.25}]
+    assert page.tables(falls)[title][1] == ["ours", "0.250 at 0.5 from 0.7", "0.003, 0.5, 0.5 from 0.7, 0.7"]
     assert title not in page.tables([row for row in found if "lr" not in row["method"]])
 
 
 def test_a_method_has_a_name_for_people():
     assert page.name_of("gmp:c=0.33") == "GMP by |w|·(√v̂)^⅓" and page.name_of("gmp:c=0.5") == "gmp:c=0.5"
     assert page.name_of("lp:distill=0.5,lr=0.002") == "ours, learning rate 0.002, distilled by 0.5"
+    assert page.name_of("gmp:fall=0.7") == "GMP by |w|, falling from 0.7"
     assert all(page.name_of(line) != line for line in {*methods.BASELINES, *methods.OURS, *page.DRAWN} - {"dense"})
 
 

@@ -81,7 +81,7 @@ def _one(work: works.Work, row: dict[str, Any], tokens: int) -> dict[str, Any]:
         share *= share_of(runs.run_of(work, model, row["seed"], share, work.schedule), row["groups"])
     if spec.family in STRUCTURED:
         spec = Spec(spec.family, tuple(sorted({**dict(spec.given), "groups": row["groups"]}.items())))
-    run = runs.train(work, model, row["seed"], share, runs.schedule_of(work, spec.lr), spec)
+    run = runs.train(work, model, row["seed"], share, runs.schedule_of(work, spec), spec)
     told = {"loss": work.evaluate(model), "parameters": sum(param.numel() for param in model.parameters()),
             "zeros": sum(int((weight == 0).sum()) for weight in run.weights.values()), "seconds": round(time.perf_counter() - start, 1)}
     return told if spec.family not in STRUCTURED else {**told, **_cut(work, model, tokens)}

@@ -162,8 +162,9 @@ class Lp(Method):
 
 
 FAMILIES: dict[str, type[Method]] = {"dense": Dense, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "gmp": GMP, "pat": PAT, "lp": Lp}
-# lr: instead of the work's. distill: the part of the loss that is the divergence from the dense fine-tune.
-_COMMON = {"lr": None, "distill": 0.0}
+# lr: instead of the work's. fall: the part of the run at which it begins to fall. distill: the part of the loss that is the divergence from the
+# dense fine-tune.
+_COMMON = {"lr": None, "fall": 0.0, "distill": 0.0}
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class Spec:
             if key not in known:
                 raise UsageError(f"--methods {line}: {family} has no {key!r}; it has {', '.join(known)}")
             given[key] = _value(line, value)
+        fall = given.get("fall", 0)
+        if not isinstance(fall, (int, float)) or not 0 <= fall < 1:
+            raise UsageError(f"--methods {line}: fall={fall} is no part of the run; give one from 0, where the learning rate falls from the start, to below 1")
         return cls(family, tuple(sorted(given.items())))
 
     @property
@@ -211,6 +215,10 @@ class Spec:
     @property
     def lr(self) -> float | None:
         return self.settings["lr"]
+
+    @property
+    def fall(self) -> float:
+        return self.settings["fall"]
 
     @property
     def distill(self) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+Rate = tuple[float, float]      # the highest learning rate, and the part of the run at which it begins to fall
 BEST = "lp"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
@@ -40,8 +41,8 @@ DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "p
 def name_of(method: str) -> str:
     """For people; a line that has no name of its own is called by what differs."""
     spec = Spec.read(method)
-    without = spec.without("lr", "distill")
-    rest = ([f"learning rate {spec.lr:g}"] if spec.lr else []) + ([f"distilled by {spec.distill:g}"] if spec.distill else [])
+    without = spec.without("lr", "fall", "distill")
+    rest = [words for words, value in ((f"learning rate {spec.lr}", spec.lr), (f"falling from {spec.fall:g}", spec.fall), (f"distilled by {spec.distill:g}", spec.distill)) if value]
     return ", ".join([_NAMES.get(without.line, without.line), *rest])
 
 
@@ -103,12 +104,16 @@ def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
         rates = _by_rate(rows, method)
         if len(rates) > 1:
             best = [_best(rates, s) for s in sparsities]
-            cells.append([name_of(method), *(f"{_cell(found[1], False)} at {found[0]:g}" if found else "" for found in best),
-                          ", ".join(f"{rate:g}" for rate in sorted(rates))])
+            cells.append([name_of(method), *(f"{_cell(found[1], False)} at {_rate_word(found[0])}" if found else "" for found in best),
+                          ", ".join(map(_rate_word, sorted(rates)))])
     return [["method", *(f"{s:.0%}" for s in sparsities), "learning rates"], *cells]
 
 
-def _best(rates: dict[float, list[Row]], sparsity: float) -> tuple[float, list[float]] | None:
+def _rate_word(rate: Rate) -> str:
+    return f"{rate[0]:g}" + (f" from {rate[1]:g}" if rate[1] else "")
+
+
+def _best(rates: dict[Rate, list[Row]], sparsity: float) -> tuple[Rate, list[float]] | None:
     """The learning rate with the lowest mean over the seeds that all of them have there, and the losses of all its own seeds."""
     at = {rate: {row["seed"]: row["loss"] for row in rows if row["sparsity"] in (0.0, sparsity)} for rate, rows in rates.items()}
     at = {rate: losses for rate, losses in at.items() if losses and None not in losses.values()}
@@ -119,13 +124,13 @@ def _best(rates: dict[float, list[Row]], sparsity: float) -> tuple[float, list[f
     return best, list(at[best].values())
 
 
-def _by_rate(rows: list[Row], method: str) -> dict[float, list[Row]]:
+def _by_rate(rows: list[Row], method: str) -> dict[Rate, list[Row]]:
     """A method's rows by learning rate."""
-    found: dict[float, list[Row]] = {}
+    found: dict[Rate, list[Row]] = {}
     for row in rows:
         spec = Spec.read(row["method"])
-        if spec.without("lr").line == method:
-            found.setdefault(spec.lr or row["work"]["schedule"]["lr"], []).append(row)
+        if spec.without("lr", "fall").line == method:
+            found.setdefault((spec.lr or row["work"]["schedule"]["lr"], spec.fall), []).append(row)
     return found
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ def _end_with_parent() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a file; those from before `fall` was a setting have 0, as they were run."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{**row, "settings": {"fall": 0.0, **row["settings"]}} for row in rows]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -145,19 +148,19 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
     model = dense(work, seed)
     before = cached(["loss", {**work.described(), "schedule": None}, seed], lambda: work.evaluate(model))
     if spec.family == "dense" or dict(spec.given).get("at") == 1:
-        model.load_state_dict(_fine_tuned(work, seed, spec.lr))
-        run = run_of(work, model, seed, row["sparsity"], schedule_of(work, spec.lr))
+        model.load_state_dict(_fine_tuned(work, seed, spec))
+        run = run_of(work, model, seed, row["sparsity"], schedule_of(work, spec))
         spec.method(run).after_step(run.steps)  # a dense one does nothing there
     else:
-        run = train(work, model, seed, row["sparsity"], schedule_of(work, spec.lr), spec)
+        run = train(work, model, seed, row["sparsity"], schedule_of(work, spec), spec)
     zeros = sum(int(slices.count_zeros(weight)) for weight in run.weights.values())
     loss = work.evaluate(model)
     return {"loss": loss if math.isfinite(loss) else None, "loss before": before, "zeros": zeros / sum(weight.numel() for weight in run.weights.values()),
             "weights": sum(weight.numel() for weight in run.weights.values()), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def schedule_of(work: Work, lr: float | None) -> Schedule:
-    return work.schedule if lr is None else Schedule(work.schedule.steps, lr, work.schedule.warmup, work.schedule.last)
+def schedule_of(work: Work, spec: Spec) -> Schedule:
+    return replace(work.schedule, lr=spec.lr or work.schedule.lr, fall=spec.fall)
 
 
 def dense(work: Work, seed: int) -> nn.Module:
@@ -172,16 +175,16 @@ def dense(work: Work, seed: int) -> nn.Module:
     return model
 
 
-def _fine_tuned(work: Work, seed: int, lr: float | None) -> dict[str, Any]:
-    """What the dense fine-tune makes."""
+def _fine_tuned(work: Work, seed: int, spec: Spec) -> dict[str, Any]:
+    """What the dense fine-tune makes at the learning rates of a method."""
     def trained() -> dict[str, Any]:
-        return train(work, dense(work, seed), seed, 0.0, schedule_of(work, lr), Spec("dense", ())).model.state_dict()
-    return cached(["fine-tuned", work.described(), seed, lr], trained)
+        return train(work, dense(work, seed), seed, 0.0, schedule_of(work, spec), Spec("dense", ())).model.state_dict()
+    return cached(["fine-tuned", work.described(), seed, spec.lr, *([spec.fall] if spec.fall else [])], trained)
 
 
 def _teacher(work: Work, seed: int) -> nn.Module:
     teacher = dense(work, seed)
-    teacher.load_state_dict(_fine_tuned(work, seed, None))
+    teacher.load_state_dict(_fine_tuned(work, seed, Spec("dense", ())))
     return teacher.eval()
 
 

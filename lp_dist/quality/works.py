@@ -27,18 +27,22 @@ HELD_OUT = ", the last tenth held out"      # as a text's description ends
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps: of the optimizer. The learning rate rises over `warmup` steps to `lr`, and falls along a cosine to `last` of it."""
+    """steps: of the optimizer. The learning rate rises over `warmup` steps to `lr`, stays there until the part `fall` of the steps, and falls along a
+    cosine to `last` of it."""
 
     steps: int
     lr: float
     warmup: int
     last: float = 0.1
+    fall: float = 0.0
 
     def of(self, optimizer: Optimizer) -> LRScheduler:
+        begin = max(self.warmup, round(self.fall * self.steps))
+
         def factor(step: int) -> float:
             if step < self.warmup:
                 return (step + 1) / (self.warmup + 1)
-            part = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+            part = min(1.0, max(0, step - begin) / max(1, self.steps - begin))
             return self.last + (1 - self.last) * 0.5 * (1 + math.cos(math.pi * part))
         return LambdaLR(optimizer, factor)
 
@@ -83,8 +87,10 @@ class Work:
 
     def described(self) -> dict[str, Any]:
         """Plain JSON types: rows can be compared where this is equal."""
-        return {"name": self.name, "text": self.text.description, "pretraining": self.pretraining and asdict(self.pretraining),
-                "schedule": asdict(self.schedule), "rows": self.rows, "block": self.block, "evaluated": self.evaluated, "betas": list(self.betas),
+        def plain(schedule: Schedule) -> dict[str, Any]:
+            return {key: value for key, value in asdict(schedule).items() if key != "fall"}     # a method's own
+        return {"name": self.name, "text": self.text.description, "pretraining": self.pretraining and plain(self.pretraining),
+                "schedule": plain(self.schedule), "rows": self.rows, "block": self.block, "evaluated": self.evaluated, "betas": list(self.betas),
                 "clip": self.clip}
 
     def loss_of(self, model: nn.Module, inputs: Tensor, targets: Tensor, reduction: str = "mean", teacher: nn.Module | None = None,
