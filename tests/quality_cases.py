@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lp_dist.quality import methods
 from lp_dist.quality.works import Schedule, Text, Work
 
-STEPS = 40
+STEPS, SPARSITY = 40, 0.6
+LINES = ["dense", *methods.BASELINES[1:], "magnitude:at=0.5,scope=global", "lp", "lp:scope=layer", "lp:cap=none,lr=0.001,memory=0,p=0"]
 
 
 def gpt2(seed: int) -> torch.nn.Module:

@@ -160,7 +160,7 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule_of(work: Work, spec: Spec) -> Schedule:
-    return replace(work.schedule, lr=spec.lr or work.schedule.lr, fall=spec.fall)
+    return replace(work.schedule, lr=work.schedule.lr if spec.lr is None else spec.lr, fall=spec.fall)
 
 
 def dense(work: Work, seed: int) -> nn.Module:
