@@ -79,7 +79,7 @@ def test_tables_are_of_what_is_compared_of_forms_and_of_the_rest(rows):
     found, lr = rows, "lp:lr=0.5"
     a_form = page.Spec.of("lp", Spec.read(methods.FORMS[0]).settings).line
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, {**found[-1], "method": lr}]).items()}
-    assert list(titles) == ["", "Each at the best of its learning rates", "Other settings"] and page.name_of(lr) in titles["Other settings"]
+    assert list(titles) == ["", page.TUNED, "Other settings"] and page.name_of(lr) in titles["Other settings"]
     more = [{**found[-1], "method": method} for method in (a_form, "lp:memory=0")]      # the second is compared, and a form as well
     titles = {title: [cells[0] for cells in lines] for title, lines in page.tables([*found, *more]).items()}
     assert titles["Forms of ours"][1:] == [page.name_of(a_form), "ours, without memory"] and "ours, without memory" in titles[""]
@@ -91,16 +91,23 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     one = {**next(row for row in rows if row["method"] == "lp"), "sparsity": 0.5}
     losses = {("lp", 0): 1.0, ("lp", 1): 3.0, ("lp:lr=0.5", 0): 1.5, ("lp:lr=0.5", 1): 2.0, ("lp:lr=0.7", 0): 1.2, ("gmp", 0): 0.5}
     found = [{**one, "method": method, "seed": seed, "loss": loss} for (method, seed), loss in losses.items()]
-    title = "Each at the best of its learning rates"
+    title = page.TUNED
     columns, *cells = page.tables(found)[title]
-    assert columns == ["method", "50%", "learning rates"]
-    assert cells == [["ours", "2.000 ± 1.000 at 0.003", "0.003, 0.5, 0.7"]], "by the seed that all have; GMP has one rate"
+    assert columns == ["method", "50%", "learning rates, and windows"]
+    assert cells == [["ours", "1.750 ± 0.250 at 0.5", "0.003; 0.5; 0.7"]], "each is below one other, and two have both seeds; GMP has one rate"
+    fewer = [row for row in found if (row["method"], row["seed"]) != ("lp:lr=0.5", 0)]
+    assert page.tables(fewer)[title][1][1] == "2.000 ± 1.000 at 0.003", "two are not above one other, and this one has more seeds"
+    lower = [{**row, "loss": 0.9} if row["method"] == "lp:lr=0.7" else row for row in found]
+    assert page.tables(lower)[title][1][1] == "0.900 at 0.7", "with one seed it is below both"
     diverged = [{**row, "loss": None if row["method"] == "lp" else row["loss"]} for row in found]
     assert page.tables(diverged)[title][1][1] == "1.200 at 0.7"
     lone = [*found, {**found[0], "sparsity": 0.9, "loss": 7.0}]
-    assert page.tables(lone)[title][1] == ["ours", "2.000 ± 1.000 at 0.003", "7.000 at 0.003", "0.003, 0.5, 0.7"]
+    assert page.tables(lone)[title][1] == ["ours", "1.750 ± 0.250 at 0.5", "7.000 at 0.003", "0.003; 0.5; 0.7"]
     falls = [*found, {**found[0], "method": "lp:fall=0.7,lr=0.5", "loss": 0.25}]
-    assert page.tables(falls)[title][1] == ["ours", "0.250 at 0.5 from 0.7", "0.003, 0.5, 0.5 from 0.7, 0.7"]
+    assert page.tables(falls)[title][1] == ["ours", "0.250 at 0.5 from 0.7", "0.003; 0.5; 0.5 from 0.7; 0.7"]
+    windows = [*falls, {**found[0], "method": "lp:end=0.8,fall=0.7,lr=0.5", "loss": 0.2}, {**found[0], "method": "lp:end=0.9", "loss": 0.3}]
+    assert page.tables(windows)[title][1] == [
+        "ours", "0.200 at 0.5 from 0.7, window to 0.8", "0.003; 0.003, window to 0.9; 0.5; 0.5 from 0.7; 0.5 from 0.7, window to 0.8; 0.7"]
     assert title not in page.tables([row for row in found if "lr" not in row["method"]])
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-Rate = tuple[float, float]      # the highest learning rate, and the part of the run at which it begins to fall
+Rate = tuple[float, float, float]       # the highest learning rate, the part of the run at which it begins to fall, and the one at which the window ends; 0: as usual
 BEST = "lp"
+TUNED = "Each at the best of its learning rates and windows"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
     "wanda": "Wanda, masked fine-tune", "sparsegpt:at=1": "SparseGPT, one shot", "sparsegpt": "SparseGPT, masked fine-tune",
@@ -94,43 +95,49 @@ def tables(rows: list[Row]) -> dict[str, list[list[str]]]:
     found_tables = {title: _table(rows, methods) for title, methods in parts.items() if methods}
     tuned = _tuned(rows, _shortest([*BASELINES, *OURS]))
     first = {"": found_tables.pop("")} if compared else {}
-    return {**first, **({"Each at the best of its learning rates": tuned} if len(tuned) > 1 else {}), **found_tables}
+    return {**first, **({TUNED: tuned} if len(tuned) > 1 else {}), **found_tables}
 
 
 def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
-    """A line for each method that was run at several learning rates, with the best one at each sparsity."""
+    """A line for each method that was run at several learning rates or windows, with the best one at each sparsity."""
     sparsities, cells = _sparsities(rows), []
     for method in methods:
         rates = _by_rate(rows, method)
         if len(rates) > 1:
             best = [_best(rates, s) for s in sparsities]
             cells.append([name_of(method), *(f"{_cell(found[1], False)} at {_rate_word(found[0])}" if found else "" for found in best),
-                          ", ".join(map(_rate_word, sorted(rates)))])
-    return [["method", *(f"{s:.0%}" for s in sparsities), "learning rates"], *cells]
+                          "; ".join(map(_rate_word, sorted(rates)))])
+    return [["method", *(f"{s:.0%}" for s in sparsities), "learning rates, and windows"], *cells]
 
 
 def _rate_word(rate: Rate) -> str:
-    return f"{rate[0]:g}" + (f" from {rate[1]:g}" if rate[1] else "")
+    return f"{rate[0]:g}" + (f" from {rate[1]:g}" if rate[1] else "") + (f", window to {rate[2]:g}" if rate[2] else "")
 
 
 def _best(rates: dict[Rate, list[Row]], sparsity: float) -> tuple[Rate, list[float]] | None:
-    """The learning rate with the lowest mean over the seeds that all of them have there, and the losses of all its own seeds."""
+    """The rate that is not above most others, each by the seeds that both have, and the losses of all its own seeds; where several are alike
+    in that, the one with the most seeds, and the lowest mean."""
     at = {rate: {row["seed"]: row["loss"] for row in rows if row["sparsity"] in (0.0, sparsity)} for rate, rows in rates.items()}
     at = {rate: losses for rate, losses in at.items() if losses and None not in losses.values()}
-    shared = set.intersection(*map(set, at.values())) if at else set()
-    if not shared:
+    if not at:
         return None
-    best = min(at, key=lambda rate: mean(at[rate][seed] for seed in shared))
+
+    def standing(rate: Rate) -> tuple[int, int, float]:
+        own = at[rate]
+        shared = ((losses, own.keys() & losses.keys()) for losses in at.values())
+        ahead = sum(mean(own[seed] for seed in seeds) <= mean(losses[seed] for seed in seeds) for losses, seeds in shared if seeds)
+        return ahead, len(own), -mean(own.values())
+    best = max(at, key=standing)
     return best, list(at[best].values())
 
 
 def _by_rate(rows: list[Row], method: str) -> dict[Rate, list[Row]]:
-    """A method's rows by learning rate."""
+    """A method's rows by learning rate and window."""
     found: dict[Rate, list[Row]] = {}
     for row in rows:
         spec = Spec.read(row["method"])
-        if spec.without("lr", "fall").line == method:
-            found.setdefault((spec.lr or row["work"]["schedule"]["lr"], spec.fall), []).append(row)
+        if spec.without("lr", "fall", "end").line == method:
+            found.setdefault((spec.lr or row["work"]["schedule"]["lr"], spec.fall, dict(spec.given).get("end", 0.0)), []).append(row)
     return found
 
 
@@ -200,7 +207,7 @@ def _figure(title: str, rows: list[Row]) -> Figure:
         axes.fill_between(points, list(map(min, at.values())), list(map(max, at.values())), alpha=0.12, color=line.get_color(), linewidth=0)
     if len(shown) > 1 and (span := max(shown) - min(shown)):
         axes.set_ylim(min(shown) - 0.08 * span, max(shown) + 0.15 * span)     # what is far worse would flatten the rest
-    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{title}: each at its best learning rate, lower is better")
+    axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{title}: each at its best learning rate and window, lower is better")
     axes.title.set_fontsize(10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
