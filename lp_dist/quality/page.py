@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Rate = tuple[float, float, float]       # the highest learning rate, the part of the run at which it begins to fall, and the one at which the window ends; 0: as usual
-BEST = "lp"
 TUNED = "Each at the best of its learning rates and windows"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
@@ -32,9 +31,10 @@ _NAMES = {
     "lp:memory=1": "ours, memory = 1", "lp:memory=1,precondition=0.5": "ours, γ = ½, memory = 1",
     "lp:memory=0": "ours, without memory", "lp:memory=0,precondition=0.5": "ours, γ = ½, without memory"}
 _OURS: dict[str, dict[str, Any]] = {
-    "lp:memory=0": {"color": "0.5"}, "lp:memory=0,precondition=0.5": {"color": "0.5", "linestyle": "--"},
-    "lp:memory=1,precondition=0.5": {"color": "black", "linestyle": ":"}, "lp:precondition=0.5": {"color": "black", "linestyle": "--"},
-    BEST: {"color": "black", "linewidth": 2.4, "zorder": 3}}
+    "lp:memory=0": {"color": "0.65"}, "lp:memory=0,precondition=0.5": {"color": "0.65", "linestyle": "--"},
+    "lp:memory=1,precondition=0.5": {"color": "0.35", "linestyle": ":"}, "lp:precondition=0.5": {"color": "0.35", "linestyle": "--"},
+    "lp": {"color": "0.35"}}
+_LOWEST = {"color": "black", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
 DRAWN = ("magnitude", "wanda", "sparsegpt", "pat", "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33,scope=global",
          "gmp:c=0.67,scope=global", *_OURS)
 
@@ -185,30 +185,37 @@ def _section(title: str, picture: str | None, rows: list[Row]) -> Iterable[str]:
 
 
 def _figure(title: str, rows: list[Row]) -> Figure:
-    """Loss against sparsity of DRAWN: baselines in colours, which are the same in every plot, ours in black and grey."""
+    """Loss against sparsity of DRAWN: baselines in colours, which are the same in every plot, ours in grey, and in black the form of ours that
+    is the lowest of them most often."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.8), layout="constrained")
     axes = figure.subplots()
     dense = [row["loss"] for row in rows if row["method"] == "dense"]
     if dense:
         axes.axhline(mean(dense), color="0.4", linestyle=":", label="dense")
+    tuned = {method: {s: found[1] for s in _sparsities(rows) if (found := _best(_by_rate(rows, method), s))} for method in DRAWN}
     shown = [mean(dense)] if dense else []
-    for i, method in enumerate(DRAWN):
-        rates = _by_rate(rows, method)
-        at = {sparsity: found[1] for sparsity in _sparsities(rows) if (found := _best(rates, sparsity))}
+    lowest = _lowest({method: {s: mean(losses) for s, losses in tuned[method].items()} for method in _OURS})
+    for i, (method, at) in enumerate(tuned.items()):
         if not at:
             continue
         points, means = [100 * s for s in at], list(map(mean, at.values()))
         if Spec.read(method).family in ("gmp", "lp"):
             shown += means
-        look = _OURS.get(method, {"color": f"C{i + (i > 6)}"})     # C7 is a grey
+        look = _LOWEST if method == lowest else _OURS.get(method, {"color": f"C{i + (i > 6)}"})     # C7 is a grey
         line, = axes.plot(points, means, marker="o", markersize=4, **{"linewidth": 1.3, "zorder": 2, **look}, label=name_of(method))
         axes.fill_between(points, list(map(min, at.values())), list(map(max, at.values())), alpha=0.12, color=line.get_color(), linewidth=0)
     if len(shown) > 1 and (span := max(shown) - min(shown)):
         axes.set_ylim(min(shown) - 0.08 * span, max(shown) + 0.15 * span)     # what is far worse would flatten the rest
     axes.set(xlabel="zeros of the weights of linear layers (%)", ylabel="held-out loss (nats a token)", title=f"{title}: each at its best learning rate and window, lower is better")
     axes.title.set_fontsize(10)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")        # beside the lines: inside it would hide some of them
     axes.grid(alpha=0.3)
     return figure
+
+
+def _lowest(means: dict[str, dict[float, float]]) -> str | None:
+    """Of several methods' means by sparsity the one that is lowest at most of the sparsities; where several are, the first."""
+    wins = [min((at[s], i) for i, at in enumerate(means.values()) if s in at)[1] for s in sorted({s for at in means.values() for s in at})]
+    return list(means)[max(sorted(set(wins)), key=wins.count)] if wins else None
