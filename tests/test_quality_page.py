@@ -124,6 +124,9 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     windows = [*falls, {**found[0], "method": "lp:end=0.8,fall=0.7,lr=0.5", "loss": 0.2}, {**found[0], "method": "lp:end=0.9", "loss": 0.3}]
     assert page.tables(windows)[title][1] == [
         "ours", "0.200 at 0.5 from 0.7, window to 0.8", "0.003; 0.003, window to 0.9; 0.5; 0.5 from 0.7; 0.5 from 0.7, window to 0.8; 0.7"]
+    starts = [*found, *({**found[0], "method": f"lp:{window}", "loss": loss} for window, loss in (("start=0", 0.2), ("start=0.4", 0.1), ("end=0.9,start=0.4", 0.3)))]
+    assert page.tables(starts)[title][1] == [
+        "ours", "0.100 at 0.003, window from 0.4", "0.003; 0.003, window from 0; 0.003, window from 0.4; 0.003, window from 0.4 to 0.9; 0.5; 0.7"]
     assert title not in page.tables([row for row in found if "lr" not in row["method"]])
 
 

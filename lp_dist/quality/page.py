@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-Rate = tuple[float, float, float]       # the highest learning rate, the part of the run at which it begins to fall, and the one at which the window ends; 0: as usual
+Rate = tuple[float, float, float, float]        # the highest learning rate, the part of the run at which it begins to fall, and those at which the window starts and ends; below 0: as usual
 TUNED = "Each at the best of its learning rates and windows"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
@@ -111,7 +111,9 @@ def _tuned(rows: list[Row], methods: list[str]) -> list[list[str]]:
 
 
 def _rate_word(rate: Rate) -> str:
-    return f"{rate[0]:g}" + (f" from {rate[1]:g}" if rate[1] else "") + (f", window to {rate[2]:g}" if rate[2] else "")
+    lr, fall, start, end = rate
+    window = (f" from {start:g}" if start >= 0 else "") + (f" to {end:g}" if end >= 0 else "")
+    return f"{lr:g}" + (f" from {fall:g}" if fall >= 0 else "") + (f", window{window}" if window else "")
 
 
 def _best(rates: dict[Rate, list[Row]], sparsity: float) -> tuple[Rate, list[float]] | None:
@@ -136,8 +138,9 @@ def _by_rate(rows: list[Row], method: str) -> dict[Rate, list[Row]]:
     found: dict[Rate, list[Row]] = {}
     for row in rows:
         spec = Spec.read(row["method"])
-        if spec.without("lr", "fall", "end").line == method:
-            found.setdefault((spec.lr or row["work"]["schedule"]["lr"], spec.fall, dict(spec.given).get("end", 0.0)), []).append(row)
+        if spec.without("lr", "fall", "start", "end").line == method:
+            rate = (spec.lr or row["work"]["schedule"]["lr"], spec.fall or -1.0, *(dict(spec.given).get(side, -1.0) for side in ("start", "end")))
+            found.setdefault(rate, []).append(row)
     return found
 
 
