@@ -48,13 +48,17 @@ def test_works_of_one_name_and_length_have_sections_called_by_what_differs(rows,
 
 def test_no_two_lines_of_a_plot_look_alike(rows):
     row = rows[-1]
-    lines = [{**row, "method": method, "settings": Spec.read(method).settings, "sparsity": sparsity, "loss": 2 + sparsity + i + 50 * method.startswith(("wanda", "pat"))}
+    lines = [{**row, "method": method, "settings": Spec.read(method).settings, "sparsity": sparsity * (method != "dense"),
+              "loss": 2 + sparsity + i + 50 * method.startswith(("wanda", "pat"))}
              for i, method in enumerate(["dense", *page.DRAWN]) for sparsity in (0.5, 0.9)]
     axes, = page._figure("all", lines).axes
     drawn = {line.get_label(): (to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth()) for line in axes.lines}
     assert set(drawn) == {page.name_of(method) for method in ("dense", *page.DRAWN)} and len(set(drawn.values())) == len(drawn)
     greys = [page.name_of(method) for method in page.DRAWN if len({drawn[page.name_of(method)][0][i:i + 2] for i in (1, 3, 5)}) == 1]
     assert greys == [page.name_of(method) for method in page.DRAWN if method.startswith("lp")], "ours, and nothing else"
+    better = {**lines[0], "method": "dense:lr=0.5", "settings": Spec.read("dense:lr=0.5").settings, "sparsity": 0.0, "loss": 0.5}
+    dense = {line.get_label(): line.get_ydata()[0] for line in page._figure("all", [*lines, better]).axes[0].lines}["dense"]
+    assert dense == 0.5, "it has the best of its rates as well"
     low, high = axes.get_ylim()
     assert low < 2.5 and 3.9 + page.DRAWN.index("lp") < high < 50, "of dense, GMP and ours; what is far worse would flatten them"
 

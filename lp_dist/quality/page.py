@@ -194,7 +194,7 @@ def _figure(title: str, rows: list[Row]) -> Figure:
 
     figure = Figure(figsize=(9.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    dense = [row["loss"] for row in rows if row["method"] == "dense"]
+    dense = found[1] if (found := _best(_by_rate(rows, "dense"), 0.0)) else []
     if dense:
         axes.axhline(mean(dense), color="0.4", linestyle=":", label="dense")
     tuned = {method: {s: found[1] for s in _sparsities(rows) if (found := _best(_by_rate(rows, method), s))} for method in DRAWN}
