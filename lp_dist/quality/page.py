@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-Rate = tuple[float, float, float, float]        # the highest learning rate, the part of the run at which it begins to fall, and those at which the window starts and ends; below 0: as usual
+# the highest learning rate, the part of the run at which it begins to fall, and those at which the window starts and ends; -1: not given
+Rate = tuple[float, float, float, float]
 TUNED = "Each at the best of its learning rates and windows"
 _NAMES = {
     "dense": "dense", "magnitude:at=1": "magnitude, one shot", "magnitude": "magnitude, masked fine-tune", "wanda:at=1": "Wanda, one shot",
@@ -139,8 +140,9 @@ def _by_rate(rows: list[Row], method: str) -> dict[Rate, list[Row]]:
     for row in rows:
         spec = Spec.read(row["method"])
         if spec.without("lr", "fall", "start", "end").line == method:
-            rate = (spec.lr or row["work"]["schedule"]["lr"], spec.fall or -1.0, *(dict(spec.given).get(side, -1.0) for side in ("start", "end")))
-            found.setdefault(rate, []).append(row)
+            given = {"lr": row["work"]["schedule"]["lr"], **dict(spec.given)}
+            lr, fall, start, end = (given.get(key, -1.0) for key in ("lr", "fall", "start", "end"))
+            found.setdefault((lr, fall, start, end), []).append(row)
     return found
 
 
