@@ -54,6 +54,10 @@ def test_no_two_lines_of_a_plot_look_alike(rows):
     axes, = page._figure("all", lines).axes
     drawn = {line.get_label(): (to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth()) for line in axes.lines}
     assert set(drawn) == {page.name_of(method) for method in ("dense", *page.DRAWN)} and len(set(drawn.values())) == len(drawn)
+    for black in page._OURS:
+        axes_of_another, = page._figure("all", [{**line, "loss": 2.0} if line["method"] == black else line for line in lines]).axes
+        looks = {(to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth()) for line in axes_of_another.lines}
+        assert len(looks) == len(drawn), "nor where another form of ours is the black one"
     greys = [page.name_of(method) for method in page.DRAWN if len({drawn[page.name_of(method)][0][i:i + 2] for i in (1, 3, 5)}) == 1]
     assert greys == [page.name_of(method) for method in page.DRAWN if method.startswith("lp")], "ours, and nothing else"
     better = {**lines[0], "method": "dense:lr=0.5", "settings": Spec.read("dense:lr=0.5").settings, "sparsity": 0.0, "loss": 0.5}
