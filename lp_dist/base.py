@@ -1,7 +1,8 @@
-"""LpOptimizer: what LpAdamW, LpSGD and LpLion have in common, torch's manners and the walk of a step over groups, runs and slices.
+"""LpOptimizer: what LpAdamW, LpSGD and LpLion have in common, torch's manners and the walk of a step over groups, runs
+and slices.
 
-Nothing here knows an engine: DeepSpeed, FSDP2 and DDP hand over ordinary tensors (flat shards) or DTensors, and the step works on what is
-local.
+Nothing here knows an engine: DeepSpeed, FSDP2 and DDP hand over ordinary tensors (flat shards) or DTensors, and the
+step works on what is local.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 _IMPLEMENTATIONS = ("reference", "foreach", "fused")
 _ONE = torch.ones(())
 LAGGED = "s"  # the state of the non-adiabatic variant
-_REFUSED = "implementation='fused' can't step this: {}. Use None, which takes the fused step wherever it can, or 'foreach'"
+_REFUSED = (
+    "implementation='fused' can't step this: {}. Use None, which takes the fused step wherever it can, or 'foreach'"
+)
 
 
 class LpOptimizer(Optimizer):
@@ -38,17 +41,21 @@ class LpOptimizer(Optimizer):
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], implementation: str | None) -> None:
         if defaults["capturable"] and implementation in ("reference", "foreach"):
-            raise ValueError(f"capturable=True needs the fused step, not implementation={implementation!r}; use None or 'fused'")
+            raise ValueError(
+                f"capturable=True needs the fused step, not implementation={implementation!r}; use None or 'fused'"
+            )
         if implementation is not None and implementation not in _IMPLEMENTATIONS:
-            raise ValueError(f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose")
+            raise ValueError(
+                f"implementation={implementation!r} must be one of {_IMPLEMENTATIONS}, or None to let lp_dist choose"
+            )
         self.implementation = implementation
         self._checked: set[int] = set()  # ids of parameters that have been looked at for zeros
         self._counts: dict[int, Tensor] = {}  # `step` by id of its parameter, as far as it is the optimizer's own
-        self.segments = SegmentMap()     # filled by lp_dist.attach; without it, each parameter has its group's values
+        self.segments = SegmentMap()  # filled by lp_dist.attach; without it, each parameter has its group's values
         self.asked = Asked()
         super().__init__(params, defaults)
 
-    # -- torch's own manners ------------------------------------------------------------------------------------------
+    # -- torch's own manners --------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; raises ValueError on a bad hyperparameter and TypeError on complex parameters."""
@@ -58,15 +65,27 @@ class LpOptimizer(Optimizer):
         for param in group["params"]:
             if param.is_complex():
                 self.param_groups.pop()
-                raise TypeError(f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w) instead")
-            why = self._not_fused(group, param.device) if self.implementation == "fused" and param.device.type != "meta" else None
+                raise TypeError(
+                    f"{type(self).__name__} takes real parameters, not {param.dtype}; optimize torch.view_as_real(w)"
+                    " instead"
+                )
+            why = (
+                self._not_fused(group, param.device)
+                if self.implementation == "fused" and param.device.type != "meta"
+                else None
+            )
             if why is not None:
                 self.param_groups.pop()
                 raise ValueError(_REFUSED.format(why))
         self.asked.add(group, group.keys() - {"params"})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "implementation": self.implementation, "_checked": set(), "_counts": {}}  # torch's has groups and state alone
+        return {
+            **super().__getstate__(),
+            "implementation": self.implementation,
+            "_checked": set(),
+            "_counts": {},
+        }  # torch's has groups and state alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -80,7 +99,9 @@ class LpOptimizer(Optimizer):
             for param in group["params"]:  # before its values, which may be another base's as well
                 self.check_state(self.state.get(param, {}), group)
             self.check(group)
-            self._checked.update(map(id, group["params"]))  # a tensor that died on the way here is no mistake of the user's
+            self._checked.update(
+                map(id, group["params"])
+            )  # a tensor that died on the way here is no mistake of the user's
         for param_state in self.state.values():
             if "step" in param_state and not isinstance(param_state["step"], Tensor):  # as old checkpoints have it
                 param_state["step"] = torch.tensor(float(param_state["step"]))
@@ -93,13 +114,17 @@ class LpOptimizer(Optimizer):
         """Raises ValueError for the state of another base: it would be left lying, or start anew, without a word."""
         tensors, names = set(state) - {"step"}, set(self._state_names(group))
         if tensors and names - tensors == {LAGGED}:  # universal checkpoints carry Adam's state alone
-            logger.warning("the checkpoint has no %s, the lagging |w|^(p-2): it starts anew from the weights as they are", LAGGED)
+            logger.warning(
+                "the checkpoint has no %s, the lagging |w|^(p-2): it starts anew from the weights as they are", LAGGED
+            )
         elif tensors and tensors != names:
             odd = ", ".join(sorted(tensors - names)) or "no " + ", ".join(sorted(names - tensors))
-            raise ValueError(f"the checkpoint is of another optimizer than {type(self).__name__}: it has {odd} in its state. Go on with that "
-                             "optimizer, or start without its state")
+            raise ValueError(
+                f"the checkpoint is of another optimizer than {type(self).__name__}: it has {odd} in its state. Go on"
+                " with that optimizer, or start without its state"
+            )
 
-    # -- the step -----------------------------------------------------------------------------------------------------
+    # -- the step -------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -130,7 +155,9 @@ class LpOptimizer(Optimizer):
         return loss
 
     def _divide(self, values: dict[str, Any], rows: list[Row], fused: dict[str, kernels.Work]) -> list[Row]:
-        """Adds rows that the fused step takes to `fused`, by device; returns the others, which raise if it was asked for by name."""
+        """Adds rows that the fused step takes to `fused`, by device; returns the others, which raise if it was asked
+        for by name.
+        """
         others: list[Row] = []
         ours: dict[str, list[Row]] = {}
         reasons: dict[torch.device, str | None] = {}
@@ -145,7 +172,10 @@ class LpOptimizer(Optimizer):
             elif self.implementation == "fused":
                 raise ValueError(_REFUSED.format(why))
             elif values["capturable"]:
-                raise ValueError(f"capturable=True needs the fused step, which can't step this: {why}. Set capturable=False, and capture no graph")
+                raise ValueError(
+                    f"capturable=True needs the fused step, which can't step this: {why}. Set capturable=False, and"
+                    " capture no graph"
+                )
             else:
                 others.append(row)
         for device_type, taken in ours.items():
@@ -164,13 +194,17 @@ class LpOptimizer(Optimizer):
         return why
 
     def _work(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[Row]]]:
-        """The group's rows, by the values that hold for them: one list unless parameters have values of their own, or blocks lie on several ranks."""
+        """The group's rows, by the values that hold for them: one list unless parameters have values of their own, or
+        blocks lie on several ranks.
+        """
         params = [param for param in group["params"] if param.grad is not None]
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
         capturable = group["capturable"]
         counts = [state["step"] for state in states]
-        if counts:  # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
+        if (
+            counts
+        ):  # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
             torch._foreach_add_(counts, 1 if capturable else _ONE)
         work: dict[int, tuple[dict[str, Any], list[Row]]] = {}
         ends = Ends()
@@ -191,9 +225,15 @@ class LpOptimizer(Optimizer):
         return [*work.values(), *ends.divided(self.segments, group, self._keys)]
 
     def _keys(self, values: dict[str, Any], row: Row) -> Tensor:
-        """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a whole block. The row is used up."""
+        """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a whole block.
+        The row is used up.
+        """
         device = row[0].device
-        if self.implementation in (None, "fused") and self._not_fused(values, device) is None and kernels.refusal(row) is None:
+        if (
+            self.implementation in (None, "fused")
+            and self._not_fused(values, device) is None
+            and kernels.refusal(row) is None
+        ):
             return patterns.keys_of(kernels.pull(device.type, self.kernel, values, row), smallest=True)
         return patterns.keys_of(self._stepped(values, [row], self._foreach)[1][0])
 
@@ -204,9 +244,12 @@ class LpOptimizer(Optimizer):
             self._checked.add(id(param))
         state = self.state[param]
         if "step" not in state:
-            # On the CPU as torch's: reading it makes no GPU wait. Where a graph counts the steps, it must be on the device.
+            # On the CPU as torch's: reading it makes no GPU wait. Where a graph counts the steps, it must be on the
+            # device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        if self._counts.get(id(param)) is not state["step"]:  # DeepSpeed's loader of universal checkpoints gives all tensors one and the same
+        if (
+            self._counts.get(id(param)) is not state["step"]
+        ):  # DeepSpeed's loader of universal checkpoints gives all tensors one and the same
             state["step"] = self._counts[id(param)] = state["step"].clone()
         for name in names:
             if name not in state:  # |w|^(p-2) is beyond 16 bits
@@ -218,11 +261,15 @@ class LpOptimizer(Optimizer):
         """The weight, its gradient and its state, as far as they lie on this rank."""
         grad = param.grad
         if grad.layout is not torch.strided:
-            raise TypeError(f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False")
+            raise TypeError(
+                f"{type(self).__name__} takes dense gradients, not sparse ones; build the embedding with sparse=False"
+            )
         if type(grad) is Tensor and type(param) is Parameter:
             return [param, grad, *states]
         if getattr(grad, "placements", None) != getattr(param, "placements", None):
-            grad = grad.redistribute(placements=param.placements)  # a DTensor gradient that was not reduced to the shard yet
+            grad = grad.redistribute(
+                placements=param.placements
+            )  # a DTensor gradient that was not reduced to the shard yet
         return [local(t) for t in (param, grad, *states)]
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -231,7 +278,10 @@ class LpOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> None:
         """w_new of the equation for some rows: x from the old weights, the base's step, then the decay."""
         columns, x, denom, hidden = self._stepped(group, rows, direction)
-        values = {"lr": float(group["lr"]), **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")}}
+        values = {
+            "lr": float(group["lr"]),
+            **{key: group[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")},
+        }
         if x is not None and group.get("pattern"):
             patterns.spare_(x, *patterns.parse(group["pattern"]))
         if hidden:
@@ -240,7 +290,9 @@ class LpOptimizer(Optimizer):
             decay.decay_(columns[0], x, **values)
 
     def _stepped(self, group: dict[str, Any], rows: list[Row], direction: Callable[..., list[Tensor] | None]) -> tuple:
-        """Steps the base. Gives the columns of the rows (weights, gradients, each state tensor), x, √v̂+ε where there is one, and what was hidden."""
+        """Steps the base. Gives the columns of the rows (weights, gradients, each state tensor), x, √v̂+ε where there
+        is one, and what was hidden.
+        """
         columns = [list(column) for column in zip(*rows)]
         weights, grads = columns[:2]
         lagged = columns.pop(-2) if group["lag"] else None
@@ -248,11 +300,15 @@ class LpOptimizer(Optimizer):
             columns[1] = [(-g if group["maximize"] else g).to(w.dtype) for w, g in zip(weights, grads)]
         lr = float(group["lr"])
         x = hidden = None
-        if group.get("latent") and group["weight_decay"] > 0 and group["cutoff"] > 0:   # else zeros are frozen, or nothing decays
+        if (
+            group.get("latent") and group["weight_decay"] > 0 and group["cutoff"] > 0
+        ):  # else zeros are frozen, or nothing decays
             hidden = Hidden(weights, columns[2])
         if hidden or decay.is_active(lr, group["weight_decay"], group["cutoff"]):
             x = decay.resistance(hidden.latents if hidden else weights, group["p"])
-            if lagged is not None and group["cutoff"] > 0:  # else zeros are frozen: only whether a weight is zero counts
+            if (
+                lagged is not None and group["cutoff"] > 0
+            ):  # else zeros are frozen: only whether a weight is zero counts
                 decay.lag_(x, lagged, group["lag"])
         denom = direction(group, lr, *columns)
         if x is not None and group.get("precondition"):
@@ -260,12 +316,16 @@ class LpOptimizer(Optimizer):
         return columns, x, denom, hidden
 
     # Each base gives its direction twice. Both get the group, the learning rate and the columns of the rows (weights,
-    # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of each
-    # weight where the base has it.
+    # gradients, each state tensor, steps), step weights and state in place (u of the equation), and return √v̂+ε of
+    # each weight where the base has it.
     _reference: Callable[..., list[Tensor] | None]  # one row, in plain torch: the equation
-    _foreach: Callable[..., list[Tensor] | None]    # many rows, a call for all of them
+    _foreach: Callable[..., list[Tensor] | None]  # many rows, a call for all of them
 
 
 @cache
 def _tell(device_type: str, why: str) -> None:
-    logger.warning("the fused step is not used on %s: %s. The foreach step is used instead, which takes several times as long", device_type, why)
+    logger.warning(
+        "the fused step is not used on %s: %s. The foreach step is used instead, which takes several times as long",
+        device_type,
+        why,
+    )

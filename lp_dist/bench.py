@@ -16,7 +16,9 @@ from lp_dist.optim import LpAdamW
 from lp_dist.sparsity import measure_histogram, measure_sparsity
 
 
-def counting(layers: int = 30, hidden: int = 576, tokens: int = 512, repeats: int = 5, seed: int = 0) -> dict[str, Any]:
+def counting(
+    layers: int = 30, hidden: int = 576, tokens: int = 512, repeats: int = 5, seed: int = 0
+) -> dict[str, Any]:
     """Time of counting zeros, and of a histogram, against that of a training step of a Llama with random weights.
 
     The defaults have the shape of SmolLM2-135M, and as many tokens a step as the demo. Medians of `repeats`, seconds.
@@ -26,9 +28,17 @@ def counting(layers: int = 30, hidden: int = 576, tokens: int = 512, repeats: in
     torch.manual_seed(seed)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     heads = max(1, hidden // 64)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads // 3 or 1, tie_word_embeddings=True)).to(device)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 3 or 1,
+            tie_word_embeddings=True,
+        )
+    ).to(device)
     optimizer = LpAdamW(param_groups(model, 0.03), lr=3e-4)
     batch = torch.randint(0, 49152, (1, tokens), device=device)
 
@@ -40,9 +50,16 @@ def counting(layers: int = 30, hidden: int = 576, tokens: int = 512, repeats: in
     work = {"step": step, "count": lambda: measure_sparsity(model), "histogram": lambda: measure_histogram(model)}
     times = {name: _median(name, call, repeats) for name, call in work.items()}
     return {
-        "benchmark": "counting", "seconds": times, "share of 10 steps": times["count"] / (10 * times["step"]),
-        "share of 10 steps, histogram": times["histogram"] / (10 * times["step"]), "weights counted": measure_sparsity(model).elements,
-        "tokens a step": tokens, "seed": seed, "device": str(device), "threads": torch.get_num_threads(), "machine": platform.machine(),
+        "benchmark": "counting",
+        "seconds": times,
+        "share of 10 steps": times["count"] / (10 * times["step"]),
+        "share of 10 steps, histogram": times["histogram"] / (10 * times["step"]),
+        "weights counted": measure_sparsity(model).elements,
+        "tokens a step": tokens,
+        "seed": seed,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
         "versions": report.versions(),
     }
 

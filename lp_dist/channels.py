@@ -1,6 +1,8 @@
-"""Feed-forward channels and attention heads that can't have an effect any more, whatever the input is: found from dead rows and columns.
+"""Feed-forward channels and attention heads that can't have an effect any more, whatever the input is: found from dead
+rows and columns.
 
-Which they are is read from the model's modules (`structure.py`). What is not recognised there is left out, and not guessed.
+Which they are is read from the model's modules (`structure.py`). What is not recognised there is left out, and not
+guessed.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from torch import Tensor, nn
 
 from lp_dist.parts import Groups, Member
 
-_VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")     # v_proj, value, v, wv
+_VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")  # v_proj, value, v, wv
 
 
-def dead_channels(model: nn.Module | None, parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a channel is dead if what reads it is zero, or one of the two rows that a gated layer multiplies, with its bias.
+def dead_channels(
+    model: nn.Module | None, parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]
+) -> dict[str, list[int]]:
+    """`{module: [dead, all]}`: a channel is dead if what reads it is zero, or one of the two rows that a gated layer
+    multiplies, with its bias.
 
     (The row of a plain layer may be zero and its activation not: gelu(bias). So may that of a gate: sigmoid(0).)
-    Args: model: that the parts are of. parts: of the kind "channels". rows, columns: by parameter, which outputs and which inputs are all zero.
+    Args: model: that the parts are of. parts: of the kind "channels". rows, columns: by parameter, which outputs and
+    which inputs are all zero.
     """
     found = {}
     for groups in parts:
@@ -36,16 +42,20 @@ def _nothing_of_nothing(module: nn.Module) -> bool:
     """Whether the module's activation is 0 at 0, as far as it has one that can be asked."""
     for name, act in {**vars(module), **dict(module.named_children())}.items():
         if "act" in name and callable(act):
-            with suppress(Exception):   # it takes more than one tensor
+            with suppress(Exception):  # it takes more than one tensor
                 if act(torch.zeros(1)).any():
                     return False
     return True
 
 
-def dead_heads(queries: list[Groups], shared: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a head is dead if what reads it is zero, or its values are, with their bias, where it can be told which these are.
+def dead_heads(
+    queries: list[Groups], shared: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]
+) -> dict[str, list[int]]:
+    """`{module: [dead, all]}`: a head is dead if what reads it is zero, or its values are, with their bias, where it
+    can be told which these are.
 
-    Args: queries, shared: the same modules' parts of the kinds "heads" and "kv_groups". rows, columns: as of `dead_channels`.
+    Args: queries, shared: the same modules' parts of the kinds "heads" and "kv_groups". rows, columns: as of
+    `dead_channels`.
     """
     found = {}
     for groups, values_of in zip(queries, shared):
@@ -58,12 +68,18 @@ def dead_heads(queries: list[Groups], shared: list[Groups], rows: dict[str, Tens
 
 
 def _values(groups: Groups) -> Member | None:
-    """By its name, or as the last of three in one layer; None where they are not apart (as where queries, keys and values lie head by head)."""
+    """By its name, or as the last of three in one layer; None where they are not apart (as where queries, keys and
+    values lie head by head).
+    """
     own = _own_weights(groups)
     named = [member for member in own if _VALUES.search(member.name)]
     if len(named) == 1:
         return named[0]
-    return max(own, key=lambda member: member.start) if len(own) == 3 and len({member.name for member in own}) == 1 else None
+    return (
+        max(own, key=lambda member: member.start)
+        if len(own) == 3 and len({member.name for member in own}) == 1
+        else None
+    )
 
 
 def _own_weights(groups: Groups) -> list[Member]:
@@ -82,8 +98,10 @@ def _read_by_zeros(groups: Groups, rows: dict[str, Tensor], columns: dict[str, T
 
 
 def _zero(groups: Groups, member: Member, lines: dict[str, Tensor]) -> Tensor:
-    """(count,) whether all the group's lines of this parameter are zero; none where the parameter is not known, or of another width."""
+    """(count,) whether all the group's lines of this parameter are zero; none where the parameter is not known, or of
+    another width.
+    """
     line = lines.get(member.name)
     if line is None or len(line) < member.stop:
         return torch.zeros(groups.count, dtype=torch.bool)
-    return line[member.start:member.stop].view(groups.count, member.width).all(dim=1)
+    return line[member.start : member.stop].view(groups.count, member.width).all(dim=1)

@@ -16,16 +16,23 @@ logger = logging.getLogger(__name__)
 _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_text(dataset: str, config: str | None, split: str, text_column: str, eval_split: str | None, eval_fraction: float,
-              seed: int) -> DatasetDict:
+def load_text(
+    dataset: str,
+    config: str | None,
+    split: str,
+    text_column: str,
+    eval_split: str | None,
+    eval_fraction: float,
+    seed: int,
+) -> DatasetDict:
     """Documents as `{"train": ..., "eval": ...}`, each with the one column "text".
 
     Args:
         dataset: a hub id, or a local .txt, .md, .jsonl, .json, .csv or .parquet file.
         config, split: of a hub dataset.
         text_column: the column that holds the text.
-        eval_split: a split of its own to evaluate on; None holds out `eval_fraction` of the documents: of a plain text file its
-            end, else a random choice by `seed`.
+        eval_split: a split of its own to evaluate on; None holds out `eval_fraction` of the documents: of a plain text
+            file its end, else a random choice by `seed`.
     Raises:
         UsageError: a name, column or fraction that can't be used; says what there is instead.
     """
@@ -33,9 +40,14 @@ def load_text(dataset: str, config: str | None, split: str, text_column: str, ev
     plain = False
     if path.suffix in _LOADERS or path.exists():
         if not path.is_file() or path.suffix not in _LOADERS:
-            raise UsageError(f"--dataset {dataset} must be an existing file that ends in one of {sorted(_LOADERS)}, or a hub id")
+            raise UsageError(
+                f"--dataset {dataset} must be an existing file that ends in one of {sorted(_LOADERS)}, or a hub id"
+            )
         if eval_split is not None:
-            raise UsageError(f"--eval_split {eval_split} is for hub datasets, but {dataset} is a file; leave it out, and use --eval_fraction")
+            raise UsageError(
+                f"--eval_split {eval_split} is for hub datasets, but {dataset} is a file; leave it out, and use"
+                " --eval_fraction"
+            )
         loader = _LOADERS[path.suffix]
         plain = loader == "text"
         options: dict[str, Any] = {"keep_linebreaks": True} if plain else {}
@@ -50,7 +62,10 @@ def load_text(dataset: str, config: str | None, split: str, text_column: str, ev
         if not 0.0 < eval_fraction < 1.0:
             raise UsageError(f"--eval_fraction {eval_fraction} must lie between 0 and 1; 0.05 is usual")
         if len(data) < 2:
-            raise UsageError(f"{dataset} has {len(data)} documents, so none can be held out; give at least 2 lines, or an --eval_split")
+            raise UsageError(
+                f"{dataset} has {len(data)} documents, so none can be held out; give at least 2 lines, or an"
+                " --eval_split"
+            )
         parts = data.train_test_split(test_size=eval_fraction, shuffle=not plain, seed=None if plain else seed)
         data, held_out = parts["train"], parts["test"]
     return DatasetDict(train=_text_only(data, text_column), eval=_text_only(held_out, text_column))
@@ -62,10 +77,11 @@ def _text_only(data: Dataset, column: str) -> Dataset:
 
 
 def pack(data: Dataset, tokenizer: Any, block_size: int, separate: bool = True) -> Dataset:
-    """Tokenises the documents and joins them into blocks of exactly `block_size` tokens, with "labels" equal to "input_ids".
+    """Tokenises the documents and joins them into blocks of exactly `block_size` tokens, with "labels" equal to
+    "input_ids".
 
-    separate: put the end-of-text token between documents; False for the lines of one plain text. The last, incomplete block of
-    each batch of 1,000 documents is dropped, as in every packing of this kind.
+    separate: put the end-of-text token between documents; False for the lines of one plain text. The last, incomplete
+    block of each batch of 1,000 documents is dropped, as in every packing of this kind.
 
     Raises:
         UsageError: there is less text than one block.
@@ -74,12 +90,19 @@ def pack(data: Dataset, tokenizer: Any, block_size: int, separate: bool = True) 
 
     def blocks(batch: dict[str, list]) -> dict[str, list]:
         # verbose=False: a document longer than the model's context is cut into blocks, so the warning would be wrong.
-        documents = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        documents = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         tokens = [token for document in documents for token in document + end]
         ids = [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]
         return {"input_ids": ids, "labels": ids}
 
-    packed = data.map(blocks, batched=True, remove_columns=data.column_names, desc=f"packing into blocks of {block_size} tokens")
+    packed = data.map(
+        blocks, batched=True, remove_columns=data.column_names, desc=f"packing into blocks of {block_size} tokens"
+    )
     if len(packed) == 0:
-        raise UsageError(f"{len(data)} documents give less than one block of {block_size} tokens; lower --block_size or give more text")
+        raise UsageError(
+            f"{len(data)} documents give less than one block of {block_size} tokens; lower --block_size or give more"
+            " text"
+        )
     return packed

@@ -7,8 +7,8 @@ Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm", arXiv 2404.10824.
 
 The weight in x is the one from BEFORE the gradient step. Three forms of ours change x and cost no state:
 preconditioned, `x = |w_old|^(2−p)·(√v̂+ε)^γ`; capped, where a weight with `x > cutoff` feels no Lp term; and with a
-floor, where x is taken as at least that: then zero does not absorb, as in iteratively reweighted least squares, whose ε
-it is, and a weight that has faded comes back if its gradient asks for it.
+floor, where x is taken as at least that: then zero does not absorb, as in iteratively reweighted least squares, whose
+ε it is, and a weight that has faded comes back if its gradient asks for it.
 
 λ is `weight_decay` and carries the 1/p: a code whose factor is `1/(1 + p·α·λ'·|w|^(p−2))` has `λ = p·λ'`.
 p = 2 is AdamW's decay to first order; p = 0 is the log penalty; p < 0 continues the same formula.
@@ -58,7 +58,8 @@ def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
 def lag_(x: list[Tensor], s: list[Tensor], lag: float) -> None:
     """x ← 1/s with s ← lag·s + (1−lag)/x, in place in both: the paper's auxiliary s at a rate of its own.
 
-    Where s is 0, which it is at first, it starts as 1/x. A weight that is zero makes s infinite for good, so zero still absorbs.
+    Where s is 0, which it is at first, it starts as 1/x. A weight that is zero makes s infinite for good, so zero
+    still absorbs.
     """
     for t, state in zip(x, s):
         t.reciprocal_()
@@ -73,15 +74,24 @@ def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
 
 
 def decay_(
-    weights: list[Tensor], x: list[Tensor] | None, *, lr: float, weight_decay: float, p: float,
-    l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0, skip: Tensor | None = None,
+    weights: list[Tensor],
+    x: list[Tensor] | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    p: float,
+    l2: float = 0.0,
+    cutoff: float = math.inf,
+    floor: float = 0.0,
+    skip: Tensor | None = None,
 ) -> None:
     """weights ← weights / (1 + αλ2 + αλ/x), in place; `weights` hold u, the base optimizer's step.
 
-    x: from `resistance`, preconditioned or not, of the weights before that step; it is consumed. None where the Lp term
-    is not active. skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere (AMP's found_inf).
-    With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero, and 0 where x = inf:
-    one form is right for every p, p ≥ 2 included, and 0/0 can't occur. A cutoff of 0 freezes zeros, whatever the floor.
+    x: from `resistance`, preconditioned or not, of the weights before that step; it is consumed. None where the Lp
+    term is not active. skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere
+    (AMP's found_inf). With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero,
+    and 0 where x = inf: one form is right for every p, p ≥ 2 included, and 0/0 can't occur. A cutoff of 0 freezes
+    zeros, whatever the floor.
     """
     active = is_active(lr, weight_decay, cutoff)
     if not active and lr * l2 == 0.0:
@@ -93,29 +103,38 @@ def decay_(
         strength = min(max(lr * weight_decay, limits.tiny), limits.max)  # 0·inf would be nan
         if cutoff < math.inf:
             for t in x:
-                t.masked_fill_(t > cutoff, math.inf)        # the penalty is flat here: no pull
+                t.masked_fill_(t > cutoff, math.inf)  # the penalty is flat here: no pull
         if floor > 0.0 and cutoff > 0.0:
             for t in x:
                 t.clamp_(min=floor)
-        torch._foreach_reciprocal_(x)                       # s = 1/x
-        torch._foreach_mul_(x, strength)                    # α·λ·s
-        torch._foreach_add_(x, base)                        # 1 + α·λ2 + α·λ·s
+        torch._foreach_reciprocal_(x)  # s = 1/x
+        torch._foreach_mul_(x, strength)  # α·λ·s
+        torch._foreach_add_(x, base)  # 1 + α·λ2 + α·λ·s
     else:
         x = [torch.full((), base, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device) for w in weights]
     if skip is not None:
         x = [torch.where(skip > 0, torch.ones_like(t), t) for t in x]
-    torch._foreach_div_(weights, x)                         # w_new = u / (…)
+    torch._foreach_div_(weights, x)  # w_new = u / (…)
     if active and p < 2.0:
         for w in weights:
             if skip is None:
-                torch.hardshrink(w, SNAP, out=w)            # |w| ≤ SNAP → 0; a nan stays one
+                torch.hardshrink(w, SNAP, out=w)  # |w| ≤ SNAP → 0; a nan stays one
             else:
                 w.copy_(torch.where(skip > 0, w, torch.hardshrink(w, SNAP)))
 
 
 def lp_decay(
-    u: Tensor, w_old: Tensor, *, lr: float, weight_decay: float, p: float = 0.5, l2: float = 0.0,
-    cutoff: float = math.inf, floor: float = 0.0, precondition: float = 0.0, denom: Tensor | None = None,
+    u: Tensor,
+    w_old: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    p: float = 0.5,
+    l2: float = 0.0,
+    cutoff: float = math.inf,
+    floor: float = 0.0,
+    precondition: float = 0.0,
+    denom: Tensor | None = None,
 ) -> Tensor:
     """One decay of the stepped weight `u`, as a pure function of tensors.
 
@@ -135,7 +154,9 @@ def lp_decay(
     Raises:
         ValueError: a hyperparameter is out of its range, or γ > 0 without `denom`.
     """
-    check_hyperparameters(lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, precondition=precondition)
+    check_hyperparameters(
+        lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, precondition=precondition
+    )
     if precondition and denom is None:
         raise ValueError(f"precondition={precondition} needs denom (√v̂+ε of Adam); pass it, or set precondition=0")
     out = u.clone()
@@ -163,8 +184,8 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, latent, pattern, lag, eps, momentum, betas, nesterov; other keys are ignored.
-    A tensor on an accelerator is not looked at, since that would make the host wait for it.
+    Knows lr, weight_decay, p, l2, cutoff, floor, precondition, latent, pattern, lag, eps, momentum, betas, nesterov;
+    other keys are ignored. A tensor on an accelerator is not looked at, since that would make the host wait for it.
     """
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -176,31 +197,50 @@ def check_hyperparameters(**values: Any) -> None:
         if key in _NOT_NEGATIVE and not (_is_real(value) and 0.0 <= value < math.inf):
             raise ValueError(f"{key}={value!r} must be a finite number >= 0; {_WAY_OUT[key]}")
         if key == "lag" and not (_is_real(value) and 0.0 <= value < 1.0):
-            raise ValueError(f"lag={value!r} must be a number in [0, 1): the share of the last |w|^(p-2) that is kept; set it to 0 for none")
+            raise ValueError(
+                f"lag={value!r} must be a number in [0, 1): the share of the last |w|^(p-2) that is kept; set it to 0"
+                " for none"
+            )
         if key == "p" and not (_is_real(value) and P_MIN <= value <= P_MAX):
             raise ValueError(
-                f"p={value!r} must be a number in [{P_MIN:g}, {P_MAX:g}]: |w|^(2-p) leaves fp32's range beyond it. Use p < 1 for "
-                "exact zeros (0.5 is the default, 0 the log penalty), p = 2 for AdamW's decay")
+                f"p={value!r} must be a number in [{P_MIN:g}, {P_MAX:g}]: |w|^(2-p) leaves fp32's range beyond it. Use"
+                " p < 1 for exact zeros (0.5 is the default, 0 the log penalty), p = 2 for AdamW's decay"
+            )
         if key == "cutoff" and not (_is_real(value) and not math.isnan(value)):
-            raise ValueError(f"cutoff={value!r} must be a number and not nan: weights with x above it feel no decay. Use math.inf for no cap, "
-                             "a negative one to switch the decay off")
+            raise ValueError(
+                f"cutoff={value!r} must be a number and not nan: weights with x above it feel no decay. Use math.inf"
+                " for no cap, a negative one to switch the decay off"
+            )
         if key == "betas":
             for i, beta in enumerate(value if isinstance(value, (tuple, list)) and len(value) == 2 else [value]):
                 if not (_is_real(beta) and 0.0 <= beta < 1.0):
                     raise ValueError(f"betas[{i}]={beta!r} must be a number in [0, 1); betas=(0.9, 0.999) is usual")
     if "latent" in values and not isinstance(values["latent"], bool):
-        raise ValueError(f"latent={values['latent']!r} must be True or False: whether weights that are not above the cutoff are kept out of the model")
+        raise ValueError(
+            f"latent={values['latent']!r} must be True or False: whether weights that are not above the cutoff are"
+            " kept out of the model"
+        )
     if values.get("latent") and values.get("cutoff") == math.inf:
-        raise ValueError("latent=True with cutoff=inf would hide every weight; set the cutoff to the x below which weights are to be zero")
+        raise ValueError(
+            "latent=True with cutoff=inf would hide every weight; set the cutoff to the x below which weights are to"
+            " be zero"
+        )
     patterns.check(values.get("pattern"))
     if values.get("pattern") and values.get("latent"):
-        raise ValueError(f"latent=True and pattern={values['pattern']!r} can't be together: what is spared in its block is never hidden; set "
-                         "latent=False, or pattern=None")
+        raise ValueError(
+            f"latent=True and pattern={values['pattern']!r} can't be together: what is spared in its block is never"
+            " hidden; set latent=False, or pattern=None"
+        )
     if values.get("pattern") and values.get("p", 0.0) >= 2:
-        raise ValueError(f"pattern={values['pattern']!r} needs p < 2, not p={values['p']!r}: x = |w|^(2-p) of a larger weight is not larger then; use "
-                         "p=0.5, or pattern=None")
+        raise ValueError(
+            f"pattern={values['pattern']!r} needs p < 2, not p={values['p']!r}: x = |w|^(2-p) of a larger weight is"
+            " not larger then; use p=0.5, or pattern=None"
+        )
     if values.get("nesterov") and not values.get("momentum"):
-        raise ValueError(f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or nesterov=False")
+        raise ValueError(
+            f"nesterov=True needs momentum > 0, not momentum={values.get('momentum')!r}; set momentum=0.9, or"
+            " nesterov=False"
+        )
 
 
 def _is_real(value: Any) -> bool:

@@ -36,7 +36,8 @@ def dequantised(gguf: str) -> Path:
         partial = Path(room) / "model"
         with zero_init_disabled():
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-            # The weights are plain from here on, but the model object still says that it is quantised, and won't be saved.
+            # The weights are plain from here on, but the model object still says that it is quantised, and won't be
+            # saved.
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             plain = type(model)(model.config)

@@ -1,4 +1,5 @@
-"""What wraps a model and its optimizer: which one really steps, what an engine does to it, and how an engine must be set up.
+"""What wraps a model and its optimizer: which one really steps, what an engine does to it, and how an engine must be
+set up.
 
 Engines are recognised by the names of their classes, so that none has to be imported.
 """
@@ -19,7 +20,12 @@ from lp_dist.errors import UsageError
 
 TESTED_DEEPSPEED = "0.19"
 # DeepSpeed's optimizers around ours that were tested, exactly these: a subclass may step by another one.
-TESTED_WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer", "FP16_UnfusedOptimizer")
+TESTED_WRAPPERS = (
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
+    "BF16_Optimizer",
+    "FP16_UnfusedOptimizer",
+)
 
 
 def is_deepspeed(thing: Any) -> bool:
@@ -37,7 +43,9 @@ def wrapper_of(optimizer: Any) -> Any:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own called `module`.)"""
+    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own
+    called `module`.)
+    """
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_deepspeed(model):
             model = model.module
@@ -48,8 +56,8 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def optimizer_of(model: Any, optimizer: Any) -> Any:
-    """What to look into: a DeepSpeed engine's own optimizer, whatever is handed over with it (the one that it was made from steps no
-    parameter of the model any more), else `optimizer`. Raises ValueError where there is none."""
+    """What to look into: a DeepSpeed engine's own optimizer, whatever is handed over with it (the one that it was made
+    from steps no parameter of the model any more), else `optimizer`. Raises ValueError where there is none."""
     if is_deepspeed(model) and isinstance(model, nn.Module):
         return model.optimizer
     if optimizer is None:
@@ -70,9 +78,13 @@ def inner_scheduler(lr_scheduler: Any) -> Any:
 
 
 def scheduler_steps(lr_scheduler: Any) -> int:
-    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each process. (Its wrapper for
-    DeepSpeed, a subclass, leaves that to the engine, which does so once.)"""
-    if type(lr_scheduler).__name__ != "AcceleratedScheduler" or not lr_scheduler.step_with_optimizer or lr_scheduler.split_batches:
+    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each
+    process. (Its wrapper for DeepSpeed, a subclass, leaves that to the engine, which does so once.)"""
+    if (
+        type(lr_scheduler).__name__ != "AcceleratedScheduler"
+        or not lr_scheduler.step_with_optimizer
+        or lr_scheduler.split_batches
+    ):
         return 1
     from accelerate.state import AcceleratorState
 
@@ -96,14 +108,18 @@ def is_wrapped(optimizer: Any) -> bool:
 
 
 def undo_dry_step(optimizer: Any) -> None:
-    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays the masters.
+    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays
+    the masters.
 
-    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before it.
+    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before
+    it.
     """
     wrapper, live = wrapper_of(optimizer), live_optimizer(optimizer)
     if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
         return
-    pairs = [pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)]
+    pairs = [
+        pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)
+    ]
     for _, master in pairs:
         for key, value in live.state.get(master, {}).items():
             if (int(value) != 1) if key == "step" else isinstance(value, Tensor) and bool(value.any()):
@@ -114,7 +130,9 @@ def undo_dry_step(optimizer: Any) -> None:
 
 
 def update_copies(optimizer: Any) -> None:
-    """Writes the fp32 masters into the copies of the weights that DeepSpeed computes with, as it does after a step. Collective."""
+    """Writes the fp32 masters into the copies of the weights that DeepSpeed computes with, as it does after a step.
+    Collective.
+    """
     wrapper = wrapper_of(optimizer)
     if hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
         wrapper.update_lp_params()
@@ -131,9 +149,9 @@ def update_copies(optimizer: Any) -> None:
 
 
 def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any], None]) -> None:
-    """Has a DeepSpeed engine save `state()` with every checkpoint, in its client state, if that is not None; and calls `restore`, with
-    what a checkpoint had of it, whenever one was loaded. Its loaders write into the param groups: the one of universal checkpoints
-    copies group 0's values into all groups at stage 3."""
+    """Has a DeepSpeed engine save `state()` with every checkpoint, in its client state, if that is not None; and calls
+    `restore`, with what a checkpoint had of it, whenever one was loaded. Its loaders write into the param groups: the
+    one of universal checkpoints copies group 0's values into all groups at stage 3."""
     if not is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
         return
     load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
@@ -142,7 +160,22 @@ def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         path, client = load(*args, **kwargs)
-        given = {**dict(zip(("load_dir", "tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only"), args)), **kwargs}
+        given = {
+            **dict(
+                zip(
+                    (
+                        "load_dir",
+                        "tag",
+                        "load_module_strict",
+                        "load_optimizer_states",
+                        "load_lr_scheduler_states",
+                        "load_module_only",
+                    ),
+                    args,
+                )
+            ),
+            **kwargs,
+        }
         # Where the weights alone are asked for the engine gives the client state all the same.
         anew = given.get("load_module_only", False) or not given.get("load_optimizer_states", True)
         restore(None if anew else (client or {}).get("lp_dist"))
@@ -151,18 +184,24 @@ def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any
     @functools.wraps(save)
     def save_checkpoint(save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
         mine = state()
-        return save(save_dir, tag, {**(client_state or {}), **({} if mine is None else {"lp_dist": mine})}, *args, **kwargs)
+        return save(
+            save_dir, tag, {**(client_state or {}), **({} if mine is None else {"lp_dist": mine})}, *args, **kwargs
+        )
 
     load_checkpoint.without_lp_dist, save_checkpoint.without_lp_dist = load, save
     engine.load_checkpoint, engine.save_checkpoint = load_checkpoint, save_checkpoint
 
 
 def check_deepspeed_version() -> None:
-    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean something else."""
+    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean
+    something else.
+    """
     version = importlib.metadata.version("deepspeed")
     if not version.startswith(TESTED_DEEPSPEED + "."):
-        raise RuntimeError(f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed; install "
-                           f"'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist")
+        raise RuntimeError(
+            f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed;"
+            f" install 'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist"
+        )
 
 
 def reduction_device() -> torch.device:
@@ -173,7 +212,9 @@ def reduction_device() -> torch.device:
 
 
 def summed(counts: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of a small tensor of integers; every rank must call it. The tensor itself where there is one process."""
+    """The sum over all ranks of a small tensor of integers; every rank must call it. The tensor itself where there is
+    one process.
+    """
     if torch.distributed.is_initialized() and counts.numel():
         counts = counts.to(reduction_device())
         torch.distributed.all_reduce(counts)
@@ -198,7 +239,9 @@ def everyones(told: Any) -> list[Any]:
 
 
 def agree(told: dict[str, Any] | Exception) -> None:
-    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one failed."""
+    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one
+    failed.
+    """
     everyone = everyones(str(told) if isinstance(told, Exception) else told)
     if isinstance(told, Exception):
         return  # its own error says more
@@ -207,8 +250,10 @@ def agree(told: dict[str, Any] | Exception) -> None:
             raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
         for key in sorted(set(everyone[0]) | set(other)):
             if everyone[0].get(key) != other.get(key):
-                raise RuntimeError(f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
-                                   f"{rank}; start every rank with the same script and config")
+                raise RuntimeError(
+                    f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
+                    f"{rank}; start every rank with the same script and config"
+                )
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:
@@ -220,28 +265,39 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
     if "optimizer" in config:
-        raise UsageError('the DeepSpeed config has an "optimizer" section, which would take the place of ours; remove it')
+        raise UsageError(
+            'the DeepSpeed config has an "optimizer" section, which would take the place of ours; remove it'
+        )
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        raise UsageError('with offload_optimizer, Accelerate silently replaces our optimizer by DeepSpeedCPUAdam; set '
-                         '"zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config')
+        raise UsageError(
+            "with offload_optimizer, Accelerate silently replaces our optimizer by DeepSpeedCPUAdam; set "
+            '"zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config'
+        )
     if offload.get("ratio", 1.0) < 1.0:
-        raise UsageError(f'offload_optimizer.ratio={offload["ratio"]} lets another optimizer step a part of the weights, without Lp decay; '
-                         "set it to 1.0")
+        raise UsageError(
+            f"offload_optimizer.ratio={offload['ratio']} lets another optimizer step a part of the weights, without Lp"
+            " decay; set it to 1.0"
+        )
     for key, where in (("zenflow", zero), ("super_offload", offload)):
         if where.get(key):
             raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
     if zero.get("round_robin_gradients"):
-        raise UsageError('"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one than the named would decay; '
-                         "remove it from zero_optimization")
+        raise UsageError(
+            '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
+            " than the named would decay; remove it from zero_optimization"
+        )
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UsageError('under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable weights; '
-                         "set it in zero_optimization")
+        raise UsageError(
+            'under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable'
+            " weights; set it in zero_optimization"
+        )
 
 
 def join_deepspeed() -> None:
     """Makes DeepSpeed's communicator take over the ranks that have met already.
 
-    Without it, when Trainer runs with use_cpu, ZeRO-3's `zero.Init` takes the world for one process and refuses the batch size.
+    Without it, when Trainer runs with use_cpu, ZeRO-3's `zero.Init` takes the world for one process and refuses the
+    batch size.
     """
     import deepspeed
 
@@ -253,6 +309,7 @@ def join_deepspeed() -> None:
 def zero_init_disabled() -> Iterator[None]:
     """Loads a model whole although Transformers has a ZeRO-3 config at hand, which would partition it."""
     from transformers.integrations import deepspeed as integration
+
     config = integration.deepspeed_config() if integration.is_deepspeed_zero3_enabled() else None
     if config is None:
         yield

@@ -20,28 +20,53 @@ logger = logging.getLogger(__name__)
 # torch's own optimizers that treat each parameter by itself and count its steps in its state: stepping them a few
 # parameters at a time gives the same weights. Exact types, since a subclass may do anything.
 _PER_PARAMETER = tuple(
-    getattr(torch.optim, name) for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon",
-                                            "NAdam", "RAdam", "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name))
+    getattr(torch.optim, name)
+    for name in (
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "Adamax",
+        "AdamW",
+        "ASGD",
+        "Muon",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    )
+    if hasattr(torch.optim, name)
+)
 
 # Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
 COUNT = "lp_decay_step"
 _ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "floor", "betas", "eps", "momentum")
 
 
-def add_lp_decay(optimizer: Optimizer, *, p: float = 0.5, l2: float = 0.0, cutoff: float = math.inf, floor: float = 0.0,
-                 one_at_a_time: bool | None = None) -> LpDecay:
-    """Gives `optimizer` (8-bit Adam, Adafactor, Muon, DeepSpeedCPUAdam, ...) the decoupled Lp decay of arXiv 2404.10824.
+def add_lp_decay(
+    optimizer: Optimizer,
+    *,
+    p: float = 0.5,
+    l2: float = 0.0,
+    cutoff: float = math.inf,
+    floor: float = 0.0,
+    one_at_a_time: bool | None = None,
+) -> LpDecay:
+    """Gives `optimizer` (8-bit Adam, Adafactor, Muon, DeepSpeedCPUAdam, ...) the decoupled Lp decay of arXiv
+    2404.10824.
 
-    λ is each group's `weight_decay`, which the optimizer itself no longer sees: it is 0 while the base steps, so nothing is
-    decayed twice. p, l2, cutoff and floor become group keys, with these values where a group has none of its own. α is the group's `lr`.
+    λ is each group's `weight_decay`, which the optimizer itself no longer sees: it is 0 while the base steps, so
+    nothing is decayed twice. p, l2, cutoff and floor become group keys, with these values where a group has none of
+    its own. α is the group's `lr`.
 
-    The decay needs the weights from before the step, hence memory: one temporary of the largest decayed tensor where the
-    optimizer can be stepped a few parameters at a time, else one copy of all decayed weights (fp32 for 16-bit ones). Under ZeRO
-    the tensors are the flat shards; stage 3 steps them one sub-group at a time anyway.
+    The decay needs the weights from before the step, hence memory: one temporary of the largest decayed tensor where
+    the optimizer can be stepped a few parameters at a time, else one copy of all decayed weights (fp32 for 16-bit
+    ones). Under ZeRO the tensors are the flat shards; stage 3 steps them one sub-group at a time anyway.
 
     Args:
-        one_at_a_time: None chooses: True for torch's own per-parameter optimizers, else False. True is your word that the
-            optimizer treats each parameter by itself and counts no calls of `step()`.
+        one_at_a_time: None chooses: True for torch's own per-parameter optimizers, else False. True is your word that
+            the optimizer treats each parameter by itself and counts no calls of `step()`.
     Returns:
         A handle: `.memory` is "largest tensor" or "copy", `.remove()` takes the decay off again.
     Raises:
@@ -58,7 +83,9 @@ class LpDecay:
         if isinstance(optimizer, LpOptimizer):
             raise ValueError(f"{name} has the Lp decay built in; set its weight_decay and p instead")
         if isinstance(optimizer, LBFGS):
-            raise ValueError("LBFGS takes many inner steps a call, so there is no weight 'before the step'; use another optimizer")
+            raise ValueError(
+                "LBFGS takes many inner steps a call, so there is no weight 'before the step'; use another optimizer"
+            )
         if hasattr(optimizer, "lp_decay"):
             raise ValueError(f"this {name} has the Lp decay already; call .lp_decay.remove() first")
         self._optimizer = optimizer
@@ -76,16 +103,28 @@ class LpDecay:
         for group in optimizer.param_groups:
             self.asked.add(group, _ASKED)
         # What must be put back or used after the step; all empty between steps.
-        self._olds: list[tuple[dict, list[Tensor], list[Tensor] | None]] = []         # values, weights, their x before the step
-        self._decays: list[tuple[dict, float]] = []                                   # group, λ, which the base must not see
-        self._params: list[tuple[dict, list[Tensor]]] = []                            # group, its parameters, while stepped in batches
+        self._olds: list[
+            tuple[dict, list[Tensor], list[Tensor] | None]
+        ] = []  # values, weights, their x before the step
+        self._decays: list[tuple[dict, float]] = []  # group, λ, which the base must not see
+        self._params: list[tuple[dict, list[Tensor]]] = []  # group, its parameters, while stepped in batches
         self._handles = [
-            optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
-            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),  # a step that raised must not be saved half done
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(
+                lambda _: self._restore()
+            ),  # a step that raised must not be saved half done
         ]
         optimizer.lp_decay = self
-        logger.info("Lp decay on %s: costs %s", name, "one temporary of the largest decayed tensor" if self.one_at_a_time
-                    else "a copy of the decayed weights during each step")
+        logger.info(
+            "Lp decay on %s: costs %s",
+            name,
+            (
+                "one temporary of the largest decayed tensor"
+                if self.one_at_a_time
+                else "a copy of the decayed weights during each step"
+            ),
+        )
 
     @property
     def memory(self) -> str:
@@ -96,7 +135,7 @@ class LpDecay:
         """Takes the decay off: from now on the optimizer does with weight_decay what it did before."""
         self._restore()
         if getattr(self, "grouped", None) is not None:
-            self.grouped.remove()       # `attach` has put it here
+            self.grouped.remove()  # `attach` has put it here
         for handle in self._handles:
             handle.remove()
         del self._optimizer.lp_decay
@@ -109,18 +148,33 @@ class LpDecay:
     def check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for group values out of their range, or that the decay lacks."""
         if group.get("precondition"):
-            raise ValueError(f"precondition={group['precondition']} needs Adam's second moments, of which add_lp_decay knows nothing; use LpAdamW, "
-                             "or leave it out")
+            raise ValueError(
+                f"precondition={group['precondition']} needs Adam's second moments, of which add_lp_decay knows"
+                " nothing; use LpAdamW, or leave it out"
+            )
         if group.get("latent"):
-            raise ValueError("latent=True keeps hidden weights where Adam has its first moments, of which add_lp_decay knows nothing; use LpAdamW, or leave it out")
+            raise ValueError(
+                "latent=True keeps hidden weights where Adam has its first moments, of which add_lp_decay knows"
+                " nothing; use LpAdamW, or leave it out"
+            )
         if group.get("pattern"):
-            raise ValueError(f"pattern={group['pattern']!r} is for LpAdamW, LpSGD and LpLion; use one of these, or leave it out")
-        for key, way_out in (("lr", "with Adafactor set relative_step=False and an lr"), ("weight_decay", "give the groups a weight_decay, λ")):
+            raise ValueError(
+                f"pattern={group['pattern']!r} is for LpAdamW, LpSGD and LpLion; use one of these, or leave it out"
+            )
+        for key, way_out in (
+            ("lr", "with Adafactor set relative_step=False and an lr"),
+            ("weight_decay", "give the groups a weight_decay, λ"),
+        ):
             if group.get(key) is None:
-                raise ValueError(f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a number; {way_out}")
-        decay.check_hyperparameters(**{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff", "floor")})
+                raise ValueError(
+                    f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a"
+                    f" number; {way_out}"
+                )
+        decay.check_hyperparameters(
+            **{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff", "floor")}
+        )
 
-    # -- around a step ------------------------------------------------------------------------------------------------
+    # -- around a step --------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._restore()
@@ -128,13 +182,17 @@ class LpDecay:
         groups = optimizer.param_groups
         for group in groups:
             for key, value in self._defaults.items():
-                group.setdefault(key, value)                    # a group that was added later
+                group.setdefault(key, value)  # a group that was added later
             self.check(group)
         self._decays = [(group, group["weight_decay"]) for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0
         if not self.one_at_a_time:
-            self._olds = [old for group, lam in self._decays for old in self._old({**group, "weight_decay": lam}, _with_grad(group["params"]))]
+            self._olds = [
+                old
+                for group, lam in self._decays
+                for old in self._old({**group, "weight_decay": lam}, _with_grad(group["params"]))
+            ]
         else:
             try:
                 self._step_in_batches(optimizer)
@@ -149,16 +207,23 @@ class LpDecay:
         for group in optimizer.param_groups:
             for param in _with_grad(group["params"]):
                 state = optimizer.state[param]
-                if "step" not in state:  # plain SGD counts none; `attachment.steps_taken` must know those that were skipped
+                if (
+                    "step" not in state
+                ):  # plain SGD counts none; `attachment.steps_taken` must know those that were skipped
                     state[COUNT] = state.get(COUNT, 0) + 1  # no tensor: torch would load it in the dtype of the weight
 
     def _step_in_batches(self, optimizer: Optimizer) -> None:
-        """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to do."""
+        """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to
+        do.
+        """
         self._params = [(group, group["params"]) for group in optimizer.param_groups]
         pairs = [(i, param) for i, (group, params) in enumerate(self._params) for param in _with_grad(params)]
         values = [{**group, "weight_decay": lam} for group, lam in self._decays]
-        decays = {id(param) for i, param in pairs
-                  if any(v["weight_decay"] or v["l2"] for v, *_ in self._runs(values[i], param))}
+        decays = {
+            id(param)
+            for i, param in pairs
+            if any(v["weight_decay"] or v["l2"] for v, *_ in self._runs(values[i], param))
+        }
         decayed = [(i, param) for i, param in pairs if id(param) in decays]
         rest = [(i, param) for i, param in pairs if id(param) not in decays]
         step = type(optimizer).step.__wrapped__  # without the hooks, ours and others': those run once a step
@@ -173,7 +238,10 @@ class LpDecay:
 
     def _runs(self, values: dict, param: Tensor) -> list[tuple[dict, int, int]]:
         """The parts of a parameter, each with the values that hold for it."""
-        return [(effective(values, own), offset, length) for offset, length, own in self.segments.runs(param, local(param).numel())]
+        return [
+            (effective(values, own), offset, length)
+            for offset, length, own in self.segments.runs(param, local(param).numel())
+        ]
 
     @torch.no_grad()
     def _old(self, values: dict, params: list[Tensor]) -> list[tuple[dict, list[Tensor], list[Tensor] | None]]:
@@ -182,14 +250,30 @@ class LpDecay:
         for param in params:
             for offset, length, own in self.segments.runs(param, local(param).numel()):
                 weights.setdefault(id(own), (effective(values, own), []))[1].append(part(local(param), offset, length))
-        return [(v, w, decay.resistance(w, v["p"]) if decay.is_active(float(v["lr"]), v["weight_decay"], v["cutoff"]) else None)
-                for v, w in weights.values()]
+        return [
+            (
+                v,
+                w,
+                (
+                    decay.resistance(w, v["p"])
+                    if decay.is_active(float(v["lr"]), v["weight_decay"], v["cutoff"])
+                    else None
+                ),
+            )
+            for v, w in weights.values()
+        ]
 
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer) -> None:
         skip = getattr(optimizer, "found_inf", None)  # AMP's GradScaler: a fused base leaves out the step by itself
         for values, weights, x in self._olds:
-            decay.decay_(weights, x, lr=float(values["lr"]), skip=skip, **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")})
+            decay.decay_(
+                weights,
+                x,
+                lr=float(values["lr"]),
+                skip=skip,
+                **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")},
+            )
         self._olds = []
 
     def _restore(self) -> None:
@@ -202,7 +286,9 @@ class LpDecay:
 
 
 def _with_grad(params: list[Tensor]) -> list[Tensor]:
-    return [param for param in params if param.grad is not None]  # the base leaves the others alone, and so does the decay
+    return [
+        param for param in params if param.grad is not None
+    ]  # the base leaves the others alone, and so does the decay
 
 
 def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
@@ -232,7 +318,9 @@ def _packed(pairs: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
 
 
 def steps_taken(live: Optimizer) -> int:
-    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0 before the first."""
+    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0
+    before the first.
+    """
     counts = [state[key] for state in live.state.values() for key in ("step", COUNT) if key in state]
     on_device = [count for count in counts if isinstance(count, Tensor) and count.device.type != "cpu"]
     if on_device:  # a fused base keeps them there: one wait for all of them

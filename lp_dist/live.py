@@ -1,4 +1,6 @@
-"""What can be watched while a model trains: zeros beside the loss on Trainer's bar, and histograms of |w| in TensorBoard."""
+"""What can be watched while a model trains: zeros beside the loss on Trainer's bar, and histograms of |w| in
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def tensorboards(callbacks: Iterable[TrainerCallback]) -> list[Any]:
 
 
 def write_histograms(writer: Any, histogram: Histogram, step: int) -> None:
-    """log2 |w| of each kind of layer without its zeros, which are a scalar, as a bar a thousand times as high as all others hides them."""
+    """log2 |w| of each kind of layer without its zeros, which are a scalar, as a bar a thousand times as high as all
+    others hides them.
+    """
     kinds: dict[str, list[str]] = {}
     for name in histogram.counts:
         kinds.setdefault(kind_of(name), []).append(name)
@@ -48,6 +52,13 @@ def write_histograms(writer: Any, histogram: Histogram, step: int) -> None:
         limits = [math.log2(histogram.edges[i + 1]) for i in bins]
         middles = [limit - 0.125 for limit in limits]
         writer.add_histogram_raw(
-            f"log2 |w|/{kind}", min=limits[0] - 0.25, max=limits[-1], num=sum(counts), sum=sum(middle * counts[i] for middle, i in zip(middles, bins)),
-            sum_squares=sum(middle * middle * counts[i] for middle, i in zip(middles, bins)), bucket_limits=limits, bucket_counts=[counts[i] for i in bins],
-            global_step=step)
+            f"log2 |w|/{kind}",
+            min=limits[0] - 0.25,
+            max=limits[-1],
+            num=sum(counts),
+            sum=sum(middle * counts[i] for middle, i in zip(middles, bins)),
+            sum_squares=sum(middle * middle * counts[i] for middle, i in zip(middles, bins)),
+            bucket_limits=limits,
+            bucket_counts=[counts[i] for i in bins],
+            global_step=step,
+        )

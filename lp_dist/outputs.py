@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lp_dist.errors import DiffersError, UsageError
 
-_PARTS = ("additional_chat_templates",)     # directories that a model's own directory may have
+_PARTS = ("additional_chat_templates",)  # directories that a model's own directory may have
 
 
 def replaceable(out: str | Path, overwrite: bool, *sources: Path) -> Path:
@@ -18,13 +18,16 @@ def replaceable(out: str | Path, overwrite: bool, *sources: Path) -> Path:
     Args:
         sources: what is read meanwhile, which must not lie within it.
     Raises:
-        UsageError: it is a file, is not empty and may not be overwritten, has directories of its own, or holds a source.
+        UsageError: it is a file, is not empty and may not be overwritten, has directories of its own, or holds a
+            source.
     """
     out = Path(out).resolve()
     for source in sources:
         for place in (out, _partial(out)):
             if place in (source.resolve(), *source.resolve().parents):
-                raise UsageError(f"{place} is or holds {source}, which it is to be made from; choose another place for it")
+                raise UsageError(
+                    f"{place} is or holds {source}, which it is to be made from; choose another place for it"
+                )
     if not out.exists():
         return out
     if not out.is_dir():
@@ -33,14 +36,17 @@ def replaceable(out: str | Path, overwrite: bool, *sources: Path) -> Path:
         raise UsageError(f"{out} exists and is not empty; choose another place, or replace it by --overwrite")
     odd = [inner for inner in out.iterdir() if inner.is_dir() and inner.name not in _PARTS]
     if odd:
-        raise UsageError(f"{out} is no earlier output, since it has a directory {odd[0].name}, which --overwrite would delete; choose another place")
+        raise UsageError(
+            f"{out} is no earlier output, since it has a directory {odd[0].name}, which --overwrite would delete;"
+            " choose another place"
+        )
     return out
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A directory `out`.partial to write into, which takes the place of `out` at the end. After an error it is removed and `out` is as it was;
-    after a DiffersError it stays, to be looked at."""
+    """A directory `out`.partial to write into, which takes the place of `out` at the end. After an error it is removed
+    and `out` is as it was; after a DiffersError it stays, to be looked at."""
     partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -24,9 +24,20 @@ def build(report: dict[str, Any]) -> str:
         UsageError: matplotlib or jinja2 is missing.
     """
     figures = _tools()[2]
-    return _render(figures.DRAWINGS, report, heading="How it went", title=_title(report), story=_story(report), numbers=_numbers(report),
-                   counts=_counts(report), facts=_facts(report), source=report["output_dir"], command=report["command"], following=report["next"],
-                   ranks=report["world_size"])
+    return _render(
+        figures.DRAWINGS,
+        report,
+        heading="How it went",
+        title=_title(report),
+        story=_story(report),
+        numbers=_numbers(report),
+        counts=_counts(report),
+        facts=_facts(report),
+        source=report["output_dir"],
+        command=report["command"],
+        following=report["next"],
+        ranks=report["world_size"],
+    )
 
 
 def build_inspection(found: dict[str, Any]) -> str:
@@ -41,39 +52,87 @@ def build_inspection(found: dict[str, Any]) -> str:
     for tensor in counted:
         old = kinds.setdefault(tensor["kind"], [0, 0])
         old[0], old[1] = old[0] + tensor["zeros"], old[1] + tensor["elements"]
-    report = {"tensors": {tensor["name"]: (tensor["zeros"], tensor["elements"]) for tensor in counted}, "kinds": kinds, "zeros": found["zeros"]}
-    numbers = [("Zeros", f"{found['sparsity']:.2%}", f"{found['zeros']:,} of {found['decayed_weights']:,} weights that decay"),
-               ("Parameters", _short(found["parameters"]), f"{found['parameters']:,}, of which {found['zeros_of_all'] / max(1, found['parameters']):.2%} are zero")]
-    return _render([one for one in figures.DRAWINGS if one.draw is figures.heat], report, heading="Where they lie", numbers=numbers,
-                   title=f"{found['model'].rstrip('/').split('/')[-1]}, {found['sparsity']:.2%} zeros", story=[f"{found['model']}, {found['form']}."],
-                   counts=_counts(report), facts=_structure(found, counted), source=found["model"], command=None, following=None, ranks=1)
+    report = {
+        "tensors": {tensor["name"]: (tensor["zeros"], tensor["elements"]) for tensor in counted},
+        "kinds": kinds,
+        "zeros": found["zeros"],
+    }
+    numbers = [
+        (
+            "Zeros",
+            f"{found['sparsity']:.2%}",
+            f"{found['zeros']:,} of {found['decayed_weights']:,} weights that decay",
+        ),
+        (
+            "Parameters",
+            _short(found["parameters"]),
+            f"{found['parameters']:,}, of which {found['zeros_of_all'] / max(1, found['parameters']):.2%} are zero",
+        ),
+    ]
+    return _render(
+        [one for one in figures.DRAWINGS if one.draw is figures.heat],
+        report,
+        heading="Where they lie",
+        numbers=numbers,
+        title=f"{found['model'].rstrip('/').split('/')[-1]}, {found['sparsity']:.2%} zeros",
+        story=[f"{found['model']}, {found['form']}."],
+        counts=_counts(report),
+        facts=_structure(found, counted),
+        source=found["model"],
+        command=None,
+        following=None,
+        ranks=1,
+    )
 
 
 def _structure(found: dict[str, Any], counted: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """What of the zeros a runtime could use."""
+
     def of(dead: int, all_: int) -> str:
         return f"{dead:,} of {all_:,}"
 
     matrices = [tensor for tensor in counted if tensor["blocks"] is not None]
-    whole = {"rows that are all zero": of(sum(tensor["dead_rows"] for tensor in matrices), sum(tensor["rows"] for tensor in matrices)),
-             "columns that are all zero": of(sum(tensor["dead_columns"] for tensor in matrices), sum(tensor["columns"] for tensor in matrices))}
-    for what, modules in (("feed-forward channels without effect", found["channels"]), ("attention heads without effect", found["heads"])):
+    whole = {
+        "rows that are all zero": of(
+            sum(tensor["dead_rows"] for tensor in matrices), sum(tensor["rows"] for tensor in matrices)
+        ),
+        "columns that are all zero": of(
+            sum(tensor["dead_columns"] for tensor in matrices), sum(tensor["columns"] for tensor in matrices)
+        ),
+    }
+    for what, modules in (
+        ("feed-forward channels without effect", found["channels"]),
+        ("attention heads without effect", found["heads"]),
+    ):
         if modules:
             whole[what] = of(*(sum(counts[i] for counts in modules.values()) for i in (0, 1)))
     blocks: dict[str, list[int]] = {}
     for tensor in matrices:
         old = blocks.setdefault(tensor["kind"], [0, 0])
         old[0], old[1] = old[0] + tensor["conforming"], old[1] + tensor["blocks"]
-    return {"Dead as a whole": whole,
-            "Blocks of four that suit 2:4 tensor cores": {kind: f"{conforming / max(1, all_):.1%}" for kind, (conforming, all_) in blocks.items()}}
+    return {
+        "Dead as a whole": whole,
+        "Blocks of four that suit 2:4 tensor cores": {
+            kind: f"{conforming / max(1, all_):.1%}" for kind, (conforming, all_) in blocks.items()
+        },
+    }
 
 
 def _render(drawings: list[Any], report: dict[str, Any], **words: Any) -> str:
     jinja2, canvas, _ = _tools()
-    shown = [{"title": one.title, "caption": one.caption(report), "picture": jinja2.utils.markupsafe.Markup(canvas.svg(one.name, figure))}
-             for one in drawings if (figure := one.draw(report)) is not None]
+    shown = [
+        {
+            "title": one.title,
+            "caption": one.caption(report),
+            "picture": jinja2.utils.markupsafe.Markup(canvas.svg(one.name, figure)),
+        }
+        for one in drawings
+        if (figure := one.draw(report)) is not None
+    ]
     paper = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return paper.from_string(_TEMPLATE.read_text("utf-8")).render(light=canvas.COLOURS, dark=canvas.DARK, figures=shown, version=__version__, **words)
+    return paper.from_string(_TEMPLATE.read_text("utf-8")).render(
+        light=canvas.COLOURS, dark=canvas.DARK, figures=shown, version=__version__, **words
+    )
 
 
 def write(report: dict[str, Any], path: Path, png: bool = False) -> list[Path]:
@@ -105,7 +164,10 @@ def _told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"can't write {error.filename}: {error.strerror}; name a file in a directory that is there and may be written to") from None
+        raise UsageError(
+            f"can't write {error.filename}: {error.strerror}; name a file in a directory that is there and may be"
+            " written to"
+        ) from None
 
 
 def _tools() -> tuple[Any, Any, Any]:
@@ -115,7 +177,9 @@ def _tools() -> tuple[Any, Any, Any]:
 
         from lp_dist import canvas, figures
     except ImportError as error:
-        raise UsageError(f"the page needs {error.name}; install the extra: pip install '.[finetune]' in the project") from None
+        raise UsageError(
+            f"the page needs {error.name}; install the extra: pip install '.[finetune]' in the project"
+        ) from None
     return jinja2, canvas, figures
 
 
@@ -126,13 +190,27 @@ def _title(report: dict[str, Any]) -> str:
 
 def _story(report: dict[str, Any]) -> list[str]:
     """The run in a few sentences."""
-    before, after, reference, target = report["perplexity_before"], report["perplexity_after"], report.get("reference"), report.get("target")
-    words = [f"Fine-tuned for {report['steps']:,} steps" + (f" on {report['dataset']}." if "dataset" in report else "."),
-             f"Perplexity on held-out text is {number(after)}" + ("." if before is None else f", and was {number(before)} before.")]
+    before, after, reference, target = (
+        report["perplexity_before"],
+        report["perplexity_after"],
+        report.get("reference"),
+        report.get("target"),
+    )
+    words = [
+        f"Fine-tuned for {report['steps']:,} steps" + (f" on {report['dataset']}." if "dataset" in report else "."),
+        f"Perplexity on held-out text is {number(after)}"
+        + ("." if before is None else f", and was {number(before)} before."),
+    ]
     if reference:
-        words.append(f"The {name_of(reference)} in {reference['output_dir']} has {number(reference['perplexity_after'])}.")
+        words.append(
+            f"The {name_of(reference)} in {reference['output_dir']} has {number(reference['perplexity_after'])}."
+        )
     groups = report.get("groups") if (report.get("groups") or {}).get("closed") else None
-    return [" ".join(words), *([f"Target: {landing(target)}"] if target else []), *([f"Groups: {dead_groups(groups)}"] if groups else [])]
+    return [
+        " ".join(words),
+        *([f"Target: {landing(target)}"] if target else []),
+        *([f"Groups: {dead_groups(groups)}"] if groups else []),
+    ]
 
 
 def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -140,10 +218,24 @@ def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     reference = report.get("reference")
     beside = [f"{name_of(reference)} {number(reference['perplexity_after'])}"] if reference else []
     which = "that decay" if report["zeros"] else "that were counted"
-    found = [("Zeros", f"{report['sparsity']:.2%}", f"{report['zeros']:,} of {report['decayed_weights']:,} weights {which}"),
-             ("Perplexity", number(report["perplexity_after"]), ", ".join([*beside, f"before {number(report['perplexity_before'])}"])),
-             ("Parameters", _short(report["parameters"]), f"{report['parameters']:,}, of which {report['sparsity_of_all']:.2%} are zero"),
-             ("Steps", f"{report['steps']:,}", f"learning rate {report['learning_rate']:g}, seed {report['seed']}")]
+    found = [
+        (
+            "Zeros",
+            f"{report['sparsity']:.2%}",
+            f"{report['zeros']:,} of {report['decayed_weights']:,} weights {which}",
+        ),
+        (
+            "Perplexity",
+            number(report["perplexity_after"]),
+            ", ".join([*beside, f"before {number(report['perplexity_before'])}"]),
+        ),
+        (
+            "Parameters",
+            _short(report["parameters"]),
+            f"{report['parameters']:,}, of which {report['sparsity_of_all']:.2%} are zero",
+        ),
+        ("Steps", f"{report['steps']:,}", f"learning rate {report['learning_rate']:g}, seed {report['seed']}"),
+    ]
     if report.get("seconds") is not None:
         resumed = "since it was resumed, " if report["configuration"].get("resume_from_checkpoint") else ""
         found.append(("Time", _duration(float(report["seconds"])), f"{resumed}evaluations included"))
@@ -151,7 +243,9 @@ def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _short(count: int) -> str:
-    unit, name = next(((10 ** power, name) for power, name in ((9, " B"), (6, " M"), (3, " K")) if count >= 10 ** power), (1, ""))
+    unit, name = next(
+        ((10**power, name) for power, name in ((9, " B"), (6, " M"), (3, " K")) if count >= 10**power), (1, "")
+    )
     return f"{count / unit:.4g}{name}"
 
 
@@ -171,13 +265,24 @@ def _counts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, int, int]
         old[0], old[1] = old[0] + zeros, old[1] + elements
     rows = sorted(layers.items(), key=lambda row: float("inf") if row[0] is None else row[0])
     tables = [("kind of layer", [(kind, *counts) for kind, counts in report["kinds"].items()])]
-    return tables + ([("layer", [("none" if layer is None else str(layer), *counts) for layer, counts in rows])] if layers else [])
+    return tables + (
+        [("layer", [("none" if layer is None else str(layer), *counts) for layer, counts in rows])] if layers else []
+    )
 
 
 def _facts(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Tables of two columns; a report of version 1 knows its configuration in part."""
     known = {key: report[key] for key in ("learning_rate", "weight_decay", "seed")} | report["decay"]
     asked = report.get("configuration", {key: value for key, value in known.items() if value is not None})
-    machine = report.get("environment", {"ranks": report["world_size"]}) | ({"engine": report["engine"]} if "engine" in report else {})
-    tables = {"Configuration, where it is not the default": asked, "Environment": machine, "Versions": report["versions"]}
-    return {heading: {key: value if isinstance(value, str) else json.dumps(value) for key, value in rows.items()} for heading, rows in tables.items()}
+    machine = report.get("environment", {"ranks": report["world_size"]}) | (
+        {"engine": report["engine"]} if "engine" in report else {}
+    )
+    tables = {
+        "Configuration, where it is not the default": asked,
+        "Environment": machine,
+        "Versions": report["versions"],
+    }
+    return {
+        heading: {key: value if isinstance(value, str) else json.dumps(value) for key, value in rows.items()}
+        for heading, rows in tables.items()
+    }

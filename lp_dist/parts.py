@@ -12,9 +12,11 @@ from lp_dist.shards import full_shape
 
 @dataclass(frozen=True)
 class Member:
-    """Of one parameter the elements whose index along `dim` is in [start, stop): index i is of group (i − start) // width.
+    """Of one parameter the elements whose index along `dim` is in [start, stop): index i is of group (i − start) //
+    width.
 
-    reads: whether these are inputs of the layer that reads what the groups say; where they are zero the rest of the group has no effect.
+    reads: whether these are inputs of the layer that reads what the groups say; where they are zero the rest of the
+    group has no effect.
     """
 
     name: str
@@ -66,13 +68,18 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The linear layers in the order of the modules, without output heads; raises UsageError where adapters stand beside them."""
+    """The linear layers in the order of the modules, without output heads; raises UsageError where adapters stand
+    beside them.
+    """
     names = {name for name, _ in model.named_parameters()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = []
     for place, (name, module) in enumerate(model.named_modules()):
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
-            raise UsageError(f"{name} has an adapter beside it, which would go on where its channels or heads are gone; merge the adapter first (lp_dist.merge_adapter)")
+            raise UsageError(
+                f"{name} has an adapter beside it, which would go on where its channels or heads are gone; merge the"
+                " adapter first (lp_dist.merge_adapter)"
+            )
         transposed = type(module).__name__ == "Conv1D"
         if (isinstance(module, nn.Linear) or transposed) and module is not head and f"{name}.weight" in names:
             shape = full_shape(module.weight)

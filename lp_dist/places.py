@@ -16,7 +16,9 @@ from lp_dist.shards import Shard
 
 @dataclass(frozen=True)
 class Place:
-    """One parameter's part on this rank. of: for a dimension, the number of the group of each index along it, among all; the last number is none's."""
+    """One parameter's part on this rank. of: for a dimension, the number of the group of each index along it, among
+    all; the last number is none's.
+    """
 
     shard: Shard
     of: dict[int, Tensor]
@@ -28,10 +30,12 @@ class Place:
 
 
 def blocks(values: Tensor, start: int, width: int, most: int | None = 0) -> Iterator[tuple[int, Tensor, slice, slice]]:
-    """A range of a matrix whose rows have `width` elements, as rectangles: its first element in `values`, a view, its rows and its columns.
+    """A range of a matrix whose rows have `width` elements, as rectangles: its first element in `values`, a view, its
+    rows and its columns.
 
     Args:
-        values: flat; start: its first element in the matrix. most: elements of a rectangle of several rows; 0: as many as fit in a cache, None: any number.
+        values: flat; start: its first element in the matrix. most: elements of a rectangle of several rows; 0: as many
+            as fit in a cache, None: any number.
     """
     at, most = 0, slices.limit(values.device) if most == 0 else most
     while at < values.numel():
@@ -41,7 +45,12 @@ def blocks(values: Tensor, start: int, width: int, most: int | None = 0) -> Iter
             rows, columns = 1, min(width - column, left)
         else:
             rows, columns = left // width if most is None else min(left // width, max(1, most // width)), width
-        yield at, values[at:at + rows * columns].view(rows, columns), slice(row, row + rows), slice(column, column + columns)
+        yield (
+            at,
+            values[at : at + rows * columns].view(rows, columns),
+            slice(row, row + rows),
+            slice(column, column + columns),
+        )
         at += rows * columns
 
 
@@ -53,18 +62,31 @@ def places_of(sets: list[Groups], shards: list[Shard]) -> list[Place]:
         for member in groups.members:
             shard = known.get(member.name)
             if shard is None:
-                raise UsageError(f"{groups.label} have weights in {member.name}, which this optimizer does not step; unfreeze it, or leave these groups out")
+                raise UsageError(
+                    f"{groups.label} have weights in {member.name}, which this optimizer does not step; unfreeze it,"
+                    " or leave these groups out"
+                )
             if shard.is_on_disk:
-                raise UsageError(f"{groups.label} have weights in {member.name}, which NVMe offload keeps on the disk, so norms can't be taken; offload to the "
-                                 "CPU instead")
+                raise UsageError(
+                    f"{groups.label} have weights in {member.name}, which NVMe offload keeps on the disk, so norms"
+                    " can't be taken; offload to the CPU instead"
+                )
             if shard.start is None:
-                raise UsageError(f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this way of sharding is not "
-                                 "supported. Shard by the first dimension (FSDP2), or use ZeRO")
+                raise UsageError(
+                    f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this"
+                    " way of sharding is not supported. Shard by the first dimension (FSDP2), or use ZeRO"
+                )
             if not shard.piece.values.is_contiguous():
-                raise UsageError(f"{groups.label} have weights in {member.name}, which does not lie in memory row by row (transposed, or channels last); make it "
-                                 "so by .contiguous() before the optimizer is made, or leave these groups out")
+                raise UsageError(
+                    f"{groups.label} have weights in {member.name}, which does not lie in memory row by row"
+                    " (transposed, or channels last); make it so by .contiguous() before the optimizer is made, or"
+                    " leave these groups out"
+                )
             of = numbers.setdefault(member.name, {})
             number = of.setdefault(member.dim, torch.full((shard.shape[member.dim],), total))
-            number[member.start:member.stop] = first + torch.arange(member.stop - member.start) // member.width
+            number[member.start : member.stop] = first + torch.arange(member.stop - member.start) // member.width
         first += groups.count
-    return [Place(known[name], {dim: number.to(known[name].tensor.device) for dim, number in of.items()}) for name, of in numbers.items()]
+    return [
+        Place(known[name], {dim: number.to(known[name].tensor.device) for dim, number in of.items()})
+        for name, of in numbers.items()
+    ]

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 def rates_ahead(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[float]]:
     """Learning rates of each param group for the next `steps` optimizer steps, the present ones first.
 
-    A copy of the scheduler is stepped on a stand-in for the optimizer, so neither changes. Without a scheduler, or with one that needs
-    a metric (ReduceLROnPlateau) or can't be copied, the present rates are taken to stay, and the log says so.
+    A copy of the scheduler is stepped on a stand-in for the optimizer, so neither changes. Without a scheduler, or
+    with one that needs a metric (ReduceLROnPlateau) or can't be copied, the present rates are taken to stay, and the
+    log says so.
 
     Args:
         lr_scheduler: torch's, DeepSpeed's, Accelerate's wrapper of one, or None.
@@ -32,15 +33,25 @@ def rates_ahead(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[lis
         try:
             rates += _stepped(lr_scheduler, optimizer, steps - 1)
         except Exception as error:  # whatever a scheduler of the user's raises when it is copied or stepped by itself
-            logger.warning("the learning rates ahead are not known, as %s can't be evaluated ahead (%s): λ is found as if they stayed what they "
-                           "are, and corrected at every interval", type(inner_scheduler(lr_scheduler)).__name__, error)
+            logger.warning(
+                "the learning rates ahead are not known, as %s can't be evaluated ahead (%s): λ is found as if they"
+                " stayed what they are, and corrected at every interval",
+                type(inner_scheduler(lr_scheduler)).__name__,
+                error,
+            )
     return rates + [rates[-1]] * (steps - len(rates)) if rates else []
 
 
 def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[float]]:
     inner, calls = inner_scheduler(lr_scheduler), scheduler_steps(lr_scheduler)
-    groups = [{**{key: value for key, value in group.items() if key != "params"}, "lr": float(group["lr"]), "params": [torch.zeros(1)]}
-              for group in optimizer.param_groups]
+    groups = [
+        {
+            **{key: value for key, value in group.items() if key != "params"},
+            "lr": float(group["lr"]),
+            "params": [torch.zeros(1)],
+        }
+        for group in optimizer.param_groups
+    ]
     stand_in = torch.optim.SGD(groups)
     memo = {id(optimizer): stand_in, id(inner.optimizer): stand_in}
     rates: list[list[float]] = []

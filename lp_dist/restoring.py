@@ -22,14 +22,21 @@ def restore_values(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict
         values = {key: value for key, value in values.items() if key != "lr"}  # the schedule's
         for key, value in values.items():
             if group.get(key, value) != value and group[key] not in scheduled.get(key, ()):
-                logger.warning("param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the optimizer was made",
-                               i, key, group[key], key, value)
+                logger.warning(
+                    "param group %d has %s=%s, from a checkpoint perhaps; going on with %s=%s, with which the"
+                    " optimizer was made",
+                    i,
+                    key,
+                    group[key],
+                    key,
+                    value,
+                )
         group.update(values)
 
 
 def restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's: those of the scheduler,
-    which was loaded with the engine, else in the proportion in which the groups were made."""
+    """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's:
+    those of the scheduler, which was loaded with the engine, else in the proportion in which the groups were made."""
     groups, made = live.param_groups, [float(values["lr"]) for values in asked]
     rates = list(getattr(lr_scheduler, "_last_lr", []))
     if len(rates) != len(groups):
@@ -47,10 +54,19 @@ def restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: An
 
 
 def tell_of_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Says so where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which Trainer's
-    schedules are, starts from the groups' own.)"""
+    """Says so where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which
+    Trainer's schedules are, starts from the groups' own.)"""
     made = [float(values["lr"]) for values in asked]
     rates = [float(rate) for rate in getattr(lr_scheduler, "base_lrs", [])]
-    if steps_taken(live) and isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR) and len(rates) == len(made) and rates != made:
-        logger.warning("the learning-rate schedule of the checkpoint goes on, from a rate of %g; the rate of %g with which the optimizer was made "
-                       "now does not count. For another rate start anew from the saved model", rates[0], made[0])
+    if (
+        steps_taken(live)
+        and isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
+        and len(rates) == len(made)
+        and rates != made
+    ):
+        logger.warning(
+            "the learning-rate schedule of the checkpoint goes on, from a rate of %g; the rate of %g with which the"
+            " optimizer was made now does not count. For another rate start anew from the saved model",
+            rates[0],
+            made[0],
+        )

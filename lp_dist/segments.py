@@ -14,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lp_dist.decay import check_hyperparameters
 from lp_dist.patterns import Straddling
 
-# What a parameter can have of its own. The learning rate and the moments' constants are the base optimizer's, hence the group's.
+# What a parameter can have of its own. The learning rate and the moments' constants are the base optimizer's, hence
+# the group's.
 KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent", "pattern")
 
 # Part of a tensor with one set of values: offset, length, the values that differ from its group's.
@@ -45,19 +46,25 @@ def check_keys(values: Iterable[str]) -> None:
     """Raises ValueError for a key that a single parameter can't have."""
     wrong = [key for key in values if key not in KEYS]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are {', '.join(KEYS)}. "
-                         "Use another param group for it")
+        raise ValueError(
+            f"{wrong[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are"
+            f" {', '.join(KEYS)}. Use another param group for it"
+        )
 
 
 class SegmentMap:
-    """Segments of the tensors that an optimizer steps, and values of single parameters. Tensors are known by identity."""
+    """Segments of the tensors that an optimizer steps, and values of single parameters. Tensors are known by
+    identity.
+    """
 
     def __init__(self) -> None:
-        self.straddling: Straddling | None = None   # set by `attach` where blocks of patterns lie on several ranks
+        self.straddling: Straddling | None = None  # set by `attach` where blocks of patterns lie on several ranks
         self._segments = WeakIdKeyDictionary()
         self._runs: dict[int, tuple[weakref.ref[Tensor], tuple[Run, ...]]] = {}
         self._values: dict[str, dict[str, Any]] = {}
-        self._interned: dict[tuple, dict[str, Any]] = {(): _NOTHING}  # equal values are one object, so that a step can group runs by it
+        self._interned: dict[tuple, dict[str, Any]] = {
+            (): _NOTHING
+        }  # equal values are one object, so that a step can group runs by it
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._segments
@@ -70,7 +77,9 @@ class SegmentMap:
         """Takes a new map; values of single parameters are forgotten with the old one."""
         self._segments, self._runs, self._values = WeakIdKeyDictionary(), {}, {}
         for tensor, pieces in segments.items():
-            self._segments[tensor] = tuple(sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.offset))
+            self._segments[tensor] = tuple(
+                sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.offset)
+            )
 
     def set(self, name: str, **values: Any) -> None:
         """Values of the parameter `name` that hold instead of its group's; a value of None gives it back to the group.
@@ -90,12 +99,15 @@ class SegmentMap:
         return dict(self._values.get(name, _NOTHING))
 
     def runs(self, tensor: Tensor, numel: int) -> tuple[Run, ...]:
-        """The tensor, of `numel` local elements, cut where the values change; one run with no values of its own if nothing differs.
+        """The tensor, of `numel` local elements, cut where the values change; one run with no values of its own if
+        nothing differs.
 
-        Equal values are the same object. Padding and gaps belong to the run before them; what they hold is nobody's (under ZeRO-3 it
-        is uninitialised memory), so they may be stepped, and must not be counted.
+        Equal values are the same object. Padding and gaps belong to the run before them; what they hold is nobody's
+        (under ZeRO-3 it is uninitialised memory), so they may be stepped, and must not be counted.
         """
-        found = self._runs.get(id(tensor))  # an optimizer's step asks for every tensor: a weak dictionary would take longer than the rest of it
+        found = self._runs.get(
+            id(tensor)
+        )  # an optimizer's step asks for every tensor: a weak dictionary would take longer than the rest of it
         if found is None or found[0]() is not tensor:
             runs = _cut(self.of(tensor), self._values, numel)
             found = self._runs[id(tensor)] = weakref.ref(tensor), runs
@@ -115,7 +127,9 @@ def _cut(segments: Iterable[Segment], values: dict[str, dict[str, Any]], numel: 
 
 
 class Asked:
-    """The values with which param groups were made, by parameter and in order: engines and checkpoints replace what groups hold."""
+    """The values with which param groups were made, by parameter and in order: engines and checkpoints replace what
+    groups hold.
+    """
 
     def __init__(self) -> None:
         self._of = WeakIdKeyDictionary()
@@ -135,8 +149,8 @@ class Asked:
 def effective(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The values that hold for a run: the group's, and what its parameters have of their own.
 
-    A cutoff of 0 or below is a phase of the whole group (see `schedule.py`): then only λ and λ2, which say whether a parameter takes
-    part in it, are its own.
+    A cutoff of 0 or below is a phase of the whole group (see `schedule.py`): then only λ and λ2, which say whether a
+    parameter takes part in it, are its own.
     """
     if not own:
         return group
@@ -147,4 +161,4 @@ def effective(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def part(tensor: Tensor, offset: int, length: int) -> Tensor:
     """View of a run of a local tensor; the tensor itself if the run is all of it."""
-    return tensor if length == tensor.numel() else tensor.view(-1)[offset:offset + length]
+    return tensor if length == tensor.numel() else tensor.view(-1)[offset : offset + length]

@@ -18,7 +18,9 @@ Row = tuple[Tensor | float, ...]  # weight, gradient, state tensors of one param
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank; other tensors are whole. The step is elementwise, so local is enough."""
+    """The part of a DTensor that lies on this rank; other tensors are whole. The step is elementwise, so local is
+    enough.
+    """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -31,12 +33,14 @@ def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if the parameter is to decay by its group's values and could never move."""
     if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
         return
-    # Only what is whole here is judged: a 1-D tensor may be a flat shard that holds nothing but an engine's padding on this rank,
-    # and of a DTensor the local part says nothing. `param_groups` and `attach` look over all ranks.
+    # Only what is whole here is judged: a 1-D tensor may be a flat shard that holds nothing but an engine's padding on
+    # this rank, and of a DTensor the local part says nothing. `param_groups` and `attach` look over all ranks.
     if param.ndim >= 2 and param.numel() and not hasattr(param, "to_local") and not bool(param.any()):
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so it could never "
-            "move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself), or initialise it")
+            f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so"
+            " it could never move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself),"
+            " or initialise it"
+        )
 
 
 def pieces(values: Tensor) -> tuple[Tensor, ...]:
@@ -46,8 +50,8 @@ def pieces(values: Tensor) -> tuple[Tensor, ...]:
 
 def count_zeros(values: Tensor) -> Tensor:
     """Exact zeros, as an int64 scalar on the device of `values`, so that no host waits."""
-    # Casting to bool is what torch does fastest on a CPU, by far: 10 times as fast as a comparison, and up to 50 times as count_nonzero. A slice
-    # has fewer elements than an int32 can count, and bytes are summed in vectors.
+    # Casting to bool is what torch does fastest on a CPU, by far: 10 times as fast as a comparison, and up to 50 times
+    # as count_nonzero. A slice has fewer elements than an int32 can count, and bytes are summed in vectors.
     counts = [piece.bool().view(torch.int8).sum(dtype=torch.int32) for piece in pieces(values)]
     alive = counts[0] if len(counts) == 1 else torch.stack(counts).sum(dtype=torch.int64)
     return values.numel() - alive.long()

@@ -45,13 +45,17 @@ class Sparsity:
 
 
 def kind_of(name: str) -> str:
-    """Kind of layer of a parameter name: `model.layers.3.mlp.up_proj.weight` → `up_proj`. (`base_layer` is peft's name for what it wraps.)"""
+    """Kind of layer of a parameter name: `model.layers.3.mlp.up_proj.weight` → `up_proj`. (`base_layer` is peft's name
+    for what it wraps.)
+    """
     parts = [part for part in name.split(".") if not part.isdigit() and part != "base_layer"]
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
 def layer_of(name: str) -> int | None:
-    """Number of the layer in a parameter's name, the first one in it: `model.layers.3.mlp.up_proj.weight` → 3; None where there is none."""
+    """Number of the layer in a parameter's name, the first one in it: `model.layers.3.mlp.up_proj.weight` → 3; None
+    where there is none.
+    """
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -60,8 +64,8 @@ class Histogram:
     """How many weights of each counted parameter have which magnitude.
 
     Args:
-        edges: of the bins of |w|, ascending, four to an octave from 2^-44 (about 6e-14) to 2^16; the first and the last bin take
-            what is below and above as well.
+        edges: of the bins of |w|, ascending, four to an octave from 2^-44 (about 6e-14) to 2^16; the first and the
+            last bin take what is below and above as well.
         counts: by name, one number per bin. zeros: by name.
     """
 
@@ -81,8 +85,9 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3) or FSDP2.
-        optimizer: None counts the model's own copy of the weights, which is what a checkpoint gets; with the optimizer (or a wrapper of
-            it), its fp32 master weights are counted. They differ in fp16, which rounds what is below 6e-8 to zero.
+        optimizer: None counts the model's own copy of the weights, which is what a checkpoint gets; with the optimizer
+            (or a wrapper of it), its fp32 master weights are counted. They differ in fp16, which rounds what is below
+            6e-8 to zero.
         names: the parameters to count, as of the unwrapped model's `named_parameters()`; None counts the matrices of
             linear, convolution and attention modules (`lp_dist.groups.matrix_names`).
     Raises:
@@ -93,26 +98,35 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
     if not pieces:
         return Sparsity({})
     zeros = _together([slices.count_zeros(values) for values in pieces.values()])
-    counts = summed(torch.stack([zeros, torch.tensor([values.numel() for values in pieces.values()], device=zeros.device)], dim=1)).tolist()
+    counts = summed(
+        torch.stack([zeros, torch.tensor([values.numel() for values in pieces.values()], device=zeros.device)], dim=1)
+    ).tolist()
     for name, (_, elements) in zip(pieces, counts):
         if elements != shapes[name].numel():
             raise RuntimeError(
-                f"counted {elements} of {shapes[name].numel()} elements of {name}: this way of sharding is not supported. "
-                "Supported: DDP, ZeRO 0 to 3, FSDP2; with FSDP1 set fsdp_version: 2")
+                f"counted {elements} of {shapes[name].numel()} elements of {name}: this way of sharding is not"
+                " supported. Supported: DDP, ZeRO 0 to 3, FSDP2; with FSDP1 set fsdp_version: 2"
+            )
     return Sparsity({name: (zeros, elements) for name, (zeros, elements) in zip(pieces, counts)})
 
 
 def measure_histogram(model: Any, optimizer: Any = None, *, names: Iterable[str] | None = None) -> Histogram:
-    """Histogram of |w| of parameters over all ranks, counted as `measure_sparsity` does, with one reduction; arguments as there.
+    """Histogram of |w| of parameters over all ranks, counted as `measure_sparsity` does, with one reduction; arguments
+    as there.
 
-    The bins are cut by the bits of the float, so no rounding moves a weight across an edge. (fp64 weights are taken as fp32.)
+    The bins are cut by the bits of the float, so no rounding moves a weight across an edge. (fp64 weights are taken as
+    fp32.)
     """
     pieces, _ = _pieces(model, optimizer, names)
     if not pieces:
         return Histogram(_EDGES, {}, {})
     bins = len(_EDGES) - 1
     counts = summed(_together([_binned(values, bins) for values in pieces.values()])).tolist()
-    return Histogram(_EDGES, {name: row[:bins] for name, row in zip(pieces, counts)}, {name: row[bins] for name, row in zip(pieces, counts)})
+    return Histogram(
+        _EDGES,
+        {name: row[:bins] for name, row in zip(pieces, counts)},
+        {name: row[bins] for name, row in zip(pieces, counts)},
+    )
 
 
 def _binned(values: Tensor, bins: int) -> Tensor:
@@ -123,8 +137,8 @@ def _binned(values: Tensor, bins: int) -> Tensor:
         every += torch.bincount(part.float().abs().view(torch.int32) >> (23 - _BITS), minlength=len(every))
     first = (127 + _LOWEST) << _BITS
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
-    counts[:bins] = every[first:first + bins]
-    counts[bins - 1] += every[first + bins:].sum()
+    counts[:bins] = every[first : first + bins]
+    counts[bins - 1] += every[first + bins :].sum()
     counts[bins] = slices.count_zeros(values)
     counts[0] += every[:first].sum() - counts[bins]
     return counts
@@ -135,23 +149,28 @@ def _together(counts: list[Tensor]) -> Tensor:
     return torch.stack([count.to(counts[0].device) for count in counts])
 
 
-def _pieces(model: Any, optimizer: Any, names: Iterable[str] | None) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
+def _pieces(
+    model: Any, optimizer: Any, names: Iterable[str] | None
+) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
     """What this rank counts of each parameter, and the shapes of the whole ones, by name in one order on all ranks."""
     inner = unwrap(model)
     params = dict(inner.named_parameters())
     names = sorted(matrix_names(inner) if names is None else names)
     unknown = [name for name in names if name not in params]
     if unknown:
-        raise ValueError(f"{len(unknown)} names are not parameters of {type(inner).__name__}, such as {unknown[0]!r}; "
-                         "pass names as model.named_parameters() gives them")
+        raise ValueError(
+            f"{len(unknown)} names are not parameters of {type(inner).__name__}, such as {unknown[0]!r}; "
+            "pass names as model.named_parameters() gives them"
+        )
     if optimizer is None:
         pieces = {name: local_piece(params[name]).share for name in names}
     else:
         masters = {shard.name: shard for shard in shards(model, optimizer)}
         foreign = [name for name in names if name not in masters]
         if foreign:
-            raise ValueError(f"{len(foreign)} parameters are not stepped by this optimizer, such as {foreign[0]!r}; leave the optimizer out to count "
-                             "the model's own weights, or name others")
+            raise ValueError(
+                f"{len(foreign)} parameters are not stepped by this optimizer, such as {foreign[0]!r}; leave the"
+                " optimizer out to count the model's own weights, or name others"
+            )
         pieces = {name: masters[name].piece.share for name in names}
     return pieces, {name: full_shape(params[name]) for name in names}
-

@@ -1,4 +1,5 @@
-"""Whole training steps for `lp-dist bench step`: LpAdamW against AdamW under real engines, in turn within the same processes.
+"""Whole training steps for `lp-dist bench step`: LpAdamW against AdamW under real engines, in turn within the same
+processes.
 
 `python -m lp_dist.stepping_whole JSON FILE` is one rank of one engine's run; `whole_runs` starts them.
 """
@@ -32,16 +33,21 @@ from lp_dist.structure import structure
 from lp_dist.target import SparsityTarget
 
 ENGINES = {
-    "one process": None, "ZeRO-2": {"stage": 2}, "ZeRO-3": {"stage": 3},
+    "one process": None,
+    "ZeRO-2": {"stage": 2},
+    "ZeRO-3": {"stage": 3},
     "ZeRO-2, CPU offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
 }
-LOOK = 10       # steps between two looks at the weights: the controller's, and a count of the zeros, as for a log; also the steps of a timed block
+# steps between two looks at the weights: the controller's, and a count of the zeros, as for a log; also the steps of a
+# timed block
+LOOK = 10
 _LR, _LAMBDA, _VOCABULARY, _WARM = 1e-4, 0.1, 8192, 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each optimizer.
+    """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each
+    optimizer.
 
     groups, interval: of the target; with no groups it is one for single weights.
     """
@@ -59,7 +65,9 @@ class Shape:
     def check(self) -> None:
         """Raises UsageError if there are no such groups in the model, or an interval is of none."""
         if self.interval != 1 and not self.groups:
-            raise UsageError(f"--interval {self.interval} is of groups, and none are named; add --groups channels, or leave it out")
+            raise UsageError(
+                f"--interval {self.interval} is of groups, and none are named; add --groups channels, or leave it out"
+            )
         if self.groups:
             with torch.device("meta"):
                 structure(self.model(), self.groups)
@@ -78,21 +86,37 @@ class Shape:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         heads = max(1, self.hidden // 64)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=_VOCABULARY, hidden_size=self.hidden, intermediate_size=self.hidden * 8 // 3, num_hidden_layers=self.layers,
-            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=self.tokens, tie_word_embeddings=True))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=_VOCABULARY,
+                hidden_size=self.hidden,
+                intermediate_size=self.hidden * 8 // 3,
+                num_hidden_layers=self.layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=self.tokens,
+                tie_word_embeddings=True,
+            )
+        )
 
 
-# -- starting them ----------------------------------------------------------------------------------------------------
+# -- starting them ------------------------------------------------------------
 
 
-def whole_runs(shape: Shape, seed: int, engines: tuple[str, ...] = tuple(ENGINES), timeout: float = 1800) -> Iterator[dict[str, Any]]:
+def whole_runs(
+    shape: Shape, seed: int, engines: tuple[str, ...] = tuple(ENGINES), timeout: float = 1800
+) -> Iterator[dict[str, Any]]:
     """One row for each engine; one that fails says why in its row."""
     threads = torch.get_num_threads()
     for engine in tqdm(engines, desc="whole training steps", leave=False):
         try:
             ranks = 1 if engine == "one process" else _ranks()
-            yield {"engine": engine, "ranks": ranks, "threads": max(1, threads // ranks), **_launched(engine, ranks, shape, seed, timeout)}
+            yield {
+                "engine": engine,
+                "ranks": ranks,
+                "threads": max(1, threads // ranks),
+                **_launched(engine, ranks, shape, seed, timeout),
+            }
         except (ImportError, RuntimeError, subprocess.TimeoutExpired) as error:
             tqdm.write(f"{engine}: skipped, {error}")
             yield {"engine": engine, "skipped": f"{error}"[-600:]}
@@ -100,7 +124,9 @@ def whole_runs(shape: Shape, seed: int, engines: tuple[str, ...] = tuple(ENGINES
 
 @cache
 def _ranks() -> int:
-    """Two on a CPU; on accelerators, two if there are two. Also compiles what DeepSpeed would compile on each rank, which has aborted runs."""
+    """Two on a CPU; on accelerators, two if there are two. Also compiles what DeepSpeed would compile on each rank,
+    which has aborted runs.
+    """
     if torch.accelerator.is_available():
         return min(2, torch.accelerator.device_count())
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,22 +141,37 @@ def _ranks() -> int:
 def _launched(engine: str, ranks: int, shape: Shape, seed: int, timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         told = Path(directory) / "row.json"
-        launcher = [] if engine == "one process" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        launcher = (
+            []
+            if engine == "one process"
+            else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        )
         words = [json.dumps({"engine": engine, "shape": shape.described(), "seed": seed}), str(told)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks)), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, *launcher, "-m", "lp_dist.stepping_whole", *words], env=environment, capture_output=True, text=True,
-                              timeout=timeout)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks)),
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "lp_dist.stepping_whole", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         if done.returncode or not told.exists():
             errors = [line for line in done.stderr.splitlines() if "Error" in line]
             raise RuntimeError(errors[0] if errors else done.stderr[-600:])
         return json.loads(told.read_text())
 
 
-# -- on a rank --------------------------------------------------------------------------------------------------------
+# -- on a rank ----------------------------------------------------------------
 
 
 def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
-    """Both optimizers in turn, a step each; on every rank. Tokens a second of all ranks together, over blocks of LOOK steps."""
+    """Both optimizers in turn, a step each; on every rank. Tokens a second of all ranks together, over blocks of LOOK
+    steps.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     runs = {"ours": _ours(engine, shape, seed, device), "peer": _peer(engine, shape, seed, device)}
     speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -144,7 +185,9 @@ def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
     for _ in range(shape.blocks):
         seconds = dict.fromkeys(runs, 0.0)
         for i, batch in enumerate(batches):
-            for name in list(runs) if i % 2 else list(runs)[::-1]:  # in turn, step by step, so that what disturbs the machine disturbs both
+            for name in (
+                list(runs) if i % 2 else list(runs)[::-1]
+            ):  # in turn, step by step, so that what disturbs the machine disturbs both
                 _together(distributed)
                 start = time.perf_counter()
                 runs[name].step(batch)
@@ -152,13 +195,28 @@ def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
                 seconds[name] += time.perf_counter() - start
         for name, value in seconds.items():
             speeds[name].append(world * shape.tokens * LOOK / value)
-    quartiles = {name: torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-                 for name, values in speeds.items()}
+    quartiles = {
+        name: (
+            torch.tensor(values, dtype=torch.float64)
+            .quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+            .tolist()
+        )
+        for name, values in speeds.items()
+    }
     weights = sum(p.numel() for p in shape.model().parameters())
-    return {"model": f"A Llama with {weights:,} random weights ({shape.layers} layers of {shape.hidden}), {shape.tokens} tokens a step and rank, "
-                     f"{'bf16' if _low(device) else 'fp32'}",
-            "blocks": shape.blocks, "ratio": median(ours / peer for ours, peer in zip(*speeds.values())), "zeros": measure_sparsity(runs["ours"].handle).total,
-            **{name: {"name": runs[name].name, "tokens/s": q[1], "quartiles": [q[0], q[2]]} for name, q in quartiles.items()}}
+    return {
+        "model": (
+            f"A Llama with {weights:,} random weights ({shape.layers} layers of {shape.hidden}), {shape.tokens} tokens"
+            f" a step and rank, {'bf16' if _low(device) else 'fp32'}"
+        ),
+        "blocks": shape.blocks,
+        "ratio": median(ours / peer for ours, peer in zip(*speeds.values())),
+        "zeros": measure_sparsity(runs["ours"].handle).total,
+        **{
+            name: {"name": runs[name].name, "tokens/s": q[1], "quartiles": [q[0], q[2]]}
+            for name, q in quartiles.items()
+        },
+    }
 
 
 @dataclass
@@ -203,6 +261,7 @@ def _ours(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
         attached.after_step()
         if taken % LOOK == 0:
             measure_sparsity(run.handle)
+
     run.after = after
     return run
 
@@ -219,15 +278,29 @@ def _peer(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
     return _Run("torch AdamW fused", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
 
 
-def _wrapped(engine: str, model: nn.Module, device: torch.device, config: dict[str, Any] | None = None, **parts: Any) -> Any:
+def _wrapped(
+    engine: str, model: nn.Module, device: torch.device, config: dict[str, Any] | None = None, **parts: Any
+) -> Any:
     if ENGINES[engine] is None:
         return model
     import deepspeed
 
     zero = {**ENGINES[engine], "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
-    handle, *_ = deepspeed.initialize(model=model, dist_init_required=False, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": _low(device)}, "zero_optimization": zero, "steps_per_print": 10**9, **(config or {})}, **parts)
+    handle, *_ = deepspeed.initialize(
+        model=model,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": _low(device)},
+            "zero_optimization": zero,
+            "steps_per_print": 10**9,
+            **(config or {}),
+        },
+        **parts,
+    )
     return handle
 
 

@@ -1,4 +1,6 @@
-"""`lp-dist bench trajectories`: what each p does to single weights, and whether a target's plan is followed, in a real training run."""
+"""`lp-dist bench trajectories`: what each p does to single weights, and whether a target's plan is followed, in a real
+training run.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,19 @@ _LR, _BATCH, _CONTEXT, _SHOWN = 2e-3, 16, 64, 60
 
 
 def trajectories(out: str, steps: int = 300, sparsity: float = 0.5, seed: int = 0) -> Path:
-    """Trains a small Llama on the bytes of Python's own language reference, then goes on with each p from the same weights, and with a
-    target for each p ≤ 1; writes `which-p.json` and `which-p.png` into `out`, and returns the figure's path.
+    """Trains a small Llama on the bytes of Python's own language reference, then goes on with each p from the same
+    weights, and with a target for each p ≤ 1; writes `which-p.json` and `which-p.png` into `out`, and returns the
+    figure's path.
 
-    With a λ: the one by which, without gradients, the share `sparsity` of the weights would be dead after `steps` steps. For p = 2, where
-    nothing dies, all weights would have shrunk to a tenth.
+    With a λ: the one by which, without gradients, the share `sparsity` of the weights would be dead after `steps`
+    steps. For p = 2, where nothing dies, all weights would have shrunk to a tenth.
     """
     try:
         import matplotlib
     except ImportError:
-        raise UsageError("the figure needs matplotlib; install the extra: pip install '.[bench]' in the project") from None
+        raise UsageError(
+            "the figure needs matplotlib; install the extra: pip install '.[bench]' in the project"
+        ) from None
     matplotlib.use("Agg")
     torch.manual_seed(seed)
     data = _bytes()
@@ -45,10 +50,23 @@ def trajectories(out: str, steps: int = 300, sparsity: float = 0.5, seed: int = 
     plans = [_with_target(copy.deepcopy(start), p, data, steps, sparsity, seed) for p in EXPONENTS if p <= 1]
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "which-p.json").write_text(json.dumps({
-        "benchmark": "trajectories", "steps": steps, "sparsity": sparsity, "seed": seed, "lr": _LR, "machine": platform.machine(),
-        "versions": report.versions(), "lambda": [{key: row[key] for key in ("p", "weight_decay", "zeros", "loss")} for row in rows],
-        "target": [{key: row[key] for key in ("p", "closed", "loss", "lag")} for row in plans]}, indent=1) + "\n")
+    (directory / "which-p.json").write_text(
+        json.dumps(
+            {
+                "benchmark": "trajectories",
+                "steps": steps,
+                "sparsity": sparsity,
+                "seed": seed,
+                "lr": _LR,
+                "machine": platform.machine(),
+                "versions": report.versions(),
+                "lambda": [{key: row[key] for key in ("p", "weight_decay", "zeros", "loss")} for row in rows],
+                "target": [{key: row[key] for key in ("p", "closed", "loss", "lag")} for row in plans],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     path = directory / "which-p.png"
     _draw(path, rows, plans, steps)
     return path
@@ -63,8 +81,18 @@ def _bytes() -> Tensor:
 def _model() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=4, max_position_embeddings=_CONTEXT, tie_word_embeddings=True))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=_CONTEXT,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def _batches(data: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
@@ -74,8 +102,15 @@ def _batches(data: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
         yield data[places + torch.arange(_CONTEXT)]
 
 
-def _train(model: nn.Module, optimizer: LpAdamW, data: Tensor, steps: int, seed: int, desc: str,
-           after: Callable[[int], None] = lambda step: None) -> float:
+def _train(
+    model: nn.Module,
+    optimizer: LpAdamW,
+    data: Tensor,
+    steps: int,
+    seed: int,
+    desc: str,
+    after: Callable[[int], None] = lambda step: None,
+) -> float:
     """after(step): called after each step. Returns the mean loss of the last tenth of the steps."""
     losses = []
     for step, batch in enumerate(tqdm(_batches(data, steps, seed), total=steps, desc=desc, leave=False)):
@@ -85,7 +120,7 @@ def _train(model: nn.Module, optimizer: LpAdamW, data: Tensor, steps: int, seed:
         optimizer.zero_grad()
         losses.append(loss.item())
         after(step)
-    last = losses[-max(1, steps // 10):]
+    last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
 
@@ -104,7 +139,13 @@ def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
         paths.append(params[names[0]].detach().abs().flatten()[shown])
 
     loss = _train(model, optimizer, data, steps, seed + 1, f"p = {p:g}, λ = {lam:.3g}", record)
-    return {"p": p, "weight_decay": lam, "zeros": measure_sparsity(model).total, "loss": loss, "paths": torch.stack(paths)}
+    return {
+        "p": p,
+        "weight_decay": lam,
+        "zeros": measure_sparsity(model).total,
+        "loss": loss,
+        "paths": torch.stack(paths),
+    }
 
 
 def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> dict[str, Any]:
@@ -120,8 +161,14 @@ def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
         measured.append(measure_sparsity(model).total)
 
     loss = _train(model, optimizer, data, steps, seed + 1, f"p = {p:g}, {sparsity:.0%} zeros", record)
-    return {"p": p, "plan": plan, "measured": measured, "closed": attached.control.closed, "loss": loss,
-            "lag": max(a - b for a, b in zip(plan, measured))}
+    return {
+        "p": p,
+        "plan": plan,
+        "measured": measured,
+        "closed": attached.control.closed,
+        "loss": loss,
+        "lag": max(a - b for a, b in zip(plan, measured)),
+    }
 
 
 def _draw(path: Path, rows: list[dict[str, Any]], plans: list[dict[str, Any]], steps: int) -> None:
@@ -131,8 +178,12 @@ def _draw(path: Path, rows: list[dict[str, Any]], plans: list[dict[str, Any]], s
     panels = [*axes[:, :3].flatten()]
     for axis, row in zip(panels, rows):
         axis.semilogy(row["paths"].clamp_min(1e-9).numpy(), linewidth=0.7, alpha=0.7)
-        axis.set(ylim=(1e-8, 1), title=f"p = {row['p']:g}, λ = {row['weight_decay']:.2g}: {row['zeros']:.1%} zeros, loss {row['loss']:.2f}",
-                 xlabel="optimizer step", ylabel="|w|")
+        axis.set(
+            ylim=(1e-8, 1),
+            title=f"p = {row['p']:g}, λ = {row['weight_decay']:.2g}: {row['zeros']:.1%} zeros, loss {row['loss']:.2f}",
+            xlabel="optimizer step",
+            ylabel="|w|",
+        )
         axis.title.set_fontsize(9)
     plan, late = axes[:, 3]
     for row in plans:

@@ -1,4 +1,6 @@
-"""`lp-dist export --verify`: the export is read back and held against the checkpoint it came from, weight by weight and by what it predicts."""
+"""`lp-dist export --verify`: the export is read back and held against the checkpoint it came from, weight by weight
+and by what it predicts.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,29 @@ from lp_dist.compaction import Shrunk
 from lp_dist.errors import DiffersError
 
 
-def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: torch.dtype | None = None,
-           shrunk: Shrunk | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def verify(
+    source: Checkpoint,
+    out: Path,
+    *,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shrunk: Shrunk | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Compares the weights bit for bit, the zeros, and the logits of the two models on a few tokens.
 
-    The whole model is loaded, once at a time. The compact form has no `from_pretrained`, and only its weights are compared.
+    The whole model is loaded, once at a time. The compact form has no `from_pretrained`, and only its weights are
+    compared.
 
     Args:
         config: directory of the source's config.json. dtype: to which the export cast the floating-point weights.
-        shrunk: what was left out. What stays is compared, and that nothing is read of the rest; logits are computed in float32 from the weights of
-            that dtype, and may differ by rounding, since sums of fewer terms are added up in another order.
+        shrunk: what was left out. What stays is compared, and that nothing is read of the rest; logits are computed in
+            float32 from the weights of that dtype, and may differ by rounding, since sums of fewer terms are added up
+            in another order.
     Returns:
-        {"tensors": number of them, "zeros": of the export, "logits": how many were compared, None where the model does not read tokens alone},
-        of a shrunk model {"difference": the largest one of logits, "rounding": and how large rounding may make it} as well
+        {"tensors": number of them, "zeros": of the export, "logits": how many were compared, None where the model does
+        not read tokens alone}, of a shrunk model {"difference": the largest one of logits, "rounding": and how large
+        rounding may make it} as well
     Raises:
         DiffersError: they differ; the message says where.
     """
@@ -41,11 +53,19 @@ def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: 
     cls, _ = model_class(out, trust_remote_code)
     loaded = next(entry.dtype for entry in again.entries.values() if entry.dtype.is_floating_point)
     computed = loaded if shrunk is None else torch.float32
-    model, loading = cls.from_pretrained(out, dtype=computed, output_loading_info=True, ignore_mismatched_sizes=True,
-                                         trust_remote_code=trust_remote_code)
+    model, loading = cls.from_pretrained(
+        out,
+        dtype=computed,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=trust_remote_code,
+    )
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[key]:
-            raise DiffersError(f"from_pretrained of {out} has {len(loading[key])} {key.replace('_', ' ')}, such as {min(map(str, loading[key]))}")
+            raise DiffersError(
+                f"from_pretrained of {out} has {len(loading[key])} {key.replace('_', ' ')}, such as"
+                f" {min(map(str, loading[key]))}"
+            )
     exported = _logits(model)
     if exported is None:
         return seen
@@ -66,17 +86,33 @@ def verify(source: Checkpoint, out: Path, *, config: Path | None = None, dtype: 
 
 
 def _alike(exported: Tensor, original: Tensor, shrunk: Shrunk, out: Path, source: Checkpoint) -> dict[str, float]:
-    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in either order in another way;
-    the n tensors that were cut add n such errors, which go with √n; and 8 leaves room for what the rest of the model makes of them."""
-    rounding = 8 * torch.finfo(original.dtype).eps * math.sqrt(max(shrunk.sums) * len(shrunk.sums)) * float(original.abs().max())
+    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in
+    either order in another way; the n tensors that were cut add n such errors, which go with √n; and 8 leaves room for
+    what the rest of the model makes of them.
+    """
+    rounding = (
+        8
+        * torch.finfo(original.dtype).eps
+        * math.sqrt(max(shrunk.sums) * len(shrunk.sums))
+        * float(original.abs().max())
+    )
     difference = float((exported - original).abs().max())
     if not difference <= rounding:
-        raise DiffersError(f"the logits of {out} are up to {difference:.2g} away from those of {source.path}, and rounding explains {rounding:.2g}")
+        raise DiffersError(
+            f"the logits of {out} are up to {difference:.2g} away from those of {source.path}, and rounding explains"
+            f" {rounding:.2g}"
+        )
     return {"difference": difference, "rounding": rounding}
 
 
-def _compare_tensors(source: Checkpoint, again: Checkpoint, config: Path | None, dtype: torch.dtype | None, shrunk: Shrunk | None,
-                     trust_remote_code: bool) -> int:
+def _compare_tensors(
+    source: Checkpoint,
+    again: Checkpoint,
+    config: Path | None,
+    dtype: torch.dtype | None,
+    shrunk: Shrunk | None,
+    trust_remote_code: bool,
+) -> int:
     left, zeros = dict(again.entries), 0
     for name, wanted in _wanted(source, config, trust_remote_code):
         entry = left.pop(name, None)
@@ -85,7 +121,9 @@ def _compare_tensors(source: Checkpoint, again: Checkpoint, config: Path | None,
         found, cast = entry.read(), in_dtype(wanted, dtype)
         if shrunk is not None:
             if not shrunk.takes_only_zeros(name, cast):
-                raise DiffersError(f"{name} in {source.path} has other weights than zeros in what was left out of {again.path}")
+                raise DiffersError(
+                    f"{name} in {source.path} has other weights than zeros in what was left out of {again.path}"
+                )
             cast = shrunk.cut(name, cast)
         if (found.dtype, found.shape) != (cast.dtype, cast.shape) or not torch.equal(bits(cast), bits(found)):
             raise DiffersError(f"{name} in {again.path} is not what {source.path} has")
@@ -110,13 +148,17 @@ def _fill(model: nn.Module, source: Checkpoint, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor | None:
-    """What it says of a few tokens (the hidden states, where it has no head); None if it wants other things to say something of."""
+    """What it says of a few tokens (the hidden states, where it has no head); None if it wants other things to say
+    something of.
+    """
     if model.main_input_name != "input_ids":
         return None
-    for param in model.parameters():    # not where a file has them: how a product is added up depends on how its factors are aligned
+    for param in (
+        model.parameters()
+    ):  # not where a file has them: how a product is added up depends on how its factors are aligned
         param.data = param.data.clone()
     try:
         said = model.eval()(**model.dummy_inputs)
-    except (TypeError, ValueError, AttributeError):     # whichever a model happens to raise for want of an image
+    except (TypeError, ValueError, AttributeError):  # whichever a model happens to raise for want of an image
         return None
     return said["logits"] if "logits" in said else said[0]

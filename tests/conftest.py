@@ -15,7 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # as the ranks have: how MKL adds up a product depends on the number of threads, and results are compared bit for bit
+torch.set_num_threads(
+    1
+    # as the ranks have: how MKL adds up a product depends on the number of threads, and results are compared bit for
+    # bit
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,19 +44,38 @@ def tiny_model(tmp_path_factory, topics) -> Path:
 
     directory = tmp_path_factory.mktemp("tiny_model")
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator((json.loads(line)["text"] for line in topics.open()), vocab_size=384, special_tokens=["<|end|>"],
-                                  show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(directory)
+    tokenizer.train_from_iterator(
+        (json.loads(line)["text"] for line in topics.open()),
+        vocab_size=384,
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(directory)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=384, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)).save_pretrained(directory)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=384,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).save_pretrained(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def cpu_op() -> None:
-    """DeepSpeed compiles a small communication op on first use; two ranks doing so at the same time have aborted a run."""
+    """DeepSpeed compiles a small communication op on first use; two ranks doing so at the same time have aborted a
+    run.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.comm.torch import build_shm_op
 
@@ -63,14 +86,20 @@ def cpu_op() -> None:
 def run_ranks(tmp_path, cpu_op):
     """`run_ranks(fn, world_size, *args)` → what `fn(rank, world_size, *args)` returned on each rank, under gloo.
 
-    The ranks meet at a file, so that tests running side by side can't take each other's port. If a rank fails, the test fails
-    with the tracebacks of all that did.
+    The ranks meet at a file, so that tests running side by side can't take each other's port. If a rank fails, the
+    test fails with the tracebacks of all that did.
     """
+
     def run(fn, world_size: int, *args) -> list:
         context = torch.multiprocessing.get_context("forkserver")
         # or every rank imports them anew, which takes seconds
-        context.set_forkserver_preload(["torch", "deepspeed", "transformers.trainer", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
-        ranks = [context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, dict(os.environ), args)) for rank in range(world_size)]
+        context.set_forkserver_preload(
+            ["torch", "deepspeed", "transformers.trainer", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+        )
+        ranks = [
+            context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, dict(os.environ), args))
+            for rank in range(world_size)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -84,6 +113,7 @@ def run_ranks(tmp_path, cpu_op):
             assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
             results.append(pickle.loads((tmp_path / f"result_{rank}").read_bytes()))
         return results
+
     return run
 
 
@@ -101,16 +131,26 @@ torch.distributed.destroy_process_group()
 
 @pytest.fixture(scope="session")
 def run_program(tmp_path_factory, cpu_op):
-    """`run_program([arguments, ...])`: the training program under torchrun on 2 CPU ranks, one run after the other in the same processes, since
-    most of a small run's time is that of its imports. A failure shows what it printed."""
+    """`run_program([arguments, ...])`: the training program under torchrun on 2 CPU ranks, one run after the other in
+    the same processes, since most of a small run's time is that of its imports. A failure shows what it printed."""
     script = tmp_path_factory.mktemp("script") / "several.py"
     script.write_text(_SEVERAL)
 
     def run(runs: list[list[str]]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), json.dumps(runs)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+            json.dumps(runs),
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+
     return run
 
 
@@ -119,11 +159,20 @@ def _rank(fn, rank: int, world_size: int, directory: Path, environment: dict[str
 
     os.environ.clear()
     os.environ.update(environment)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR="cpu")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        DS_ACCELERATOR="cpu",
+    )
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
+        )
         result = fn(rank, world_size, *args)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

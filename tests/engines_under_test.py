@@ -1,4 +1,6 @@
-"""The engines that tests put a small model into, each made the same way: `make(kind, model, optimizer)` → an `Engine`."""
+"""The engines that tests put a small model into, each made the same way: `make(kind, model, optimizer)` → an
+`Engine`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-# Odd sizes, so that every split over two or three ranks is uneven or padded, and small sub-groups, so that ZeRO-3 has several.
+# Odd sizes, so that every split over two or three ranks is uneven or padded, and small sub-groups, so that ZeRO-3 has
+# several.
 ZERO = {
-    "zero1": {"stage": 1}, "zero2": {"stage": 2}, "zero3": {"stage": 3},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
     "zero2 offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero3 offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     "zero3 hpz": {"stage": 3, "zero_hpz_partition_size": 2},
@@ -22,7 +27,9 @@ ZERO = {
 
 @dataclass
 class Engine:
-    """A wrapped model: call it, then `step(loss)`; `handle` is what a user hands to lp_dist. Saved and loaded by the engine's own means."""
+    """A wrapped model: call it, then `step(loss)`; `handle` is what a user hands to lp_dist. Saved and loaded by the
+    engine's own means.
+    """
 
     handle: Any
     optimizer: Any
@@ -52,7 +59,9 @@ class Engine:
             dcp.save(self._sharded_state(), checkpoint_id=place)
         elif torch.distributed.get_rank() == 0:
             place.mkdir(parents=True, exist_ok=True)
-            torch.save({"model": self.handle.state_dict(), "optimizer": self.optimizer.state_dict()}, place / "state.pt")
+            torch.save(
+                {"model": self.handle.state_dict(), "optimizer": self.optimizer.state_dict()}, place / "state.pt"
+            )
         if self.lr_scheduler is not None and torch.distributed.get_rank() == 0:
             torch.save(self.lr_scheduler.state_dict(), place / "scheduler.pt")
         torch.distributed.barrier()
@@ -67,7 +76,9 @@ class Engine:
 
             state = self._sharded_state()
             dcp.load(state, checkpoint_id=place)
-            set_state_dict(self.handle, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            set_state_dict(
+                self.handle, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
         else:
             state = torch.load(place / "state.pt", weights_only=True)
             self.handle.load_state_dict(state["model"])
@@ -112,13 +123,23 @@ def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
     if zero["stage"] == 3:
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 20}
     # DeepSpeed clips the gradients' norm to 1.0 unless it is told otherwise.
-    return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero, **more}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        **more,
+    }
 
 
-def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lambda optimizer: None, **more: Any) -> Engine:
-    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, bf16_optimizer, or "accelerate " and a key of ZERO. optimizer_of(model) → optimizer,
-    made when the engine wants it; scheduler_of(optimizer) → its learning-rate scheduler. more: into the DeepSpeed config."""
+def make(
+    kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lambda optimizer: None, **more: Any
+) -> Engine:
+    """kind: plain, ddp, fsdp2, zero0, a key of ZERO, bf16_optimizer, or "accelerate " and a key of ZERO.
+    optimizer_of(model) → optimizer, made when the engine wants it; scheduler_of(optimizer) → its learning-rate
+    scheduler. more: into the DeepSpeed config.
+    """
     if kind == "plain":
         return _engine(model, optimizer_of(model), scheduler_of)
     if kind == "ddp":
@@ -137,8 +158,13 @@ def make(kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lam
     scheduler = scheduler_of(optimizer)
     if kind.startswith("accelerate "):
         return _accelerated(deepspeed_config(kind.removeprefix("accelerate "), **more), model, optimizer, scheduler)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(kind, **more),
-                                      dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(kind, **more),
+        dist_init_required=False,
+    )
     return Engine(engine, optimizer, scheduler)
 
 
@@ -169,7 +195,9 @@ def full(param: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([param]):
             return param.detach().clone()
     data = param.detach()
-    return (data.full_tensor() if hasattr(data, "full_tensor") else data).clone()  # on one rank full_tensor() is the parameter itself
+    return (
+        data.full_tensor() if hasattr(data, "full_tensor") else data
+    ).clone()  # on one rank full_tensor() is the parameter itself
 
 
 def gathered(engine: Engine) -> dict[str, torch.Tensor]:

@@ -20,7 +20,9 @@ PARAMETERS = LAYERS * LARGEST + LAYERS // 8 * WIDTH
 
 
 class Allocated:
-    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes live at the mark, and `a.peak["x"]`, the most until the next."""
+    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes live at the mark, and `a.peak["x"]`, the most
+    until the next.
+    """
 
     def __enter__(self) -> Allocated:
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
@@ -38,11 +40,11 @@ class Allocated:
         blocks, live, mark = {}, 0, "start"
         for event in self._events():
             if event["name"] != "[memory]":
-                mark = event["name"][len("mark "):]
+                mark = event["name"][len("mark ") :]
                 self.at[mark] = self.peak[mark] = live
                 continue
-            # By address: a block from before counts nothing when it is freed, and one that another thread freed (gloo does that),
-            # which is not seen, is known to be gone when its address is given out again.
+            # By address: a block from before counts nothing when it is freed, and one that another thread freed (gloo
+            # does that), which is not seen, is known to be gone when its address is given out again.
             live -= blocks.pop(event["args"]["Addr"], 0)
             if event["args"]["Bytes"] > 0:
                 blocks[event["args"]["Addr"]] = event["args"]["Bytes"]
@@ -53,7 +55,9 @@ class Allocated:
         with tempfile.TemporaryDirectory() as directory:
             self._profile.export_chrome_trace(f"{directory}/trace.json")
             events = json.loads(Path(f"{directory}/trace.json").read_text())["traceEvents"]
-        return sorted((e for e in events if e["name"] == "[memory]" or e["name"].startswith("mark ")), key=lambda e: e["ts"])
+        return sorted(
+            (e for e in events if e["name"] == "[memory]" or e["name"].startswith("mark ")), key=lambda e: e["ts"]
+        )
 
 
 class Collectives(TorchDispatchMode):
@@ -73,7 +77,9 @@ class Collectives(TorchDispatchMode):
     def sent(self) -> int:
         """Bytes that a rank sends, by ring algorithms. A KeyError is a collective that nobody has thought of."""
         passes = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
-        return sum(round(passes[name] * max(sizes)[0] * sizes[0][1] * (RANKS - 1) / RANKS) for name, sizes in self.calls)
+        return sum(
+            round(passes[name] * max(sizes)[0] * sizes[0][1] * (RANKS - 1) / RANKS) for name, sizes in self.calls
+        )
 
 
 def tensors_in(args):
@@ -86,7 +92,9 @@ def tensors_in(args):
 
 def bytes_of(tensors) -> int:
     """Bytes of the storages on this rank, each counted once."""
-    local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None and t.device.type != "meta")
+    local = (
+        t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None and t.device.type != "meta"
+    )
     return sum({s.data_ptr(): s.nbytes() for s in (t.detach().untyped_storage() for t in local)}.values())
 
 
@@ -97,11 +105,14 @@ def alive() -> list[torch.Tensor]:
     return found + [t.grad for t in found if t.is_leaf]
 
 
-# -- on the ranks -----------------------------------------------------------------------------------------------------
+# -- on the ranks -------------------------------------------------------------
+
 
 def model_of() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=i == 0) for i in range(8))) for _ in range(LAYERS // 8)))
+    return nn.Sequential(
+        *(nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=i == 0) for i in range(8))) for _ in range(LAYERS // 8))
+    )
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -112,18 +123,37 @@ def deepspeed_run(stage: int, dtype: str, offload: bool, base=LpAdamW):
     import deepspeed
 
     model = model_of()
-    zero = {"stage": stage, "reduce_bucket_size": LARGEST, "allgather_bucket_size": LARGEST, "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
-            "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": False}}
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-              "zero_optimization": zero, "bf16": {"enabled": dtype == "bf16"}}
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": LARGEST,
+        "allgather_bucket_size": LARGEST,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": False},
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
     optimizer = base(param_groups(model, 0.1), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    flats = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else engine.optimizer.single_partition_of_fp32_groups
+    flats = (
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
 
     def held() -> dict[str, int]:
-        return dict(model=bytes_of(p.ds_tensor if stage == 3 else p for p in model.parameters()), masters=bytes_of(flats),
-                    optimizer_state=state_bytes(optimizer))
+        return dict(
+            model=bytes_of(p.ds_tensor if stage == 3 else p for p in model.parameters()),
+            masters=bytes_of(flats),
+            optimizer_state=state_bytes(optimizer),
+        )
 
     x = torch.randn(2, WIDTH, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     return engine, lambda: engine(x).float().square().mean(), engine.backward, engine.step, held
@@ -136,8 +166,11 @@ def torch_run(stage: int | str, dtype: str, offload: bool):
     engine = nn.parallel.DistributedDataParallel(model, init_sync=False) if stage == 0 else model
     if stage == "fsdp2":
         for module in (*model, model):
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None),
-                        offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
+            fully_shard(
+                module,
+                mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None),
+                offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
+            )
     optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-3)
     x = torch.randn(2, WIDTH)
 
@@ -151,12 +184,16 @@ def torch_run(stage: int | str, dtype: str, offload: bool):
 
     def held() -> dict[str, int]:
         return dict(model=0, masters=bytes_of(model.parameters()), optimizer_state=state_bytes(optimizer))
+
     return engine, loss, torch.Tensor.backward, step, held
 
 
 def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int]:
-    """Steps to warm up, one under the profiler, one under the watch for collectives. `beside`: bytes of all but what `held` names."""
-    # DDP makes its buckets anew in the second forward; and accumulating, it has gradients beside the copies that autocast makes.
+    """Steps to warm up, one under the profiler, one under the watch for collectives. `beside`: bytes of all but what
+    `held` names.
+    """
+    # DDP makes its buckets anew in the second forward; and accumulating, it has gradients beside the copies that
+    # autocast makes.
     times = 2 if stage == 0 else 1
     gc.collect()
     gc.freeze()  # what is there already is no concern of `alive`
@@ -185,8 +222,8 @@ def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int
         finally:
             LpAdamW.step = step_of_ours
     own, at, peak = held(), allocated.at, allocated.peak
-    # gloo may free what it takes on a thread that the profiler does not see. So only spans without gathers are read, on top of what
-    # is alive when they begin; the buckets of DDP, of which Python knows nothing, as they were made.
+    # gloo may free what it takes on a thread that the profiler does not see. So only spans without gathers are read,
+    # on top of what is alive when they begin; the buckets of DDP, of which Python knows nothing, as they were made.
     if stage in (3, "fsdp2"):
         most = before_step + peak["step"] - at["step"]
     else:
@@ -201,20 +238,35 @@ def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int
         measure_histogram(engine)
     if make is deepspeed_run:
         engine.destroy()
-    return dict(own, beside=most - sum(own.values()), sent=seen.sent(), calls_of_inner_step=len(inner.calls), counted=counted,
-                sent_to_count=counting.sent(), calls_to_count=len(counting.calls), sent_to_bin=binning.sent())
+    return dict(
+        own,
+        beside=most - sum(own.values()),
+        sent=seen.sent(),
+        calls_of_inner_step=len(inner.calls),
+        counted=counted,
+        sent_to_count=counting.sent(),
+        calls_to_count=len(counting.calls),
+        sent_to_bin=binning.sent(),
+    )
 
 
 def with_adamw() -> dict[str, int]:
-    engine, loss, backward, step, held = deepspeed_run(2, "bf16", False, torch.optim.AdamW)
+    _engine, loss, backward, step, held = deepspeed_run(2, "bf16", False, torch.optim.AdamW)
     with Collectives() as seen:
         backward(loss())
         step()
     return dict(held(), sent=seen.sent())
 
 
-# torch's own first: ZeRO-3 puts a linear function of its own into torch, which keeps no copy for backward under autocast.
-CELLS = [(0, "bf16", False), (0, "fp32", False), ("fsdp2", "bf16", False), ("fsdp2", "fp32", False), ("fsdp2", "fp32", True)]
+# torch's own first: ZeRO-3 puts a linear function of its own into torch, which keeps no copy for backward under
+# autocast.
+CELLS = [
+    (0, "bf16", False),
+    (0, "fp32", False),
+    ("fsdp2", "bf16", False),
+    ("fsdp2", "fp32", False),
+    ("fsdp2", "fp32", True),
+]
 CELLS += [(stage, dtype, offload) for stage in (1, 2, 3) for dtype in ("bf16", "fp32") for offload in (False, True)]
 
 

@@ -1,4 +1,6 @@
-"""What the tests of the GPU's fused step share: its module, rows, and an oracle in float64 that is written from the equations alone."""
+"""What the tests of the GPU's fused step share: its module, rows, and an oracle in float64 that is written from the
+equations alone.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,44 @@ SNAP = 1e-13
 
 def values(base: str = "adamw", **changed: Any) -> dict[str, Any]:
     """A group of hyperparameters. "momentum" and "nesterov" are SGD with it."""
-    own = {"adamw": {"betas": (0.9, 0.99), "eps": 1e-6, "precondition": 0.0}, "lion": {"betas": (0.9, 0.99)}, "sgd": {"momentum": 0.0},
-           "momentum": {"momentum": 0.9, "nesterov": False}, "nesterov": {"momentum": 0.9, "nesterov": True}}[base]
-    return {"lr": 0.02, "weight_decay": 0.1, "p": 0.5, "l2": 0.0, "cutoff": math.inf, "floor": 0.0, "maximize": False, **own, **changed}
+    own = {
+        "adamw": {"betas": (0.9, 0.99), "eps": 1e-6, "precondition": 0.0},
+        "lion": {"betas": (0.9, 0.99)},
+        "sgd": {"momentum": 0.0},
+        "momentum": {"momentum": 0.9, "nesterov": False},
+        "nesterov": {"momentum": 0.9, "nesterov": True},
+    }[base]
+    return {
+        "lr": 0.02,
+        "weight_decay": 0.1,
+        "p": 0.5,
+        "l2": 0.0,
+        "cutoff": math.inf,
+        "floor": 0.0,
+        "maximize": False,
+        **own,
+        **changed,
+    }
 
 
-def row(base: str, n: int, seed: int = 0, step: Any = 3.0, dtype: torch.dtype = torch.float32, grad: torch.dtype | None = None) -> tuple:
+def row(
+    base: str,
+    n: int,
+    seed: int = 0,
+    step: Any = 3.0,
+    dtype: torch.dtype = torch.float32,
+    grad: torch.dtype | None = None,
+) -> tuple:
     """Weights over many magnitudes with zeros among them, gradients, a state that fits them."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(n, generator=generator)
+
+    def draw():
+        return torch.randn(n, generator=generator)
+
     w = draw() * 10 ** (torch.rand(n, generator=generator) * 6 - 5)
     w[::97] = 0
     g, m = draw() * 0.1, draw() * 0.1
-    states = (m, m * m + draw() ** 2 * 1e-3)[:STATES[base]]
+    states = (m, m * m + draw() ** 2 * 1e-3)[: STATES[base]]
     return (w.to(DEVICE, dtype), g.to(DEVICE, grad or dtype), *(t.to(DEVICE, dtype) for t in states), step)
 
 
@@ -42,7 +69,9 @@ def run(gpu, base: str, a: dict[str, Any], *rows: tuple) -> None:
 
 
 def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The new weights and state of a row, and the magnitude beside which an error of a weight is small; nan where x is at the cutoff."""
+    """The new weights and state of a row, and the magnitude beside which an error of a weight is small; nan where x is
+    at the cutoff.
+    """
     w, g, *states = (t.detach().cpu().double() for t in of[:-1])
     t, lr, beta1, beta2 = float(of[-1]), float(a["lr"]), *a.get("betas", (0.0, 0.0))
     g = -g if a["maximize"] else g
@@ -64,24 +93,28 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         parts = lr * (a["momentum"] * states[0].abs() + g.abs()) * (1 + a["momentum"])
         move, states = lr * (g + a["momentum"] * buffer if base == "nesterov" else buffer), [buffer]
     hidden = (w == 0) & a.get("latent", False)
-    if a.get("latent"):     # where w = 0 the latent weight is in exp_avg, and steps without momentum
+    if a.get("latent"):  # where w = 0 the latent weight is in exp_avg, and steps without momentum
         w = torch.where(hidden, of[2].cpu().double(), w)
         move, parts = torch.where(hidden, lr * g / denom, move), torch.where(hidden, lr * g.abs() / denom, parts)
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
-    if a.get("pattern"):    # of each block the n largest x, of equal ones the earlier
+    if a.get("pattern"):  # of each block the n largest x, of equal ones the earlier
         n, m = map(int, a["pattern"].split(":"))
         places = x.view(-1, m).sort(descending=True, stable=True).indices[:, :n]
         x = x.view(-1, m).scatter(1, places, math.inf).view(-1)
-    pull = torch.where(x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0))
+    pull = torch.where(
+        x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0)
+    )
     divisor = 1 + lr * a["l2"] + (pull if a["weight_decay"] > 0 and lr > 0 else 0.0)
     new = (w - move) / divisor
     if lr * a["weight_decay"] > 0 and a["cutoff"] >= 0 and a["p"] < 2:
         new = torch.where(new.abs() <= SNAP, 0.0, new)
-    scale = (w.abs() + parts) / divisor     # the parts of a move may cancel each other
+    scale = (w.abs() + parts) / divisor  # the parts of a move may cancel each other
     if a.get("latent"):
         x_new = new.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
         under = x_new <= a["cutoff"]
-        scale = torch.where((x_new / a["cutoff"] - 1).abs() < 1e-4, math.nan, scale)    # of a sum that cancels, x is less sure
+        scale = torch.where(
+            (x_new / a["cutoff"] - 1).abs() < 1e-4, math.nan, scale
+        )  # of a sum that cancels, x is less sure
         states[0] = torch.where(under, new, torch.where(hidden, 0.0, states[0]))
         new = torch.where(under, 0.0, new)
     return [new, *states], torch.where((x / a["cutoff"] - 1).abs() < 1e-5, math.nan, scale)
@@ -119,14 +152,16 @@ from triton.backends.compiler import GPUTarget
 from lp_dist.kernels import gpu
 
 signature = dict(rows="*i64", plans="*fp32", count="i32")
-names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "SPARED", "OF", "HAS_STATE", "NESTEROV", "SIZE")
+names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "SPARED", "OF", "HAS_STATE", "NESTEROV",
+         "SIZE")
 for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, 0, 0, True, False, 1024),
                ("adamw", tl.float32, tl.bfloat16, 3, 2, True, 0, 0, True, False, 1024),
                ("adamw", tl.bfloat16, tl.bfloat16, -3, -4, False, 0, 0, True, False, 1024),
                ("adamw", tl.float32, tl.bfloat16, 3, 2, False, 4, 8, True, False, 1024),
                ("sgd", tl.float32, tl.float16, -1, 0, False, 0, 0, False, False, 1024),
                ("lion", tl.float32, tl.float32, -2, 0, False, 0, 0, True, False, 1024)]:
-    source = triton.compiler.ASTSource(gpu.lp_step, {**signature, **dict.fromkeys(names, "constexpr")}, dict(zip(names, values)))
+    signatures = {**signature, **dict.fromkeys(names, "constexpr")}
+    source = triton.compiler.ASTSource(gpu.lp_step, signatures, dict(zip(names, values)))
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
         asm = triton.compile(source, target=target, options=dict(num_warps=gpu._WARPS, enable_fp_fusion=False)).asm
         assert len(asm["cubin" if target.backend == "cuda" else "hsaco"]) > 1000

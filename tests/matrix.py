@@ -1,7 +1,9 @@
-"""The matrix: every optimizer under every engine and dtype, and one process that adds up the same gradients in the same order.
+"""The matrix: every optimizer under every engine and dtype, and one process that adds up the same gradients in the
+same order.
 
-An engine only shares out the work. One process that is told where an engine rounds (`How`) must therefore reach the same weights,
-bit for bit: the average over two ranks is (a + b) / 2, one rounding, in whatever order a collective takes them.
+An engine only shares out the work. One process that is told where an engine rounds (`How`) must therefore reach the
+same weights, bit for bit: the average over two ranks is (a + b) / 2, one rounding, in whatever order a collective
+takes them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,25 @@ from lp_dist import LpAdamW, LpLion, LpSGD, attach, param_groups
 
 STEPS, HALVES, MAX_NORM = 12, (6, 12), 0.25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEEPSPEED = {"ZeRO 0": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3, "ZeRO 2, CPU offload": 2, "ZeRO 3, CPU offload": 3, "BF16_Optimizer": 1}
+DEEPSPEED = {
+    "ZeRO 0": 0,
+    "ZeRO 1": 1,
+    "ZeRO 2": 2,
+    "ZeRO 3": 3,
+    "ZeRO 2, CPU offload": 2,
+    "ZeRO 3, CPU offload": 3,
+    "BF16_Optimizer": 1,
+}
 ENGINES = ("one process", "DDP", *DEEPSPEED, "FSDP2")
 MAIN = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")  # these get every combination in fp32
-# With powers of which nothing is a product or a root: the fused step gives the same bits wherever a weight lies, for any p and γ.
+# With powers of which nothing is a product or a root: the fused step gives the same bits wherever a weight lies, for
+# any p and γ.
 OPTIMIZERS = {
     "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.8, "p": 0.8, "precondition": 0.0}),
-    "LpAdamW, preconditioned, capped": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.01, "p": 0.3, "precondition": 0.6, "cutoff": 0.005}),
+    "LpAdamW, preconditioned, capped": (
+        LpAdamW,
+        {"lr": 1e-2, "weight_decay": 0.01, "p": 0.3, "precondition": 0.6, "cutoff": 0.005},
+    ),
     "LpSGD": (LpSGD, {"lr": 2e-2, "weight_decay": 0.005, "p": -0.7, "momentum": 0.9}),
     "LpLion": (LpLion, {"lr": 1e-2, "weight_decay": 0.5, "p": 0.4}),
 }
@@ -43,7 +57,9 @@ class Cell:
 
 @dataclass
 class Run:
-    """weights: in fp32, after each half. norms: of each step's gradients, if told. wrapper: DeepSpeed's, around the optimizer."""
+    """weights: in fp32, after each half. norms: of each step's gradients, if told. wrapper: DeepSpeed's, around the
+    optimizer.
+    """
 
     weights: list[list[Tensor]] = field(default_factory=list)
     norms: list[Any] = field(default_factory=list)
@@ -51,17 +67,23 @@ class Run:
 
 
 def cells_of(dtype: str) -> list[Cell]:
-    """In fp32 all 16 combinations for the main engines; else 8 that hold every pair, and in fp16 4 that hold every value."""
+    """In fp32 all 16 combinations for the main engines; else 8 that hold every pair, and in fp16 4 that hold every
+    value.
+    """
     cells = []
-    for engine, (i, optimizer), accumulation, clipped in product(ENGINES, enumerate(OPTIMIZERS), (1, 4), (False, True)):
+    for engine, (i, optimizer), accumulation, clipped in product(
+        ENGINES, enumerate(OPTIMIZERS), (1, 4), (False, True)
+    ):
         even = (i + accumulation // 4 + clipped) % 2 == 0
-        if (even and clipped == i // 2) if dtype == "fp16" else (even or dtype == "fp32" and engine in MAIN):
+        if (even and clipped == i // 2) if dtype == "fp16" else (even or (dtype == "fp32" and engine in MAIN)):
             cells.append(Cell(engine, dtype, optimizer, accumulation, clipped))
     return [cell for cell in cells if cell.engine != "BF16_Optimizer" or dtype == "bf16"]
 
 
 def model_of() -> nn.Sequential:
-    """Small and odd: shards end inside of rows and in padding, and one row for two ranks leaves one of them nothing."""
+    """Small and odd: shards end inside of rows and in padding, and one row for two ranks leaves one of them
+    nothing.
+    """
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.Linear(5, 1))
 
@@ -87,16 +109,19 @@ def optimizer_of(cell: Cell, model: nn.Module, **more: Any) -> torch.optim.Optim
     return cls(param_groups(model, settings.pop("weight_decay")), **settings)
 
 
-# --- one process ----------------------------------------------------------------------------------------------------------------
+# --- one process
+# -----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class How:
     """How an engine comes by its gradients.
 
-    copies: 16 bits are a copy of fp32 weights, else autocast. rounded: the fp32 weights start as that copy. sums: dtype in which
-    micro-batches are added. averages: dtype in which ranks are. each: ranks are averaged after each micro-batch, not after all.
-    late: gradients are divided by the number of ranks after adding them up, not before (fp16's denormals notice). scale: of the loss
-    in fp16; ZeRO 0 divides the gradients by it without having multiplied the loss (DeepSpeed #8393), so there it must be 1.
+    copies: 16 bits are a copy of fp32 weights, else autocast. rounded: the fp32 weights start as that copy. sums:
+    dtype in which micro-batches are added. averages: dtype in which ranks are. each: ranks are averaged after each
+    micro-batch, not after all. late: gradients are divided by the number of ranks after adding them up, not before
+    (fp16's denormals notice). scale: of the loss in fp16; ZeRO 0 divides the gradients by it without having multiplied
+    the loss (DeepSpeed #8393), so there it must be 1.
     """
 
     copies: bool = True
@@ -115,7 +140,7 @@ def how(cell: Cell) -> How:
     if cell.engine not in DEEPSPEED:
         return How(copies=False, scale=scale)
     if cell.engine == "BF16_Optimizer":
-        return How(averages=low)                # unless the config's communication_data_type says otherwise
+        return How(averages=low)  # unless the config's communication_data_type says otherwise
     late = cell.engine == "ZeRO 0"
     return How(sums=low, averages=low, each=DEEPSPEED[cell.engine] >= 2, late=late, scale=1.0 if late else scale)
 
@@ -149,7 +174,9 @@ def one_process(does: How, cell: Cell, world_size: int, norms: list[Any]) -> Run
         ranks = [[gradients(step, micro, rank) for micro in range(cell.accumulation)] for rank in range(world_size)]
         for i, p in enumerate(params):
             if does.each:
-                total = summed([averaged([micros[m][i] for micros in ranks], does) for m in range(cell.accumulation)], does.sums)
+                total = summed(
+                    [averaged([micros[m][i] for micros in ranks], does) for m in range(cell.accumulation)], does.sums
+                )
             else:
                 total = averaged([summed([micro[i] for micro in micros], does.sums) for micros in ranks], does)
             p.grad = total.float() / does.scale
@@ -164,21 +191,28 @@ def one_process(does: How, cell: Cell, world_size: int, norms: list[Any]) -> Run
 
 
 def clip(cell: Cell, params: list[Tensor], norm: Any) -> None:
-    """DeepSpeed's ZeRO divides by norm / maximum, everyone else multiplies by maximum / norm: that rounds differently."""
+    """DeepSpeed's ZeRO divides by norm / maximum, everyone else multiplies by maximum / norm: that rounds
+    differently.
+    """
     divides = cell.engine.startswith("ZeRO") and (cell.engine, cell.dtype) != ("ZeRO 0", "fp32")
     factor = 1.0 / ((norm + 1e-6) / MAX_NORM) if divides else MAX_NORM / (norm + 1e-6)
     for p in params:
         p.grad.mul_(min(factor, 1.0))
 
 
-# --- the engines ----------------------------------------------------------------------------------------------------------------
+# --- the engines
+# -----------------------------------------------------------------------------
+
 
 def torch_run(cell: Cell, rank: int, world_size: int) -> Run:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     run, low, model, fsdp = Run(), DTYPES[cell.dtype], model_of(), cell.engine == "FSDP2"
     if fsdp:
-        mesh, policy = torch.distributed.init_device_mesh("cpu", (world_size,)), MixedPrecisionPolicy(low, torch.float32)
+        mesh, policy = (
+            torch.distributed.init_device_mesh("cpu", (world_size,)),
+            MixedPrecisionPolicy(low, torch.float32),
+        )
         for layer in [*(layer for layer in model if list(layer.parameters())), model]:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     optimizer = optimizer_of(cell, model)
@@ -211,11 +245,20 @@ def config_of(cell: Cell) -> dict[str, Any]:
     if zero["stage"] == 3:
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 50}  # nothing stays whole
     if "offload" in cell.engine:
-        zero |= {f"offload_{what}": {"device": "cpu"} for what in (("optimizer", "param") if zero["stage"] == 3 else ("optimizer",))}
-    config = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": cell.accumulation, "zero_optimization": zero,
-              "gradient_clipping": MAX_NORM if cell.clipped else 0.0, "zero_allow_untested_optimizer": True,
-              "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": cell.dtype == "bf16"},
-              "fp16": {"enabled": cell.dtype == "fp16", "loss_scale": how(cell).scale}}
+        zero |= {
+            f"offload_{what}": {"device": "cpu"}
+            for what in (("optimizer", "param") if zero["stage"] == 3 else ("optimizer",))
+        }
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": cell.accumulation,
+        "zero_optimization": zero,
+        "gradient_clipping": MAX_NORM if cell.clipped else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": cell.dtype == "bf16"},
+        "fp16": {"enabled": cell.dtype == "fp16", "loss_scale": how(cell).scale},
+    }
     return config | ({"data_types": {"grad_accum_dtype": "fp32"}} if cell.engine == "BF16_Optimizer" else {})
 
 
@@ -226,7 +269,9 @@ def deepspeed_run(cell: Cell, rank: int, world_size: int, attached: bool = True,
     run, low, model = Run(), DTYPES[cell.dtype], model_of()
     params, optimizer = list(model.parameters()), optimizer_of(cell, model)
     places = {id(p): i for i, p in enumerate(q for group in optimizer.param_groups for q in group["params"])}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(cell) | changes, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config_of(cell) | changes, dist_init_required=False
+    )
     run.wrapper = type(engine.optimizer).__name__
     if attached and run.wrapper == "FP16_UnfusedOptimizer":
         attach(engine)  # which takes back a step with zero gradients that this one took when it was made
@@ -245,6 +290,8 @@ def deepspeed_run(cell: Cell, rank: int, world_size: int, attached: bool = True,
         if step + 1 in HALVES:
             run.weights.append([master(p).detach().clone() for p in params])
     with deepspeed.zero.GatheredParameters(params, enabled=DEEPSPEED[cell.engine] == 3):
-        assert all(torch.equal(p, w.to(low)) for p, w in zip(params, run.weights[-1])), "the model is no copy of its fp32 weights"
+        assert all(torch.equal(p, w.to(low)) for p, w in zip(params, run.weights[-1])), (
+            "the model is no copy of its fp32 weights"
+        )
     engine.destroy()
     return run

@@ -13,7 +13,9 @@ EXPONENTS = (-4.0, -1.5, -1.0, -0.3, 0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 1.99, 2.0, 2.
 
 
 def make_params(dtype, seed=0):
-    """Parameters of every awkward layout: a scalar, empty ones, a transposed and a strided one, zeros and denormals inside."""
+    """Parameters of every awkward layout: a scalar, empty ones, a transposed and a strided one, zeros and denormals
+    inside.
+    """
     torch.manual_seed(seed)
     awkward = torch.randn(7, 5)
     awkward[0] = torch.tensor([0.0, -0.0, 1e-40, 1e-13, -1e-6])
@@ -44,4 +46,13 @@ def assert_same(params, others):
 
 def group_of(**changed):
     """Values of a param group, for `kernels.step`."""
-    return {"lr": 1.0, "maximize": False, "weight_decay": 1.0, "p": 0.5, "l2": 0.0, "cutoff": math.inf, "floor": 0.0, **changed}
+    return {
+        "lr": 1.0,
+        "maximize": False,
+        "weight_decay": 1.0,
+        "p": 0.5,
+        "l2": 0.0,
+        "cutoff": math.inf,
+        "floor": 0.0,
+        **changed,
+    }

@@ -1,4 +1,6 @@
-"""LpAdamW, LpSGD and LpLion described as PyTorch describes its optimizers for its tests, and the problem that those train on."""
+"""LpAdamW, LpSGD and LpLion described as PyTorch describes its optimizers for its tests, and the problem that those
+train on.
+"""
 
 import copy
 
@@ -16,18 +18,29 @@ from lp_dist.optim import LpAdamW, LpLion, LpSGD
 
 def inputs(*own):
     """OptimizerInputs for every optimizer, and an optimizer's own ones given as (kwargs, description)."""
-    common = [({}, "default"), ({"lr": 0.01}, "lr"), ({"lr": torch.tensor(0.01)}, "tensor lr"),
-              ({"weight_decay": 0.01}, "decay"), ({"weight_decay": 0.01, "p": 1.0, "l2": 0.1, "cutoff": 0.5}, "all of decay"),
-              ({"weight_decay": 0.01, "maximize": True}, "maximize"),
-              ({"weight_decay": 0.01, "implementation": "reference"}, "reference"),
-              ({"weight_decay": 0.01, "implementation": "foreach"}, "foreach")]
+    common = [
+        ({}, "default"),
+        ({"lr": 0.01}, "lr"),
+        ({"lr": torch.tensor(0.01)}, "tensor lr"),
+        ({"weight_decay": 0.01}, "decay"),
+        ({"weight_decay": 0.01, "p": 1.0, "l2": 0.1, "cutoff": 0.5}, "all of decay"),
+        ({"weight_decay": 0.01, "maximize": True}, "maximize"),
+        ({"weight_decay": 0.01, "implementation": "reference"}, "reference"),
+        ({"weight_decay": 0.01, "implementation": "foreach"}, "foreach"),
+    ]
     return lambda device, dtype=None: [OptimizerInput(None, dict(kwargs), desc) for kwargs, desc in (*common, *own)]
 
 
 def errors(*own):
     """PyTorch's errors for every optimizer, the decay's, and an optimizer's own, the latter as (kwargs, message)."""
-    cases = [({"lr": -0.5}, "lr.*-0.5"), ({"weight_decay": -0.5}, "weight_decay.*-0.5"), ({"p": 9.0}, "p.*9.0"),
-             ({"l2": -0.5}, "l2.*-0.5"), ({"cutoff": float("nan")}, "cutoff.*nan"), *own]
+    cases = [
+        ({"lr": -0.5}, "lr.*-0.5"),
+        ({"weight_decay": -0.5}, "weight_decay.*-0.5"),
+        ({"p": 9.0}, "p.*9.0"),
+        ({"l2": -0.5}, "l2.*-0.5"),
+        ({"cutoff": float("nan")}, "cutoff.*nan"),
+        *own,
+    ]
 
     def error_inputs(device, dtype):
         return get_error_inputs_for_all_optims(device, dtype) + [
@@ -38,20 +51,48 @@ def errors(*own):
     return error_inputs
 
 
-SCHEDULERS = ([lambda o: StepLR(o, gamma=0.9, step_size=10)], [lambda o: ReduceLROnPlateau(o)],
-              [lambda o: LinearLR(o, start_factor=0.4, total_iters=4), lambda o: ExponentialLR(o, gamma=0.99)])
-COMMON = {"scheduler_inputs": SCHEDULERS, "supported_impls": (), "not_og_supported_flags": (), "supports_complex": False,
-          "supports_multiple_devices": False}
+SCHEDULERS = (
+    [lambda o: StepLR(o, gamma=0.9, step_size=10)],
+    [lambda o: ReduceLROnPlateau(o)],
+    [lambda o: LinearLR(o, start_factor=0.4, total_iters=4), lambda o: ExponentialLR(o, gamma=0.99)],
+)
+COMMON = {
+    "scheduler_inputs": SCHEDULERS,
+    "supported_impls": (),
+    "not_og_supported_flags": (),
+    "supports_complex": False,
+    "supports_multiple_devices": False,
+}
 INFOS = [
-    OptimizerInfo(LpAdamW, optim_inputs_func=inputs(({"betas": (0.8, 0.9), "eps": 1e-4, "weight_decay": 0.01}, "betas"),
-                                                    ({"precondition": 1.0, "weight_decay": 0.01}, "precondition")),
-                  optim_error_inputs_func=errors(({"betas": (1.0, 0.0)}, "betas.*1.0"), ({"eps": -1.0}, "eps.*-1"),
-                                                 ({"precondition": -0.5}, "precondition.*-0.5")), **COMMON),
-    OptimizerInfo(LpSGD, optim_inputs_func=inputs(({"momentum": 0.9, "weight_decay": 0.01}, "momentum"),
-                                                  ({"momentum": 0.9, "nesterov": True}, "nesterov")),
-                  optim_error_inputs_func=errors(({"momentum": -0.5}, "momentum.*-0.5"), ({"nesterov": True}, "nesterov")), **COMMON),
-    OptimizerInfo(LpLion, optim_inputs_func=inputs(({"betas": (0.8, 0.9), "weight_decay": 0.01}, "betas"),),
-                  optim_error_inputs_func=errors(({"betas": (0.9, 1.5)}, "betas.*1.5")), **COMMON),
+    OptimizerInfo(
+        LpAdamW,
+        optim_inputs_func=inputs(
+            ({"betas": (0.8, 0.9), "eps": 1e-4, "weight_decay": 0.01}, "betas"),
+            ({"precondition": 1.0, "weight_decay": 0.01}, "precondition"),
+        ),
+        optim_error_inputs_func=errors(
+            ({"betas": (1.0, 0.0)}, "betas.*1.0"),
+            ({"eps": -1.0}, "eps.*-1"),
+            ({"precondition": -0.5}, "precondition.*-0.5"),
+        ),
+        **COMMON,
+    ),
+    OptimizerInfo(
+        LpSGD,
+        optim_inputs_func=inputs(
+            ({"momentum": 0.9, "weight_decay": 0.01}, "momentum"), ({"momentum": 0.9, "nesterov": True}, "nesterov")
+        ),
+        optim_error_inputs_func=errors(({"momentum": -0.5}, "momentum.*-0.5"), ({"nesterov": True}, "nesterov")),
+        **COMMON,
+    ),
+    OptimizerInfo(
+        LpLion,
+        optim_inputs_func=inputs(
+            ({"betas": (0.8, 0.9), "weight_decay": 0.01}, "betas"),
+        ),
+        optim_error_inputs_func=errors(({"betas": (0.9, 1.5)}, "betas.*1.5")),
+        **COMMON,
+    ),
 ]
 
 

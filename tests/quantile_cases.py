@@ -1,4 +1,6 @@
-"""What the tests of the order statistics share: parts, shards, drawn numbers, and ranks that are threads and meet at every sum."""
+"""What the tests of the order statistics share: parts, shards, drawn numbers, and ranks that are threads and meet at
+every sum.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,19 @@ from lp_dist.shards import Shard
 few = settings(max_examples=150, deadline=None, derandomize=True)
 SMALLEST = 2.0**-149  # the least denormal of fp32
 AWKWARD = (0.0, -0.0, SMALLEST, -1e-40, 1e-38, 1e-13, 0.25, -0.25, 0.2500001, 1.0, -1.0, 3.0, 1e20, 3e38, -3e38)
-number = st.one_of(st.sampled_from(AWKWARD), st.floats(-4.0, 4.0, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False))
+number = st.one_of(
+    st.sampled_from(AWKWARD),
+    st.floats(-4.0, 4.0, width=32),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
 vector = st.lists(number, min_size=1, max_size=40)
 
 
 def part(scope: str, weights, p: float = 1.0, second=None, **values) -> Part:
     """With p = 1 and nothing else x is |w|, so that numpy can sort it."""
-    return Part(scope, torch.as_tensor(weights, dtype=torch.float32), second, {"p": p, **values}, values.get("step", 0.0))
+    return Part(
+        scope, torch.as_tensor(weights, dtype=torch.float32), second, {"p": p, **values}, values.get("step", 0.0)
+    )
 
 
 def ordered(x) -> np.ndarray:
@@ -55,12 +63,14 @@ def meeting(ranks: int):
         def one(rank: int) -> None:
             mine.rank = rank
             results[rank] = functions[rank]()
+
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         return results
+
     with mock.patch.object(quantiles, "summed", summed):
         yield run
 

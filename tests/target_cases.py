@@ -1,4 +1,6 @@
-"""What the tests of a target share: a small model with tensors of more than 10,000 weights, repeatable batches, and a run of 60 steps."""
+"""What the tests of a target share: a small model with tensors of more than 10,000 weights, repeatable batches, and a
+run of 60 steps.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach
 
-# Every tensor has a threshold of its own, which is more to get wrong than one for all, and x is |w|^(2−p), which is easy to say.
+# Every tensor has a threshold of its own, which is more to get wrong than one for all, and x is |w|^(2−p), which is
+# easy to say.
 layerwise = partial(SparsityTarget, scope="layer", precondition=0.0)
 TOTAL, START, END = 60, 6, 42  # the default window of such a run, [0.1, 0.7)
-CLOSING = END - 1              # optimizer steps at which the last threshold is drawn
+CLOSING = END - 1  # optimizer steps at which the last threshold is drawn
 
 
 def model_of() -> nn.Sequential:
@@ -41,8 +44,18 @@ def backward(model: nn.Module, step: int) -> None:
 class Run:
     """A model, its optimizer, scheduler and attachment, which go step by step."""
 
-    def __init__(self, target: SparsityTarget | None, *, make=LpAdamW, lr: float = 3e-3, total: int = TOTAL, scheduled: bool = True,
-                 model: nn.Module | None = None, attached: bool = True, **kwargs) -> None:
+    def __init__(
+        self,
+        target: SparsityTarget | None,
+        *,
+        make=LpAdamW,
+        lr: float = 3e-3,
+        total: int = TOTAL,
+        scheduled: bool = True,
+        model: nn.Module | None = None,
+        attached: bool = True,
+        **kwargs,
+    ) -> None:
         self.model = model_of() if model is None else model
         self.optimizer = make(self.model.parameters(), lr=lr)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, total) if scheduled else None
@@ -51,7 +64,14 @@ class Run:
             self.attach()
 
     def attach(self) -> None:
-        self.attached = attach(self.model, self.optimizer, target=self.target, total_steps=self.total, lr_scheduler=self.scheduler, **self.kwargs)
+        self.attached = attach(
+            self.model,
+            self.optimizer,
+            target=self.target,
+            total_steps=self.total,
+            lr_scheduler=self.scheduler,
+            **self.kwargs,
+        )
 
     def step(self) -> None:
         backward(self.model, self.taken)

@@ -1,6 +1,8 @@
-"""Runs of a small model to a SparsityTarget under any engine: what is reached, in total and per tensor, and how much of it the decay did.
+"""Runs of a small model to a SparsityTarget under any engine: what is reached, in total and per tensor, and how much
+of it the decay did.
 
-One process takes the batches of all ranks one after another and averages their gradients; a half is exact, so two ranks have the same.
+One process takes the batches of all ranks one after another and averages their gradients; a half is exact, so two
+ranks have the same.
 """
 
 from __future__ import annotations
@@ -21,13 +23,18 @@ from lp_dist.shards import live_optimizer
 
 RANKS, ROWS, INPUTS, LARGE, PEAK = 2, 64, 64, 10_000, 5e-3
 FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, grace
-    "plain": (0.0, None, 0.0), "preconditioned": (0.5, None, 0.0), "capped": (0.5, 1.0, 0.1)}
+    "plain": (0.0, None, 0.0),
+    "preconditioned": (0.5, None, 0.0),
+    "capped": (0.5, 1.0, 0.1),
+}
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 128.0}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. engine: a kind of `engines_under_test.make`; "plain" is one process. dtype: fp32, bf16 or fp16, by DeepSpeed's config."""
+    """One run. engine: a kind of `engines_under_test.make`; "plain" is one process. dtype: fp32, bf16 or fp16, by
+    DeepSpeed's config.
+    """
 
     engine: str
     form: str = "plain"
@@ -42,15 +49,32 @@ class Case:
 
     @property
     def asked(self) -> SparsityTarget:
-        return SparsityTarget(self.target, end=self.end, scope=self.scope, precondition=FORMS[self.form][0], cap=FORMS[self.form][1],
-                              grace=FORMS[self.form][2], every=self.every)
+        return SparsityTarget(
+            self.target,
+            end=self.end,
+            scope=self.scope,
+            precondition=FORMS[self.form][0],
+            cap=FORMS[self.form][1],
+            grace=FORMS[self.form][2],
+            every=self.every,
+        )
 
 
 def model_of(seed: int = 0) -> nn.Sequential:
-    """Three matrices of 10,000 weights or more, and one of 707; of odd sizes, so that shards end inside of rows and in padding."""
+    """Three matrices of 10,000 weights or more, and one of 707; of odd sizes, so that shards end inside of rows and in
+    padding.
+    """
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(INPUTS, 163), nn.LayerNorm(163), nn.Tanh(), nn.Linear(163, 101, bias=False), nn.Tanh(),
-                         nn.Linear(101, 101), nn.Tanh(), nn.Linear(101, 7))
+    return nn.Sequential(
+        nn.Linear(INPUTS, 163),
+        nn.LayerNorm(163),
+        nn.Tanh(),
+        nn.Linear(163, 101, bias=False),
+        nn.Tanh(),
+        nn.Linear(101, 101),
+        nn.Tanh(),
+        nn.Linear(101, 7),
+    )
 
 
 @cache
@@ -76,7 +100,12 @@ def scheduler_of(case: Case) -> Any:
     warm = max(1, case.steps // 20)
 
     def factor(step: int) -> float:
-        return (step + 1) / (warm + 1) if step < warm else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warm) / (case.steps - warm)))
+        return (
+            (step + 1) / (warm + 1)
+            if step < warm
+            else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warm) / (case.steps - warm)))
+        )
+
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -87,7 +116,9 @@ def engine_of(case: Case, **more: Any) -> Engine:
 
 
 def attached_to(engine: Engine, case: Case) -> Attachment:
-    """As a user does it: a DeepSpeed engine knows its optimizer and its scheduler; under Accelerate the scheduler is in its own wrapper."""
+    """As a user does it: a DeepSpeed engine knows its optimizer and its scheduler; under Accelerate the scheduler is
+    in its own wrapper.
+    """
     if hasattr(engine.handle, "load_checkpoint"):
         others = {"lr_scheduler": engine.lr_scheduler} if case.engine.startswith("accelerate ") else {}
     else:
@@ -101,7 +132,9 @@ def loss_of(engine: Engine, seed: int, step: int, rank: int) -> Tensor:
 
 
 def trained(engine: Engine, found: Attachment, case: Case, start: int, until: int, scale: float = 1.0) -> list[float]:
-    """Takes the steps from `start` to `until`, and gives their losses (this rank's). scale: of the last rank's loss, to have it overflow."""
+    """Takes the steps from `start` to `until`, and gives their losses (this rank's). scale: of the last rank's loss,
+    to have it overflow.
+    """
     losses = []
     for step in range(start, until):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() == RANKS:
@@ -127,12 +160,18 @@ def ended(engine: Engine) -> None:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """The whole run: zeros and elements of each tensor in the model's own copy and in the masters, and the share by decay, in plain JSON."""
+    """The whole run: zeros and elements of each tensor in the model's own copy and in the masters, and the share by
+    decay, in plain JSON.
+    """
     began = time.perf_counter()
     engine = engine_of(case)
     found = attached_to(engine, case)
     losses = trained(engine, found, case, 0, case.steps)
-    told = {"losses": [losses[0], losses[-1]], "seconds": round(time.perf_counter() - began, 2), **reached(engine, found)}
+    told = {
+        "losses": [losses[0], losses[-1]],
+        "seconds": round(time.perf_counter() - began, 2),
+        **reached(engine, found),
+    }
     ended(engine)
     return told
 
@@ -142,6 +181,10 @@ def reached(engine: Engine, found: Attachment) -> dict[str, Any]:
     assert live_optimizer(optimizer) is found.optimizer
     counted, masters = measure_sparsity(engine.handle), measure_sparsity(engine.handle, optimizer)
     closed = found.state_dict()["closed"]
-    return {"achieved": counted.total, "tensors": {name: list(counts) for name, counts in counted.counts.items()},
-            "masters": {name: list(counts) for name, counts in masters.counts.items()},
-            "by_decay": closed["before"], "by_threshold": closed["by_threshold"]}
+    return {
+        "achieved": counted.total,
+        "tensors": {name: list(counts) for name, counts in counted.counts.items()},
+        "masters": {name: list(counts) for name, counts in masters.counts.items()},
+        "by_decay": closed["before"],
+        "by_threshold": closed["by_threshold"],
+    }

@@ -1,4 +1,6 @@
-"""attach: decay by name, overrides, hyperparameters held against loaders, and the refusals. The shards are test_shards.py's."""
+"""attach: decay by name, overrides, hyperparameters held against loaders, and the refusals. The shards are
+test_shards.py's.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,14 @@ from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach, param_groups
 from lp_dist.attachment import steps_taken, verify
 from lp_dist.shards import shards
 
-
-# -- what decays is decided by name -----------------------------------------------------------------------------------
+# -- what decays is decided by name -------------------------------------------
 
 
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(6, 4)
-        self.module = nn.Linear(4, 4)   # a child called `module`, as DDP's: no wrapper
+        self.module = nn.Linear(4, 4)  # a child called `module`, as DDP's: no wrapper
         self.norm = nn.LayerNorm(4)
         self.lm_head = nn.Linear(4, 6, bias=False)
 
@@ -33,8 +34,11 @@ def test_trap_4_groups_that_include_embeddings_and_head_decay_by_our_rules(caplo
     torch.manual_seed(0)
     model = Tiny()
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = LpAdamW([{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}],
-                        lr=0.1, weight_decay=10.0)
+    optimizer = LpAdamW(
+        [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}],
+        lr=0.1,
+        weight_decay=10.0,
+    )
     with caplog.at_level(logging.WARNING):
         attached = attach(model, optimizer)
     assert attached.decayed == {"module.weight"}
@@ -64,12 +68,18 @@ def test_a_pattern_reaches_what_decays_and_a_full_name_reaches_anything():
     assert attached.decayed == frozenset()
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"layers.0.*": {"weight_decay": 0.0}}, r"'layers.0.\*' matches no parameter.*look like 'embed.weight'.*try '\*layers.0.\*'"),
-    ({"norm.*": {"weight_decay": 1.0}}, r"'norm.\*' matches no parameter that can take it"),
-    ({"module.weight": {"lr": 1.0}}, "'lr' can't differ within a shard"),
-    ({"module.weight": {"p": 7.0}}, "p=7.0 must be"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"layers.0.*": {"weight_decay": 0.0}},
+            r"'layers.0.\*' matches no parameter.*look like 'embed.weight'.*try '\*layers.0.\*'",
+        ),
+        ({"norm.*": {"weight_decay": 1.0}}, r"'norm.\*' matches no parameter that can take it"),
+        ({"module.weight": {"lr": 1.0}}, "'lr' can't differ within a shard"),
+        ({"module.weight": {"p": 7.0}}, "p=7.0 must be"),
+    ],
+)
 def test_bad_overrides_raise_and_change_nothing(overrides, message):
     model = Tiny()
     optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0)
@@ -79,8 +89,10 @@ def test_bad_overrides_raise_and_change_nothing(overrides, message):
     assert optimizer.segments.values("module.weight") == {"p": 0.0}
 
 
-@pytest.mark.parametrize("make_it", [
-    lambda groups: LpSGD(groups, lr=0.1), lambda groups: LpLion(groups, lr=0.1), lambda groups: _hooked(groups)])
+@pytest.mark.parametrize(
+    "make_it",
+    [lambda groups: LpSGD(groups, lr=0.1), lambda groups: LpLion(groups, lr=0.1), lambda groups: _hooked(groups)],
+)
 def test_precondition_is_refused_where_there_are_no_second_moments(make_it):
     model = Tiny()
     with pytest.raises(ValueError, match="precondition=0.5 needs Adam's second moments"):
@@ -106,7 +118,9 @@ def test_what_starts_at_zero_is_refused_at_the_start_and_not_after_it_died():
     model = Tiny()
     nn.init.zeros_(model.module.weight)
     optimizer = LpAdamW(model.parameters(), lr=0.1, weight_decay=1.0)
-    with pytest.raises(ValueError, match=r"1 parameters are to decay, but are all zeros, such as 'module.weight'.*weight_decay=0"):
+    with pytest.raises(
+        ValueError, match=r"1 parameters are to decay, but are all zeros, such as 'module.weight'.*weight_decay=0"
+    ):
         attach(model, optimizer)
     attach(model, optimizer, overrides={"module.weight": {"weight_decay": 0.0}})
     nn.init.ones_(model.module.weight)
@@ -117,7 +131,7 @@ def test_what_starts_at_zero_is_refused_at_the_start_and_not_after_it_died():
     attach(model, optimizer)  # it died on the way
 
 
-# -- hyperparameters are held against loaders -------------------------------------------------------------------------
+# -- hyperparameters are held against loaders ---------------------------------
 
 
 def test_what_the_script_asked_for_holds_after_loading(caplog):
@@ -130,7 +144,9 @@ def test_what_the_script_asked_for_holds_after_loading(caplog):
     first, second = new.param_groups
     assert (first["weight_decay"], first["p"], first["betas"], second["weight_decay"]) == (2.0, 0.5, (0.9, 0.999), 0.0)
     assert first["lr"] == 0.1  # the learning rate is the schedule's
-    assert "param group 0 has weight_decay=1.0, from a checkpoint perhaps; going on with weight_decay=2.0" in caplog.text
+    assert (
+        "param group 0 has weight_decay=1.0, from a checkpoint perhaps; going on with weight_decay=2.0" in caplog.text
+    )
     other = LpAdamW(param_groups(model, 2.0), lr=0.3, p=0.5)
     other.load_state_dict(old.state_dict())
     attach(model, other)  # after loading, as Trainer does it
@@ -143,7 +159,9 @@ def test_groups_that_an_engine_refilled_are_known_by_position():
     optimizer = LpAdamW(param_groups(before, 1.0), lr=0.1, precondition=0.0)
     sharded = dict(after.named_parameters())
     for group in optimizer.param_groups:
-        group["params"] = [sharded[name] for name, param in before.named_parameters() if any(param is p for p in group["params"])]
+        group["params"] = [
+            sharded[name] for name, param in before.named_parameters() if any(param is p for p in group["params"])
+        ]
     optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"] = 0.0, 1.0  # a loader's doing
     assert attach(after, optimizer).decayed == {"module.weight"}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1.0, 0.0]
@@ -186,7 +204,7 @@ def test_an_optimizer_that_counts_no_steps_is_counted_for_and_through_a_checkpoi
     model = Tiny().bfloat16()
     optimizer = _hooked_sgd(model)
     model(torch.arange(6)).sum().backward()
-    for step in range(300):  # more than bf16 can count
+    for _step in range(300):  # more than bf16 can count
         optimizer.step()
     assert steps_taken(optimizer) == 300
     other = _hooked_sgd(model)
@@ -214,12 +232,14 @@ def test_a_cycled_momentum_is_the_schedulers():
     assert optimizer.param_groups[0]["momentum"] == cycled
 
 
-# -- is it really ours? -----------------------------------------------------------------------------------------------
+# -- is it really ours? -------------------------------------------------------
 
 
 def test_trap_1_another_optimizer_is_refused():
     model = Tiny()
-    with pytest.raises(RuntimeError, match=r"torch.optim.adamw.AdamW, not one of lp_dist.*zero_force_ds_cpu_optimizer\": false"):
+    with pytest.raises(
+        RuntimeError, match=r"torch.optim.adamw.AdamW, not one of lp_dist.*zero_force_ds_cpu_optimizer\": false"
+    ):
         attach(model, torch.optim.AdamW(model.parameters()))
 
 
@@ -239,12 +259,19 @@ class _Wrapper:
         self.__dict__.update(attributes)
 
 
-@pytest.mark.parametrize(("name", "attributes", "message"), [
-    ("SuperOffloadOptimizer_Stage3", {}, "SuperOffloadOptimizer_Stage3 steps some of the weights.*super_offload"),
-    ("ZenFlowZeroOptimizerSequential", {}, "ZenFlowZeroOptimizerSequential steps some.*zenflow"),
-    ("DeepSpeedZeroOptimizer_Stage3", {"backup_optimizer": object()}, r"ratio < 1 steps some.*offload_optimizer.ratio to 1.0"),
-    ("DeepSpeedZeroOptimizer_Stage3", {"zenflow": True}, "zenflow steps some"),
-])
+@pytest.mark.parametrize(
+    ("name", "attributes", "message"),
+    [
+        ("SuperOffloadOptimizer_Stage3", {}, "SuperOffloadOptimizer_Stage3 steps some of the weights.*super_offload"),
+        ("ZenFlowZeroOptimizerSequential", {}, "ZenFlowZeroOptimizerSequential steps some.*zenflow"),
+        (
+            "DeepSpeedZeroOptimizer_Stage3",
+            {"backup_optimizer": object()},
+            r"ratio < 1 steps some.*offload_optimizer.ratio to 1.0",
+        ),
+        ("DeepSpeedZeroOptimizer_Stage3", {"zenflow": True}, "zenflow steps some"),
+    ],
+)
 def test_trap_3_engines_that_step_sub_groups_by_another_optimizer_are_refused(name, attributes, message):
     ours = LpAdamW(Tiny().parameters(), weight_decay=1.0)
     with pytest.raises(RuntimeError, match=message):
@@ -257,15 +284,21 @@ def test_an_untested_deepspeed_is_refused(monkeypatch):
     ours = LpAdamW(Tiny().parameters(), weight_decay=1.0)
     wrapper = type("DeepSpeedZeroOptimizer", (_Wrapper,), {"__module__": "deepspeed.runtime.x"})(ours)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.1")
-    with pytest.raises(RuntimeError, match=r"knows the shards of deepspeed 0.19.x, and 0.20.1 is installed; install 'deepspeed==0.19"):
+    with pytest.raises(
+        RuntimeError, match=r"knows the shards of deepspeed 0.19.x, and 0.20.1 is installed; install 'deepspeed==0.19"
+    ):
         shards(Tiny(), wrapper)
 
 
 def disagreeing(rank: int, world_size: int) -> list[str]:
     """Ranks that differ in λ, in an override, in what a group holds: all of them must say so, and none hang."""
     errors = []
-    for lam, overrides, names in ((0.1 + rank, {}, None), (0.1, {"0.weight": {"p": float(rank)}}, None),
-                                  (0.1, {}, ["0.weight"] if rank else ["2.weight"]), (0.1, {"nothing": {"p": 0.0}} if rank else {}, None)):
+    for lam, overrides, names in (
+        (0.1 + rank, {}, None),
+        (0.1, {"0.weight": {"p": float(rank)}}, None),
+        (0.1, {}, ["0.weight"] if rank else ["2.weight"]),
+        (0.1, {"nothing": {"p": 0.0}} if rank else {}, None),
+    ):
         model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
         optimizer = LpAdamW(param_groups(model, lam, names=names), lr=1e-2, precondition=0.0)
         try:
@@ -279,12 +312,13 @@ def disagreeing(rank: int, world_size: int) -> list[str]:
 def test_ranks_that_disagree_are_refused_on_every_rank(run_ranks):
     ranks = run_ranks(disagreeing, 2)
     assert ranks[0][:3] == ranks[1][:3]
-    assert "'nothing' matches no parameter" in ranks[1][3] and ranks[0][3] == f"rank 1 could not attach its optimizer: {ranks[1][3]}"
+    assert (
+        "'nothing' matches no parameter" in ranks[1][3]
+        and ranks[0][3] == f"rank 1 could not attach its optimizer: {ranks[1][3]}"
+    )
     assert "weight_decay of group 0 is 0.1 on rank 0 and 1.1 on rank 1" in ranks[0][0]
     assert "p of 0.weight is 0.0 on rank 0 and 1.0 on rank 1" in ranks[0][1]
     assert "param group of 0.weight is 1 on rank 0 and 0 on rank 1" in ranks[0][2]
-
-
 
 
 def test_an_engine_that_does_not_know_where_its_parameters_lie_is_refused(run_ranks):
@@ -295,6 +329,8 @@ def _with_round_robin(rank: int, world_size: int) -> None:
     from engines_under_test import ZERO, make
 
     ZERO["round robin"] = {"stage": 2, "round_robin_gradients": True}
-    engine = make("round robin", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), lambda model: LpAdamW(model.parameters()))
+    engine = make(
+        "round robin", nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), lambda model: LpAdamW(model.parameters())
+    )
     with pytest.raises(RuntimeError, match="round_robin_gradients.*remove it from zero_optimization"):
         attach(engine.handle)

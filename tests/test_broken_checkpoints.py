@@ -1,5 +1,5 @@
-"""A full disk while saving, files cut short or gone, another script or model on an old checkpoint: in every engine an error, or what the
-script asked for with a warning. On one rank, whose failure leaves no other one waiting.
+"""A full disk while saving, files cut short or gone, another script or model on an old checkpoint: in every engine an
+error, or what the script asked for with a warning. On one rank, whose failure leaves no other one waiting.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from engines_under_test import make
-from test_checkpoints import CELLS, STEPS, attached, ended, model_of, optimizer_of, quiet, scheduler_of, snapshot, trained
+from test_checkpoints import (
+    CELLS,
+    STEPS,
+    attached,
+    ended,
+    model_of,
+    optimizer_of,
+    quiet,
+    scheduler_of,
+    snapshot,
+    trained,
+)
 from torch import nn
 
 from lp_dist import LpAdamW
@@ -47,8 +58,16 @@ def wider() -> nn.Sequential:
 
 def another_script(model: nn.Sequential) -> LpAdamW:
     groups = optimizer_of(model).param_groups
-    return LpAdamW([{"params": groups[0]["params"], "lr": 1e-2, "weight_decay": 4.0}, {"params": groups[1]["params"], "lr": 2e-2, "p": 0.0},
-                    {"params": groups[2]["params"], "lr": 1e-2, "weight_decay": 0.0}], p=0.5, weight_decay=0.25, precondition=0.0)
+    return LpAdamW(
+        [
+            {"params": groups[0]["params"], "lr": 1e-2, "weight_decay": 4.0},
+            {"params": groups[1]["params"], "lr": 2e-2, "p": 0.0},
+            {"params": groups[2]["params"], "lr": 1e-2, "weight_decay": 0.0},
+        ],
+        p=0.5,
+        weight_decay=0.25,
+        precondition=0.0,
+    )
 
 
 def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
@@ -57,9 +76,17 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     for cell in ENGINES:
         place = directory / cell
 
-        def new(tag: str | None = None, optimizer_of: Any = optimizer_of, where: Path = place, model_of: Any = model_of) -> tuple[Any, Any, str]:
+        def new(
+            tag: str | None = None, optimizer_of: Any = optimizer_of, where: Path = place, model_of: Any = model_of
+        ) -> tuple[Any, Any, str]:
             kind, dtype = CELLS[cell]
-            engine = make(kind, model_of(), optimizer_of, scheduler_of, **({"bf16": {"enabled": True}} if dtype == "bf16" else {}))
+            engine = make(
+                kind,
+                model_of(),
+                optimizer_of,
+                scheduler_of,
+                **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+            )
             found = attached(engine)
             return engine, found, error_of(lambda: engine.load(where, tag)) if tag else ""
 
@@ -77,7 +104,9 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 
         engine, found, error = new(seen["latest"])
         trained(engine, found, 2, STEPS)
-        seen["differs"] = [error] if error else [key for key, value in snapshot(engine, found).items() if wanted[key] != value]
+        seen["differs"] = (
+            [error] if error else [key for key, value in snapshot(engine, found).items() if wanted[key] != value]
+        )
         ended(engine)
 
         for file in sorted(path.relative_to(place) for path in (place / "2").rglob("*") if path.is_file()):
@@ -97,7 +126,10 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         log: list[str] = []
         logging.getLogger("lp_dist.restoring").addFilter(lambda record: log.append(record.getMessage()))
         engine, found, seen["error"] = new("2", optimizer_of=another_script)
-        seen["groups"], seen["log"] = [(group["weight_decay"], group["p"]) for group in found.optimizer.param_groups], log
+        seen["groups"], seen["log"] = (
+            [(group["weight_decay"], group["p"]) for group in found.optimizer.param_groups],
+            log,
+        )
         logging.getLogger("lp_dist.restoring").filters.clear()
         ended(engine)
     return told
@@ -129,6 +161,10 @@ def test_another_script_on_a_checkpoint_gets_its_own_values_with_a_warning_or_an
         assert "size" in seen["model"].lower(), f"{cell}: {seen['model']!r}"
         assert seen["error"] == "" and seen["groups"] == [(4.0, 0.5), (0.25, 0.0), (0.0, 0.5)], cell
         text = "\n".join(seen["log"])
-        for part in ("param group 0 has weight_decay=3.0, from a checkpoint perhaps; going on with weight_decay=4.0", "weight_decay=0.005",
-                     "going on with weight_decay=0.25", "param group 1 has p=-1.0, from a checkpoint perhaps; going on with p=0.0"):
+        for part in (
+            "param group 0 has weight_decay=3.0, from a checkpoint perhaps; going on with weight_decay=4.0",
+            "weight_decay=0.005",
+            "going on with weight_decay=0.25",
+            "param group 1 has p=-1.0, from a checkpoint perhaps; going on with p=0.0",
+        ):
             assert part in text, f"{cell}: {text}"

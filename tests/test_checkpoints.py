@@ -1,4 +1,6 @@
-"""Save, stop, start anew, load: the run goes on bit for bit as the one that was never stopped, in every phase of a decay window."""
+"""Save, stop, start anew, load: the run goes on bit for bit as the one that was never stopped, in every phase of a
+decay window.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,18 @@ STEPS, WINDOW = 12, DecayWindow(3, 9)
 STOPS = {2: "warm-up", 7: "decay", 10: "frozen"}
 DECAYED = ("0.weight", "3.weight", "4.weight")
 OVERRIDES = {"0.weight": {"p": 0.0, "weight_decay": 1.0}}
-CELLS = {"one process": ("plain", "fp32"), "DDP": ("ddp", "fp32"), "FSDP2": ("fsdp2", "fp32"), "BF16_Optimizer": ("bf16_optimizer", "bf16"),
-         **{f"{kind}, {dtype}": (kind, dtype) for kind in ("zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload")
-            for dtype in ("fp32", "bf16")},
-         **{f"Accelerate, {kind}": (f"accelerate {kind}", "fp32") for kind in ("zero2", "zero3")}}
+CELLS = {
+    "one process": ("plain", "fp32"),
+    "DDP": ("ddp", "fp32"),
+    "FSDP2": ("fsdp2", "fp32"),
+    "BF16_Optimizer": ("bf16_optimizer", "bf16"),
+    **{
+        f"{kind}, {dtype}": (kind, dtype)
+        for kind in ("zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload")
+        for dtype in ("fp32", "bf16")
+    },
+    **{f"Accelerate, {kind}": (f"accelerate {kind}", "fp32") for kind in ("zero2", "zero3")},
+}
 
 
 def model_of() -> nn.Sequential:
@@ -35,8 +45,11 @@ def groups_of(model: nn.Sequential) -> list[dict[str, Any]]:
     """Two groups that decay with values of their own, and one that doesn't."""
     matrices = [model[0].weight, model[3].weight, model[4].weight]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [{"params": matrices[:2], "weight_decay": 3.0, "lr": 1e-2}, {"params": matrices[2:], "weight_decay": 0.005, "p": -1.0, "lr": 2e-2},
-            {"params": rest, "weight_decay": 0.0, "lr": 1e-2}]
+    return [
+        {"params": matrices[:2], "weight_decay": 3.0, "lr": 1e-2},
+        {"params": matrices[2:], "weight_decay": 0.005, "p": -1.0, "lr": 2e-2},
+        {"params": rest, "weight_decay": 0.0, "lr": 1e-2},
+    ]
 
 
 def optimizer_of(model: nn.Sequential) -> LpAdamW:
@@ -54,19 +67,31 @@ def batch_of(step: int, rank: int, world_size: int) -> Tensor:
 
 def started(cell: str, more: Any = None) -> Engine:
     kind, dtype = CELLS[cell]
-    return make(kind, model_of(), optimizer_of, scheduler_of, **({"bf16": {"enabled": True}} if dtype == "bf16" else {}), **(more or {}))
+    return make(
+        kind,
+        model_of(),
+        optimizer_of,
+        scheduler_of,
+        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+        **(more or {}),
+    )
 
 
 def attached(engine: Engine) -> Attachment:
-    optimizer = None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer  # a DeepSpeed engine knows its own
+    optimizer = (
+        None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer
+    )  # a DeepSpeed engine knows its own
     return attach(engine.handle, optimizer, overrides=OVERRIDES, lr_scheduler=engine.lr_scheduler)
 
 
 def trained(engine: Engine, found: Attachment, start: int, until: int) -> list[tuple[float, ...]]:
-    """As a user drives a window by hand: the step is asked of the optimizer, so that it needs no checkpoint of its own. Gives the
-    learning rates of each step."""
+    """As a user drives a window by hand: the step is asked of the optimizer, so that it needs no checkpoint of its
+    own. Gives the learning rates of each step."""
     live, decayed = found.optimizer, {shard.group for shard in found.shards if shard.name in found.decayed}
-    dtype, alone = next(engine.handle.parameters()).dtype, isinstance(engine.handle, nn.Sequential) and not engine.is_sharded()
+    dtype, alone = (
+        next(engine.handle.parameters()).dtype,
+        isinstance(engine.handle, nn.Sequential) and not engine.is_sharded(),
+    )
     share = (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
     rates = []
     for step in range(start, until):
@@ -92,8 +117,10 @@ def snapshot(engine: Engine, found: Attachment) -> dict[str, Any]:
     """
     taken = {name: as_bytes(weight) for name, weight in gathered(engine).items()}
     for shard in found.shards:
-        taken |= {f"master of {shard.name}": as_bytes(shard.piece.values),
-                  **{f"{key} of {shard.name}": as_bytes(value) for key, value in shard.state.items()}}
+        taken |= {
+            f"master of {shard.name}": as_bytes(shard.piece.values),
+            **{f"{key} of {shard.name}": as_bytes(value) for key, value in shard.state.items()},
+        }
     for i, state in enumerate(found.optimizer.state.values()):
         taken |= {f"{key} of tensor {i}": as_bytes(value) if key == "step" else "" for key, value in state.items()}
     for i, group in enumerate(found.optimizer.param_groups):
@@ -126,14 +153,21 @@ def masters_of(engine: Engine) -> dict[str, Tensor]:
 
 
 def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, dict[str, Any]]:
-    """For each engine: what differs after going on from each stop, how many zeros there were, and the masters at the last stop."""
+    """For each engine: what differs after going on from each stop, how many zeros there were, and the masters at the
+    last stop.
+    """
     quiet()
     told: dict[str, dict[str, Any]] = {}
     for cell in CELLS:
         engine = started(cell)
         found = attached(engine)
         rates, wanted = trained(engine, found, 0, STEPS), snapshot(engine, found)
-        told[cell] = {"differs": {}, "zeros": {STEPS: zeros_of(engine)}, "counted": len(wanted), "rates": {"whole": rates}}
+        told[cell] = {
+            "differs": {},
+            "zeros": {STEPS: zeros_of(engine)},
+            "counted": len(wanted),
+            "rates": {"whole": rates},
+        }
         ended(engine)
 
         engine, step = started(cell), 0  # another one saves, so that saving is seen to change nothing
@@ -156,7 +190,9 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, dict[str
                 found = attached(engine)
             told[cell]["rates"][stop] = trained(engine, found, stop, STEPS)
             got = snapshot(engine, found)
-            told[cell]["differs"][phase] = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
+            told[cell]["differs"][phase] = sorted(
+                key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)
+            )
             ended(engine)
     return told
 
@@ -178,8 +214,13 @@ def checkpoints(tmp_path_factory) -> Path:
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
-    wrong = {f"{cell}, rank {rank}, stopped in {phase}": differs for rank, cells in enumerate(told) for cell, seen in cells.items()
-             for phase, differs in seen["differs"].items() if differs}
+    wrong = {
+        f"{cell}, rank {rank}, stopped in {phase}": differs
+        for rank, cells in enumerate(told)
+        for cell, seen in cells.items()
+        for phase, differs in seen["differs"].items()
+        if differs
+    }
     assert not wrong
     for cells in told:
         assert cells.keys() == CELLS.keys()
@@ -189,14 +230,19 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
 def test_trap_15_a_resume_does_not_reset_the_learning_rates(told):
     wanted = [(lr, 2 * lr, lr) for lr in (1e-2 * (1.0 - step / 16) for step in range(STEPS))]
     for cell, seen in told[0].items():
-        assert [lr for rates in seen["rates"]["whole"] for lr in rates] == pytest.approx([lr for rates in wanted for lr in rates])
+        assert [lr for rates in seen["rates"]["whole"] for lr in rates] == pytest.approx(
+            [lr for rates in wanted for lr in rates]
+        )
         for stop in STOPS:
             assert seen["rates"][stop] == seen["rates"]["whole"][stop:], f"{cell}, stopped at {stop}"
 
 
 def test_the_runs_were_stopped_in_every_phase(told):
-    assert not {cell: seen["zeros"] for cell, seen in told[0].items()
-                if not 0 == seen["zeros"][2] < seen["zeros"][7] < seen["zeros"][10] == seen["zeros"][STEPS]}
+    assert not {
+        cell: seen["zeros"]
+        for cell, seen in told[0].items()
+        if not 0 == seen["zeros"][2] < seen["zeros"][7] < seen["zeros"][10] == seen["zeros"][STEPS]
+    }
 
 
 def test_zero_to_fp32_gives_the_masters_with_their_zeros(told, checkpoints, tmp_path):
@@ -206,11 +252,15 @@ def test_zero_to_fp32_gives_the_masters_with_their_zeros(told, checkpoints, tmp_
     cells = [cell for cell, (kind, _) in CELLS.items() if kind in ZERO]
     assert len(cells) == 10
     for cell in cells:
-        convert_zero_checkpoint_to_fp32_state_dict(checkpoints / cell, tmp_path / cell, tag="10", safe_serialization=True)
+        convert_zero_checkpoint_to_fp32_state_dict(
+            checkpoints / cell, tmp_path / cell, tag="10", safe_serialization=True
+        )
         written, masters = load_file(tmp_path / cell / "model.safetensors"), told[0][cell]["masters"]
         assert written.keys() == masters.keys()
         for name, master in masters.items():
-            assert as_bytes(written[name]) == as_bytes(master) and written[name].shape == master.shape, f"{cell}: {name}"
+            assert as_bytes(written[name]) == as_bytes(master) and written[name].shape == master.shape, (
+                f"{cell}: {name}"
+            )
         assert sum(int((written[name] == 0).sum()) for name in DECAYED) == told[0][cell]["zeros"][10], cell
     with pytest.raises(ValueError, match="is not a zero checkpoint"):  # BF16_Optimizer's it can't read
         convert_zero_checkpoint_to_fp32_state_dict(checkpoints / "BF16_Optimizer", tmp_path / "bf16", tag="10")

@@ -3,16 +3,16 @@
 The optimizers are described in PyTorch's own terms in optimizer_infos.py, and the checks follow those of its
 test/test_optim.py. Of PyTorch's expectations these do not apply:
 
-| expectation                       | why not                                                                                  |
-|-----------------------------------|------------------------------------------------------------------------------------------|
-| complex parameters                | |w|^(p-2) of a complex weight is another penalty; refused (test_optim_manners.py)        |
-| sparse gradients                  | the decay touches every weight, so nothing is saved; refused (test_optim_manners.py)     |
-| no-op for zero gradients          | a decayed weight shrinks without gradient too, as under AdamW; holds at weight_decay = 0 |
-| capturable, differentiable        | not offered: no such argument                                                            |
-| fused                             | comes later; refused (test_optim_manners.py)                                             |
-| foreach, a flag                   | here `implementation`; the two are equal bit for bit (test_optim.py)                     |
-| several devices, accelerators     | these tests run without a GPU                                                            |
-| amsgrad, tensor betas             | not offered                                                                              |
+| expectation | why not |
+|---|---|
+| complex parameters | |w|^(p-2) of a complex weight is another penalty; refused (test_optim_manners.py) |
+| sparse gradients | the decay touches every weight, so nothing is saved; refused (test_optim_manners.py) |
+| no-op for zero gradients | a decayed weight shrinks without gradient too, as under AdamW; holds at weight_decay = 0 |
+| capturable, differentiable | not offered: no such argument |
+| fused | comes later; refused (test_optim_manners.py) |
+| foreach, a flag | here `implementation`; the two are equal bit for bit (test_optim.py) |
+| several devices, accelerators | these tests run without a GPU |
+| amsgrad, tensor betas | not offered |
 """
 
 import copy
@@ -29,8 +29,11 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, Optimi
 from lp_dist.optim import LpAdamW, LpSGD
 
 CASES = [pytest.param(info, i, id=f"{info.name}-{i.desc}") for info in INFOS for i in info.optim_inputs_func("cpu")]
-ERRORS = [pytest.param(info, e, id=f"{info.name}-{e.optimizer_error_input.desc}")
-          for info in INFOS for e in info.optim_error_inputs_func("cpu", torch.float32)]
+ERRORS = [
+    pytest.param(info, e, id=f"{info.name}-{e.optimizer_error_input.desc}")
+    for info in INFOS
+    for e in info.optim_error_inputs_func("cpu", torch.float32)
+]
 every = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 each = pytest.mark.parametrize(("info", "case"), CASES)
 
@@ -46,7 +49,9 @@ def assert_same_state_dict(one, other):
 
 @each
 @pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize("schedulers", [(), *SCHEDULERS], ids=["no scheduler", "step", "plateau", "linear and exponential"])
+@pytest.mark.parametrize(
+    "schedulers", [(), *SCHEDULERS], ids=["no scheduler", "step", "plateau", "linear and exponential"]
+)
 def test_forloop_goes_right_direction(info, case, groups, schedulers):
     problem = Problem(info, case.kwargs, groups=groups)
     schedulers = [make(problem.optimizer) for make in schedulers]
@@ -190,7 +195,12 @@ def test_defaults_groups_and_gradients(info):
     assert all(state for state in optimizer.state.values())  # no empty state is left behind
     late = torch.nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [late], "lr": 0.25, "p": -1.0})
-    assert {**optimizer.param_groups[1], "params": 0} == {**optimizer.param_groups[0], "params": 0, "lr": 0.25, "p": -1.0}
+    assert {**optimizer.param_groups[1], "params": 0} == {
+        **optimizer.param_groups[0],
+        "params": 0,
+        "lr": 0.25,
+        "p": -1.0,
+    }
     late.grad = torch.ones(3)
     optimizer.step()
     assert not torch.equal(late, torch.ones(3))

@@ -8,18 +8,24 @@ import sys
 
 
 def lp_dist(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", "from lp_dist.cli import main; main()", *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", "from lp_dist.cli import main; main()", *words], capture_output=True, text=True
+    )
 
 
 def test_without_a_command_it_says_what_there_is():
     shown = lp_dist()
-    assert "finetune" in shown.stdout + shown.stderr and "[recipe.yaml] [--key value ...]" in shown.stdout + shown.stderr
+    assert (
+        "finetune" in shown.stdout + shown.stderr and "[recipe.yaml] [--key value ...]" in shown.stdout + shown.stderr
+    )
 
 
 def test_finetune_takes_its_own_help_and_refuses_what_it_does_not_know():
     assert "--precondition" in lp_dist("finetune", "--help").stdout
     refused = lp_dist("finetune", "--model", "m", "--dataset", "d", "--presicion", "1")
-    assert refused.returncode == 1 and refused.stderr.startswith("lp-dist: error: ") and "--presicion" in refused.stderr
+    assert (
+        refused.returncode == 1 and refused.stderr.startswith("lp-dist: error: ") and "--presicion" in refused.stderr
+    )
 
 
 def test_without_the_extra_it_says_what_to_install():
@@ -31,6 +37,10 @@ def test_without_the_extra_it_says_what_to_install():
 def test_bench_counting_prints_one_row_of_json():
     shown = lp_dist("bench", "counting", "--layers", "1", "--hidden", "64", "--tokens", "8", "--repeats", "1")
     row = json.loads(shown.stdout)
-    assert row["weights counted"] == 64 * 64 * 4 + 3 * 64 * 170 and set(row["seconds"]) == {"step", "count", "histogram"}
+    assert row["weights counted"] == 64 * 64 * 4 + 3 * 64 * 170 and set(row["seconds"]) == {
+        "step",
+        "count",
+        "histogram",
+    }
     assert row["share of 10 steps"] == row["seconds"]["count"] / (10 * row["seconds"]["step"]) > 0
     assert "repeats" in lp_dist("bench", "counting", "--repeats", "0").stderr

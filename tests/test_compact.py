@@ -1,4 +1,6 @@
-"""The compact form: bitmask and values give back every tensor and every file bit for bit, and are as small as the zeros allow."""
+"""The compact form: bitmask and values give back every tensor and every file bit for bit, and are as small as the
+zeros allow.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,27 @@ from lp_dist.checkpoints.compact import KEY, pack, unpack
 from lp_dist.errors import UsageError
 from lp_dist.export import export
 
-BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.int8: np.uint8, torch.bool: np.uint8}
+BITS = {
+    torch.float32: np.uint32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.uint16,
+    torch.int8: np.uint8,
+    torch.bool: np.uint8,
+}
 
 
 @st.composite
 def tensors(draw) -> Tensor:
-    """Of any bits at all, which includes -0, nan, infinities and subnormals, and many zeros; any shape, with and without elements."""
+    """Of any bits at all, which includes -0, nan, infinities and subnormals, and many zeros; any shape, with and
+    without elements.
+    """
     dtype = draw(st.sampled_from(list(BITS)))
     shape = draw(arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9))
-    values = st.integers(0, 1) if dtype == torch.bool else st.one_of(*[st.just(0)] * 3, st.integers(0, np.iinfo(BITS[dtype]).max))
+    values = (
+        st.integers(0, 1)
+        if dtype == torch.bool
+        else st.one_of(*[st.just(0)] * 3, st.integers(0, np.iinfo(BITS[dtype]).max))
+    )
     return torch.from_numpy(draw(arrays.arrays(BITS[dtype], shape, elements=values, fill=st.just(0)))).view(dtype)
 
 
@@ -44,9 +58,17 @@ def test_unpack_gives_back_what_pack_took_apart_and_it_is_smaller_or_not_done(te
     packed = pack(tensor)
     assert (packed is None) == (size >= tensor.nbytes)
     if packed is not None:
-        assert sum(part.nbytes for part in packed) == size and packed[1].dtype == tensor.dtype and len(packed[1]) == nonzero
+        assert (
+            sum(part.nbytes for part in packed) == size
+            and packed[1].dtype == tensor.dtype
+            and len(packed[1]) == nonzero
+        )
         again = unpack(*packed, tuple(tensor.shape))
-        assert again.dtype == tensor.dtype and again.shape == tensor.shape and np.array_equal(bits_of(again), bits_of(tensor))
+        assert (
+            again.dtype == tensor.dtype
+            and again.shape == tensor.shape
+            and np.array_equal(bits_of(again), bits_of(tensor))
+        )
 
 
 def bits_of(tensor: Tensor) -> np.ndarray:
@@ -54,11 +76,15 @@ def bits_of(tensor: Tensor) -> np.ndarray:
 
 
 def test_values_that_are_easily_lost():
-    tensor = torch.tensor([[0.0, -0.0, float("nan"), float("inf")], [1e-40, 0.0, -float("inf"), 0.0]] + [[0.0] * 4] * 9)
+    tensor = torch.tensor(
+        [[0.0, -0.0, float("nan"), float("inf")], [1e-40, 0.0, -float("inf"), 0.0]] + [[0.0] * 4] * 9
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        cast = tensor.to(dtype).t()     # not contiguous
+        cast = tensor.to(dtype).t()  # not contiguous
         packed = pack(cast)
-        assert packed is not None and len(packed[1]) == (4 if dtype == torch.float16 else 5)   # 1e-40 is too small for float16
+        assert packed is not None and len(packed[1]) == (
+            4 if dtype == torch.float16 else 5
+        )  # 1e-40 is too small for float16
         assert as_bytes(unpack(*packed, tuple(cast.shape))) == as_bytes(cast.contiguous())
     bitmask, _ = pack(torch.tensor([5.0] + [0.0] * 8 + [6.0] + [0.0] * 6))
     assert bitmask.tolist() == [0b10000000, 0b01000000], "the first is in the highest bit"
@@ -66,7 +92,9 @@ def test_values_that_are_easily_lost():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A directory as an export writes it, of which half of the weights are zero but those of its norms and of one matrix."""
+    """A directory as an export writes it, of which half of the weights are zero but those of its norms and of one
+    matrix.
+    """
     source, out = tmp_path_factory.mktemp("compact") / "source", tmp_path_factory.mktemp("compact") / "model"
     network = llama()
     for name, param in network.named_parameters():
@@ -91,16 +119,30 @@ def test_there_and_back_every_file_is_the_same(model, size, dtype, tmp_path):
     assert packed.counts == first.counts and again.form == "compact form"
     itemsize = 4 if dtype == "float32" else 2
     weights = load_file(model / "model.safetensors")
-    wanted = sum(min(math.ceil(w.numel() / 8) + int((w != 0).sum()) * itemsize, w.numel() * itemsize) for w in weights.values())
+    wanted = sum(
+        min(math.ceil(w.numel() / 8) + int((w != 0).sum()) * itemsize, w.numel() * itemsize) for w in weights.values()
+    )
     parts = sum(part.nbytes for name in packed.files for part in load_file(tmp_path / "packed" / name).values())
-    assert parts == wanted < packed.bytes_after == again.bytes_before == sum((tmp_path / "packed" / name).stat().st_size for name in packed.files)
+    assert (
+        parts
+        == wanted
+        < packed.bytes_after
+        == again.bytes_before
+        == sum((tmp_path / "packed" / name).stat().st_size for name in packed.files)
+    )
     assert wanted < 0.65 * first.bytes_dense == 0.65 * packed.bytes_dense
-    assert [file.stem.startswith("compact") for file in sorted((tmp_path / "packed").glob("*.safetensors"))] == [True] * len(packed.files)
+    assert [file.stem.startswith("compact") for file in sorted((tmp_path / "packed").glob("*.safetensors"))] == [
+        True
+    ] * len(packed.files)
 
 
 def test_of_a_float32_model_a_bfloat16_compact_form_in_one_go(model, tmp_path):
     done = export(model, tmp_path / "packed", dtype="bfloat16", compacted=True, verified=True)
-    assert done.verified == {"tensors": len(done.counts), "zeros": sum(zeros for zeros, _ in done.counts.values()), "logits": None}
+    assert done.verified == {
+        "tensors": len(done.counts),
+        "zeros": sum(zeros for zeros, _ in done.counts.values()),
+        "logits": None,
+    }
     export(tmp_path / "packed", tmp_path / "again")
     export(model, tmp_path / "direct", dtype="bfloat16")
     assert files(tmp_path / "again") == files(tmp_path / "direct")
@@ -112,7 +154,9 @@ def test_it_is_not_mistaken_for_a_model(model, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     with safe_open(tmp_path / "packed" / "compact.safetensors", framework="pt") as opened:
         matrix = "model.layers.0.self_attn.q_proj.weight"
-        assert {"model.norm.weight", f"{matrix}.bitmask", f"{matrix}.values"} <= set(opened.keys()) and matrix not in opened.keys()
+        assert {"model.norm.weight", f"{matrix}.bitmask", f"{matrix}.values"} <= set(
+            opened.keys()
+        ) and matrix not in opened
         assert json.loads(opened.metadata()[KEY])["model.norm.weight"] == [21]
 
 

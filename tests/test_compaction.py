@@ -1,4 +1,6 @@
-"""`export --shrink`: what is dead is gone, what stays is bit for bit what it was, and plain from_pretrained loads a model that says the same."""
+"""`export --shrink`: what is dead is gone, what stays is bit for bit what it was, and plain from_pretrained loads a
+model that says the same.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,39 @@ from lp_dist.report import FILE
 from lp_dist.structure import structure
 
 TOKENS = torch.arange(24).view(2, 12) % 61
-# By family: the key of the feed-forward width, and whether the size of a head is a key of its own, so that there can be fewer heads.
-KEYS = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), ("intermediate_size", True)),
-        "mixtral": (None, True), "gpt_neox": ("intermediate_size", False), "gpt2": ("n_inner", False), "opt": ("ffn_dim", False),
-        "bert": ("intermediate_size", False), "olmo2": ("intermediate_size", None), "falcon": ("ffn_hidden_size", None)}
+# By family: the key of the feed-forward width, and whether the size of a head is a key of its own, so that there can
+# be fewer heads.
+KEYS = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), ("intermediate_size", True)
+    ),
+    "mixtral": (None, True),
+    "gpt_neox": ("intermediate_size", False),
+    "gpt2": ("n_inner", False),
+    "opt": ("ffn_dim", False),
+    "bert": ("intermediate_size", False),
+    "olmo2": ("intermediate_size", None),
+    "falcon": ("ffn_hidden_size", None),
+}
 
 
-GEMMA3N = {**GROUPED, "num_hidden_layers": 4, "head_dim": 8, "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 12,
-           "laurel_rank": 6, "num_kv_shared_layers": 2,
-           "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]}
+GEMMA3N = {
+    **GROUPED,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "vocab_size_per_layer_input": 61,
+    "hidden_size_per_layer_input": 12,
+    "laurel_rank": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+}
 
 
 def kill(model: nn.Module, kind: str, *layers: list[int]) -> dict[tuple[str, int], list[int]]:
-    """Zeroes what reads these groups of each layer, and nothing else of theirs. Gives the indices that belong to them, by parameter and dimension."""
+    """Zeroes what reads these groups of each layer, and nothing else of theirs. Gives the indices that belong to them,
+    by parameter and dimension.
+    """
     indices: dict[tuple[str, int], list[int]] = {}
     for groups, dead in zip(structure(model, kind), layers):
         for group in dead:
@@ -76,7 +98,9 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     model, (key, sized), gone, saved = model_of(family), KEYS[family], {}, 0
     if key:
         gone |= kill(model, "channels", [3, 17, 30, 40], [17, 18, 19, 40])
-        kill(model, "channels", [], [1])    # one more in layer 1; the layers have one width, so the first of its dead ones stays
+        kill(
+            model, "channels", [], [1]
+        )  # one more in layer 1; the layers have one width, so the first of its dead ones stays
         saved += sum(4 * groups.elements for groups in structure(model, "channels"))
     half = FAMILIES[family][1][2] // 2
     if half:
@@ -87,7 +111,10 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     done = export(tmp_path / "masked", tmp_path / "out", shrunk=True, verified=True)
     assert not (tmp_path / "out" / FILE).exists(), "it tells of the whole model"
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("masked", "out"))
-    assert before.keys() == after.keys() and sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values()) == 4 * saved
+    assert (
+        before.keys() == after.keys()
+        and sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values()) == 4 * saved
+    )
     for name, tensor in before.items():
         wanted = tensor.numpy()
         for dim in range(tensor.ndim):
@@ -105,8 +132,14 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     assert changes == ({key: FAMILIES[family][1][0] - 4} if key else {}) | fewer
     stays = [str(one) for one in done.shrunk.removed if not one.gone]
     assert len(stays) == (sized is False)
-    assert all(re.match("4 of 8 attention heads are dead and stay: .* and with fewer the config makes a model of other ones, not of these$", one)
-               for one in stays)
+    assert all(
+        re.match(
+            "4 of 8 attention heads are dead and stay: .* and with fewer the config makes a model of other ones, not"
+            " of these$",
+            one,
+        )
+        for one in stays
+    )
     assert done.bytes_dense == sum(t.nbytes for t in before.values())
 
 
@@ -122,58 +155,85 @@ def test_what_a_target_for_groups_takes_to_zero_is_what_goes(tmp_path):
         optimizer.zero_grad()
         attached.after_step()
     done = export(save(model, tmp_path / "sparse"), tmp_path / "out", shrunk=True, verified=True)
-    assert [str(one) for one in done.shrunk.removed] == ["48 of 96 feed-forward channels are dead, 48 are gone: 48 → 24 in each of 2 layers",
-                                                         "2 of 4 groups of 2 attention heads are dead, 2 are gone: 2 → 1 in each of 2 layers"]
+    assert [str(one) for one in done.shrunk.removed] == [
+        "48 of 96 feed-forward channels are dead, 48 are gone: 48 → 24 in each of 2 layers",
+        "2 of 4 groups of 2 attention heads are dead, 2 are gone: 2 → 1 in each of 2 layers",
+    ]
     assert sum(zeros for zeros, _ in done.counts.values()) == 0
     torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=0, atol=1e-5)
 
 
 def test_dead_heads_beyond_whole_groups_go_where_every_group_loses_as_many(tmp_path):
-    """4 heads of queries for each of 2 of keys and values: two go of each, although one group has three dead ones, and single ones stay."""
+    """4 heads of queries for each of 2 of keys and values: two go of each, although one group has three dead ones, and
+    single ones stay.
+    """
     model = model_of("llama", hidden_size=48, num_attention_heads=8)
     gone = kill(model, "heads", [0, 2, 5, 6], [1, 3, 4, 5])
     kill(model, "heads", [], [7])
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True, verified=True)
     assert [str(one) for one in done.shrunk.removed] == [
-        "9 of 16 attention heads in groups that stay are dead, 8 are gone: 8 → 4 in each of 2 layers; every group must lose as many, and one of "
-        "model.layers.0.self_attn has 2 dead ones"]
+        "9 of 16 attention heads in groups that stay are dead, 8 are gone: 8 → 4 in each of 2 layers; every group must"
+        " lose as many, and one of model.layers.0.self_attn has 2 dead ones"
+    ]
     before, small = load_file(tmp_path / "masked" / "model.safetensors"), loaded(tmp_path / "out")
     for (name, dim), indices in gone.items():
-        assert np.array_equal(np.delete(before[name].numpy(), indices, axis=dim), small.get_parameter(name).detach().numpy())
+        assert np.array_equal(
+            np.delete(before[name].numpy(), indices, axis=dim), small.get_parameter(name).detach().numpy()
+        )
     torch.testing.assert_close(logits(small), logits(loaded(tmp_path / "masked")), rtol=0, atol=1e-6)
     config = config_of(tmp_path / "out")
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 6)
 
 
 def test_numbers_of_heads_that_a_config_refuses_are_passed_over(tmp_path):
-    model = model_of("llama", hidden_size=48, num_attention_heads=8, num_key_value_heads=8)     # its width is to be a multiple of their number
+    model = model_of(
+        "llama", hidden_size=48, num_attention_heads=8, num_key_value_heads=8
+    )  # its width is to be a multiple of their number
     kill(model, "kv_groups", [0, 1, 6], [2, 3, 4, 5, 7])
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True, verified=True)
     assert [str(one) for one in done.shrunk.removed] == [
-        "8 of 16 attention heads are dead, 4 are gone: 8 → 6 in each of 2 layers; all layers have one number, model.layers.0.self_attn needs 5, and "
-        "the model's configuration takes no number below 6"]
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(loaded(tmp_path / "masked")), rtol=0, atol=1e-6)
-    with pytest.raises(UsageError, match="can remove nothing: 2 of 8 attention heads are dead and stay: .* needs 3, and the model's configuration "
-                                         "takes no smaller number$"):
+        "8 of 16 attention heads are dead, 4 are gone: 8 → 6 in each of 2 layers; all layers have one number,"
+        " model.layers.0.self_attn needs 5, and the model's configuration takes no number below 6"
+    ]
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "out")), logits(loaded(tmp_path / "masked")), rtol=0, atol=1e-6
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            "can remove nothing: 2 of 8 attention heads are dead and stay: .* needs 3, and the model's configuration "
+            "takes no smaller number$"
+        ),
+    ):
         model = model_of("llama", num_key_value_heads=4)
         kill(model, "kv_groups", [0], [0])
         export(save(model, tmp_path / "none"), tmp_path / "nothing", shrunk=True)
 
 
 def test_where_the_config_has_a_list_each_layer_has_its_own_width(tmp_path):
-    """Gemma 3n. Its first layer's channels hang together (a threshold from the mean of all), its last two layers read others' keys and values."""
+    """Gemma 3n. Its first layer's channels hang together (a threshold from the mean of all), its last two layers read
+    others' keys and values.
+    """
     model = model_of("gemma3n_text", **GEMMA3N)
-    assert [groups.name for groups in structure(model, "channels") if groups.name.endswith("mlp")] == [f"model.layers.{i}.mlp" for i in (1, 2, 3)]
+    assert [groups.name for groups in structure(model, "channels") if groups.name.endswith("mlp")] == [
+        f"model.layers.{i}.mlp" for i in (1, 2, 3)
+    ]
     for layer, dead in ((0, [5]), (1, [3, 4, 5, 6]), (2, [47]), (3, range(48))):
         model.model.layers[layer].mlp.down_proj.weight.data[:, list(dead)] = 0
-    for layer in model.model.layers:    # what is as long as a table of embeddings stays
+    for layer in model.model.layers:  # what is as long as a table of embeddings stays
         layer.per_layer_projection.weight.data[:, 2] = 0
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True, verified=True)
     assert config_of(tmp_path / "out")["intermediate_size"] == [48, 44, 47, 1]
     assert [str(one) for one in done.shrunk.removed] == [
         "53 of 144 feed-forward channels are dead, 52 are gone: 48 → 1 to 47 in each of 3 layers",
-        "4 of 48 feed-forward channels are dead and stay: no entry of config.json, changed alone, makes them fewer than 12"]
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(loaded(tmp_path / "masked")), rtol=0, atol=1e-6)
+        (
+            "4 of 48 feed-forward channels are dead and stay: no entry of config.json, changed alone, makes them fewer"
+            " than 12"
+        ),
+    ]
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "out")), logits(loaded(tmp_path / "masked")), rtol=0, atol=1e-6
+    )
     export(tmp_path / "masked", tmp_path / "rounded", shrunk=True, multiple=10)
     assert config_of(tmp_path / "rounded")["intermediate_size"] == [48, 48, 48, 10]
 
@@ -182,7 +242,7 @@ def half_dead(directory: Path) -> Path:
     """A Llama whose layers need 24 and 20 of 48 channels, its head tied to the embedding."""
     model = model_of("llama", tie_word_embeddings=True)
     kill(model, "channels", list(range(24)), list(range(28)))
-    for channel, sign in ((40, 1), (41, -1)):   # alive, with zeros in them as their smallest or largest weights
+    for channel, sign in ((40, 1), (41, -1)):  # alive, with zeros in them as their smallest or largest weights
         weights = model.model.layers[0].mlp.down_proj.weight.data[:, channel]
         weights.abs_().mul_(sign)[3:9] = 0
     return save(model, directory)
@@ -196,31 +256,48 @@ def half(tmp_path) -> Path:
 @pytest.mark.parametrize("multiple, width", [(1, 24), (16, 32), (24, 24), (40, 40)])
 def test_the_width_is_rounded_up(half, multiple, width, tmp_path):
     done = export(half, tmp_path / "out", shrunk=True, multiple=multiple)
-    assert config_of(tmp_path / "out")["intermediate_size"] == loaded(tmp_path / "out").model.layers[1].mlp.up_proj.out_features == width
+    assert (
+        config_of(tmp_path / "out")["intermediate_size"]
+        == loaded(tmp_path / "out").model.layers[1].mlp.up_proj.out_features
+        == width
+    )
     (told,) = map(str, done.shrunk.removed)
     rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
-    assert told.startswith(f"52 of 96 feed-forward channels are dead, {2 * (48 - width)} are gone: 48 → {width} in each of 2 layers; ")
+    assert told.startswith(
+        f"52 of 96 feed-forward channels are dead, {2 * (48 - width)} are gone: 48 → {width} in each of 2 layers; "
+    )
     assert told.endswith(f"all layers have one width, and model.layers.0.mlp needs 24{rounded}")
     assert "lm_head.weight" not in done.counts
 
 
-@pytest.mark.parametrize("multiple, part", [(48, "needs 24, rounded up to a multiple of 48"), (100, "needs 24, rounded up to a multiple of 100")])
+@pytest.mark.parametrize(
+    "multiple, part",
+    [(48, "needs 24, rounded up to a multiple of 48"), (100, "needs 24, rounded up to a multiple of 100")],
+)
 def test_it_is_never_more_than_it_was(half, multiple, part, tmp_path):
-    with pytest.raises(UsageError, match=f"can remove nothing: 52 of 96 feed-forward channels are dead and stay: .* {part}"):
+    with pytest.raises(
+        UsageError, match=f"can remove nothing: 52 of 96 feed-forward channels are dead and stay: .* {part}"
+    ):
         export(half, tmp_path / "out", shrunk=True, multiple=multiple)
 
 
 def test_it_goes_with_dtypes_shards_and_the_compact_form(half, tmp_path):
     direct = export(half, tmp_path / "direct", shrunk=True, dtype="bfloat16", shard_size="4KB", verified=True)
-    packed = export(half, tmp_path / "packed", shrunk=True, dtype="bfloat16", shard_size="4KB", compacted=True, verified=True)
+    packed = export(
+        half, tmp_path / "packed", shrunk=True, dtype="bfloat16", shard_size="4KB", compacted=True, verified=True
+    )
     again = export(tmp_path / "packed", tmp_path / "again", shard_size="4KB")
-    assert {file.name: file.read_bytes() for file in direct.out.iterdir()} == {file.name: file.read_bytes() for file in again.out.iterdir()}
+    assert {file.name: file.read_bytes() for file in direct.out.iterdir()} == {
+        file.name: file.read_bytes() for file in again.out.iterdir()
+    }
     assert direct.verified["rounding"] < 1e-4, "logits of weights in bfloat16 are as exact as others"
     assert len(direct.files) > 3 and packed.verified["logits"] is None and loaded(direct.out).dtype == torch.bfloat16
     index = json.loads((direct.out / "model.safetensors.index.json").read_text())
     size = sum(t.nbytes for name in direct.files for t in load_file(direct.out / name).values())
     assert index["metadata"]["total_size"] == size < direct.bytes_dense
-    rewritten(half, lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"][:, :26].clamp_(-1e-9, 1e-9))    # zero in float16 alone
+    rewritten(
+        half, lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"][:, :26].clamp_(-1e-9, 1e-9)
+    )  # zero in float16 alone
     export(half, tmp_path / "float16", shrunk=True, dtype="float16", verified=True)
     assert config_of(tmp_path / "float16")["intermediate_size"] == 22
 
@@ -233,7 +310,9 @@ def test_engines_checkpoints_and_what_was_saved_without_its_head(half, tmp_path)
     written(tmp_path / "forms", model)
     for form in FORMS:
         done = export(tmp_path / "forms" / form, tmp_path / form, shrunk=True, verified=True)
-        assert [str(one) for one in done.shrunk.removed] == ["14 of 46 feed-forward channels are dead, 14 are gone: 23 → 16 in each of 2 layers"]
+        assert [str(one) for one in done.shrunk.removed] == [
+            "14 of 46 feed-forward channels are dead, 14 are gone: 23 → 16 in each of 2 layers"
+        ]
         assert load_file(tmp_path / form / "model.safetensors").keys() == dict(model.named_parameters()).keys()
         torch.testing.assert_close(logits(loaded(tmp_path / form)), logits(model), rtol=0, atol=1e-6)
     assert len({(tmp_path / form / "model.safetensors").read_bytes() for form in FORMS}) == 1
@@ -241,7 +320,12 @@ def test_engines_checkpoints_and_what_was_saved_without_its_head(half, tmp_path)
     plain = model_of("gpt2")
     kill(plain, "channels", [0], [1])
     save(plain, tmp_path / "gpt2")
-    rewritten(tmp_path / "gpt2", lambda tensors: [tensors.update({name.removeprefix("transformer."): tensors.pop(name)}) for name in [*tensors]])
+    rewritten(
+        tmp_path / "gpt2",
+        lambda tensors: [
+            tensors.update({name.removeprefix("transformer."): tensors.pop(name)}) for name in [*tensors]
+        ],
+    )
     export(tmp_path / "gpt2", tmp_path / "small", shrunk=True, verified=True)
     torch.testing.assert_close(logits(loaded(tmp_path / "small")), logits(plain), rtol=0, atol=1e-6)
     assert load_file(tmp_path / "small" / "model.safetensors")["h.0.mlp.c_fc.bias"].shape == (127,)
@@ -252,16 +336,27 @@ def test_widths_that_stand_in_several_places_are_changed_together_or_each_by_its
 
     sizes = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
     for decoder, after in ((32, (29, 29)), (48, (29, 45))):
-        model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=decoder, **sizes))
+        model = BartForConditionalGeneration(
+            BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=decoder, **sizes)
+        )
         kill(model, "channels", *[[0, 4, 9]] * 4)
         export(save(model, tmp_path / f"bart {decoder}"), tmp_path / f"out {decoder}", shrunk=True, verified=True)
         config = config_of(tmp_path / f"out {decoder}")
         assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == after
     part = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = CLIPModel(CLIPConfig(text_config={**part, "vocab_size": 64}, vision_config={**part, "image_size": 8, "patch_size": 4}, projection_dim=8))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**part, "vocab_size": 64},
+            vision_config={**part, "image_size": 8, "patch_size": 4},
+            projection_dim=8,
+        )
+    )
     kill(model, "channels", *[[0, 4, 9]] * 4)
     export(save(model, tmp_path / "clip"), tmp_path / "out", shrunk=True)
-    assert [config_of(tmp_path / "out")[key]["intermediate_size"] for key in ("text_config", "vision_config")] == [29, 29]
+    assert [config_of(tmp_path / "out")[key]["intermediate_size"] for key in ("text_config", "vision_config")] == [
+        29,
+        29,
+    ]
     assert CLIPModel.from_pretrained(tmp_path / "out").text_model.encoder.layers[1].mlp.fc1.out_features == 29
 
 
@@ -283,8 +378,15 @@ def test_a_model_of_another_scale_is_not_taken_either(tmp_path, monkeypatch):
     def wrong(self: Any, config: Any, layer_idx: int) -> None:
         right(self, config, layer_idx)
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+
     monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", wrong)
     model = model_of("llama")
     kill(model, "kv_groups", [0], [0])
-    with pytest.raises(UsageError, match="2 of 4 groups of 2 attention heads are dead and stay: .* with fewer the config makes a model of other ones"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            "2 of 4 groups of 2 attention heads are dead and stay: .* with fewer the config makes a model of other"
+            " ones"
+        ),
+    ):
         export(save(model, tmp_path / "masked"), tmp_path / "out", shrunk=True)

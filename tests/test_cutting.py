@@ -1,4 +1,6 @@
-"""`lp-dist bench structure` on a tiny model: each way leaves what was asked for, rows are resumed, and the page has what was gained."""
+"""`lp-dist bench structure` on a tiny model: each way leaves what was asked for, rows are resumed, and the page has
+what was gained.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from test_structure import model_of
 
 from lp_dist.errors import UsageError
 from lp_dist.quality import runs
 from lp_dist.quality.cutting import structure
 from lp_dist.quality.methods import Spec
 from lp_dist.quality.structured import STRUCTURED, OneCut
-from test_structure import model_of
 
 METHODS = "dense:lr=0.001 groups:end=0.5 gcut:c=0.67 cut cut:criterion=taylor lp"
 
@@ -36,27 +38,42 @@ def test_every_way_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, monkey
         assert row["parameters"] == before and row["loss"] < 7.0 and row["seconds"] > 0.0
         cut = method not in ("dense:lr=0.001", "lp")
         assert ("loss cut" in row) == cut
-        if cut:     # 48 of 96 channels of two layers, of three rows of 48 numbers each
+        if cut:  # 48 of 96 channels of two layers, of three rows of 48 numbers each
             assert row["parameters cut"] == before - 2 * 48 * 3 * 48
-            assert row["bytes"] - row["bytes cut"] == pytest.approx(4 * 2 * 48 * 3 * 48, abs=200) and row["loss cut"] == pytest.approx(row["loss"], abs=1e-4)
+            assert row["bytes"] - row["bytes cut"] == pytest.approx(4 * 2 * 48 * 3 * 48, abs=200) and row[
+                "loss cut"
+            ] == pytest.approx(row["loss"], abs=1e-4)
             assert row["tokens a second"] > 0 and row["tokens a second cut"] > 0
     assert rows["lp"]["zeros"] == pytest.approx(2 * 48 * 3 * 48, rel=1e-3), "as many parameters as the channels have"
     assert rows["dense:lr=0.001"]["zeros"] == 0
     page = (tmp_path / "structure.md").read_text()
-    assert page.count("\n| 50% | ") == 5 and "| ours, end = 0.5 |" in page and "| dense fine-tune, learning rate 0.001 |" in page and "×" in page
+    assert (
+        page.count("\n| 50% | ") == 5
+        and "| ours, end = 0.5 |" in page
+        and "| dense fine-tune, learning rate 0.001 |" in page
+        and "×" in page
+    )
     monkeypatch.setattr(runs, "train", None)
     assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 6, "a dense run has no share"
-    (tmp_path / "structure.jsonl").write_text("".join(json.dumps({**row, **({"machine": "another", "threads": 2} if i else {})}) + "\n"
-                                                      for i, row in enumerate(rows.values())))
+    (tmp_path / "structure.jsonl").write_text(
+        "".join(
+            json.dumps({**row, **({"machine": "another", "threads": 2} if i else {})}) + "\n"
+            for i, row in enumerate(rows.values())
+        )
+    )
     assert len(bench(tiny_model, topics, tmp_path, METHODS)) == 6, "none is made again"
     assert f"{rows['lp']['machine']} ({rows['lp']['threads']} thread" in (tmp_path / "structure.md").read_text()
     assert " and another (2 threads)\n" in (tmp_path / "structure.md").read_text()
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, cut, gcut"), ({"methods": "cut", "shares": "0"}, "--shares 0: these are percents"),
-    ({"methods": "cut", "shares": "x"}, "these must be numbers"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, cut, gcut"),
+        ({"methods": "cut", "shares": "0"}, "--shares 0: these are percents"),
+        ({"methods": "cut", "shares": "x"}, "these must be numbers"),
+    ],
+)
 def test_what_it_cannot_do_is_told(tiny_model, topics, tmp_path, arguments, says):
     with pytest.raises(UsageError, match=says):
         bench(tiny_model, topics, tmp_path, **arguments)
@@ -77,10 +94,13 @@ def test_taylors_criterion_is_the_sum_of_what_each_weight_does_to_the_loss():
 
     def loss() -> float:
         with torch.no_grad():
-            return sum(float(F.cross_entropy(model(input_ids=row).logits[0, :-1], row[0, 1:])) for row in inputs.split(1))
+            return sum(
+                float(F.cross_entropy(model(input_ids=row).logits[0, :-1], row[0, 1:])) for row in inputs.split(1)
+            )
+
     mlp, wanted = model.model.layers[1].mlp, 0.0
     for view in (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5]):
-        for i in range(0, len(view)):
+        for i in range(len(view)):
             with torch.no_grad():
                 old = float(view[i])
                 view[i] = old * 1.01

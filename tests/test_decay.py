@@ -21,7 +21,8 @@ def decayed(u, w_old, dtype=torch.float64, denom=None, **hyperparameters):
     return lp_decay(tensors[0], tensors[1], denom=tensors[2], **hyperparameters)
 
 
-# --- by hand -----------------------------------------------------------------------------------------------------------------
+# --- by hand
+# -----------------------------------------------------------------------------
 
 BY_HAND = [
     # p = 1: x = |w| = 0.5, al*lam = 0.01, f = 1/(1 + 0.01/0.5) = 1/1.02; u = 0.51 -> 0.5
@@ -47,16 +48,32 @@ BY_HAND = [
     # precondition 1: x = 0.5 * 0.2 = 0.1, al*lam = 0.1, f = 1/2
     ("precondition=1", 0.6, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 1.0, "denom": 0.2}, 0.3),
     # precondition 0.5: x = 0.5 * sqrt(0.04) = 0.1, the same
-    ("precondition=0.5", 0.6, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 0.5, "denom": 0.04}, 0.3),
+    (
+        "precondition=0.5",
+        0.6,
+        0.5,
+        {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 0.5, "denom": 0.04},
+        0.3,
+    ),
     # the cutoff is compared with the preconditioned x = 0.1 > 0.09
-    ("precondition and cutoff", 0.6, 0.5,
-     {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 1.0, "denom": 0.2, "cutoff": 0.09}, 0.6),
+    (
+        "precondition and cutoff",
+        0.6,
+        0.5,
+        {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 1.0, "denom": 0.2, "cutoff": 0.09},
+        0.6,
+    ),
     # x = 0 is raised to the floor of 0.1: f = 1/(1 + 0.1/0.1), and zero does not absorb; x = 0.5 is above it
     ("floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1}, 0.3),
     ("above floor", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "floor": 0.1}, 0.5),
     # the floor is compared with the preconditioned x = 0.1 < 0.2, and so is the cutoff, with what it was before
-    ("precondition and floor", 0.6, 0.5,
-     {"p": 1.0, "lr": 0.1, "weight_decay": 2.0, "precondition": 1.0, "denom": 0.2, "floor": 0.2, "cutoff": 0.15}, 0.3),
+    (
+        "precondition and floor",
+        0.6,
+        0.5,
+        {"p": 1.0, "lr": 0.1, "weight_decay": 2.0, "precondition": 1.0, "denom": 0.2, "floor": 0.2, "cutoff": 0.15},
+        0.3,
+    ),
     # a floor keeps what a cutoff of 0 has frozen dead
     ("frozen with floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1, "cutoff": 0.0}, 0.0),
     # snap: f = 1/2 takes 1.9e-13 to 0.95e-13 < 1e-13, hence to zero, and 2.1e-13 to 1.05e-13, which stays
@@ -68,7 +85,9 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize(("u", "w_old", "hyperparameters", "expected"), [c[1:] for c in BY_HAND], ids=[c[0] for c in BY_HAND])
+@pytest.mark.parametrize(
+    ("u", "w_old", "hyperparameters", "expected"), [c[1:] for c in BY_HAND], ids=[c[0] for c in BY_HAND]
+)
 def test_by_hand(u, w_old, hyperparameters, expected):
     result = decayed(u, w_old, **hyperparameters).item()
     assert result == pytest.approx(expected, rel=1e-14, abs=0.0)
@@ -88,13 +107,17 @@ def test_result_is_a_new_tensor_and_the_inputs_stay():
 
 def test_default_p_is_one_half():
     u, w_old = torch.randn(50), torch.randn(50)
-    assert torch.equal(lp_decay(u, w_old, lr=0.1, weight_decay=0.1), lp_decay(u, w_old, lr=0.1, weight_decay=0.1, p=0.5))
+    assert torch.equal(
+        lp_decay(u, w_old, lr=0.1, weight_decay=0.1), lp_decay(u, w_old, lr=0.1, weight_decay=0.1, p=0.5)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype):
-    """The factor of a half-precision weight is an fp32 number and only the product is rounded, so the result is the float64
-    product rounded once, but for the few ties that fp32's own error tips over (one unit in the last place then)."""
+    """The factor of a half-precision weight is an fp32 number and only the product is rounded, so the result is the
+    float64 product rounded once, but for the few ties that fp32's own error tips over (one unit in the last place
+    then).
+    """
     torch.manual_seed(0)
     u, w_old = torch.randn(2000).to(dtype), torch.randn(2000).to(dtype)
     result = lp_decay(u, w_old, lr=0.1, weight_decay=0.3, p=0.5)
@@ -104,7 +127,8 @@ def test_half_precision_rounds_once(dtype):
     torch.testing.assert_close(result, exact, rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
-# --- for all inputs ----------------------------------------------------------------------------------------------------------
+# --- for all inputs
+# -----------------------------------------------------------------------------
 
 exponents = st.one_of(st.sampled_from([-4.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 4.0]), st.floats(-4.0, 4.0))
 awkward = [0.0, -0.0, 5e-324, 1e-310, 1e-45, -1e-40, 6e-8, 1e-13, 1e-5, -0.5, 1.0, 1e4, 6.5e4, -1e20, 3e38, 1e308]
@@ -119,7 +143,9 @@ dtypes = st.sampled_from(DTYPES)
 def tensors(pairs, dtype):
     """u and w_old in `dtype`, held inside its finite range."""
     top = torch.finfo(dtype).max
-    return (torch.tensor(column, dtype=torch.float64).clamp(-top, top).to(dtype) for column in zip(*pairs, strict=True))
+    return (
+        torch.tensor(column, dtype=torch.float64).clamp(-top, top).to(dtype) for column in zip(*pairs, strict=True)
+    )
 
 
 @few
@@ -157,7 +183,10 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 @given(pairs, dtypes, exponents, strengths, strengths, cutoffs, floors, floors)
 def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, one, other):
     u, w_old = tensors(pairs, dtype)
-    low, high = (lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor) for floor in sorted((one, other)))
+    low, high = (
+        lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor)
+        for floor in sorted((one, other))
+    )
     assert (low.abs() <= high.abs()).all()
 
 
@@ -176,13 +205,34 @@ huge_range = st.one_of(st.sampled_from([0.0, 5e-324, 1e-50, 1e50, 1.7e308]), st.
 
 
 @few
-@given(pairs, st.lists(values, min_size=12, max_size=12), dtypes, exponents, huge_range, huge_range,
-       st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 1.0, math.inf]), floors)
+@given(
+    pairs,
+    st.lists(values, min_size=12, max_size=12),
+    dtypes,
+    exponents,
+    huge_range,
+    huge_range,
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    st.sampled_from([0.0, 1.0, math.inf]),
+    floors,
+)
 def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff, floor):
     u, w_old = tensors(pairs, dtype)
     denom = next(tensors([(abs(d), 0.0) for d in denoms[: len(pairs)]], dtype))
-    denom.clamp_(min=torch.finfo(dtype).tiny)  # sqrt(v) + eps > 0: then x has a limit even where a power leaves the range
-    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor, precondition=precondition, denom=denom)
+    denom.clamp_(
+        min=torch.finfo(dtype).tiny
+    )  # sqrt(v) + eps > 0: then x has a limit even where a power leaves the range
+    result = lp_decay(
+        u,
+        w_old,
+        lr=lr,
+        weight_decay=weight_decay,
+        p=p,
+        cutoff=cutoff,
+        floor=floor,
+        precondition=precondition,
+        denom=denom,
+    )
     assert not result.isnan().any()
     assert (result.abs() <= u.abs()).all()
 
@@ -219,7 +269,8 @@ def test_freeze_is_a_special_case(pairs, dtype, lr):
     assert torch.equal(lp_decay(u, w_old, lr=lr, **FREEZE), expected)
 
 
-# --- the oracle --------------------------------------------------------------------------------------------------------------
+# --- the oracle
+# -----------------------------------------------------------------------------
 
 sixteenths = st.integers(-64, 64).map(lambda k: k / 16)
 ordinary = st.one_of(st.just(0.0), st.floats(1e-12, 1e4), st.floats(-1e4, -1e-12))
@@ -230,8 +281,10 @@ def assert_equals_oracle(pairs, dtype, rtol, denoms=None, **hyperparameters):
     u, w_old = tensors(pairs, dtype)
     denom = None if denoms is None else next(tensors([(d, 0.0) for d in denoms[: len(pairs)]], dtype))
     result = lp_decay(u, w_old, denom=denom, **hyperparameters)
-    expected = [reference.lp_weight(a, b, denom=1.0 if denom is None else denom[i].item(), **hyperparameters)
-                for i, (a, b) in enumerate(zip(u.tolist(), w_old.tolist(), strict=True))]
+    expected = [
+        reference.lp_weight(a, b, denom=1.0 if denom is None else denom[i].item(), **hyperparameters)
+        for i, (a, b) in enumerate(zip(u.tolist(), w_old.tolist(), strict=True))
+    ]
     # atol: a result on the snap's edge (1e-13) may be zero on one side and not on the other
     torch.testing.assert_close(result.double(), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=1.01e-13)
 
@@ -244,28 +297,54 @@ cases = (st.lists(st.tuples(ordinary, ordinary), min_size=1, max_size=12), coeff
 @given(*cases, st.floats(-4.0, 4.0), st.sampled_from([0.0, 0.5, 1.0]), positive)
 def test_equals_the_oracle_in_float64(pairs, lr, weight_decay, l2, p, precondition, denoms):
     # rtol: two powers and six operations; pow is good to about one unit (2e-16)
-    assert_equals_oracle(pairs, torch.float64, 1e-14, denoms if precondition else None,
-                         lr=lr, weight_decay=weight_decay, l2=l2, p=p, precondition=precondition)
+    assert_equals_oracle(
+        pairs,
+        torch.float64,
+        1e-14,
+        denoms if precondition else None,
+        lr=lr,
+        weight_decay=weight_decay,
+        l2=l2,
+        p=p,
+        precondition=precondition,
+    )
 
 
 @few
 @given(*cases, sixteenths, st.sampled_from([0.0, 0.5, 1.0]), positive)
 def test_equals_the_oracle_in_float32(pairs, lr, weight_decay, l2, p, precondition, denoms):
     # rtol: as above in units of 6e-8. p in sixteenths, since torch rounds the exponent of an fp32 power to fp32
-    assert_equals_oracle(pairs, torch.float32, 2e-6, denoms if precondition else None,
-                         lr=lr, weight_decay=weight_decay, l2=l2, p=p, precondition=precondition)
+    assert_equals_oracle(
+        pairs,
+        torch.float32,
+        2e-6,
+        denoms if precondition else None,
+        lr=lr,
+        weight_decay=weight_decay,
+        l2=l2,
+        p=p,
+        precondition=precondition,
+    )
 
 
 @few
 @given(cases[0], coefficients, coefficients, st.sampled_from([-1.0, 0.5, 1.0, 3.0]), st.floats(0.0, 10.0))
 def test_cutoff_equals_the_oracle(pairs, lr, weight_decay, p, cutoff):
     edge = [abs(abs(w) ** (2.0 - p) - cutoff) <= 1e-12 * cutoff if w else False for _, w in pairs]
-    pairs = [(1.0, 0.25) if on_edge else pair for on_edge, pair in zip(edge, pairs, strict=True)]  # no coin tossing at x = cutoff
+    pairs = [
+        (1.0, 0.25) if on_edge else pair for on_edge, pair in zip(edge, pairs, strict=True)
+    ]  # no coin tossing at x = cutoff
     assert_equals_oracle(pairs, torch.float64, 1e-14, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff)
 
 
 @few
-@given(cases[0], coefficients, coefficients, st.sampled_from([-1.0, 0.5, 1.0, 2.0, 3.0]), st.sampled_from([0.0, 1e-6, 0.3, 1e3]))
+@given(
+    cases[0],
+    coefficients,
+    coefficients,
+    st.sampled_from([-1.0, 0.5, 1.0, 2.0, 3.0]),
+    st.sampled_from([0.0, 1e-6, 0.3, 1e3]),
+)
 def test_floor_equals_the_oracle(pairs, lr, weight_decay, p, floor):
     for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
         assert_equals_oracle(pairs, dtype, rtol, lr=lr, weight_decay=weight_decay, p=p, floor=floor)

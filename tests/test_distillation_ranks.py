@@ -25,18 +25,45 @@ def words(tiny_model, topics, cpu_op, tmp_path_factory) -> list[str]:
     shutil.copytree(tiny_model, teacher, dirs_exist_ok=True)
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model)).save_pretrained(teacher)
-    return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "16", "--learning_rate", "3e-3", "--sparsity", "0.5",
-            "--per_device_train_batch_size", "2", "--save_strategy", "no", "--logging_steps", "1", "--teacher", str(teacher), "--distill", "0.7"]
+    return [
+        "--model",
+        str(tiny_model),
+        "--dataset",
+        str(topics),
+        "--block_size",
+        "64",
+        "--max_steps",
+        "16",
+        "--learning_rate",
+        "3e-3",
+        "--sparsity",
+        "0.5",
+        "--per_device_train_batch_size",
+        "2",
+        "--save_strategy",
+        "no",
+        "--logging_steps",
+        "1",
+        "--teacher",
+        str(teacher),
+        "--distill",
+        "0.7",
+    ]
 
 
-WAYS = {"ddp": [], "zero3": ["--deepspeed", "configs/ds_zero3.json"],
-        "zero2-bf16": ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true"]}
+WAYS = {
+    "ddp": [],
+    "zero3": ["--deepspeed", "configs/ds_zero3.json"],
+    "zero2-bf16": ["--deepspeed", "configs/ds_zero2.json", "--bf16", "true"],
+}
 
 
 @pytest.fixture(scope="session")
 def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
     out = {name: tmp_path_factory.mktemp("taught") / name for name in ("alone", *WAYS)}
-    finetune.main([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(out["alone"])])   # the ranks' batches, one after the other
+    finetune.main(
+        [*words, "--gradient_accumulation_steps", "2", "--output_dir", str(out["alone"])]
+    )  # the ranks' batches, one after the other
     run_program([[*words, *more, "--output_dir", str(out[name])] for name, more in WAYS.items()])
     return out
 
@@ -44,7 +71,9 @@ def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
 def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
     """To rounding: gradients are averaged in other orders."""
     wanted = load_file(runs["alone"] / "model.safetensors")
-    first = {name: next(entry["loss"] for entry in report.read(out)["log"] if "loss" in entry) for name, out in runs.items()}
+    first = {
+        name: next(entry["loss"] for entry in report.read(out)["log"] if "loss" in entry) for name, out in runs.items()
+    }
     for name, engine in zip(WAYS, ("DDP", "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-2")):
         assert (report.read(runs[name])["world_size"], report.read(runs[name])["engine"]) == (2, engine)
         assert report.read(runs[name])["decay"]["distill"] == 0.7
@@ -55,13 +84,18 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
         zeros = [sum(int((w == 0).sum()) for w in one.values()) for one in (weights, wanted)]
         assert abs(zeros[0] - zeros[1]) <= 4, name
         apart = torch.cat([(weights[key] - w).abs().flatten() for key, w in wanted.items()])
-        assert float(apart.mean()) < 1e-5 and float((apart > 1e-3).float().mean()) < 1e-3, f"{name}: {float(apart.mean())}, {float(apart.max())}"
+        assert float(apart.mean()) < 1e-5 and float((apart > 1e-3).float().mean()) < 1e-3, (
+            f"{name}: {float(apart.mean())}, {float(apart.max())}"
+        )
 
 
 def test_the_teacher_s_part_is_in_the_loss(runs, words, tmp_path):
     plain = [word for word in words if word not in ("--teacher", "--distill", "0.7") and "teacher" not in word]
     finetune.main([*plain, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path)])
-    one, other = (load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] for path in (runs["alone"], tmp_path))
+    one, other = (
+        load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for path in (runs["alone"], tmp_path)
+    )
     assert float((one - other).abs().max()) > 1e-3
 
 
@@ -72,28 +106,63 @@ def _sharded(accelerator: SimpleNamespace, rank: int) -> tuple[torch.nn.Module, 
         whole = tiny(7).eval()(ids).logits
         teacher = sharded_alike(tiny(7), accelerator)
         same = torch.equal(teacher(input_ids=ids).logits, whole)
-    return teacher, {"same": same, "trains": any(param.requires_grad for param in teacher.parameters()), "mode": unwrap(teacher).training}
+    return teacher, {
+        "same": same,
+        "trains": any(param.requires_grad for param in teacher.parameters()),
+        "mode": unwrap(teacher).training,
+    }
 
 
 def _fsdp2(rank: int, world_size: int) -> dict:
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-                                            cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
     # What accelerate's own has; on CPUs it would make none for FSDP.
-    teacher, found = _sharded(SimpleNamespace(distributed_type="FSDP", is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None),
-                                              mixed_precision="no", device=torch.device("cpu"), is_main_process=rank == 0), rank)
+    teacher, found = _sharded(
+        SimpleNamespace(
+            distributed_type="FSDP",
+            is_fsdp2=True,
+            state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None),
+            mixed_precision="no",
+            device=torch.device("cpu"),
+            is_main_process=rank == 0,
+        ),
+        rank,
+    )
     params = list(teacher.parameters())
-    return {**found, "here": sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params)}
+    return {
+        **found,
+        "here": sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params),
+    }
 
 
 def _zero3(rank: int, world_size: int) -> dict:
-    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}}
-    teacher, found = _sharded(SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
-                                              device=torch.device("cpu")), rank)
+    config = {
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"device": "cpu"},
+        }
+    }
+    teacher, found = _sharded(
+        SimpleNamespace(
+            distributed_type="DEEPSPEED",
+            state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
+            device=torch.device("cpu"),
+        ),
+        rank,
+    )
     params = list(teacher.parameters())
     assert sum(param.numel() for param in params) == 0, "gathered after the pass"
-    return {**found, "here": sum(param.ds_tensor.numel() for param in params) / sum(param.ds_numel for param in params)}
+    return {
+        **found,
+        "here": sum(param.ds_tensor.numel() for param in params) / sum(param.ds_numel for param in params),
+    }
 
 
 @pytest.mark.parametrize("engine", [_fsdp2, _zero3])

@@ -11,7 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What others print, or what is no message but something seen.
-FOREIGN = ("You are using an untested ZeRO Optimizer", "nothing happens for minutes", "lp/measured stays behind lp/plan")
+FOREIGN = (
+    "You are using an untested ZeRO Optimizer",
+    "nothing happens for minutes",
+    "lp/measured stays behind lp/plan",
+)
 
 
 def texts_of(tree: ast.AST) -> list[str]:
@@ -27,7 +31,11 @@ def texts_of(tree: ast.AST) -> list[str]:
 
 @pytest.fixture(scope="module")
 def said() -> str:
-    return "\n".join(text.replace("\0", "") for path in (ROOT / "lp_dist").rglob("*.py") for text in texts_of(ast.parse(path.read_text())))
+    return "\n".join(
+        text.replace("\0", "")
+        for path in (ROOT / "lp_dist").rglob("*.py")
+        for text in texts_of(ast.parse(path.read_text()))
+    )
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_that_is_printed(said):
@@ -49,7 +57,11 @@ def test_links_lead_to_files_and_headings(page):
         path = page.parent / file if file else page
         assert path.exists(), f"{page.name} links to {target}"
         if heading:
-            headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines() if line.startswith("#")}
+            headings = {
+                re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                for line in path.read_text().splitlines()
+                if line.startswith("#")
+            }
             assert heading in headings, f"{page.name} links to {target}; there are {sorted(headings)}"
 
 

@@ -1,4 +1,6 @@
-"""A few steps under each engine: the native optimizer and `add_lp_decay` give the same weights there, and those of one process."""
+"""A few steps under each engine: the native optimizer and `add_lp_decay` give the same weights there, and those of one
+process.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def batch_of(step: int, rank: int) -> torch.Tensor:
 
 
 def native(model: nn.Module) -> LpAdamW:
-    return LpAdamW(param_groups(model, LAMBDA), lr=LR, p=P, precondition=0.0, implementation="foreach")  # the hooks decay as it does, bit for bit
+    return LpAdamW(
+        param_groups(model, LAMBDA), lr=LR, p=P, precondition=0.0, implementation="foreach"
+    )  # the hooks decay as it does, bit for bit
 
 
 def hooked(model: nn.Module) -> torch.optim.Optimizer:
@@ -42,8 +46,11 @@ def zero(stage: int, make, rank: int) -> list[torch.Tensor]:
     import deepspeed
 
     model = model_of()
-    config = {"train_micro_batch_size_per_gpu": 3, "zero_allow_untested_optimizer": True,
-              "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 50}}
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 50},
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=make(model), config=config, dist_init_required=False)
     for step in range(STEPS):
         engine.backward(engine(batch_of(step, rank)).square().mean())
@@ -93,7 +100,9 @@ def test_native_and_hooked_agree_in_every_engine_and_with_one_process(run_ranks)
         assert len(result) == 12
         for cell, weights in result.items():
             native_of_engine = result[cell.split("/")[0] + "/native"]
-            assert all(torch.equal(a, b) for a, b in zip(weights, native_of_engine)), f"rank {rank}: {cell} is not the native step"
+            assert all(torch.equal(a, b) for a, b in zip(weights, native_of_engine)), (
+                f"rank {rank}: {cell} is not the native step"
+            )
             for a, b in zip(weights, wanted):
                 # Gradients are averaged in another order than in one process: rounding, no more.
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"rank {rank}: {cell}: {m}")

@@ -1,4 +1,6 @@
-"""The loops that the documentation shows run as they stand, make the model sparse, and are the user's own loop without the marked lines."""
+"""The loops that the documentation shows run as they stand, make the model sparse, and are the user's own loop without
+the marked lines.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def sparsity_of(directory: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["plain_torch", "accelerate_loop", "trl_sft"])
-def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not(name, tiny_model, text, topics, tmp_path):
+def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not(
+    name, tiny_model, text, topics, tmp_path
+):
     if name == "trl_sft":
         pytest.importorskip("trl")
     data = topics if name == "trl_sft" else text
@@ -71,9 +75,21 @@ def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not
 def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_path, cpu_op):
     from lp_dist.export import export
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "deepspeed_engine.py"),
-               str(tiny_model), str(text), str(tmp_path / "out")]
-    ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(EXAMPLES / "deepspeed_engine.py"),
+        str(tiny_model),
+        str(text),
+        str(tmp_path / "out"),
+    ]
+    ended = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     export(tmp_path / "out" / "checkpoint", tmp_path / "out" / "model", config=str(tiny_model), verified=True)
     assert sparsity_of(tmp_path / "out" / "model") == pytest.approx(0.5, abs=1e-4)

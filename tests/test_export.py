@@ -1,4 +1,6 @@
-"""The export of a model's directory: its files, shards, dtypes and what goes along, what is refused, and that it is written whole or not at all."""
+"""The export of a model's directory: its files, shards, dtypes and what goes along, what is refused, and that it is
+written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,26 @@ from lp_dist import report
 from lp_dist.errors import UsageError
 from lp_dist.export import export
 
-ALONG = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tool.jinja", "modeling_own.py",
-         "preprocessor_config.json", "LICENSE"}
-NOT_ALONG = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "zero_to_fp32.py", "events.out.tfevents.1"}
+ALONG = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tool.jinja",
+    "modeling_own.py",
+    "preprocessor_config.json",
+    "LICENSE",
+}
+NOT_ALONG = {
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "zero_to_fp32.py",
+    "events.out.tfevents.1",
+}
 
 
 def changed(source: Path, **changes: Any) -> None:
@@ -50,7 +69,12 @@ def source(tiny_model, tmp_path) -> Path:
     (source / "tokenizer_before").mkdir()
     for name in (ALONG | NOT_ALONG) - {path.name for path in source.iterdir()}:
         (source / ("additional_chat_templates" if name == "tool.jinja" else "") / name).write_text("{}")
-    changed(source, sparsity_config={"format": "dense"}, own_config={"dtype": "float32"}, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    changed(
+        source,
+        sparsity_config={"format": "dense"},
+        own_config={"dtype": "float32"},
+        auto_map={"AutoModelForCausalLM": "modeling_own.Own"},
+    )
     (source / report.FILE).write_text('{"zeros": 2304}')
     shutil.copytree(source, source / "checkpoint-6", ignore=shutil.ignore_patterns("checkpoint-6", report.FILE))
     return source
@@ -61,10 +85,17 @@ def test_the_tensors_and_what_belongs_to_the_model_come_along_and_nothing_else(s
     assert {Path(name).name for name in files(done.out)} == ALONG | {"model.safetensors", report.FILE}
     assert (done.out / "additional_chat_templates" / "tool.jinja").exists()
     written, wanted = load_file(done.out / "model.safetensors"), load_file(source / "model.safetensors")
-    assert written.keys() == wanted.keys() and not [name for name in wanted if as_bytes(written[name]) != as_bytes(wanted[name])]
-    assert done.counts["model.layers.0.mlp.up_proj.weight"] == (48 * 48, 96 * 48) and sum(zeros for zeros, _ in done.counts.values()) == 48 * 48
+    assert written.keys() == wanted.keys() and not [
+        name for name in wanted if as_bytes(written[name]) != as_bytes(wanted[name])
+    ]
+    assert (
+        done.counts["model.layers.0.mlp.up_proj.weight"] == (48 * 48, 96 * 48)
+        and sum(zeros for zeros, _ in done.counts.values()) == 48 * 48
+    )
     config, before = (json.loads((place / "config.json").read_text()) for place in (done.out, source))
-    assert config == {key: value for key, value in before.items() if key != "sparsity_config"} and config["architectures"] == ["LlamaForCausalLM"]
+    assert config == {key: value for key, value in before.items() if key != "sparsity_config"} and config[
+        "architectures"
+    ] == ["LlamaForCausalLM"]
     AutoTokenizer.from_pretrained(done.out)
 
 
@@ -73,14 +104,22 @@ def test_the_report_is_of_the_final_model_alone_and_code_of_a_model_that_has_its
     written = files(export(source / "checkpoint-6", tmp_path / "out").out)
     assert {Path(name).name for name in written} == ALONG - {"modeling_own.py"} | {"model.safetensors"}
     shutil.copytree(source, tmp_path / "weights", ignore=lambda *_: ALONG | {report.FILE})
-    assert report.FILE not in files(export(tmp_path / "weights", tmp_path / "other", config=str(source)).out), "it is of another model"
+    assert report.FILE not in files(export(tmp_path / "weights", tmp_path / "other", config=str(source)).out), (
+        "it is of another model"
+    )
     assert (tmp_path / "other" / "tokenizer.json").exists()
 
 
 def test_weights_without_a_model_are_exported_too(tmp_path):
     (tmp_path / "run").mkdir()
-    tensors = {"scalar": torch.tensor(3.0), "none": torch.empty(0, 4), "count": torch.tensor([1, 0]), "flags": torch.tensor([True, False]),
-               "w": torch.tensor([[0.0, -0.0, 2.0]]), "double": torch.zeros(2, dtype=torch.float64)}
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "none": torch.empty(0, 4),
+        "count": torch.tensor([1, 0]),
+        "flags": torch.tensor([True, False]),
+        "w": torch.tensor([[0.0, -0.0, 2.0]]),
+        "double": torch.zeros(2, dtype=torch.float64),
+    }
     save_file(tensors, tmp_path / "run" / "weights.safetensors")
     done = export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", verified=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -95,10 +134,16 @@ def test_shards_have_an_index_that_names_every_tensor(source, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     held = {name: list(load_file(tmp_path / "out" / name)) for name in done.files}
     assert len(done.files) > 5 and done.files[0] == f"model-00001-of-{len(done.files):05d}.safetensors"
-    assert {name: file for file, names in held.items() for name in names} == index["weight_map"] and len(index["weight_map"]) == len(done.counts)
-    assert index["metadata"]["total_size"] == done.bytes_dense == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
+    assert {name: file for file, names in held.items() for name in names} == index["weight_map"] and len(
+        index["weight_map"]
+    ) == len(done.counts)
+    assert (
+        index["metadata"]["total_size"]
+        == done.bytes_dense
+        == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
+    )
     assert done.bytes_after == sum((tmp_path / "out" / name).stat().st_size for name in done.files)
-    for name, names in held.items():     # none larger than asked for, but by one tensor alone
+    for name, names in held.items():  # none larger than asked for, but by one tensor alone
         assert len(names) == 1 or sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) <= 40_000
     (largest,) = held[index["weight_map"]["model.embed_tokens.weight"]]
     assert largest == "model.embed_tokens.weight"
@@ -111,16 +156,26 @@ def test_pickled_weights_sharded_or_not_with_shared_memory_views_and_names_of_to
     (source / "model.safetensors").unlink()
     embedding, matrix = wanted["model.embed_tokens.weight"], wanted["model.layers.0.mlp.up_proj.weight"]
     both = torch.cat([matrix.flatten(), embedding.flatten()])
-    odd = {**wanted, "lm_head.weight": embedding, "model.layers.0.mlp.up_proj.weight": both[:matrix.numel()].view(matrix.shape),
-           "model.layers.0.self_attn.q_proj.weight": wanted["model.layers.0.self_attn.q_proj.weight"].t().contiguous().t()}
+    odd = {
+        **wanted,
+        "lm_head.weight": embedding,
+        "model.layers.0.mlp.up_proj.weight": both[: matrix.numel()].view(matrix.shape),
+        "model.layers.0.self_attn.q_proj.weight": (
+            wanted["model.layers.0.self_attn.q_proj.weight"].t().contiguous().t()
+        ),
+    }
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in odd.items()}, source / "pytorch_model.bin")
     export(source, tmp_path / "out", verified=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert written.keys() == wanted.keys() and not [name for name in wanted if as_bytes(written[name]) != as_bytes(wanted[name])]
+    assert written.keys() == wanted.keys() and not [
+        name for name in wanted if as_bytes(written[name]) != as_bytes(wanted[name])
+    ]
     changed(source, tie_word_embeddings=False)
     assert "lm_head.weight" in export(source, tmp_path / "untied").counts
     (source / "pytorch_model.bin").rename(source / "pytorch_model-00001-of-00001.bin")
-    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {name: "pytorch_model-00001-of-00001.bin" for name in wanted}}))
+    (source / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(wanted, "pytorch_model-00001-of-00001.bin")})
+    )
     assert export(source, tmp_path / "sharded").counts.keys() == {*wanted, "lm_head.weight"}
 
 
@@ -131,12 +186,16 @@ def test_a_tied_head_that_zero_3_made_trainer_write_twice_is_written_once(source
 
 def test_names_of_torch_compile_are_taken_off(source, tmp_path):
     wanted = load_file(source / "model.safetensors")
-    rewritten(source, lambda tensors: [tensors.update({f"_orig_mod.{name}": tensors.pop(name)}) for name in [*tensors]])
+    rewritten(
+        source, lambda tensors: [tensors.update({f"_orig_mod.{name}": tensors.pop(name)}) for name in [*tensors]]
+    )
     assert export(source, tmp_path / "out").counts.keys() == wanted.keys()
 
 
 def test_a_narrower_dtype_is_of_the_config_too_and_underflows_are_told(source, tmp_path):
-    rewritten(source, lambda tensors: tensors["model.norm.weight"].copy_(torch.tensor([1e-9] * 5 + [0.0] * 3 + [1.0] * 40)))
+    rewritten(
+        source, lambda tensors: tensors["model.norm.weight"].copy_(torch.tensor([1e-9] * 5 + [0.0] * 3 + [1.0] * 40))
+    )
     exact = export(source, tmp_path / "bfloat16", dtype="bfloat16", verified=True)
     lossy = export(source, tmp_path / "float16", dtype="float16")
     assert (exact.underflows, exact.counts["model.norm.weight"]) == (0, (3, 48))
@@ -144,15 +203,21 @@ def test_a_narrower_dtype_is_of_the_config_too_and_underflows_are_told(source, t
     for name, done in (("bfloat16", exact), ("float16", lossy)):
         assert AutoModelForCausalLM.from_pretrained(done.out).dtype == getattr(torch, name)
         config = json.loads((done.out / "config.json").read_text())
-        assert config["dtype"] == config["own_config"]["dtype"] == name and config["architectures"] == ["LlamaForCausalLM"]
+        assert config["dtype"] == config["own_config"]["dtype"] == name and config["architectures"] == [
+            "LlamaForCausalLM"
+        ]
         assert done.bytes_dense * 2 == done.bytes_before
     assert export(exact.out, tmp_path / "wider", dtype="float32").underflows == 0
 
 
-@pytest.mark.parametrize("value, dtype, parts", [
-    (7e4, "float16", ["model.norm.weight has a value of 70000, which float16 can't hold", "bfloat16"]),
-    (float("nan"), None, ["model.norm.weight has values that are not finite", "from before"]),
-    (float("inf"), "bfloat16", ["not finite"])])
+@pytest.mark.parametrize(
+    "value, dtype, parts",
+    [
+        (7e4, "float16", ["model.norm.weight has a value of 70000, which float16 can't hold", "bfloat16"]),
+        (float("nan"), None, ["model.norm.weight has values that are not finite", "from before"]),
+        (float("inf"), "bfloat16", ["not finite"]),
+    ],
+)
 def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value, dtype, parts, source, tmp_path):
     rewritten(source, lambda tensors: tensors["model.norm.weight"].fill_(value))
     for before in (None, "kept"):
@@ -167,7 +232,7 @@ def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value
 
 
 def test_an_earlier_export_is_replaced_when_asked_for_and_nothing_else_is(source, tmp_path):
-    (tmp_path / "out").mkdir()      # empty
+    (tmp_path / "out").mkdir()  # empty
     export(source, tmp_path / "out", shard_size="40KB")
     with pytest.raises(UsageError, match="out exists and is not empty; .*--overwrite"):
         export(source, tmp_path / "out")
@@ -188,11 +253,14 @@ def test_out_may_be_where_one_stands_or_a_link(source, tmp_path, monkeypatch):
     export(source, tmp_path / "link")
     monkeypatch.chdir(tmp_path / "here")
     export(source, ".")
-    assert all((tmp_path / name / "model.safetensors").exists() for name in ("here", "disk")) and (tmp_path / "link").is_symlink()
+    assert (
+        all((tmp_path / name / "model.safetensors").exists() for name in ("here", "disk"))
+        and (tmp_path / "link").is_symlink()
+    )
 
 
 def test_what_it_is_made_from_is_never_replaced(source, tmp_path):
-    run = tmp_path / "runs" / "out.partial"     # where an export to runs/out would write
+    run = tmp_path / "runs" / "out.partial"  # where an export to runs/out would write
     shutil.copytree(source / "checkpoint-6", run, ignore=shutil.ignore_patterns("tokenizer_before"))
     (run.parent / "out").symlink_to(run)
     before = files(run.parent)

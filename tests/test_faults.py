@@ -1,7 +1,9 @@
-"""What goes wrong in long runs of the training program: killed ranks, a full disk, a broken checkpoint, another script on an old one.
+"""What goes wrong in long runs of the training program: killed ranks, a full disk, a broken checkpoint, another script
+on an old one.
 
-Each ends in a clear error or in the run that was meant, never in another run without a word. The engines without the program are in
-test_broken_checkpoints.py, inf and nan gradients in test_skipped_steps.py, ranks with different configs in test_attachment.py.
+Each ends in a clear error or in the run that was meant, never in another run without a word. The engines without the
+program are in test_broken_checkpoints.py, inf and nan gradients in test_skipped_steps.py, ranks with different configs
+in test_attachment.py.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from lp_dist import finetune, report
 
 SEED = int(os.environ.get("LP_DIST_SEED", random.randrange(1000)))  # of the kills; a failure tells it
 
-# -- killed ranks -----------------------------------------------------------------------------------------------------
+# -- killed ranks -------------------------------------------------------------
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, signal, sys
 import torch, transformers
 from lp_dist import arguments, finetune
@@ -44,51 +46,118 @@ for words in runs:
     finetune.run(*arguments.parse(words))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def words(tiny_model, topics) -> list[str]:
-    return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "10", "--learning_rate", "1e-2",
-            "--weight_decay", "0.1", "--precondition", "0", "--decay_start", "0.2", "--decay_end", "0.7", "--per_device_train_batch_size", "2",
-            "--logging_steps", "1", "--save_steps", "3", "--use_cpu", "true"]
+    return [
+        "--model",
+        str(tiny_model),
+        "--dataset",
+        str(topics),
+        "--block_size",
+        "64",
+        "--max_steps",
+        "10",
+        "--learning_rate",
+        "1e-2",
+        "--weight_decay",
+        "0.1",
+        "--precondition",
+        "0",
+        "--decay_start",
+        "0.2",
+        "--decay_end",
+        "0.7",
+        "--per_device_train_batch_size",
+        "2",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "3",
+        "--use_cpu",
+        "true",
+    ]
 
 
-def launched(script: Path, runs: list[list[str]], kill: tuple[str, int, list[int]] = ("on_step_end", -1, [])) -> subprocess.CompletedProcess:
+def launched(
+    script: Path, runs: list[list[str]], kill: tuple[str, int, list[int]] = ("on_step_end", -1, [])
+) -> subprocess.CompletedProcess:
     """Runs one after the other under torchrun, and in the last one kills these ranks in this hook of this step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), json.dumps([runs, *kill])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        json.dumps([runs, *kill]),
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_op, tmp_path):
-    """ZeRO-2 with one of two ranks killed, ZeRO-3 with both, anywhere between two saves; learning rates and losses as well."""
+    """ZeRO-2 with one of two ranks killed, ZeRO-3 with both, anywhere between two saves; learning rates and losses as
+    well.
+    """
     (tmp_path / "script.py").write_text(SCRIPT)
     chance = random.Random(SEED)
 
     def run(name: str, stage: int, *more: str) -> list[str]:
-        return [*words, "--deepspeed", f"configs/ds_zero{stage}.json", *more, "--output_dir", str(tmp_path / f"{name}{stage}")]
+        return [
+            *words,
+            "--deepspeed",
+            f"configs/ds_zero{stage}.json",
+            *more,
+            "--output_dir",
+            str(tmp_path / f"{name}{stage}"),
+        ]
 
     def kill(ranks: list[int]) -> tuple[str, int, list[int]]:
-        return chance.choice(["on_step_begin", "on_pre_optimizer_step", "on_step_end"]), chance.choice([4, 5, 7, 8]), ranks
+        return (
+            chance.choice(["on_step_begin", "on_pre_optimizer_step", "on_step_end"]),
+            chance.choice([4, 5, 7, 8]),
+            ranks,
+        )
 
     again = ["--resume_from_checkpoint", "true"]
-    for runs, death in (([run("whole", 2), run("whole", 3), run("killed", 2)], kill([chance.randrange(2)])),
-                        ([run("killed", 2, *again), run("killed", 3)], kill([0, 1])),
-                        ([run("killed", 3, *again)], None)):
+    for runs, death in (
+        ([run("whole", 2), run("whole", 3), run("killed", 2)], kill([chance.randrange(2)])),
+        ([run("killed", 2, *again), run("killed", 3)], kill([0, 1])),
+        ([run("killed", 3, *again)], None),
+    ):
         done = launched(tmp_path / "script.py", runs, *([death] if death else []))
-        assert (done.returncode != 0 and "SIGKILL" in done.stderr) if death else done.returncode == 0, f"seed {SEED}: {done.stderr[-6000:]}"
+        assert (done.returncode != 0 and "SIGKILL" in done.stderr) if death else done.returncode == 0, (
+            f"seed {SEED}: {done.stderr[-6000:]}"
+        )
         assert Path(runs[-1][-1], report.FILE).exists() == (death is None), f"seed {SEED}"
     for stage in (2, 3):
         whole, killed = (load_file(tmp_path / f"{name}{stage}" / "model.safetensors") for name in ("whole", "killed"))
         assert sum(int((w == 0).sum()) for w in whole.values()) > 1000
-        assert [name for name, w in whole.items() if not torch.equal(w, killed[name])] == [], f"ZeRO-{stage}, seed {SEED}"
-        told = [[(entry["step"], entry["learning_rate"], entry["loss"]) for entry in report.read(tmp_path / f"{name}{stage}")["log"]
-                 if "learning_rate" in entry] for name in ("whole", "killed")]
+        assert [name for name, w in whole.items() if not torch.equal(w, killed[name])] == [], (
+            f"ZeRO-{stage}, seed {SEED}"
+        )
+        told = [
+            [
+                (entry["step"], entry["learning_rate"], entry["loss"])
+                for entry in report.read(tmp_path / f"{name}{stage}")["log"]
+                if "learning_rate" in entry
+            ]
+            for name in ("whole", "killed")
+        ]
         assert told[0] == told[1] and len(told[0]) == 10, f"ZeRO-{stage}, seed {SEED}"
 
 
-# -- full disks, broken checkpoints, another script ------------------------------------------------------------------
+# -- full disks, broken checkpoints, another script ---------------------------
+
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory) -> Path:
@@ -159,16 +228,30 @@ def test_a_checkpoint_without_optimizer_state_is_gone_on_with_but_said(words, wh
 def test_other_values_than_the_checkpoints_hold_with_a_warning(words, whole, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for step in (6, 9):  # of the decay, and frozen
-            assert same(resumed(words, interrupted(whole, tmp_path / f"same {step}", step)), load_file(whole / "model.safetensors"))
+            assert same(
+                resumed(words, interrupted(whole, tmp_path / f"same {step}", step)),
+                load_file(whole / "model.safetensors"),
+            )
     assert "param group" not in caplog.text  # the phases of the window are no news
-    for name, more, message in (("λ", ["--weight_decay", "0.2"], "param group 0 has weight_decay=0.1, from a checkpoint perhaps; going on with weight_decay=0.2"),
-                                ("p", ["--p", "0"], "param group 0 has p=0.5, from a checkpoint perhaps; going on with p=0.0")):
+    for name, more, message in (
+        (
+            "λ",
+            ["--weight_decay", "0.2"],
+            "param group 0 has weight_decay=0.1, from a checkpoint perhaps; going on with weight_decay=0.2",
+        ),
+        ("p", ["--p", "0"], "param group 0 has p=0.5, from a checkpoint perhaps; going on with p=0.0"),
+    ):
         with caplog.at_level(logging.WARNING):
-            assert not same(resumed(words, interrupted(whole, tmp_path / name, 6), *more), load_file(whole / "model.safetensors"))
+            assert not same(
+                resumed(words, interrupted(whole, tmp_path / name, 6), *more), load_file(whole / "model.safetensors")
+            )
         assert message in caplog.text
 
     with caplog.at_level(logging.WARNING):  # the schedule is the checkpoint's, and says so
-        assert same(resumed(words, interrupted(whole, tmp_path / "rate", 6), "--learning_rate", "2e-2"), load_file(whole / "model.safetensors"))
+        assert same(
+            resumed(words, interrupted(whole, tmp_path / "rate", 6), "--learning_rate", "2e-2"),
+            load_file(whole / "model.safetensors"),
+        )
     assert "from a rate of 0.01; the rate of 0.02 with which the optimizer was made" in caplog.text
 
 
@@ -178,6 +261,8 @@ def test_another_base_or_model_is_an_error(words, whole, tiny_model, tmp_path):
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     for name, change in (("narrower", {"intermediate_size": 64}), ("deeper", {"num_hidden_layers": 3})):
         shutil.copytree(tiny_model, tmp_path / name)
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), **change})).save_pretrained(tmp_path / name)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), **change})).save_pretrained(
+            tmp_path / name
+        )
         with pytest.raises((RuntimeError, ValueError), match="size"):
             resumed(words, interrupted(whole, tmp_path / f"{name} run", 6), "--model", str(tmp_path / name))

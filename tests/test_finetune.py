@@ -15,9 +15,34 @@ from lp_dist import arguments, dequantise, finetune, inspection, report
 
 @pytest.fixture(scope="session")
 def common(tiny_model, topics) -> list[str]:
-    return ["--model", str(tiny_model), "--dataset", str(topics), "--block_size", "64", "--max_steps", "12", "--learning_rate", "1e-2",
-            "--weight_decay", "0.05", "--decay_start", "0.25", "--decay_end", "0.75", "--per_device_train_batch_size", "4",
-            "--logging_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3", "--use_cpu", "true"]
+    return [
+        "--model",
+        str(tiny_model),
+        "--dataset",
+        str(topics),
+        "--block_size",
+        "64",
+        "--max_steps",
+        "12",
+        "--learning_rate",
+        "1e-2",
+        "--weight_decay",
+        "0.05",
+        "--decay_start",
+        "0.25",
+        "--decay_end",
+        "0.75",
+        "--per_device_train_batch_size",
+        "4",
+        "--logging_steps",
+        "3",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "3",
+        "--use_cpu",
+        "true",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -54,27 +79,47 @@ def test_the_report_tells_the_run(run):
     assert saved["versions"]["torch"] == torch.__version__ and "transformers" in saved["versions"]
     assert sum(zeros for zeros, _ in saved["kinds"].values()) == saved["zeros"]
     assert saved["sparsity_of_all"] == saved["zeros"] / saved["parameters"]
-    assert saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / report.FILE).read_text()  # strict JSON has no infinity
+    assert (
+        saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / report.FILE).read_text()
+    )  # strict JSON has no infinity
     assert saved["steps"] == 12 and saved["decay"]["p"] == 0.5 and saved["weight_decay"] == 0.05
-    assert saved["configuration"]["weight_decay"] == 0.05 and "eval_on_start" not in saved["configuration"], "what was asked for"
-    assert saved["window"] == [3, 9] and saved["engine"] == "one process" and saved["environment"]["ranks"] == 1 and saved["seconds"] > 0
+    assert saved["configuration"]["weight_decay"] == 0.05 and "eval_on_start" not in saved["configuration"], (
+        "what was asked for"
+    )
+    assert (
+        saved["window"] == [3, 9]
+        and saved["engine"] == "one process"
+        and saved["environment"]["ranks"] == 1
+        and saved["seconds"] > 0
+    )
 
 
 def test_the_report_counts_every_weight_in_the_order_of_the_model(run, tiny_model):
     saved, weights = report.read(run), load_file(run / "model.safetensors")
-    assert list(saved["tensors"])[:3] == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"] and len(saved["tensors"]) == 14
-    assert all(counts == [int((weights[name] == 0).sum()), weights[name].numel()] for name, counts in saved["tensors"].items())
+    assert (
+        list(saved["tensors"])[:3] == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"]
+        and len(saved["tensors"]) == 14
+    )
+    assert all(
+        counts == [int((weights[name] == 0).sum()), weights[name].numel()] for name, counts in saved["tensors"].items()
+    )
     found = saved["histograms"]
     for when, of in (("before", load_file(tiny_model / "model.safetensors")), ("after", weights)):
         values = torch.cat([of[name].abs().flatten() for name in saved["tensors"]])
         wanted = torch.histogram(values[values > 0].double(), torch.tensor(found["edges"], dtype=torch.float64)).hist
-        assert found[when] == wanted.tolist() and sum(found[when]) + found[f"zeros_{when}"] == saved["decayed_weights"] == len(values)
+        assert found[when] == wanted.tolist() and sum(found[when]) + found[f"zeros_{when}"] == saved[
+            "decayed_weights"
+        ] == len(values)
     assert found["zeros_after"] == saved["zeros"] > found["zeros_before"] == 0
 
 
 def test_the_run_leaves_its_page(run):
     text, saved = (run / "report.html").read_text(), report.read(run)
-    assert f"{saved['perplexity_after']:,.2f}" in text and f"{saved['sparsity']:.2%}" in text and text.count("<figure>") == 5
+    assert (
+        f"{saved['perplexity_after']:,.2f}" in text
+        and f"{saved['sparsity']:.2%}" in text
+        and text.count("<figure>") == 5
+    )
 
 
 def test_sparsity_follows_warm_up_decay_and_freeze(run):
@@ -95,24 +140,51 @@ def test_loss_perplexity_and_sparsity_reach_the_loggers(run):
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
-    finetune.main([*common, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(run / "checkpoint-6")])
+    finetune.main(
+        [*common, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(run / "checkpoint-6")]
+    )
     whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "resumed" / "model.safetensors")
     assert all(torch.equal(resumed[name], w) for name, w in whole.items())
     one, two = report.read(run), report.read(tmp_path / "resumed")
     assert one["perplexity_before"] == two["perplexity_before"]
-    assert [(e["step"], e["eval_perplexity"]) for e in one["log"] if "eval_perplexity" in e] == \
-        [(e["step"], e["eval_perplexity"]) for e in two["log"] if "eval_perplexity" in e]  # nothing is evaluated again
+    assert [(e["step"], e["eval_perplexity"]) for e in one["log"] if "eval_perplexity" in e] == [
+        (e["step"], e["eval_perplexity"]) for e in two["log"] if "eval_perplexity" in e
+    ]  # nothing is evaluated again
 
 
-@pytest.mark.parametrize("base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])])
+@pytest.mark.parametrize(
+    "base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])]
+)
 def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsys):
-    finetune.main([*common, *more, "--base", base, "--output_dir", str(tmp_path), "--compare_with", str(run), "--eval_strategy", "no"])
+    finetune.main(
+        [
+            *common,
+            *more,
+            "--base",
+            base,
+            "--output_dir",
+            str(tmp_path),
+            "--compare_with",
+            str(run),
+            "--eval_strategy",
+            "no",
+        ]
+    )
     saved, other = report.read(tmp_path), report.read(run)
     assert saved["zeros"] > 0 and saved["reference"]["perplexity_after"] == other["perplexity_after"]
-    assert {"step": 3, "loss": next(entry["loss"] for entry in other["log"] if entry["step"] == 3 and "loss" in entry)} in saved["reference"]["log"]
+    assert {
+        "step": 3,
+        "loss": next(entry["loss"] for entry in other["log"] if entry["step"] == 3 and "loss" in entry),
+    } in saved["reference"]["log"]
     assert "compared run" in (tmp_path / "report.html").read_text()
     out = " ".join(capsys.readouterr().out.split())
-    assert "compared run" in out and "Exact zeros per kind of layer" in out and "Next: " in out and f"Page: {tmp_path / 'report.html'}" in out and "from transformers import pipeline" in out
+    assert (
+        "compared run" in out
+        and "Exact zeros per kind of layer" in out
+        and "Next: " in out
+        and f"Page: {tmp_path / 'report.html'}" in out
+        and "from transformers import pipeline" in out
+    )
 
 
 def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
@@ -121,73 +193,130 @@ def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
 
 
 def test_a_layer_can_be_left_dense(common, tmp_path):
-    finetune.main([*common, "--overrides", '{"*.layers.0.*": {"weight_decay": 0}}', "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    finetune.main(
+        [
+            *common,
+            "--overrides",
+            '{"*.layers.0.*": {"weight_decay": 0}}',
+            "--output_dir",
+            str(tmp_path),
+            "--eval_strategy",
+            "no",
+        ]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     zeros = [sum(int((p == 0).sum()) for p in layer.parameters() if p.ndim == 2) for layer in model.model.layers]
     assert zeros[0] == 0 and zeros[1] > 1000
 
 
 def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
-    finetune.main([*common, "--weight_decay", "1e-4", "--precondition", "0", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    finetune.main(
+        [
+            *common,
+            "--weight_decay",
+            "1e-4",
+            "--precondition",
+            "0",
+            "--output_dir",
+            str(tmp_path),
+            "--eval_strategy",
+            "no",
+        ]
+    )
     assert report.read(tmp_path)["sparsity"] < 0.01
-    assert "--weight_decay 0.001" in report.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
+    assert (
+        "--weight_decay 0.001" in report.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
+    )
 
 
 def test_a_recipe_and_the_command_line_say_the_same(common, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: m\ndataset: d\nmax_steps: 7\nlearning_rate: 1.0e-4\nbf16: false\nlr_scheduler_kwargs: {num_cycles: 2}\n"
-                      f"output_dir: {tmp_path / 'out'}\nreport_to: [tensorboard]\neval_steps: null\nweight_decay: 0.5\n")
-    model, data, decays, training = arguments.parse(["--local_rank=0", str(recipe), "--weight_decay", "0.25", "--p", "0"])
+    recipe.write_text(
+        "model: m\ndataset: d\nmax_steps: 7\nlearning_rate: 1.0e-4\nbf16: false\nlr_scheduler_kwargs: {num_cycles:"
+        f" 2}}\noutput_dir: {tmp_path / 'out'}\nreport_to: [tensorboard]\neval_steps: null\nweight_decay: 0.5\n"
+    )
+    model, data, decays, training = arguments.parse(
+        ["--local_rank=0", str(recipe), "--weight_decay", "0.25", "--p", "0"]
+    )
     assert (model.model, data.dataset, training.max_steps, training.learning_rate) == ("m", "d", 7, 1e-4)
-    assert (training.bf16, training.lr_scheduler_kwargs, training.report_to) == (False, {"num_cycles": 2}, ["tensorboard"])
+    assert (training.bf16, training.lr_scheduler_kwargs, training.report_to) == (
+        False,
+        {"num_cycles": 2},
+        ["tensorboard"],
+    )
     assert (training.weight_decay, decays.p) == (0.25, 0.0)  # the command line wins
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "'4:8'"])
 def test_a_recipe_may_name_a_pattern(tmp_path, pattern):
-    (tmp_path / "recipe.yaml").write_text(f"model: m\ndataset: d\noutput_dir: {tmp_path / 'out'}\npattern: {pattern}\nscope: layer\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: m\ndataset: d\noutput_dir: {tmp_path / 'out'}\npattern: {pattern}\nscope: layer\n"
+    )
     target = arguments.parse([str(tmp_path / "recipe.yaml")])[2].targets()[0]
     assert (target.pattern, target.sparsity, target.scope) == (pattern.strip("'"), 0.5, "layer")
-    assert arguments.parse([str(tmp_path / "recipe.yaml"), "--sparsity", "0"])[2].targets() == [], "a dense run by the same recipe"
+    assert arguments.parse([str(tmp_path / "recipe.yaml"), "--sparsity", "0"])[2].targets() == [], (
+        "a dense run by the same recipe"
+    )
 
 
 def test_a_pattern_is_in_the_saved_model(common, tmp_path):
-    finetune.main([*common, "--weight_decay", "0", "--decay_start", "0.1", "--decay_end", "0.9", "--pattern", "2:4", "--output_dir", str(tmp_path),
-                   "--eval_strategy", "no"])
+    finetune.main(
+        [
+            *common,
+            "--weight_decay",
+            "0",
+            "--decay_start",
+            "0.1",
+            "--decay_end",
+            "0.9",
+            "--pattern",
+            "2:4",
+            "--output_dir",
+            str(tmp_path),
+            "--eval_strategy",
+            "no",
+        ]
+    )
     found = inspection.inspect(tmp_path)
     matrices = [tensor for tensor in found.tensors if tensor.counted]
     assert len(matrices) == 14
-    assert all(tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2 for tensor in matrices)
+    assert all(
+        tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2
+        for tensor in matrices
+    )
     assert report.read(tmp_path)["sparsity"] == 0.5 and report.read(tmp_path)["decay"]["pattern"] == "2:4"
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["--p", "5"], ["p=5.0", "[-4, 4]"]),
-    (["--weight_decay", "-1"], ["weight_decay=-1.0", ">= 0"]),
-    (["--base", "sgd", "--precondition", "1"], ["--precondition 1.0", "--base adamw"]),
-    (["--decay_start", "0.8", "--decay_end", "0.2"], ["start=0.8", "end=0.2"]),
-    (["--decay_start", "50", "--decay_end", "60"], ["from step 50 to 60", "12 steps"]),
-    (["--optim", "adafactor"], ["--optim adafactor", "--base"]),
-    (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl", "existing file"]),
-    (["--text_column", "body"], ["--text_column body", "topic", "text"]),
-    (["--eval_split", "test"], ["--eval_split test", "--eval_fraction"]),
-    (["--eval_fraction", "1.5"], ["--eval_fraction 1.5", "between 0 and 1"]),
-    (["--block_size", "4096"], ["4096", "128 tokens"]),
-    (["--block_size", "1"], ["--block_size 1", "at least 2"]),
-    (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
-    (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
-    (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
-    (["--pattern", "2:4"], ["--pattern 2:4 finds λ by itself", "--weight_decay", "must be 0"]),
-    (["--pattern", "2:4", "--sparsity", "0.7", "--weight_decay", "0"], ["sparsity=0.7 contradicts pattern='2:4'"]),
-    (["--distill", "2"], ["distill=2.0", "at most 1", "leave the teacher out"]),
-    (["--distill", "0.3"], ["--distill 0.3 belongs to a --teacher"]),
-    (["--teacher", "dense", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1", "two losses"]),
-    (["--overrides", "{p: 0}"], ["--overrides is no JSON", '"*.layers.0.*"']),
-    (["--overrides", '{"*": 1}'], ["--overrides", "must map patterns to values"]),
-    (["--overrides", '{"*": {"p": 9}}'], ["p=9", "[-4, 4]"]),
-    (["--overrides", '{"layers.0.*": {"p": 0}}'], ["'layers.0.*'", "matches no parameter", "'*layers.0.*'"]),
-    (["--load_best_model_at_end", "true", "--save_steps", "3"], ["--load_best_model_at_end", "set it to false"]),
-])
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--p", "5"], ["p=5.0", "[-4, 4]"]),
+        (["--weight_decay", "-1"], ["weight_decay=-1.0", ">= 0"]),
+        (["--base", "sgd", "--precondition", "1"], ["--precondition 1.0", "--base adamw"]),
+        (["--decay_start", "0.8", "--decay_end", "0.2"], ["start=0.8", "end=0.2"]),
+        (["--decay_start", "50", "--decay_end", "60"], ["from step 50 to 60", "12 steps"]),
+        (["--optim", "adafactor"], ["--optim adafactor", "--base"]),
+        (["--dataset", "nowhere.jsonl"], ["nowhere.jsonl", "existing file"]),
+        (["--text_column", "body"], ["--text_column body", "topic", "text"]),
+        (["--eval_split", "test"], ["--eval_split test", "--eval_fraction"]),
+        (["--eval_fraction", "1.5"], ["--eval_fraction 1.5", "between 0 and 1"]),
+        (["--block_size", "4096"], ["4096", "128 tokens"]),
+        (["--block_size", "1"], ["--block_size 1", "at least 2"]),
+        (["--compare_with", "nowhere"], ["nowhere", "finished run"]),
+        (["--model", "nowhere.gguf"], ["nowhere.gguf", "not a file"]),
+        (["--resume_from_checkpoint", "true"], ["holds no checkpoint"]),
+        (["--pattern", "2:4"], ["--pattern 2:4 finds λ by itself", "--weight_decay", "must be 0"]),
+        (["--pattern", "2:4", "--sparsity", "0.7", "--weight_decay", "0"], ["sparsity=0.7 contradicts pattern='2:4'"]),
+        (["--distill", "2"], ["distill=2.0", "at most 1", "leave the teacher out"]),
+        (["--distill", "0.3"], ["--distill 0.3 belongs to a --teacher"]),
+        (["--teacher", "dense", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor 0.1", "two losses"]),
+        (["--overrides", "{p: 0}"], ["--overrides is no JSON", '"*.layers.0.*"']),
+        (["--overrides", '{"*": 1}'], ["--overrides", "must map patterns to values"]),
+        (["--overrides", '{"*": {"p": 9}}'], ["p=9", "[-4, 4]"]),
+        (["--overrides", '{"layers.0.*": {"p": 0}}'], ["'layers.0.*'", "matches no parameter", "'*layers.0.*'"]),
+        (["--load_best_model_at_end", "true", "--save_steps", "3"], ["--load_best_model_at_end", "set it to false"]),
+    ],
+)
 def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common, tmp_path):
     with pytest.raises(SystemExit) as caught:
         finetune.main([*common, "--output_dir", str(tmp_path), *words])
@@ -196,7 +325,9 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common,
 
 
 @pytest.mark.parametrize("words, dtype", [([], torch.float32), (["--bf16", "true"], torch.bfloat16)])
-def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(words, dtype, common, tiny_model, tmp_path, monkeypatch):
+def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(
+    words, dtype, common, tiny_model, tmp_path, monkeypatch
+):
     given: dict = {}
 
     class Stop(Exception):
@@ -205,9 +336,12 @@ def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(wo
     def record(**arguments):
         given.update(arguments)
         raise Stop
+
     monkeypatch.setattr(finetune, "LpTrainer", record)
     with pytest.raises(Stop):
-        finetune.main([*common, *words, "--output_dir", str(tmp_path), "--teacher", str(tiny_model), "--distill", "0.3"])
+        finetune.main(
+            [*common, *words, "--output_dir", str(tmp_path), "--teacher", str(tiny_model), "--distill", "0.3"]
+        )
     assert given["distill"] == 0.3 and given["teacher"] is not given["model"]
     assert given["teacher"].dtype == dtype and given["model"].dtype == torch.float32
     with pytest.raises(Stop):
@@ -215,9 +349,13 @@ def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(wo
     assert given["teacher"] is None
 
 
-@pytest.mark.parametrize("file, old, new, word", [
-    ("config.json", '"vocab_size": 384', '"vocab_size": 400', "the teacher knows 400 tokens and the model 384"),
-    ("tokenizer.json", '"<|end|>"', '"<|fin|>"', "has another tokenizer than")])
+@pytest.mark.parametrize(
+    "file, old, new, word",
+    [
+        ("config.json", '"vocab_size": 384', '"vocab_size": 400', "the teacher knows 400 tokens and the model 384"),
+        ("tokenizer.json", '"<|end|>"', '"<|fin|>"', "has another tokenizer than"),
+    ],
+)
 def test_a_teacher_of_other_tokens_is_refused_before_it_is_loaded(file, old, new, word, common, tiny_model, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
@@ -245,13 +383,17 @@ def test_a_plain_text_file_holds_out_its_end(tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     blocks = pack(parts["train"], tokenizer, 16, separate=False)
     joined = tokenizer.decode([token for block in blocks["input_ids"] for token in block])
-    assert "".join(f"line {i}\n" for i in range(90)).startswith(joined) and all(len(b) == 16 for b in blocks["input_ids"])
+    assert "".join(f"line {i}\n" for i in range(90)).startswith(joined) and all(
+        len(b) == 16 for b in blocks["input_ids"]
+    )
 
 
 def test_lines_of_a_plain_text_are_joined_as_they_stand(common, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("".join(f"line {i}\n" for i in range(300)))
-    model, data, _, training = arguments.parse([*common, "--dataset", str(text), "--output_dir", str(tmp_path / "out")])
+    model, data, _, training = arguments.parse(
+        [*common, "--dataset", str(text), "--output_dir", str(tmp_path / "out")]
+    )
     _, tokenizer, train, held_out = finetune._read(model, data, training)
     assert len(train) > len(held_out) > 0
     assert not any(tokenizer.eos_token_id in block for block in train["input_ids"])  # a line is no document
@@ -264,14 +406,37 @@ def gguf_file(path: Path, tokenizer: Path, layers: int = 2, hidden: int = 64, wi
     told, writer = json.loads(tokenizer.read_text())["model"], GGUFWriter(path, "llama")
     tokens, merges = sorted(told["vocab"], key=told["vocab"].get), [" ".join(pair) for pair in told["merges"]]
     for add, value in (
-            (writer.add_context_length, 128), (writer.add_embedding_length, hidden), (writer.add_block_count, layers), (writer.add_feed_forward_length, wide),
-            (writer.add_head_count, 4), (writer.add_head_count_kv, 2), (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, hidden // 4),
-            (writer.add_vocab_size, len(tokens)), (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, tokens), (writer.add_token_merges, merges),
-            (writer.add_token_types, [1] * len(tokens)), (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 0)):
+        (writer.add_context_length, 128),
+        (writer.add_embedding_length, hidden),
+        (writer.add_block_count, layers),
+        (writer.add_feed_forward_length, wide),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_rope_dimension_count, hidden // 4),
+        (writer.add_vocab_size, len(tokens)),
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_token_list, tokens),
+        (writer.add_token_merges, merges),
+        (writer.add_token_types, [1] * len(tokens)),
+        (writer.add_bos_token_id, 0),
+        (writer.add_eos_token_id, 0),
+    ):
         add(value)
-    layer = {"attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_q": (hidden, hidden), "attn_k": (hidden // 2, hidden), "attn_v": (hidden // 2, hidden),
-             "attn_output": (hidden, hidden), "ffn_gate": (wide, hidden), "ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
-    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,)} | {f"blk.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    layer = {
+        "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden // 2, hidden),
+        "attn_v": (hidden // 2, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (wide, hidden),
+        "ffn_up": (wide, hidden),
+        "ffn_down": (hidden, wide),
+    }
+    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,)} | {
+        f"blk.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()
+    }
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
         kind = GGMLQuantizationType.Q4_1 if len(shape) == 2 else GGMLQuantizationType.F32
@@ -294,6 +459,9 @@ def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tiny_model, tmp_path, 
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     tensor = next(t for t in GGUFReader(source).tensors if t.name == "blk.1.ffn_up.weight")
     wanted = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-    assert torch.equal(load_file(directory / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], wanted) and wanted.any()
+    assert (
+        torch.equal(load_file(directory / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], wanted)
+        and wanted.any()
+    )
     text, tokenizers = "The for statement", [AutoTokenizer.from_pretrained(place) for place in (directory, tiny_model)]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]

@@ -1,4 +1,6 @@
-"""The footprint on paper against what is measured: bytes that torch's profiler sees allocated, and every collective that is called."""
+"""The footprint on paper against what is measured: bytes that torch's profiler sees allocated, and every collective
+that is called.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from footprint_runs import CELLS, LARGEST, LAYERS, PARAMETERS, RANKS, Allocated, on_a_rank, state_bytes
 from torch import nn
 
-from footprint_runs import CELLS, LARGEST, LAYERS, PARAMETERS, RANKS, Allocated, on_a_rank, state_bytes
 from lp_dist import LpAdamW, LpLion, LpSGD
 from lp_dist.footprint import BINS, footprint, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "footprint.md"
 SLICE = 1 << 16  # elements that the step takes at a time on a CPU
-SCALARS = 4096   # bytes that a step takes for single numbers
+SCALARS = 4096  # bytes that a step takes for single numbers
 
 
 def test_memory_and_communication_of_every_engine(run_ranks):
     results = run_ranks(on_a_rank, RANKS)
-    # Beside what is named, an engine has buckets, gradients on their way, and under offload two buffers of the largest tensor.
+    # Beside what is named, an engine has buckets, gradients on their way, and under offload two buffers of the largest
+    # tensor.
     slack = 9 * 4 * LARGEST
     assert slack < PARAMETERS, "a copy of a rank's part in 16 bits could hide in the slack"
     for cell in CELLS:
         stage, dtype, offload = cell
-        on_paper = footprint(PARAMETERS, RANKS, stage, dtype=dtype, offload=offload, accelerator=False, counted=results[0][cell]["counted"])
+        on_paper = footprint(
+            PARAMETERS,
+            RANKS,
+            stage,
+            dtype=dtype,
+            offload=offload,
+            accelerator=False,
+            counted=results[0][cell]["counted"],
+        )
         places = (on_paper.device, on_paper.host)
         model = on_paper.device.model if stage in (1, 2, 3) else 0
-        beside = sum(place.total - place.masters - place.optimizer_state - place.temporaries for place in places) - model
+        beside = (
+            sum(place.total - place.masters - place.optimizer_state - place.temporaries for place in places) - model
+        )
         for got in (result[cell] for result in results):
             said = f"{cell}: {got}, {on_paper}"
             # Flat shards are padded to two elements per group and rank, ZeRO-3's parts to one per tensor.
@@ -39,11 +52,15 @@ def test_memory_and_communication_of_every_engine(run_ranks):
             assert got["beside"] - beside <= slack, said
             assert 0 <= got["sent"] - on_paper.sent_per_step <= 64, said  # norms and overflow flags
             assert got["sent_to_count"] == on_paper.sent_per_interval and got["calls_to_count"] == 1, said
-            with_bins = footprint(PARAMETERS, RANKS, stage, dtype=dtype, offload=offload, counted=got["counted"], bins=BINS).sent_per_interval
+            with_bins = footprint(
+                PARAMETERS, RANKS, stage, dtype=dtype, offload=offload, counted=got["counted"], bins=BINS
+            ).sent_per_interval
             assert got["sent_to_count"] + got["sent_to_bin"] == with_bins, said
             assert got["counted"] == LAYERS and got["calls_of_inner_step"] == 0, said
         # Not all ranks reach the most: under ZeRO-1 the first does. The second group, of biases, has its copies later.
-        assert max(result[cell]["beside"] for result in results) - beside >= -2 * 4 * LARGEST, f"{cell}: {[r[cell] for r in results]}, {on_paper}"
+        assert max(result[cell]["beside"] for result in results) - beside >= -2 * 4 * LARGEST, (
+            f"{cell}: {[r[cell] for r in results]}, {on_paper}"
+        )
     for result in results:
         ours = result[2, "bf16", False]
         assert result["AdamW"] == {key: ours[key] for key in result["AdamW"]}
@@ -60,10 +77,14 @@ def peak_of_a_step(make, sizes: tuple[int, ...]) -> int:
     return allocated.peak["start"]
 
 
-# fp32 copies of a slice in the foreach step: x and √v̂+ε, a power of that; x and √x; x and the direction. The fused one has none: test_fused.py.
+# fp32 copies of a slice in the foreach step: x and √v̂+ε, a power of that; x and √x; x and the direction. The fused
+# one has none: test_fused.py.
 FORMS = {
     "LpAdamW": (2, partial(LpAdamW, weight_decay=0.1, precondition=0.0, implementation="foreach")),
-    "LpAdamW preconditioned": (3, partial(LpAdamW, weight_decay=0.1, precondition=0.5, cutoff=1.0, implementation="foreach")),
+    "LpAdamW preconditioned": (
+        3,
+        partial(LpAdamW, weight_decay=0.1, precondition=0.5, cutoff=1.0, implementation="foreach"),
+    ),
     "LpLion": (2, partial(LpLion, weight_decay=0.1, implementation="foreach")),
     "LpSGD": (2, partial(LpSGD, weight_decay=0.1, momentum=0.9, nesterov=True, implementation="foreach")),
 }
@@ -89,8 +110,13 @@ def test_a_step_of_fewer_elements_than_two_slices_takes_what_it_has():
 def test_torchs_adamw_has_the_same_state_and_its_foreach_step_takes_more():
     param = nn.Parameter(torch.randn(SLICE))
     param.grad = torch.ones_like(param)
-    for name, make, options in (("AdamW", torch.optim.AdamW, {}), ("LpAdamW", LpAdamW, {}), ("LpLion", LpLion, {}), ("LpSGD", LpSGD, {}),
-                                ("LpSGD", LpSGD, {"momentum": 0.9})):
+    for name, make, options in (
+        ("AdamW", torch.optim.AdamW, {}),
+        ("LpAdamW", LpAdamW, {}),
+        ("LpLion", LpLion, {}),
+        ("LpSGD", LpSGD, {}),
+        ("LpSGD", LpSGD, {"momentum": 0.9}),
+    ):
         optimizer = make([param], lr=1e-3, **options)
         optimizer.step()
         on_paper = footprint(SLICE, 1, 0, optimizer=name, momentum=bool(options))
@@ -101,7 +127,9 @@ def test_torchs_adamw_has_the_same_state_and_its_foreach_step_takes_more():
 
 @pytest.mark.parametrize("stage, gradients, gigabytes", [(1, 15e9, 31.4), (2, 15e9 / 64, 16.6), (3, 15e9 / 64, 1.9)])
 def test_the_papers_own_example(stage, gradients, gigabytes):
-    """Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision, gradients without an engine's copies."""
+    """Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision, gradients without an engine's
+    copies.
+    """
     device = footprint(7_500_000_000, 64, stage).device
     assert round((device.model + device.masters + device.optimizer_state + gradients) / 1e9, 1) == gigabytes
     assert device.gradients >= gradients
@@ -127,12 +155,22 @@ def test_what_adds_to_what():
     assert footprint(10**10, 1, 3).device.gradients == 2 * 10**10 + 6 * 10**9  # copies of a sub-group at a time
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"parameters": 0}, "parameters=0 must be a whole number >= 1; count"), ({"parameters": 8.03e9}, "parameters=8030000000.0"),
-    ({"ranks": 0}, "ranks=0"), ({"stage": 4}, r"stage=4 must be one of \(0, 1, 2, 3, 'fsdp2'\); use 0"), ({"stage": True}, "stage=True"),
-    ({"dtype": "fp16"}, "fp16 needs what bf16 does"), ({"optimizer": "Muon"}, "as many states"), ({"counted": -1}, "counted=-1"),
-    ({"bins": 0.5}, "bins=0.5"), ({"momentum": True}, "LpSGD's, not LpAdamW's"), ({"stage": 0, "offload": True}, "use stage 1, 2, 3"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"parameters": 0}, "parameters=0 must be a whole number >= 1; count"),
+        ({"parameters": 8.03e9}, "parameters=8030000000.0"),
+        ({"ranks": 0}, "ranks=0"),
+        ({"stage": 4}, r"stage=4 must be one of \(0, 1, 2, 3, 'fsdp2'\); use 0"),
+        ({"stage": True}, "stage=True"),
+        ({"dtype": "fp16"}, "fp16 needs what bf16 does"),
+        ({"optimizer": "Muon"}, "as many states"),
+        ({"counted": -1}, "counted=-1"),
+        ({"bins": 0.5}, "bins=0.5"),
+        ({"momentum": True}, "LpSGD's, not LpAdamW's"),
+        ({"stage": 0, "offload": True}, "use stage 1, 2, 3"),
+    ],
+)
 def test_bad_input_says_the_value_the_limit_and_the_way_out(change, words):
     values = {"parameters": 10, "ranks": 2, "stage": 2, **change}
     with pytest.raises(ValueError, match=words):
@@ -140,5 +178,7 @@ def test_bad_input_says_the_value_the_limit_and_the_way_out(change, words):
 
 
 def test_the_page_has_the_table_that_the_module_prints():
-    found = re.search(r"<!-- table: python -m lp_dist.footprint -->\n(.*?)\n<!-- end of table -->", PAGE.read_text(), re.DOTALL)
+    found = re.search(
+        r"<!-- table: python -m lp_dist.footprint -->\n(.*?)\n<!-- end of table -->", PAGE.read_text(), re.DOTALL
+    )
     assert found and found[1] == table(), f"run python -m lp_dist.footprint and put what it prints into {PAGE.name}"

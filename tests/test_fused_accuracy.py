@@ -27,23 +27,31 @@ def decayed(weights, **changed):
 
 
 def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
-    """Weights after the preconditioned decay alone: Adam with betas of zero, whose √v̂ is |gradient|, at a rate that moves nothing."""
+    """Weights after the preconditioned decay alone: Adam with betas of zero, whose √v̂ is |gradient|, at a rate that
+    moves nothing.
+    """
     weights = weights.clone()
     lr = 1e-36
     group = group_of(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
-    kernels.step("cpu", "adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])])
+    kernels.step(
+        "cpu", "adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])]
+    )
     return weights
 
 
 def spread(n, low, high, seed, signed=False):
     """n numbers of magnitudes spread evenly over the decades between low and high."""
     generator = torch.Generator().manual_seed(seed)
-    found = torch.exp(torch.empty(n, dtype=torch.float64).uniform_(math.log(low), math.log(high), generator=generator)).float()
+    found = torch.exp(
+        torch.empty(n, dtype=torch.float64).uniform_(math.log(low), math.log(high), generator=generator)
+    ).float()
     return found * torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if signed else found
 
 
 def assert_within(got, weights, pull, bound):
-    """got (fp32) against weights/(1 + pull) in float64, where fp32 has normal numbers for the factor and the result; next to nothing elsewhere."""
+    """got (fp32) against weights/(1 + pull) in float64, where fp32 has normal numbers for the factor and the result;
+    next to nothing elsewhere.
+    """
     exact = weights.double() / (1 + pull)
     there = (exact.abs() >= 2 * NORMAL) & (pull < 1e38)
     assert int(there.sum()) > 100
@@ -52,7 +60,8 @@ def assert_within(got, weights, pull, bound):
     assert (got[~there].abs().double() <= 2 * NORMAL + weights[~there].abs().double() * 2e-38).all()
 
 
-# --- the approximation -----------------------------------------------------------------------------------------------------------
+# --- the approximation
+# -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -63,11 +72,12 @@ def nothing_snaps(monkeypatch):
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_the_factor_over_all_normal_floats(nothing_snaps, p):
     weights = spread(4096, NORMAL, 3e38, 0, signed=True)
-    for seed, strength in enumerate((1e-37, 1e-20, 1e-9, 1e-4, 0.3, 1.0, 50.0, 1e10, 1e30)):
+    for _seed, strength in enumerate((1e-37, 1e-20, 1e-9, 1e-4, 0.3, 1.0, 50.0, 1e10, 1e30)):
         pull = strength * weights.double().abs() ** (p - 2)
         got = decayed(weights, weight_decay=strength, p=p)
         assert_within(got, weights, pull, 1e-6 + 1.2e-7)  # of the factor, and the last division's own rounding
-        # Where the factor is near 1 an error in x must not show at all: half a unit in the last place each for sum and quotient
+        # Where the factor is near 1 an error in x must not show at all: half a unit in the last place each for sum and
+        # quotient
         near = pull < 0.01
         if int(near.sum()) > 200:
             assert_within(got[near], weights[near], pull[near], 1.4e-7)
@@ -128,7 +138,10 @@ def test_the_cap(p, gamma):
     x = weights.double().abs() ** (2 - p) * denom.double() ** gamma
     cutoff = x.median().item()
     changed = {"lr_weight_decay": 0.5 * cutoff, "p": p, "precondition": gamma}
-    capped, plain = decayed_in_metric(weights, denom, cutoff=cutoff, **changed), decayed_in_metric(weights, denom, **changed)
+    capped, plain = (
+        decayed_in_metric(weights, denom, cutoff=cutoff, **changed),
+        decayed_in_metric(weights, denom, **changed),
+    )
     free = decayed_in_metric(weights, denom, lr_weight_decay=0.0, p=p)
     clear = (x / cutoff - 1).abs() > 1e-5
     above = x > cutoff
@@ -146,7 +159,10 @@ def test_the_floor(p, gamma):
     x = weights.double().abs() ** (2 - p) * denom.double() ** gamma
     floor = 2 * x.median().item()
     changed = {"lr_weight_decay": 0.5 * floor, "p": p, "precondition": gamma}
-    floored, plain = decayed_in_metric(weights, denom, floor=floor, **changed), decayed_in_metric(weights, denom, **changed)
+    floored, plain = (
+        decayed_in_metric(weights, denom, floor=floor, **changed),
+        decayed_in_metric(weights, denom, **changed),
+    )
     free = decayed_in_metric(weights, denom, lr_weight_decay=0.0, p=p)
     clear, below = (x / floor - 1).abs() > 1e-5, x < floor
     assert torch.equal(floored[~below & clear], plain[~below & clear])

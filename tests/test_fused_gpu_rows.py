@@ -14,15 +14,22 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 TENSOR = {"dtype": torch.float64, "device": DEVICE}
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------------
+# --- rows
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", (0.5, 0.8))
 def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
     work, alone = [], []
     for i in range(23):
-        a = values(weight_decay=0.1 * (i + 1), cutoff=(math.inf, 1e-2, 1e-4)[i % 3], p=p + 0.13 * (i % 4) * (p == 0.8), l2=0.1 * (i % 2),
-                   maximize=i % 5 == 0, lr=0.01 * (1 + i % 2))
+        a = values(
+            weight_decay=0.1 * (i + 1),
+            cutoff=(math.inf, 1e-2, 1e-4)[i % 3],
+            p=p + 0.13 * (i % 4) * (p == 0.8),
+            l2=0.1 * (i % 2),
+            maximize=i % 5 == 0,
+            lr=0.01 * (1 + i % 2),
+        )
         before = row("adamw", (1, 7, 129, 0, 1025, 2051)[i % 6], seed=i, step=float(i + 1))
         work.append((a, [copy(before)]))
         alone.append((a, before))
@@ -41,17 +48,20 @@ def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
 def test_runs_that_start_anywhere(gpu, n, offsets):
     before = row("adamw", n)
     shards = [torch.full((n + 40,), 7.0, device=DEVICE) for _ in range(4)]
-    views = [shard[offset:offset + n].copy_(t) for shard, offset, t in zip(shards, offsets, before)]
+    views = [shard[offset : offset + n].copy_(t) for shard, offset, t in zip(shards, offsets, before)]
     run(gpu, "adamw", values(), (*views, before[-1]))
     expected = copy(before)
     run(gpu, "adamw", values(), expected)
     for shard, view, want, offset in zip(shards, views, expected, offsets):
         assert torch.equal(view, want)
-        assert (shard[:offset] == 7).all() and (shard[offset + n:] == 7).all()
+        assert (shard[:offset] == 7).all() and (shard[offset + n :] == 7).all()
 
 
 def test_only_where_all_tensors_start_at_a_vector_is_it_said_so(gpu):
-    places = [(1, 20, 4096 + 4 * i, 8192 + 2 * j, 4096 + 4 * i) for i, j in ((0, 0), (8, 24), (3, 3), (3, 11), (3, 4), (0, 4))]
+    places = [
+        (1, 20, 4096 + 4 * i, 8192 + 2 * j, 4096 + 4 * i)
+        for i, j in ((0, 0), (8, 24), (3, 3), (3, 11), (3, 4), (0, 4))
+    ]
     first, head, end, aligned, *starts = gpu._addresses(places, [4, 2, 4]).unbind(1)
     assert aligned.tolist() == [1, 1, 1, 1, 0, 0]
     assert head.tolist() == [0, 0, 3, 3, 0, 0] and (end - head == 20).all() and first.tolist() == list(range(6))
@@ -81,15 +91,23 @@ def test_16_bits(gpu, base, grad):
         before = row(base, 1300, dtype=torch.bfloat16, grad=grad)
         after = copy(before)
         run(gpu, base, values(base), (*(t[offset:] for t in after[:-1]), 3.0))
-        assert_right(base, values(base), (*(t[offset:] for t in before[:-1]), 3.0), (*(t[offset:] for t in after[:-1]), 3.0),
-                     bound=2.0**-7 if DEVICE == "cpu" else 2.0**-8)
+        assert_right(
+            base,
+            values(base),
+            (*(t[offset:] for t in before[:-1]), 3.0),
+            (*(t[offset:] for t in after[:-1]), 3.0),
+            bound=2.0**-7 if DEVICE == "cpu" else 2.0**-8,
+        )
 
 
-# --- what is sent, and what is never read back ----------------------------------------------------------------------------------
+# --- what is sent, and what is never read back
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("a", [{"cutoff": 1e-3}, {"p": 0.8, "l2": 0.1}, {"p": 2.0}, {"cutoff": 0.0}, {"weight_decay": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "a", [{"cutoff": 1e-3}, {"p": 0.8, "l2": 0.1}, {"p": 2.0}, {"cutoff": 0.0}, {"weight_decay": 0.0}], ids=str
+)
 @pytest.mark.parametrize("there", ["lr", "step", "both"])
 def test_numbers_on_the_device_are_as_good(gpu, base, a, there):
     rows = [row(base, 300, seed=i, step=i + 1.0) for i in range(3)]
@@ -106,8 +124,19 @@ def test_numbers_on_the_device_are_as_good(gpu, base, a, there):
 
 
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0, **TENSOR)], ids=["host", "device"])
-@pytest.mark.parametrize("a", [{}, {"p": 0.8, "precondition": 0.37}, {"precondition": 1.0, "cutoff": 0.1}, {"p": 2.0}, {"p": 3.0}, {"p": -1.5},
-                               {"cutoff": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "a",
+    [
+        {},
+        {"p": 0.8, "precondition": 0.37},
+        {"precondition": 1.0, "cutoff": 0.1},
+        {"p": 2.0},
+        {"p": 3.0},
+        {"p": -1.5},
+        {"cutoff": 0.0},
+    ],
+    ids=str,
+)
 def test_at_lr_0_a_weight_stays_whatever_it_is(gpu, a, lr):
     w = torch.tensor([0.0, 1e-45, 1e-38, -1e-20, 1e-13, 0.3, -1e30], device=DEVICE)
     now = (w.clone(), torch.full_like(w, 0.1), torch.zeros_like(w), torch.zeros_like(w), 1.0)
@@ -123,7 +152,7 @@ def test_addresses_are_sent_when_they_have_changed(gpu, monkeypatch):
         run(gpu, "adamw", values(lr=0.1 / (step + 1)), *((*r[:-1], step + 1.0) for r in rows))
     assert len(sent) == 1
     again = [(r[0], r[1].clone(), *r[2:-1], 4.0) for r in rows]  # the gradients are others now
-    for step in range(2):
+    for _ in range(2):
         run(gpu, "adamw", values(), *again)
     assert len(sent) == 2 and len(gpu._tables) == 1
     expected = copy(again[3])
@@ -138,7 +167,7 @@ def test_what_a_graph_reads_is_kept_and_not_taken_for_sent(gpu, monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("a real capture is below")
     run(gpu, "adamw", values(), now)
-    (addresses, numbers), = gpu._tables.values()
+    ((addresses, numbers),) = gpu._tables.values()
     kept = addresses.tensor, numbers.tensor
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "_is_capturing", lambda device: True)
@@ -163,14 +192,20 @@ def test_a_tensor_that_would_have_to_be_read_back_is_refused(gpu, key):
     with pytest.raises(ValueError, match=key):
         run(gpu, "adamw", values(**{key: (0.9, tensor) if key == "betas" else tensor}), row("adamw", 4))
     tensor = torch.tensor(0.5)
-    run(gpu, "adamw", values(**{key: (0.9, tensor) if key == "betas" else tensor}), row("adamw", 4))  # on the CPU it can be
+    run(
+        gpu, "adamw", values(**{key: (0.9, tensor) if key == "betas" else tensor}), row("adamw", 4)
+    )  # on the CPU it can be
 
 
-# --- compiled -------------------------------------------------------------------------------------------------------------------
+# --- compiled
+# -----------------------------------------------------------------------------
+
 
 def test_it_compiles_to_vector_loads_for_gpus_that_are_not_here(tmp_path):
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

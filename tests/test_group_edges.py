@@ -1,4 +1,6 @@
-"""Targets and decay of groups where they meet something else: checkpoints between two calls, what hides weights, other layouts, a second target."""
+"""Targets and decay of groups where they meet something else: checkpoints between two calls, what hides weights, other
+layouts, a second target.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,29 @@ import json
 import pytest
 import reference
 import torch
+from target_cases import Run
+from test_group_target import TOTAL, target_of
+from test_grouped import FORM, flat, indices, model_of, step
+from test_grouped import sets_of as pairs_of
 from torch import nn
 
 from lp_dist import GroupDecay, LpAdamW, LpSGD, SparsityTarget, add_lp_decay, attach, attachment
 from lp_dist.engines import in_checkpoints
 from lp_dist.errors import UsageError
-from lp_dist.parts import Groups, Member
 from lp_dist.group_control import _needs
+from lp_dist.parts import Groups, Member
 from lp_dist.structure import groups_of, structure
-from target_cases import Run
-from test_group_target import TOTAL, target_of
-from test_grouped import FORM, flat, indices, model_of, step
-from test_grouped import sets_of as pairs_of
 
 
 def saved(*what) -> list:
-    return copy.deepcopy([one.state_dict() for one in what[:-1]]) + [json.loads(json.dumps(what[-1].state_dict()))]
+    return [*copy.deepcopy([one.state_dict() for one in what[:-1]]), json.loads(json.dumps(what[-1].state_dict()))]
 
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("taken", [3, 4, 6])
 def test_a_decay_without_after_step_goes_on_from_where_it_was_saved(interval, taken):
     """`after_step` is needed with a target alone, and an engine may save a state before it is called."""
+
     def made():
         model = model_of()
         optimizer = LpAdamW(model.parameters(), lr=0.02)
@@ -50,7 +53,7 @@ def test_going_back_to_between_two_decays_forgets_what_came_after():
     model, states, wanted = model_of(), None, None
     optimizer = LpAdamW(model.parameters(), lr=0.02)
     attached = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.3, interval=3))
-    for stop in (5, 6):             # in the second turn from right after a decay
+    for stop in (5, 6):  # in the second turn from right after a decay
         for number in range(stop):
             step(model, optimizer, number)
             if number == 4 and states is None:
@@ -81,7 +84,9 @@ def test_an_interval_that_was_lowered_since_goes_on():
 
 @pytest.mark.parametrize("interval, left_out, owed", [(1, 2, 1), (3, 1, 2), (3, 2, 5)])
 def test_what_a_left_out_step_should_have_decayed_the_next_one_does(interval, left_out, owed):
-    """AMP's GradScaler tells a fused optimizer on the device, so that the host never knows. owed: learning rates in the decay that comes after it."""
+    """AMP's GradScaler tells a fused optimizer on the device, so that the host never knows. owed: learning rates in
+    the decay that comes after it.
+    """
     model = model_of(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=True)
     add_lp_decay(optimizer)
@@ -95,7 +100,9 @@ def test_what_a_left_out_step_should_have_decayed_the_next_one_does(interval, le
             assert flat(model) == before
     step(twin, torch.optim.SGD(twin.parameters(), lr=0.02, fused=True), last)
     wanted = flat(twin)
-    for group, factor in zip(indices(model), reference.group_factors(indices(model), before, lr=owed * 0.02, **FORM), strict=True):
+    for group, factor in zip(
+        indices(model), reference.group_factors(indices(model), before, lr=owed * 0.02, **FORM), strict=True
+    ):
         for i in group:
             wanted[i] *= factor
     assert flat(model) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
@@ -105,7 +112,12 @@ def test_what_a_left_out_step_should_have_decayed_the_next_one_does(interval, le
 def test_what_does_not_lie_row_by_row_is_refused():
     model = model_of()
     model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
-    with pytest.raises(UsageError, match=r"pairs have weights in 0.weight, which does not lie in memory row by row .* make it so by .contiguous\(\)"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"pairs have weights in 0.weight, which does not lie in memory row by row .* make it so by .contiguous\(\)"
+        ),
+    ):
         attach(model, LpSGD(model.parameters(), lr=0.1), groups=GroupDecay(pairs_of(model), 0.1))
 
 
@@ -114,9 +126,15 @@ class Two:
 
     def __init__(self, outputs: str = "0", inputs: str | tuple = "2", share: float = 0.8, **values) -> None:
         torch.manual_seed(0)
-        self.model, self.taken = nn.Sequential(nn.Linear(16, 40, bias=False), nn.Tanh(), nn.Linear(40, 4, bias=False)), 0
+        self.model, self.taken = (
+            nn.Sequential(nn.Linear(16, 40, bias=False), nn.Tanh(), nn.Linear(40, 4, bias=False)),
+            0,
+        )
         self.optimizer = LpAdamW(self.model.parameters(), lr=5e-3)
-        self.asked = [SparsityTarget(0.25, groups=groups_of(self.model, outputs=outputs, inputs=inputs), end=0.3), SparsityTarget(share, start=0.3, end=0.9, **values)]
+        self.asked = [
+            SparsityTarget(0.25, groups=groups_of(self.model, outputs=outputs, inputs=inputs), end=0.3),
+            SparsityTarget(share, start=0.3, end=0.9, **values),
+        ]
         self.attached = attach(self.model, self.optimizer, target=self.asked, total_steps=100)
 
     def to(self, steps: int) -> Two:
@@ -133,13 +151,15 @@ class Two:
 @pytest.mark.parametrize("attached_last", [False, True])
 @pytest.mark.parametrize("p, taken", [(0.0, 25), (0.0, 95), (None, 70), (None, 95)])
 def test_two_targets_go_on_where_they_were(p, taken, attached_last):
-    """At 70 channels that live are hidden as wholes, and must not be taken for dead; at 95 the groups of the optimizer are frozen, and say no p."""
+    """At 70 channels that live are hidden as wholes, and must not be taken for dead; at 95 the groups of the optimizer
+    are frozen, and say no p.
+    """
     run = Two(p=p).to(taken)
     states = saved(run.model, run.optimizer, run.attached)
     again = Two(p=p)
     again.model.load_state_dict(states[0])
     again.optimizer.load_state_dict(states[1])
-    if attached_last:       # as Trainer has it
+    if attached_last:  # as Trainer has it
         again.attached = attach(again.model, again.optimizer, target=again.asked, total_steps=100)
     again.attached.load_state_dict(states[2])
     again.taken = taken
@@ -151,7 +171,9 @@ def test_two_targets_go_on_where_they_were(p, taken, attached_last):
 
 @pytest.mark.parametrize("steps", [96, 100])
 def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps):
-    """Nothing that reads them is in the group, so at zero they learn on, where the other target's hidden weights are."""
+    """Nothing that reads them is in the group, so at zero they learn on, where the other target's hidden weights
+    are.
+    """
     run = Two(inputs=(), share=0.3).to(60)
     gone = (run.model[0].weight == 0).all(1)
     assert int(gone.sum()) >= 10
@@ -163,9 +185,14 @@ def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps)
 
 
 def test_what_groups_leave_is_known_before_they_die():
-    with pytest.raises(UsageError, match="when the groups have died 25.0% of all that decays is zero, and the target of single weights is 20.0%"):
+    with pytest.raises(
+        UsageError,
+        match="when the groups have died 25.0% of all that decays is zero, and the target of single weights is 20.0%",
+    ):
         Two(share=0.2)
-    with pytest.raises(UsageError, match=r"when the groups have died 25.0% of 0.weight is zero, .* or use scope='global' for it"):
+    with pytest.raises(
+        UsageError, match=r"when the groups have died 25.0% of 0.weight is zero, .* or use scope='global' for it"
+    ):
         Two(share=0.25, scope="layer")
     Two(share=0.26, scope="layer")
     with pytest.raises(UsageError, match="pattern='2:4' and groups are given: .* Cut the groups out first"):
@@ -192,8 +219,17 @@ def test_a_lambda_of_nothing_kills_nothing(p, gamma):
 
 def test_weights_that_are_loaded_alone_begin_anew():
     """DeepSpeed gives the client state whatever is loaded."""
+
     class Engine:
-        def load_checkpoint(self, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, load_lr_scheduler_states=True, load_module_only=False):
+        def load_checkpoint(
+            self,
+            load_dir,
+            tag=None,
+            load_module_strict=True,
+            load_optimizer_states=True,
+            load_lr_scheduler_states=True,
+            load_module_only=False,
+        ):
             return load_dir, {"lp_dist": "state"}
 
         def save_checkpoint(self, save_dir, tag=None, client_state=None):
@@ -234,7 +270,9 @@ def parts(kind: str, count: int, elements: int, layers: int) -> list[Groups]:
 
 @pytest.mark.parametrize("wanted", [0.02, 0.05, 0.2, 0.5, 0.8, 0.97])
 def test_a_budget_is_met_by_the_finest_groups(wanted):
-    """As SmolLM2: the same share of each kind, as near as three large groups allow, and in all no more than a channel of each layer too much."""
+    """As SmolLM2: the same share of each kind, as near as three large groups allow, and in all no more than a channel
+    of each layer too much.
+    """
     sets = parts("kv_groups", 3, 368_640, 30) + parts("channels", 1536, 1728, 30)
     there, everything = 30 * (3 * 368_640 + 1536 * 1728), 134_515_008
     target = SparsityTarget(None, budget=everything - round(wanted * there), groups=["kv_groups", "channels"])
@@ -253,7 +291,9 @@ def test_a_kind_that_a_budget_leaves_whole_stays_whole():
     model = model_of(torch.float32)
     large, small = groups_of(model, outputs="0", width=3, kind="large"), groups_of(model, outputs="2", kind="small")
     optimizer = LpAdamW(model.parameters(), lr=0.02)
-    attached = attach(model, optimizer, target=SparsityTarget(None, budget=446 - 30, groups=large + small), total_steps=20)
+    attached = attach(
+        model, optimizer, target=SparsityTarget(None, budget=446 - 30, groups=large + small), total_steps=20
+    )
     assert attached.groups.needs == {"0.weight large": 0.0, "2.weight small": 35.0}
     for number in range(20):
         step(model, optimizer, number)
@@ -264,4 +304,9 @@ def test_a_kind_that_a_budget_leaves_whole_stays_whole():
 def test_where_several_layers_have_one_threshold_some_of_a_kind_must_stay():
     model = model_of()
     with pytest.raises(UsageError, match="sparsity=0.9 of the 3 pairs is all of them; ask for less"):
-        attach(model, LpAdamW(model.parameters(), lr=0.1), target=SparsityTarget(0.9, groups=pairs_of(model), scope="global"), total_steps=50)
+        attach(
+            model,
+            LpAdamW(model.parameters(), lr=0.1),
+            target=SparsityTarget(0.9, groups=pairs_of(model), scope="global"),
+            total_steps=50,
+        )

@@ -1,4 +1,6 @@
-"""A target of whole groups in one process: exactly as many die as were asked for, whatever they are counted in; it goes on where it was; zeros come after."""
+"""A target of whole groups in one process: exactly as many die as were asked for, whatever they are counted in; it
+goes on where it was; zeros come after.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from target_cases import Run, model_of, same
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, measure_sparsity
 from lp_dist.errors import UsageError
 from lp_dist.structure import groups_of
-from target_cases import Run, model_of, same
 
 TOTAL, PARAMETERS = 60, sum(param.numel() for param in model_of().parameters())
 
 
 def sets_of(model: nn.Module) -> list:
     """160 channels between the first two layers, and 64 between the last two; the second layer has both."""
-    return groups_of(model, outputs="0", inputs="2", kind="wide") + groups_of(model, outputs="2", inputs="4", kind="narrow")
+    return groups_of(model, outputs="0", inputs="2", kind="wide") + groups_of(
+        model, outputs="2", inputs="4", kind="narrow"
+    )
 
 
 def target_of(sparsity: float | None = 0.3, **values: Any) -> SparsityTarget:
@@ -31,15 +35,25 @@ def target_of(sparsity: float | None = 0.3, **values: Any) -> SparsityTarget:
 def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Of both kinds which channels are all zeros; a channel that is zero in part is an error."""
     first, second, last = model[0], model[2].weight, model[4].weight
-    parts = [torch.stack([(first.weight == 0).all(1), first.bias == 0, (second == 0).all(0)]), torch.stack([(second == 0).all(1), (last == 0).all(0)])]
+    parts = [
+        torch.stack([(first.weight == 0).all(1), first.bias == 0, (second == 0).all(0)]),
+        torch.stack([(second == 0).all(1), (last == 0).all(0)]),
+    ]
     assert all(part.all(0).equal(part.any(0)) for part in parts)
     return parts[0][0], parts[1][0]
 
 
-@pytest.mark.parametrize("values, wanted", [
-    ({}, (48, 19)), ({"scope": "global"}, (48, 19)), ({"sparsity": 0.5, "cap": None, "p": 0.0}, (80, 32)), ({"precondition": 0.0, "grace": 0.0}, (48, 19)),
-    ({"interval": 3, "every": 6}, (48, 19)), ({"curve": "linear", "start": 0, "end": 40}, (48, 19)),
-])
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ({}, (48, 19)),
+        ({"scope": "global"}, (48, 19)),
+        ({"sparsity": 0.5, "cap": None, "p": 0.0}, (80, 32)),
+        ({"precondition": 0.0, "grace": 0.0}, (48, 19)),
+        ({"interval": 3, "every": 6}, (48, 19)),
+        ({"curve": "linear", "start": 0, "end": 40}, (48, 19)),
+    ],
+)
 def test_exactly_as_many_die_as_were_asked_for(values, wanted):
     run = Run(target_of(**values), total=TOTAL).to(TOTAL)
     assert tuple(int(which.sum()) for which in dead(run.model)) == wanted
@@ -63,13 +77,17 @@ def test_before_the_window_nothing_decays_and_after_it_nothing_changes_but_survi
 
 def apart() -> list:
     """The channels of the first layer, and the outputs of the last: no weight is in two of them."""
-    return groups_of(model_of(), outputs="0", inputs="2", kind="wide") + groups_of(model_of(), outputs="4", kind="last")
+    return groups_of(model_of(), outputs="0", inputs="2", kind="wide") + groups_of(
+        model_of(), outputs="4", kind="last"
+    )
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("asked", [{"sparsity": 0.25, "of": "all"}, {"sparsity": None, "budget": PARAMETERS - 2_700}])
 def test_parameters_may_be_counted_and_not_channels(scope, asked):
-    """No more are left than that, and with one channel more (of each layer, where layers are alike) there would be too many."""
+    """No more are left than that, and with one channel more (of each layer, where layers are alike) there would be too
+    many.
+    """
     run = Run(target_of(**{**asked, "scope": scope, "groups": apart()}), total=TOTAL).to(TOTAL)
     first, last = run.model[0], run.model[4]
     numbers = int((first.weight == 0).all(1).sum()), int((last.weight == 0).all(1).sum())
@@ -83,7 +101,9 @@ def test_parameters_may_be_counted_and_not_channels(scope, asked):
 
 
 def test_the_weakest_die_first():
-    """Without gradients to speak of those die whose mean square is smallest, of both kinds by one threshold; a small group is not weak for being small."""
+    """Without gradients to speak of those die whose mean square is smallest, of both kinds by one threshold; a small
+    group is not weak for being small.
+    """
     model = model_of()
     with torch.no_grad():
         for channel in (3, 70, 159):
@@ -92,8 +112,10 @@ def test_the_weakest_die_first():
         for part in (model[4].weight[5], model[4].bias[5]):
             part.fill_(0.0122)
     for more, last in ((0, []), (65, [5])):
-        asked = target_of(None, groups=apart(), budget=PARAMETERS - 3 * 129 - more + 5, scope="global", precondition=0.0)
-        for steps in (TOTAL, 1):    # by decay, and at the last threshold alone
+        asked = target_of(
+            None, groups=apart(), budget=PARAMETERS - 3 * 129 - more + 5, scope="global", precondition=0.0
+        )
+        for steps in (TOTAL, 1):  # by decay, and at the last threshold alone
             run = Run(asked, model=copy.deepcopy(model), lr=1e-5, total=TOTAL).to(steps)
             run.attached.finish()
             assert (run.model[0].weight == 0).all(1).nonzero()[:, 0].tolist() == [3, 70, 159]
@@ -118,6 +140,7 @@ def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
 @pytest.mark.parametrize("taken", [3, 17, 41, 50])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
     """In the last case gradients of what is dead are not zero, so it must be held."""
+
     def made() -> Run:
         return Run(target_of(**values), total=TOTAL)
 
@@ -148,8 +171,12 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_takes_norms_anew():
 
 def test_the_state_of_another_target_is_refused():
     state = Run(target_of(), total=TOTAL).to(10).attached.state_dict()
-    for other, words in ((target_of(0.4), "another target of groups"), (target_of(groups=sets_of(model_of())[:1]), "another target of groups"),
-                         (SparsityTarget(0.4), "there is no groups|trained without this target"), (None, "there is no groups")):
+    for other, words in (
+        (target_of(0.4), "another target of groups"),
+        (target_of(groups=sets_of(model_of())[:1]), "another target of groups"),
+        (SparsityTarget(0.4), "there is no groups|trained without this target"),
+        (None, "there is no groups"),
+    ):
         with pytest.raises(UsageError, match=words):
             Run(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
     with pytest.raises(UsageError, match="trained without this target"):
@@ -180,36 +207,78 @@ def test_a_run_that_ends_early_is_closed():
 
 def test_other_bases_need_no_second_moments():
     run = Run(target_of(), make=LpLion, lr=3e-4, total=TOTAL).to(TOTAL)
-    assert run.attached.groups.grouped.precondition == 0.0 and [int(which.sum()) for which in dead(run.model)] == [48, 19]
+    assert run.attached.groups.grouped.precondition == 0.0 and [int(which.sum()) for which in dead(run.model)] == [
+        48,
+        19,
+    ]
     with pytest.raises(UsageError, match="needs Adam's second moments"):
         Run(target_of(precondition=1.0), make=LpLion, lr=3e-4, total=TOTAL)
 
 
-@pytest.mark.parametrize("values, says", [
-    (dict(sparsity=None), "groups need one of them"), (dict(budget=10), "groups need one of them"), (dict(memory=1.0), "memory=1 is of single weights"),
-    (dict(interval=0), "interval=0 must be a whole number"), (dict(interval=2.5), "interval=2.5 must be a whole number"),
-    (dict(sparsity=None, budget=0), "budget=0 must be a whole number from 1"), (dict(sparsity=None, budget="100M"), "budget='100M' must be a whole number"),
-    (dict(groups=[]), r"groups=\[\] names none"),
-    (dict(groups=None, budget=10, sparsity=None), "budget=10 is of groups, and none are named"),
-    (dict(groups=None, interval=2), "interval=2 is of groups, and none are named"), (dict(sparsity=1.0), "sparsity=1.0 must be between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(sparsity=None), "groups need one of them"),
+        (dict(budget=10), "groups need one of them"),
+        (dict(memory=1.0), "memory=1 is of single weights"),
+        (dict(interval=0), "interval=0 must be a whole number"),
+        (dict(interval=2.5), "interval=2.5 must be a whole number"),
+        (dict(sparsity=None, budget=0), "budget=0 must be a whole number from 1"),
+        (dict(sparsity=None, budget="100M"), "budget='100M' must be a whole number"),
+        (dict(groups=[]), r"groups=\[\] names none"),
+        (dict(groups=None, budget=10, sparsity=None), "budget=10 is of groups, and none are named"),
+        (dict(groups=None, interval=2), "interval=2 is of groups, and none are named"),
+        (dict(sparsity=1.0), "sparsity=1.0 must be between 0 and 1"),
+    ],
+)
 def test_arguments_that_contradict_each_other_are_refused(values, says):
     with pytest.raises(ValueError, match=says):
         target_of(**values)
 
 
-@pytest.mark.parametrize("values, says", [
-    (dict(sparsity=None, budget=PARAMETERS, groups=apart()), "budget=21,160 is no fewer parameters than the model has, which is 21,160"),
-    (dict(sparsity=0.995, of="all", groups=apart()), "20,966|21,160 parameters are in these groups, of which 194 must stay; ask for less than 0.991 of all"),
-    (dict(sparsity=0.99, of="all", groups=apart()[:1]), r"sparsity=0.99 of all .* 20,640 parameters are in these groups, of which 129 must stay; .* less than 0.969"),
-    (dict(sparsity=None, budget=100, groups=apart()[:1]), "budget=100 can't be reached: .* ask for a budget of 649 at least"),
-    (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"),
-    (dict(sparsity=0.003), r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global', --group_scope global\)"),
-    (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
-    (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"), (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
-    (dict(interval=19), "interval=19: the window of the groups, from step 6 to 42, holds no two decays, .* an interval of at most 18"),
-    (dict(p=1.5), "p=1.5 reaches no sparsity by itself"),
-])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (
+            dict(sparsity=None, budget=PARAMETERS, groups=apart()),
+            "budget=21,160 is no fewer parameters than the model has, which is 21,160",
+        ),
+        (
+            dict(sparsity=0.995, of="all", groups=apart()),
+            "20,966|21,160 parameters are in these groups, of which 194 must stay; ask for less than 0.991 of all",
+        ),
+        (
+            dict(sparsity=0.99, of="all", groups=apart()[:1]),
+            (
+                r"sparsity=0.99 of all .* 20,640 parameters are in these groups, of which 129 must stay; .* less than"
+                r" 0.969"
+            ),
+        ),
+        (
+            dict(sparsity=None, budget=100, groups=apart()[:1]),
+            "budget=100 can't be reached: .* ask for a budget of 649 at least",
+        ),
+        (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"),
+        (
+            dict(sparsity=0.003),
+            (
+                r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global',"
+                r" --group_scope global\)"
+            ),
+        ),
+        (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
+        (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"),
+        (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
+        (
+            dict(interval=19),
+            (
+                "interval=19: the window of the groups, from step 6 to 42, holds no two decays, .* an interval of at"
+                " most 18"
+            ),
+        ),
+        (dict(p=1.5), "p=1.5 reaches no sparsity by itself"),
+    ],
+)
 def test_what_cannot_be_reached_is_told_before_the_run(values, says):
     with pytest.raises(ValueError, match=says):
         Run(target_of(**values), total=TOTAL)
@@ -227,5 +296,7 @@ def test_targets_of_one_kind_and_too_few_steps_are_refused():
     with torch.no_grad():
         for part in (half[0].weight[:80], half[0].bias[:80], half[2].weight[:, :80]):
             part.zero_()
-    with pytest.raises(UsageError, match="80 of the 160 0.weight wide are zero already, and the target asks for 48; ask for more"):
+    with pytest.raises(
+        UsageError, match="80 of the 160 0.weight wide are zero already, and the target asks for 48; ask for more"
+    ):
         Run(target_of(), model=half, total=TOTAL)

@@ -1,4 +1,6 @@
-"""The decay of whole groups in one process: the equation, whatever steps; what dies stays dead; and what is asked of it in vain."""
+"""The decay of whole groups in one process: the equation, whatever steps; what dies stays dead; and what is asked of
+it in vain.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def sets_of(model: nn.Module) -> list:
 
 
 def indices(model: nn.Module) -> list[list[int]]:
-    """The elements of the three pairs in the parameters, taken flat and one after the other; written without lp_dist."""
+    """The elements of the three pairs in the parameters, taken flat and one after the other; written without
+    lp_dist.
+    """
     first = [[64 * row + column for row in (2 * i, 2 * i + 1) for column in range(64)] for i in range(3)]
     bias = [[6 * 64 + 2 * i, 6 * 64 + 2 * i + 1] for i in range(3)]
     last = [[6 * 64 + 6 + 6 * row + column for row in range(8) for column in (2 * i, 2 * i + 1)] for i in range(3)]
@@ -59,9 +63,12 @@ def hooked(params, lr):
 
 
 BASES = {
-    "LpAdamW": lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.01), "LpSGD": lambda params, lr: LpSGD(params, lr=lr, momentum=0.9),
-    "LpLion": lambda params, lr: LpLion(params, lr=lr, l2=0.1), "reference": lambda params, lr: LpAdamW(params, lr=lr, implementation="reference"),
-    "torch's AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr), "SGD with hooks": hooked,
+    "LpAdamW": lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.01),
+    "LpSGD": lambda params, lr: LpSGD(params, lr=lr, momentum=0.9),
+    "LpLion": lambda params, lr: LpLion(params, lr=lr, l2=0.1),
+    "reference": lambda params, lr: LpAdamW(params, lr=lr, implementation="reference"),
+    "torch's AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr),
+    "SGD with hooks": hooked,
 }
 
 
@@ -74,7 +81,12 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
         grouped = Grouped(optimizer, sets_of(model), shards(model, optimizer), p=FORM["p"])
         grouped.forces = [Force(FORM["weight_decay"])]
     else:
-        grouped = attach(model, optimizer, names=["0.weight", "0.bias", "2.weight", "2.bias"], groups=GroupDecay(sets_of(model), **FORM)).grouped
+        grouped = attach(
+            model,
+            optimizer,
+            names=["0.weight", "0.bias", "2.weight", "2.bias"],
+            groups=GroupDecay(sets_of(model), **FORM),
+        ).grouped
     for number in range(4):
         twin = copy.deepcopy(model)
         other = BASES[base](twin.parameters(), lr=0.02)
@@ -83,7 +95,9 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
         step(model, optimizer, number)
         step(twin, other, number)
         wanted = flat(twin)
-        for group, factor in zip(indices(model), reference.group_factors(indices(model), before, lr=0.02, **FORM), strict=True):
+        for group, factor in zip(
+            indices(model), reference.group_factors(indices(model), before, lr=0.02, **FORM), strict=True
+        ):
             assert 0.9 < factor < 1.0
             for i in group:
                 wanted[i] *= factor
@@ -97,12 +111,22 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
     assert flat(model) == flat(twin)
 
 
-@pytest.mark.parametrize("form", [{"p": -1.0, "precondition": 1.5}, {"p": 0.5, "precondition": 1.0, "cutoff": 0.05}, {"p": 1.0}, {"p": 0.0, "floor": 30.0}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"p": -1.0, "precondition": 1.5},
+        {"p": 0.5, "precondition": 1.0, "cutoff": 0.05},
+        {"p": 1.0},
+        {"p": 0.0, "floor": 30.0},
+    ],
+)
 def test_the_forms_of_the_norm(form):
     """Preconditioned by the second moments from before the step, capped, and with a floor; λ such that it shows."""
     model = model_of()
     optimizer = LpAdamW(model.parameters(), lr=0.02)
-    asked = GroupDecay(sets_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "floor"})
+    asked = GroupDecay(
+        sets_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "floor"}
+    )
     grouped = attach(model, optimizer, groups=asked).grouped
     grouped.forces = [Force(0.05, asked.cutoff, form.get("floor", 0.0))]
     seen = set()
@@ -111,13 +135,21 @@ def test_the_forms_of_the_norm(form):
         other = LpAdamW(twin.parameters(), lr=0.02)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         before = flat(model)
-        denoms = flat(model, lambda param: (optimizer.state[param]["exp_avg_sq"] / (1 - 0.999**number)).sqrt() + 1e-8) if number else None
+        denoms = (
+            flat(model, lambda param: (optimizer.state[param]["exp_avg_sq"] / (1 - 0.999**number)).sqrt() + 1e-8)
+            if number
+            else None
+        )
         step(model, optimizer, number)
         step(twin, other, number)
         wanted = flat(twin)
-        if number or not form.get("precondition"):      # before the first step nothing is known of how sensitive the loss is
+        if number or not form.get(
+            "precondition"
+        ):  # before the first step nothing is known of how sensitive the loss is
             values = {"p": 0.5, "precondition": 0.0, **form}
-            factors = reference.group_factors(indices(model), before, lr=0.02, weight_decay=0.05, denoms=denoms, **values)
+            factors = reference.group_factors(
+                indices(model), before, lr=0.02, weight_decay=0.05, denoms=denoms, **values
+            )
             seen |= {factor < 1.0 for factor in factors}
             for group, factor in zip(indices(model), factors):
                 for i in group:
@@ -128,7 +160,9 @@ def test_the_forms_of_the_norm(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_how_sensitive_the_loss_is_to_a_weight_does_not_depend_on_where_a_shard_begins(dtype):
-    """To the bit, since norms of other shards must be the same; torch's power of single precision does not do that on a CPU."""
+    """To the bit, since norms of other shards must be the same; torch's power of single precision does not do that on
+    a CPU.
+    """
     model = model_of(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     step(model, optimizer, 0)
@@ -139,7 +173,10 @@ def test_how_sensitive_the_loss_is_to_a_weight_does_not_depend_on_where_a_shard_
     wanted = ((second.double() / (1 - 0.999)).sqrt() + 1e-8) ** (2 / 3)
     torch.testing.assert_close(whole.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0.0)
     for start, length in itertools.product(range(70), (1, 2, 3, 5, 8, 13, 31, 64, 127, 301)):
-        assert grouped._sensitivity(shard, start, second[:length]).equal(whole[start:start + length]), (start, length)
+        assert grouped._sensitivity(shard, start, second[:length]).equal(whole[start : start + length]), (
+            start,
+            length,
+        )
 
 
 def test_a_group_of_one_weight_decays_as_a_weight_does():
@@ -198,13 +235,23 @@ def test_every_so_many_steps_it_decays_for_the_learning_rates_of_all():
 
 
 @settings(max_examples=200, deadline=None)
-@given(start=st.integers(0, 40), length=st.integers(0, 60), width=st.integers(1, 13), most=st.sampled_from([1, 7, 30, None]))
+@given(
+    start=st.integers(0, 40),
+    length=st.integers(0, 60),
+    width=st.integers(1, 13),
+    most=st.sampled_from([1, 7, 30, None]),
+)
 def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
     values = torch.arange(start, start + length)
     seen = []
     for at, block, rows, columns in blocks(values, start, width, most=most):
-        assert block.shape == (rows.stop - rows.start, columns.stop - columns.start) and block.data_ptr() == values[at:].data_ptr()
-        assert (block == torch.arange(rows.start, rows.stop)[:, None] * width + torch.arange(columns.start, columns.stop)).all()
+        assert (
+            block.shape == (rows.stop - rows.start, columns.stop - columns.start)
+            and block.data_ptr() == values[at:].data_ptr()
+        )
+        assert (
+            block == torch.arange(rows.start, rows.stop)[:, None] * width + torch.arange(columns.start, columns.stop)
+        ).all()
         assert columns == slice(0, width) or len(block) == 1
         assert most is None or len(block) == 1 or block.numel() <= most
         seen += block.flatten().tolist()
@@ -215,13 +262,17 @@ def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
 def test_the_squares_are_the_same_however_the_weights_are_cut():
     """In double precision the order in which squares are added is below what single precision sees."""
     values = torch.randn(64 * 37, generator=torch.Generator().manual_seed(0))
+
     def squares(cuts: list[int]) -> torch.Tensor:
         sums = torch.zeros(64, dtype=torch.float64)
         for start, stop in zip([0, *cuts], [*cuts, len(values)]):
             for _, block, rows, _ in blocks(values[start:stop], start, 37, most=100):
                 sums[rows] += block.double().square().sum(1)
         return sums.sqrt().float()
-    assert all(squares(cuts).equal(squares([])) for cuts in ([1], [36, 38, 900], [500, 501, 1999], list(range(0, 2368, 11))))
+
+    assert all(
+        squares(cuts).equal(squares([])) for cuts in ([1], [36, 38, 900], [500, 501, 1999], list(range(0, 2368, 11)))
+    )
 
 
 def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
@@ -243,7 +294,7 @@ def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
     step(twin, other, 1)
     assert model[2].weight[:, 2:4].any() == False and twin[0].weight[2:4].any() == False  # noqa: E712
     torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=0)
-    model[0].bias.data[2] = 1.0                      # from elsewhere: the next step puts it back
+    model[0].bias.data[2] = 1.0  # from elsewhere: the next step puts it back
     step(model, optimizer, 2)
     assert not model[0].bias[2:4].any() and model[0].bias[:2].all()
     grouped.hold(None)
@@ -269,10 +320,15 @@ def test_a_step_that_is_left_out_decays_nothing():
     assert flat(model) != before
 
 
-@pytest.mark.parametrize("values, says", [
-    (dict(weight_decay=-1.0), "weight_decay=-1.0 must be a finite number"), (dict(weight_decay=0.1, p=2.0), "p=2 makes no groups zero"),
-    (dict(weight_decay=0.1, interval=0), "interval=0 must be a whole number"), (dict(weight_decay=0.1, cutoff=math.nan), "cutoff=nan"),
-])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(weight_decay=-1.0), "weight_decay=-1.0 must be a finite number"),
+        (dict(weight_decay=0.1, p=2.0), "p=2 makes no groups zero"),
+        (dict(weight_decay=0.1, interval=0), "interval=0 must be a whole number"),
+        (dict(weight_decay=0.1, cutoff=math.nan), "cutoff=nan"),
+    ],
+)
 def test_values_out_of_range_are_refused(values, says):
     with pytest.raises(ValueError, match=says):
         GroupDecay("channels", **values)

@@ -1,4 +1,6 @@
-"""Groups of weights on shards: under every engine they come to the weights of one process, bit for bit, and die in the masters and in the model alike."""
+"""Groups of weights on shards: under every engine they come to the weights of one process, bit for bit, and die in the
+masters and in the model alike.
+"""
 
 from __future__ import annotations
 
@@ -35,27 +37,51 @@ class Grouped(Case):
 
 
 def sets_of(model: torch.nn.Module) -> list:
-    """163 channels whose layers have a norm between them, so that they are the user's word; 101 of the next two, of which the last has biases; in one matrix
-    both rows and columns are of groups. All of odd widths: groups lie on two ranks, and shards end inside of rows."""
-    return groups_of(model, outputs="0", inputs="3", kind="first") + groups_of(model, outputs="3", inputs="5", kind="second")
+    """163 channels whose layers have a norm between them, so that they are the user's word; 101 of the next two, of
+    which the last has biases; in one matrix both rows and columns are of groups. All of odd widths: groups lie on two
+    ranks, and shards end inside of rows.
+    """
+    return groups_of(model, outputs="0", inputs="3", kind="first") + groups_of(
+        model, outputs="3", inputs="5", kind="second"
+    )
 
 
 def attached_to(engine: Engine, case: Grouped, **values: Any) -> Attachment:
     from lp_dist.engines import unwrap
 
-    others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    others = (
+        {}
+        if hasattr(engine.handle, "load_checkpoint")
+        else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    )
     sets = sets_of(unwrap(engine.handle))
     if case.asked_for == "λ":
-        return attach(engine.handle, groups=GroupDecay(sets, 0.5, precondition=case.precondition, interval=case.interval), **others)
-    target = SparsityTarget(0.3, groups=sets, precondition=case.precondition, interval=case.interval, every=2, end=10, start=2)
+        return attach(
+            engine.handle,
+            groups=GroupDecay(sets, 0.5, precondition=case.precondition, interval=case.interval),
+            **others,
+        )
+    target = SparsityTarget(
+        0.3, groups=sets, precondition=case.precondition, interval=case.interval, every=2, end=10, start=2
+    )
     if case.asked_for == "both":
         target = [target, SparsityTarget(0.7, start=10, end=20, every=2)]
     return attach(engine.handle, target=target, total_steps=case.steps, **others)
 
 
-RUNS = [Grouped(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma) for i, engine in enumerate(ENGINES)
-        for asked, interval, gamma in [[("λ", 1, 0.0), ("target", 1, 1.0)], [("target", 2, 0.5), ("both", 1, 1.0)], [("λ", 3, 1.0), ("target", 1, 0.0)]][i % 3]]
-MIXED = [Grouped(engine, steps=STEPS, asked_for="target", dtype="bf16") for engine in ("zero1", "zero2", "zero3", "bf16_optimizer")]
+RUNS = [
+    Grouped(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma)
+    for i, engine in enumerate(ENGINES)
+    for asked, interval, gamma in [
+        [("λ", 1, 0.0), ("target", 1, 1.0)],
+        [("target", 2, 0.5), ("both", 1, 1.0)],
+        [("λ", 3, 1.0), ("target", 1, 0.0)],
+    ][i % 3]
+]
+MIXED = [
+    Grouped(engine, steps=STEPS, asked_for="target", dtype="bf16")
+    for engine in ("zero1", "zero2", "zero3", "bf16_optimizer")
+]
 
 
 def followed(case: Grouped) -> dict[str, Any]:
@@ -65,7 +91,12 @@ def followed(case: Grouped) -> dict[str, Any]:
     found.finish()
     # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
     squares = found.grouped.squares.clone() if found.grouped._squares is not None else None
-    told = {"pieces": pieces_of(found), "model": gathered(engine), "state": json.dumps(found.state_dict()), "squares": squares}
+    told = {
+        "pieces": pieces_of(found),
+        "model": gathered(engine),
+        "state": json.dumps(found.state_dict()),
+        "squares": squares,
+    }
     ended(engine)
     return told
 
@@ -100,11 +131,13 @@ def resumed(case: Grouped, directory: Path) -> tuple[list[str], int]:
 
 
 def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
-    """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights that are there, and not as before."""
+    """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights
+    that are there, and not as before.
+    """
     engine = engine_of(case)
     trained(engine, SimpleNamespace(after_step=lambda: None), case, 0, 3)
     engine.save(directory, "before")
-    trained(engine, found := attached_to(engine, case), case, 3, 6)     # the next step's norms are under way
+    trained(engine, found := attached_to(engine, case), case, 3, 6)  # the next step's norms are under way
     before = found.grouped.squares.clone()
     engine.handle.load_checkpoint(directory, tag="before", load_optimizer_states=False)
     found.grouped.measure()
@@ -116,7 +149,10 @@ def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
     return told
 
 
-RESUMED = [Grouped(engine, steps=STEPS, asked_for=asked, interval=3) for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))]
+RESUMED = [
+    Grouped(engine, steps=STEPS, asked_for=asked, interval=3)
+    for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))
+]
 
 
 def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
@@ -136,7 +172,10 @@ def reductions_of(case: Grouped, seen: list[int]) -> list[int]:
     found = attached_to(engine, case)
     reduce = torch.distributed.all_reduce
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lp_dist.grouped.torch.distributed.all_reduce", lambda tensor, **more: (seen.append(tensor.numel()), reduce(tensor, **more))[1])
+        patch.setattr(
+            "lp_dist.grouped.torch.distributed.all_reduce",
+            lambda tensor, **more: (seen.append(tensor.numel()), reduce(tensor, **more))[1],
+        )
         trained(engine, found, case, 0, 5)
         found.finish()
     ended(engine)
@@ -169,7 +208,11 @@ def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(told):
             assert (weights.flatten() == 0).equal(masters[name].flatten() == 0), f"{case}: {name}"
         gone = (model["0.weight"] == 0).all(1), (model["3.weight"] == 0).all(1)
         assert [int(which.sum()) for which in gone] == [49, 30], case
-        assert not model["0.bias"][gone[0]].any() and not model["3.weight"][:, gone[0]].any() and not model["5.weight"][:, gone[1]].any(), case
+        assert (
+            not model["0.bias"][gone[0]].any()
+            and not model["3.weight"][:, gone[0]].any()
+            and not model["5.weight"][:, gone[1]].any()
+        ), case
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(told):
@@ -184,5 +227,7 @@ def test_weights_that_an_engine_has_loaded_are_measured_anew(told):
 
 
 def test_a_step_costs_one_reduction_of_as_many_numbers_as_there_are_groups(told):
-    """And one more is under way for the next step. (In the first step nothing is measured: there are no second moments yet.)"""
+    """And one more is under way for the next step. (In the first step nothing is measured: there are no second moments
+    yet.)
+    """
     assert told[0]["reductions"] == [163 + 101 + 1] * 5

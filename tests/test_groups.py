@@ -5,20 +5,50 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lp_dist import param_groups
 from lp_dist.groups import decayed_names
 
 
 def llama(**overrides) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**{
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "tie_word_embeddings": True, **overrides}))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "vocab_size": 64,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+                **overrides,
+            }
+        )
+    )
 
 
-LLAMA = {f"model.layers.0.{name}.weight" for name in (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+LLAMA = {
+    f"model.layers.0.{name}.weight"
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+}
 
 
 def assert_claimed_once(model: nn.Module, groups: list[dict]) -> None:
@@ -41,13 +71,23 @@ def test_a_switch_includes_embeddings_and_the_head():
 
 def test_gpt2_whose_linear_layers_are_of_a_class_of_its_own():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-    assert decayed_names(model) == {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert decayed_names(model) == {
+        f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     assert_claimed_once(model, param_groups(model, 0.1))
 
 
 def test_an_output_head_is_known_by_its_role_not_only_by_its_name():
-    model = BertForMaskedLM(BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                       tie_word_embeddings=False))
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            tie_word_embeddings=False,
+        )
+    )
     names = decayed_names(model)
     assert "cls.predictions.decoder.weight" not in names
     assert {"bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"} <= names
@@ -55,9 +95,18 @@ def test_an_output_head_is_known_by_its_role_not_only_by_its_name():
 
 
 def test_fused_expert_tensors_decay():
-    model = MixtralForCausalLM(MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, num_experts_per_tok=1))
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+    )
     names = decayed_names(model)
     assert any("experts" in name for name in names)
     assert not any("norm" in name or "embed" in name or "lm_head" in name for name in names)
@@ -65,10 +114,22 @@ def test_fused_expert_tensors_decay():
 
 
 def test_modules_of_torch():
-    model = nn.ModuleDict({
-        "conv": nn.Conv2d(3, 4, 3), "attention": nn.MultiheadAttention(8, 2, add_bias_kv=True), "norm": nn.LayerNorm(8),
-        "group_norm": nn.GroupNorm(2, 4), "embedding": nn.Embedding(5, 8), "linear": nn.Linear(8, 8)})
-    assert decayed_names(model) == {"conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"}
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 4, 3),
+            "attention": nn.MultiheadAttention(8, 2, add_bias_kv=True),
+            "norm": nn.LayerNorm(8),
+            "group_norm": nn.GroupNorm(2, 4),
+            "embedding": nn.Embedding(5, 8),
+            "linear": nn.Linear(8, 8),
+        }
+    )
+    assert decayed_names(model) == {
+        "conv.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "linear.weight",
+    }
 
 
 def test_what_starts_at_zero_is_left_out_since_zero_absorbs():
@@ -97,7 +158,9 @@ def test_groups_carry_lambda_and_the_overrides_and_none_is_empty():
     decayed, rest = param_groups(llama(), 0.3, p=0.8, lr=1e-4)
     assert (decayed["weight_decay"], decayed["p"], decayed["lr"]) == (0.3, 0.8, 1e-4)
     assert (rest["weight_decay"], rest["lr"]) == (0.0, 1e-4)
-    assert len(param_groups(nn.Linear(3, 3, bias=False), 0.3)) == 1  # DeepSpeed drops empty groups, which shifts indices
+    assert (
+        len(param_groups(nn.Linear(3, 3, bias=False), 0.3)) == 1
+    )  # DeepSpeed drops empty groups, which shifts indices
 
 
 def test_nothing_to_decay_is_an_error_that_says_why():

@@ -1,4 +1,6 @@
-"""lp_dist.hooks: the decay on other people's optimizers equals their step without decay, followed by lp_decay by hand."""
+"""lp_dist.hooks: the decay on other people's optimizers equals their step without decay, followed by lp_decay by
+hand.
+"""
 
 import math
 import warnings
@@ -32,8 +34,10 @@ bases = pytest.mark.parametrize(("cls", "kwargs"), BASES.values(), ids=BASES.key
 
 
 class NormedSGD(torch.optim.Optimizer):
-    """Stands for a third party's optimizer: the step of each weight depends on the gradients of ALL of them, so it is wrong to
-    step one tensor at a time. It notes the weight_decay that it sees, and skips the step where found_inf says so."""
+    """Stands for a third party's optimizer: the step of each weight depends on the gradients of ALL of them, so it is
+    wrong to step one tensor at a time. It notes the weight_decay that it sees, and skips the step where found_inf says
+    so.
+    """
 
     def __init__(self, params, lr=0.05, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -90,7 +94,8 @@ def squared_loss(optimizer, params, calls):
     return closure
 
 
-# --- equality ----------------------------------------------------------------------------------------------------------------
+# --- equality
+# -----------------------------------------------------------------------------
 
 
 @bases
@@ -106,8 +111,13 @@ def test_equals_the_base_step_followed_by_the_decay(cls, kwargs, one_at_a_time):
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("ours", "base", "kwargs"), [(partial(LpAdamW, precondition=0.0), torch.optim.AdamW, {"lr": 0.02}),
-                                                      (LpSGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})])
+@pytest.mark.parametrize(
+    ("ours", "base", "kwargs"),
+    [
+        (partial(LpAdamW, precondition=0.0), torch.optim.AdamW, {"lr": 0.02}),
+        (LpSGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
+    ],
+)
 def test_equals_our_own_optimizer(ours, base, kwargs, dtype, one_at_a_time):
     params, others = make_params(dtype), make_params(dtype)
     optimizer, _ = hooked(base, {**kwargs, "foreach": False}, params, one_at_a_time)
@@ -137,15 +147,23 @@ def test_groups_differ_and_change_between_steps(one_at_a_time):
     params, others = make_params(torch.float64), make_params(torch.float64)
 
     def groups(of):
-        return [{"params": of[:1], "weight_decay": 0.4, "p": 0.0, "cutoff": 2.0}, {"params": of[1:5], "weight_decay": 0.0},
-                {"params": of[5:6], "l2": 0.5}]
+        return [
+            {"params": of[:1], "weight_decay": 0.4, "p": 0.0, "cutoff": 2.0},
+            {"params": of[1:5], "weight_decay": 0.0},
+            {"params": of[5:6], "l2": 0.5},
+        ]
 
     optimizer = torch.optim.AdamW(groups(params), lr=0.02, weight_decay=0.2)
     add_lp_decay(optimizer, p=1.0, l2=0.25, one_at_a_time=one_at_a_time)
-    assert [[g[key] for key in ("p", "l2", "cutoff")] for g in optimizer.param_groups] == \
-        [[0.0, 0.25, 2.0], [1.0, 0.25, math.inf], [1.0, 0.5, math.inf]]
+    assert [[g[key] for key in ("p", "l2", "cutoff")] for g in optimizer.param_groups] == [
+        [0.0, 0.25, 2.0],
+        [1.0, 0.25, math.inf],
+        [1.0, 0.5, math.inf],
+    ]
     optimizer.add_param_group({"params": params[6:]})  # after the hook: decayed all the same
-    ours = LpAdamW(groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, precondition=0.0, implementation="reference")
+    ours = LpAdamW(
+        groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, precondition=0.0, implementation="reference"
+    )
     ours.add_param_group({"params": others[6:], "p": 1.0, "l2": 0.25})
     for step in range(6):
         for opt, weights in ((optimizer, params), (ours, others)):
@@ -162,7 +180,9 @@ def test_parameters_without_gradient_are_left_alone(one_at_a_time):
     optimizer, _ = hooked(torch.optim.AdamW, {"lr": 0.1}, params, one_at_a_time)
     optimizer.step()
     assert_same(params, start)
-    optimizer.step(squared_loss(optimizer, params[1:], []))  # the closure makes the gradients, after the hook has looked
+    optimizer.step(
+        squared_loss(optimizer, params[1:], [])
+    )  # the closure makes the gradients, after the hook has looked
     assert torch.equal(params[0], start[0])
     assert not torch.equal(params[1], start[1])
 

@@ -136,13 +136,15 @@ def test_removal_gives_the_base_its_own_decay_back(one_at_a_time):
 @modes
 @pytest.mark.parametrize("from_plain", [False, True])
 def test_state_dict_round_trip(one_at_a_time, from_plain):
-    """From a hooked optimizer's checkpoint, and from one saved before the hook came (its groups have no p, l2, cutoff)."""
+    """From a hooked optimizer's checkpoint, and from one saved before the hook came (its groups have no p, l2,
+    cutoff).
+    """
     params, others = make_params(torch.float32), make_params(torch.float32)
     if from_plain:
         optimizer = torch.optim.AdamW(params, lr=0.02, weight_decay=0.4)
         train(optimizer, params, 2)
         saved = copy.deepcopy(optimizer.state_dict())
-        add_lp_decay(optimizer, **{"p": 1.0, "l2": 0.1}, one_at_a_time=one_at_a_time)
+        add_lp_decay(optimizer, p=1.0, l2=0.1, one_at_a_time=one_at_a_time)
     else:
         optimizer, _ = hooked(torch.optim.AdamW, {"lr": 0.02}, params, one_at_a_time, p=1.0, l2=0.1)
         train(optimizer, params, 2)
@@ -175,11 +177,14 @@ def test_tensor_learning_rate(one_at_a_time):
     assert_same(params, train_by_hand(torch.optim.SGD(others, lr=0.03125), others, 3))
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------
+# --- refusals
+# -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"p": 4.5}, "p.*4.5"), ({"l2": -0.25}, "l2.*-0.25"),
-                                                   ({"cutoff": math.nan}, "cutoff.*nan")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"p": 4.5}, "p.*4.5"), ({"l2": -0.25}, "l2.*-0.25"), ({"cutoff": math.nan}, "cutoff.*nan")],
+)
 def test_bad_hyperparameters_are_refused(settings, message):
     optimizer = torch.optim.AdamW(make_params(torch.float32))
     with pytest.raises(ValueError, match=message):

@@ -35,6 +35,10 @@ def test_nesterov_needs_momentum():
 
 
 def test_the_limits_themselves_are_allowed():
-    check_hyperparameters(lr=0.0, p=-4.0, weight_decay=0.0, l2=0.0, precondition=0.0, cutoff=0.0, eps=0.0, betas=(0.0, 0.0))
-    check_hyperparameters(lr=1e9, p=4, weight_decay=1e9, l2=1e9, precondition=2.0, cutoff=math.inf, eps=1.0, momentum=0.0)
+    check_hyperparameters(
+        lr=0.0, p=-4.0, weight_decay=0.0, l2=0.0, precondition=0.0, cutoff=0.0, eps=0.0, betas=(0.0, 0.0)
+    )
+    check_hyperparameters(
+        lr=1e9, p=4, weight_decay=1e9, l2=1e9, precondition=2.0, cutoff=math.inf, eps=1.0, momentum=0.0
+    )
     check_hyperparameters(cutoff=-1.0)  # switches the decay off

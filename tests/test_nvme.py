@@ -1,12 +1,14 @@
-"""NVMe offload: bitwise CPU offload where DeepSpeed's asynchronous I/O is to be had (libaio); elsewhere DeepSpeed's own error."""
+"""NVMe offload: bitwise CPU offload where DeepSpeed's asynchronous I/O is to be had (libaio); elsewhere DeepSpeed's
+own error.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from engines_under_test import ZERO, gathered, make
 from torch import nn
 
-from engines_under_test import ZERO, gathered, make
 from lp_dist import LpAdamW, attach, measure_sparsity, param_groups
 
 AIO = {"aio": {"block_size": 4096, "queue_depth": 4, "intra_op_parallelism": 1}}
@@ -15,7 +17,9 @@ AIO = {"aio": {"block_size": 4096, "queue_depth": 4, "intra_op_parallelism": 1}}
 def model_of() -> nn.Sequential:
     """The second matrix is large enough (1 MB) that DeepSpeed really swaps it out."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 1000), nn.Tanh(), nn.Linear(1000, 600, bias=False), nn.Tanh(), nn.Linear(600, 1))
+    return nn.Sequential(
+        nn.Linear(20, 1000), nn.Tanh(), nn.Linear(1000, 600, bias=False), nn.Tanh(), nn.Linear(600, 1)
+    )
 
 
 def optimizer_of(model: nn.Module) -> LpAdamW:
@@ -30,17 +34,27 @@ def run(kind: str, **more) -> dict:
         x = torch.randn(3, 20, generator=torch.Generator().manual_seed(step))
         engine.step(engine(x).square().mean())
     masters = {shard.name: shard.piece.values.clone() for shard in attached.shards}
-    return {"swapped": swapped, "masters": masters, "weights": gathered(engine), "counts": measure_sparsity(engine.handle, engine.handle.optimizer).counts}
+    return {
+        "swapped": swapped,
+        "masters": masters,
+        "weights": gathered(engine),
+        "counts": measure_sparsity(engine.handle, engine.handle.optimizer).counts,
+    }
 
 
 def on_a_rank(rank: int, world_size: int, directory: str, available: bool) -> dict | str:
-    ZERO["nvme"] = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": directory, "pin_memory": False, "buffer_count": 4}}
+    ZERO["nvme"] = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": directory, "pin_memory": False, "buffer_count": 4},
+    }
     if available:
         return {kind: run(kind, **more) for kind, more in (("nvme", AIO), ("zero3 offload", {}))}
     from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as error:
-        patch.setattr(PinMemoryBuilder, "load", lambda self, verbose=False: None)    # which is compiled first, for minutes, and in vain
+        patch.setattr(
+            PinMemoryBuilder, "load", lambda self, verbose=False: None
+        )  # which is compiled first, for minutes, and in vain
         run("nvme", **AIO)
     return str(error.value)
 

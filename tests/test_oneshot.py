@@ -31,7 +31,9 @@ def test_the_smallest_share_dies_in_every_scope(sizes, sparsity):
     layer, whole = (oneshot.smallest(scores, sparsity, scope) for scope in ("layer", "global"))
     for name, score in scores.items():
         assert int((~layer[name]).sum()) == round(sparsity * len(score))
-        assert not (~layer[name]).any() or not layer[name].any() or score[~layer[name]].max() <= score[layer[name]].min()
+        assert (
+            not (~layer[name]).any() or not layer[name].any() or score[~layer[name]].max() <= score[layer[name]].min()
+        )
     every, kept = torch.cat(list(scores.values())), torch.cat([whole[name] for name in scores])
     assert int((~kept).sum()) == round(sparsity * len(every))
     assert kept.all() or not kept.any() or every[~kept].max() <= every[kept].min()
@@ -40,8 +42,8 @@ def test_the_smallest_share_dies_in_every_scope(sizes, sparsity):
 @pytest.mark.parametrize("make", [partial(gpt2, 0), llama], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("block", [0, 1])
 def test_wanda_is_what_its_paper_says(make, block):
-    """|w|·‖x‖, the smallest of each output go; x is what comes out of the blocks before, pruned already. In a block's first layer that can be seen
-    when all is done."""
+    """|w|·‖x‖, the smallest of each output go; x is what comes out of the blocks before, pruned already. In a block's
+    first layer that can be seen when all is done."""
     model = make()
     inputs = torch.randint(17, (5, 16), generator=torch.Generator().manual_seed(1))
     ends = (f"h.{block}.attn.c_attn", f"layers.{block}.self_attn.q_proj")
@@ -52,7 +54,10 @@ def test_wanda_is_what_its_paper_says(make, block):
     hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model(input_ids=inputs)
     hook.remove()
-    outputs = (lambda w: w.t() if "c_attn" in name else w)
+
+    def outputs(w):
+        return w.t() if "c_attn" in name else w
+
     scores = outputs(before).abs() * seen[0].flatten(0, 1).norm(dim=0)
     for score, kept in zip(scores, outputs(masks[f"{name}.weight"])):
         assert int(kept.sum()) == 8 and score[~kept].max() <= score[kept].min() * (1 + 1e-5)
@@ -75,13 +80,15 @@ def test_sparsegpt_of_inputs_that_say_nothing_of_each_other_is_magnitude():
     before = weight.clone()
     kept = oneshot._sparsegpt(weight, 3 * torch.eye(300), 0.4)
     for first in (0, 128, 256):
-        part = before[:, first:first + 128].abs()
-        assert torch.equal(kept[:, first:first + 128], oneshot.smallest({"w": part}, 0.4, "layer")["w"])
+        part = before[:, first : first + 128].abs()
+        assert torch.equal(kept[:, first : first + 128], oneshot.smallest({"w": part}, 0.4, "layer")["w"])
     assert torch.allclose(weight * kept, before * kept)
 
 
 def test_sparsegpt_comes_near_the_best_weights_for_its_mask():
-    """Inputs that say much of each other. The best weights are those of least squares, output by output; magnitude mends nothing."""
+    """Inputs that say much of each other. The best weights are those of least squares, output by output; magnitude
+    mends nothing.
+    """
     torch.manual_seed(0)
     x = torch.randn(3000, 10) @ torch.randn(10, 192) + 1.6 * torch.randn(3000, 192)
     weight, gram = torch.randn(30, 192), x.t() @ x
@@ -91,7 +98,10 @@ def test_sparsegpt_comes_near_the_best_weights_for_its_mask():
     for row, (mask, w) in enumerate(zip(kept, weight)):
         best[row, mask] = torch.linalg.solve(gram[mask][:, mask], gram[mask] @ w)
     plain = weight * oneshot.smallest({"w": weight.abs()}, 0.5, "layer")["w"]
-    error = (lambda w: float((x @ (w - weight).t()).norm()))
+
+    def error(w):
+        return float((x @ (w - weight).t()).norm())
+
     assert int((~kept).sum()) == 30 * 96
     assert error(best) < error(mended * kept) < 1.35 * error(best) and error(mended * kept) < 0.7 * error(plain)
 

@@ -1,4 +1,6 @@
-"""LpAdamW, LpSGD and LpLion: the two implementations against each other, against the oracle and against torch's own."""
+"""LpAdamW, LpSGD and LpLion: the two implementations against each other, against the oracle and against torch's
+own.
+"""
 
 import math
 
@@ -21,27 +23,57 @@ CASES = {
     "adamw p=2": (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "p": 2.0}),
     "adamw p=3": (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "p": 3.0}),
     "adamw precondition": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "precondition": 1.0}),
-    "adamw precondition cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1}),
+    "adamw precondition cutoff": (
+        LpAdamW,
+        {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1},
+    ),
     "adamw cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "cutoff": 0.2}),
     "adamw floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "floor": 0.05}),
     "adamw latent": (LpAdamW, {"lr": 0.02, "weight_decay": 0.02, "cutoff": 0.2, "latent": True}),
-    "adamw latent all": (LpAdamW, {"lr": 0.02, "weight_decay": 0.02, "p": 0.8, "precondition": 0.37, "cutoff": 0.2, "floor": 0.05, "latent": True,
-                                   "l2": 0.1, "maximize": True}),
+    "adamw latent all": (
+        LpAdamW,
+        {
+            "lr": 0.02,
+            "weight_decay": 0.02,
+            "p": 0.8,
+            "precondition": 0.37,
+            "cutoff": 0.2,
+            "floor": 0.05,
+            "latent": True,
+            "l2": 0.1,
+            "maximize": True,
+        },
+    ),
     "adamw frozen": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "p": 1.0, "cutoff": 0.0}),
     "adamw maximize": (LpAdamW, {"lr": 0.02, "weight_decay": 0.05, "maximize": True}),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2}),
     "sgd momentum": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "l2": 0.2, "p": 1.0}),
-    "sgd nesterov": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8, "nesterov": True, "p": 0.0, "cutoff": 0.5, "floor": 0.02}),
+    "sgd nesterov": (
+        LpSGD,
+        {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8, "nesterov": True, "p": 0.0, "cutoff": 0.5, "floor": 0.02},
+    ),
     "sgd maximize": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "maximize": True}),
     "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2}),
-    "lion all": (LpLion, {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.9), "p": 1.0, "l2": 0.1, "cutoff": 0.7,
-                          "floor": 0.1, "maximize": True}),
+    "lion all": (
+        LpLion,
+        {
+            "lr": 0.01,
+            "weight_decay": 0.5,
+            "betas": (0.8, 0.9),
+            "p": 1.0,
+            "l2": 0.1,
+            "cutoff": 0.7,
+            "floor": 0.1,
+            "maximize": True,
+        },
+    ),
 }
 all_cases = pytest.mark.parametrize(("cls", "settings"), CASES.values(), ids=CASES.keys())
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-# --- against each other, the oracle and torch --------------------------------------------------------------------------------
+# --- against each other, the oracle and torch
+# -----------------------------------------------------------------------------
 
 
 @all_cases
@@ -71,8 +103,8 @@ def test_a_tensor_longer_than_a_chunk(cls, layout):
         params = make()
         results.append(train(cls(params, lr=0.01, weight_decay=0.1, implementation=implementation), params, 2))
     assert_same(*results)
-    # and by hand, whole: torch's step, then the decay. One unit in the last place per step is left for the places where a
-    # chunk ends, since torch's vectorized pow and its scalar one may round differently
+    # and by hand, whole: torch's step, then the decay. One unit in the last place per step is left for the places
+    # where a chunk ends, since torch's vectorized pow and its scalar one may round differently
     plain = {LpAdamW: torch.optim.AdamW, LpSGD: torch.optim.SGD}.get(cls)
     if plain is not None:
         (param,) = params = make()
@@ -100,21 +132,31 @@ def test_equals_the_oracle(cls, settings, implementation):
         if settings.get("latent"):
             assert 0 < sum(w == 0 and m != 0 for ws, s in zip(expected, state) for w, m in zip(ws, s["exp_avg"])) < 60
             for param, s in zip(params, state, strict=True):
-                torch.testing.assert_close(optimizer.state[param]["exp_avg"].flatten(), torch.tensor(s["exp_avg"], dtype=torch.float64), rtol=1e-10, atol=2e-13)
+                torch.testing.assert_close(
+                    optimizer.state[param]["exp_avg"].flatten(),
+                    torch.tensor(s["exp_avg"], dtype=torch.float64),
+                    rtol=1e-10,
+                    atol=2e-13,
+                )
     for param, weights in zip(params, expected, strict=True):
         # 25 steps of a few roundings (2e-16) each, doubled or so whenever a small weight is raised to a power
-        torch.testing.assert_close(param.detach().flatten(), torch.tensor(weights, dtype=torch.float64), rtol=1e-10, atol=2e-13)
+        torch.testing.assert_close(
+            param.detach().flatten(), torch.tensor(weights, dtype=torch.float64), rtol=1e-10, atol=2e-13
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @both
-@pytest.mark.parametrize(("cls", "plain", "settings"), [
-    (LpAdamW, torch.optim.AdamW, {"lr": 0.01}),
-    (LpAdamW, torch.optim.AdamW, {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-4, "maximize": True}),
-    (LpSGD, torch.optim.SGD, {"lr": 0.01}),
-    (LpSGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
-    (LpSGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True, "maximize": True}),
-])
+@pytest.mark.parametrize(
+    ("cls", "plain", "settings"),
+    [
+        (LpAdamW, torch.optim.AdamW, {"lr": 0.01}),
+        (LpAdamW, torch.optim.AdamW, {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-4, "maximize": True}),
+        (LpSGD, torch.optim.SGD, {"lr": 0.01}),
+        (LpSGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+        (LpSGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ],
+)
 def test_without_decay_is_torch_bit_for_bit(cls, plain, settings, implementation, dtype):
     params, others = make_params(dtype), make_params(dtype)
     train(cls(params, weight_decay=0.0, implementation=implementation, **settings), params, 30)
@@ -141,7 +183,8 @@ def test_half_precision_is_the_plain_step_then_lp_decay(cls, dtype, implementati
         assert_same(params, others)
 
 
-# --- groups, gradients, state ------------------------------------------------------------------------------------------------
+# --- groups, gradients, state
+# -----------------------------------------------------------------------------
 
 
 @both
@@ -165,7 +208,9 @@ def test_hyperparameters_differ_by_group_and_change_between_steps(implementation
             expected[i], state[i] = reference.adamw_step(expected[i], param.grad.flatten().tolist(), state[i], **now)
         optimizer.step()
     for param, weights in zip(params, expected, strict=True):
-        torch.testing.assert_close(param.detach().flatten(), torch.tensor(weights, dtype=torch.float64), rtol=1e-10, atol=2e-13)
+        torch.testing.assert_close(
+            param.detach().flatten(), torch.tensor(weights, dtype=torch.float64), rtol=1e-10, atol=2e-13
+        )
 
 
 @both
@@ -188,7 +233,11 @@ def test_parameters_without_gradient_are_left_alone(cls, implementation):
 def test_a_late_gradient_starts_at_step_one(implementation):
     settings = {"lr": 0.02, "weight_decay": 0.1, "implementation": implementation}
     params, others = make_params(torch.float64), make_params(torch.float64)
-    together, late, early = LpAdamW(params, **settings), LpAdamW(others[:1], **settings), LpAdamW(others[1:], **settings)
+    together, late, early = (
+        LpAdamW(params, **settings),
+        LpAdamW(others[:1], **settings),
+        LpAdamW(others[1:], **settings),
+    )
     for step in range(4):
         set_grads(params, step)
         set_grads(others, step)
@@ -206,7 +255,12 @@ def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
     common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "pattern", "lag", "maximize", "capturable"}
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
-        (LpAdamW, {"precondition": 1.0, "weight_decay": 0.1}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
+        (
+            LpAdamW,
+            {"precondition": 1.0, "weight_decay": 0.1},
+            {"step", "exp_avg", "exp_avg_sq"},
+            {"betas", "eps", "precondition", "latent"},
+        ),
         (LpSGD, {"weight_decay": 0.1}, {"step"}, {"momentum", "nesterov"}),
         (LpSGD, {"momentum": 0.9}, {"step", "momentum_buffer"}, {"momentum", "nesterov"}),
         (LpLion, {"weight_decay": 0.1}, {"step", "exp_avg"}, {"betas"}),

@@ -20,7 +20,8 @@ def weight(*shape):
     return torch.nn.Parameter(torch.ones(*shape))
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------
+# --- refusals
+# -----------------------------------------------------------------------------
 
 
 @every
@@ -60,7 +61,9 @@ def test_precondition_is_for_adamw_only(cls):
 
 
 @every
-@pytest.mark.parametrize(("key", "value"), [("lr", -1.0), ("weight_decay", -0.25), ("p", 4.5), ("l2", -0.25), ("cutoff", float("nan"))])
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", -1.0), ("weight_decay", -0.25), ("p", 4.5), ("l2", -0.25), ("cutoff", float("nan"))]
+)
 def test_bad_hyperparameters_are_refused_in_arguments_and_in_groups(cls, key, value):
     with pytest.raises(ValueError, match=key):
         cls([weight(2)], **{key: value})
@@ -72,7 +75,8 @@ def test_bad_hyperparameters_are_refused_in_arguments_and_in_groups(cls, key, va
     assert len(optimizer.param_groups) == 1
 
 
-# --- zeros -------------------------------------------------------------------------------------------------------------------
+# --- zeros
+# -----------------------------------------------------------------------------
 
 
 @every
@@ -120,7 +124,8 @@ def test_freeze_keeps_zeros_and_leaves_the_others_to_the_base(cls, implementatio
         assert torch.equal(param, torch.where(zero, torch.zeros(()), other))
 
 
-# --- maximize, learning rates, ZeRO ------------------------------------------------------------------------------------------
+# --- maximize, learning rates, ZeRO
+# -----------------------------------------------------------------------------
 
 
 @every
@@ -197,7 +202,8 @@ def step_by_group(optimizer, manner):
         group["params"] = params
 
 
-# --- DTensor -----------------------------------------------------------------------------------------------------------------
+# --- DTensor
+# -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -211,7 +217,11 @@ def mesh(tmp_path):
 @both
 def test_dtensor_parameters_equal_plain_ones(mesh, cls, implementation):
     # contiguous, as their shards will be: torch's pow may round differently on another layout
-    plain = [torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in make_params(torch.float32) if p.ndim]
+    plain = [
+        torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+        for p in make_params(torch.float32)
+        if p.ndim
+    ]
     sharded = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
     optimizers = [cls(params, lr=0.02, weight_decay=0.2, implementation=implementation) for params in (plain, sharded)]
     for step in range(5):
@@ -237,7 +247,8 @@ def test_a_sharded_tensor_of_zeros_is_refused_too(mesh, implementation):
         attach(model, LpAdamW(model.parameters(), weight_decay=0.1, implementation=implementation))
 
 
-# --- copies ------------------------------------------------------------------------------------------------------------------
+# --- copies
+# -----------------------------------------------------------------------------
 
 
 @every

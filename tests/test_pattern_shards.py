@@ -1,4 +1,6 @@
-"""Blocks of a pattern that lie on several ranks: every engine comes to the same bits as one process, and to the pattern, also when resumed."""
+"""Blocks of a pattern that lie on several ranks: every engine comes to the same bits as one process, and to the
+pattern, also when resumed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from lp_dist.attachment import Attachment
 from lp_dist.patterns import parse, spans
 
 STEPS, STOP, SAMPLE = 14, 6, 512
-# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's looks take some of the blocks.
+# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's
+# looks take some of the blocks.
 SIZES = {"2:4": ((60, 51), (20, 7), (12, 9), (4, 1), (28, 1)), "4:8": ((72, 41), (40, 7), (24, 9), (8, 1), (40, 1))}
 
 
@@ -29,12 +32,14 @@ class Side(nn.Sequential):
     """Layers side by side, each with its part of the inputs, so that their sizes may be odd."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.cat([layer(inputs[:, :layer.in_features]) for layer in self], dim=1)
+        return torch.cat([layer(inputs[:, : layer.in_features]) for layer in self], dim=1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """engine: a kind of `engines_under_test.make`. how: to a target ("global", "layer") or "by hand", with a λ. dtype: by DeepSpeed's config."""
+    """engine: a kind of `engines_under_test.make`. how: to a target ("global", "layer") or "by hand", with a λ. dtype:
+    by DeepSpeed's config.
+    """
 
     engine: str
     pattern: str = "2:4"
@@ -47,8 +52,17 @@ class Case:
         return self.engine not in ("ddp", "fsdp2", "plain")
 
 
-CASES = [Case("ddp"), Case("fsdp2"), Case("zero1"), Case("zero2"), Case("zero3"), Case("zero2", "4:8", "layer"), Case("zero3", "4:8", "layer"),
-         Case("zero3", how="by hand"), Case("bf16_optimizer", dtype="bf16")]
+CASES = [
+    Case("ddp"),
+    Case("fsdp2"),
+    Case("zero1"),
+    Case("zero2"),
+    Case("zero3"),
+    Case("zero2", "4:8", "layer"),
+    Case("zero3", "4:8", "layer"),
+    Case("zero3", how="by hand"),
+    Case("bf16_optimizer", dtype="bf16"),
+]
 THREE = [Case("zero2", world=3), Case("zero3", "4:8", "layer", world=3), Case("fsdp2", world=3)]
 RESUMED = [Case("fsdp2"), Case("zero1"), Case("zero3")]
 
@@ -65,27 +79,48 @@ def model_of(pattern: str) -> Side:
 
 def engine_of(case: Case) -> Engine:
     def optimizer_of(model: nn.Module) -> Any:
-        if case.how == "by hand":   # foreach has an arithmetic of its own
-            return LpAdamW(param_groups(model, 0.5), lr=5e-3, precondition=0.5, pattern=case.pattern, implementation="foreach")
+        if case.how == "by hand":  # foreach has an arithmetic of its own
+            return LpAdamW(
+                param_groups(model, 0.5), lr=5e-3, precondition=0.5, pattern=case.pattern, implementation="foreach"
+            )
         if case.how == "layer":
             return LpLion(param_groups(model, 0.0), lr=1e-3, p=0.0)
         return LpAdamW(param_groups(model, 0.0), lr=5e-3)
-    return make(case.engine, model_of(case.pattern), optimizer_of, lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, STEPS),
-                **(BF16 if case.dtype == "bf16" and case.engine.startswith("zero") else {}))
+
+    return make(
+        case.engine,
+        model_of(case.pattern),
+        optimizer_of,
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, STEPS),
+        **(BF16 if case.dtype == "bf16" and case.engine.startswith("zero") else {}),
+    )
 
 
 def attached_to(engine: Engine, case: Case) -> Attachment:
-    others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    others = (
+        {}
+        if hasattr(engine.handle, "load_checkpoint")
+        else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    )
     if case.how == "by hand":
         return attach(engine.handle, **others)
-    return attach(engine.handle, target=SparsityTarget(pattern=case.pattern, scope=case.how, every=2), total_steps=STEPS, **others)
+    return attach(
+        engine.handle,
+        target=SparsityTarget(pattern=case.pattern, scope=case.how, every=2),
+        total_steps=STEPS,
+        **others,
+    )
 
 
 def loss_of(engine: Engine, case: Case, step: int, rank: int) -> Tensor:
-    """Of which the gradients are small whole numbers whatever the weights are, so that averages over 1, 2 or 3 ranks are exact in any dtype."""
+    """Of which the gradients are small whole numbers whatever the weights are, so that averages over 1, 2 or 3 ranks
+    are exact in any dtype.
+    """
     generator = torch.Generator().manual_seed(10 * step + rank)
     outputs = sum(size[1] for size in SIZES[case.pattern])
-    inputs, slopes = (torch.randint(-1, 2, (4, n), generator=generator).float() for n in (SIZES[case.pattern][0][0], outputs))
+    inputs, slopes = (
+        torch.randint(-1, 2, (4, n), generator=generator).float() for n in (SIZES[case.pattern][0][0], outputs)
+    )
     found = engine(inputs.to(next(engine.handle.parameters()).dtype))
     return (found.float() * (6 * slopes / 64)).sum()
 
@@ -102,16 +137,30 @@ def trained(engine: Engine, found: Attachment, case: Case, start: int, until: in
 
 
 def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
-    return [(f"{key} of {shard.name}", shard.start, values.flatten().clone()) for shard in found.shards if shard.length
-            for key, values in {"master": shard.piece.values, **shard.state}.items()]
+    return [
+        (f"{key} of {shard.name}", shard.start, values.flatten().clone())
+        for shard in found.shards
+        if shard.length
+        for key, values in {"master": shard.piece.values, **shard.state}.items()
+    ]
 
 
 def told_of(engine: Engine, found: Attachment, case: Case) -> dict[str, Any]:
     m = parse(case.pattern)[1]
-    ends = [(shard.name, shard.start + at) for shard in found.shards if shard.length and shard.name.endswith("weight")
-            for head, middle in [spans(shard.start, shard.length, m)]
-            for at, length in ((0, head), (head + middle, shard.length - head - middle)) if length]
-    told = {"pieces": pieces_of(found), "model": gathered(engine), "state": json.dumps(found.state_dict()), "ends": ends}
+    ends = [
+        (shard.name, shard.start + at)
+        for shard in found.shards
+        if shard.length and shard.name.endswith("weight")
+        for head, middle in [spans(shard.start, shard.length, m)]
+        for at, length in ((0, head), (head + middle, shard.length - head - middle))
+        if length
+    ]
+    told = {
+        "pieces": pieces_of(found),
+        "model": gathered(engine),
+        "state": json.dumps(found.state_dict()),
+        "ends": ends,
+    }
     if hasattr(engine.handle, "destroy"):
         engine.handle.destroy()
     return told
@@ -159,12 +208,14 @@ _told: dict[int, list[Any]] = {}
 @pytest.fixture
 def told(run_ranks, tmp_path, tmp_path_factory):
     """`told(world)` → by rank what `on_ranks` tells, run once."""
+
     def of(world: int) -> list[Any]:
         if world not in _told:
-            for left in tmp_path.iterdir():     # where the next ranks could meet the last ones
+            for left in tmp_path.iterdir():  # where the next ranks could meet the last ones
                 left.unlink()
             _told[world] = run_ranks(on_ranks, world, tmp_path_factory.mktemp("checkpoints"))
         return _told[world]
+
     return of
 
 
@@ -172,7 +223,7 @@ def told(run_ranks, tmp_path, tmp_path_factory):
 def test_shards_are_one_process_bit_for_bit(told, world, monkeypatch):
     monkeypatch.setattr(quantiles, "_SAMPLE", SAMPLE)
     ranks = told(world)
-    for case, run in ranks[0]["runs"].items():
+    for case, _run in ranks[0]["runs"].items():
         one = alone(case.pattern, case.how, world)
         mine, wanted = whole([rank["runs"][case] for rank in ranks]), whole([one])
         assert mine.keys() == wanted.keys() and len(mine) >= 12, case

@@ -1,4 +1,6 @@
-"""A SparsityTarget with a pattern: every block ends in it, by decay, along its plan; and what can't have one is refused before the run."""
+"""A SparsityTarget with a pattern: every block ends in it, by decay, along its plan; and what can't have one is
+refused before the run.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
     return (weight.detach().reshape(-1, m) != 0).sum(1)
 
 
-@pytest.mark.parametrize(("pattern", "make", "lr", "form"), [
-    ("2:4", LpAdamW, 3e-3, {}), ("4:8", LpAdamW, 3e-3, {"scope": "layer", "p": 0.0, "precondition": 0.5}), ("2:4", LpAdamW, 3e-3, {"cap": None}),
-    ("2:4", LpAdamW, 3e-3, {"grace": 0.0, "memory": 0.0, "sparsity": 0.5}), ("4:8", LpLion, 3e-4, {"p": 0.0}),
-    ("2:4", lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, {"scope": "layer"})])
+@pytest.mark.parametrize(
+    ("pattern", "make", "lr", "form"),
+    [
+        ("2:4", LpAdamW, 3e-3, {}),
+        ("4:8", LpAdamW, 3e-3, {"scope": "layer", "p": 0.0, "precondition": 0.5}),
+        ("2:4", LpAdamW, 3e-3, {"cap": None}),
+        ("2:4", LpAdamW, 3e-3, {"grace": 0.0, "memory": 0.0, "sparsity": 0.5}),
+        ("4:8", LpLion, 3e-4, {"p": 0.0}),
+        ("2:4", lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, {"scope": "layer"}),
+    ],
+)
 def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, lr, form):
     n, m = CHOICES[pattern]
     run = Run(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
@@ -32,11 +41,13 @@ def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, 
         assert (alive(params[name], m) == n).all(), name
     assert all((param != 0).all() for name, param in params.items() if name not in MATRICES)
     control = run.attached.control
-    assert control.target.sparsity == (m - n) / m == control.closed["after"] and control.closed["by_threshold"] < 0.01, control.closed
+    assert (
+        control.target.sparsity == (m - n) / m == control.closed["after"] and control.closed["by_threshold"] < 0.01
+    ), control.closed
     last = 0.0
     for step, logs in run.history[:-1]:
         assert logs["lp/plan"] == pytest.approx(0.5 * (1 - (1 - (step - START) / (CLOSING - START)) ** 3))
-        if step > control.grace_ends:   # what has faded dies
+        if step > control.grace_ends:  # what has faded dies
             continue
         assert last - 0.01 <= logs["lp/faded"] <= logs["lp/plan"] + 0.01, (step, logs)
         assert logs["lp/faded"] >= 0.5 * control.plan(max(step - 10, START)) - 0.01, (step, logs)
@@ -59,7 +70,9 @@ def test_survivors_feel_no_decay_and_train_on_while_zeros_stay():
 
 @pytest.mark.parametrize("pattern", CHOICES)
 def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
-    """By hand: the quantile of x over the weights that are not the largest of their block, at the plan's share of all weights."""
+    """By hand: the quantile of x over the weights that are not the largest of their block, at the plan's share of all
+    weights.
+    """
     n, m = CHOICES[pattern]
     run, horizon = Run(SparsityTarget(pattern=pattern, scope="layer", p=0.0, every=4, curve="linear")).to(14), 4
     share = 0.5 * (14 + horizon - START) / (CLOSING - START)
@@ -69,12 +82,16 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
         if name in MATRICES:
             denom = (run.optimizer.state[param]["exp_avg_sq"].double() / (1 - 0.999**run.taken)).sqrt() + 1e-8
             blocks = (param.detach().double() ** 2 * denom).view(-1, m)
-            xs[name] = float(blocks.sort().values[:, :m - n].flatten().sort().values[round(share * param.numel()) - 1])
+            xs[name] = float(
+                blocks.sort().values[:, : m - n].flatten().sort().values[round(share * param.numel()) - 1]
+            )
     for _ in range(horizon):
         rates += run.optimizer.param_groups[0]["lr"]
         run.step()
     for name, values in found.items():
-        assert values["cutoff"] == pytest.approx(xs[name], rel=3e-4) and values["weight_decay"] == pytest.approx(xs[name] / (2 * rates), rel=3e-4)
+        assert values["cutoff"] == pytest.approx(xs[name], rel=3e-4) and values["weight_decay"] == pytest.approx(
+            xs[name] / (2 * rates), rel=3e-4
+        )
         assert values["floor"] == pytest.approx(0.1 * xs[name], rel=3e-4)
 
 
@@ -89,8 +106,14 @@ def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
     assert (x.view(-1, 4) == math.inf).sum(1).tolist() == [2] * len(found)
 
 
-@given(values=st.lists(st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.5, -0.5, 1e-30])), min_size=48, max_size=48),
-       pattern=st.sampled_from(list(CHOICES)), slope=st.floats(0.0, 2.0), grace=st.sampled_from([0.0, 0.1]))
+@given(
+    values=st.lists(
+        st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.5, -0.5, 1e-30])), min_size=48, max_size=48
+    ),
+    pattern=st.sampled_from(list(CHOICES)),
+    slope=st.floats(0.0, 2.0),
+    grace=st.sampled_from([0.0, 0.1]),
+)
 @settings(max_examples=25, deadline=None)
 def test_any_weights_end_in_the_pattern(values, pattern, slope, grace):
     n, m = CHOICES[pattern]
@@ -115,7 +138,9 @@ def stepped(run: Run, slope: float) -> None:
 
 
 def test_zeros_that_were_there_count_where_they_are_not_spared():
-    """Half of the weights are zero, and no block is 2:4: that is no sparsity of this kind yet. What is in the pattern already stays in it."""
+    """Half of the weights are zero, and no block is 2:4: that is no sparsity of this kind yet. What is in the pattern
+    already stays in it.
+    """
     model = model_of()
     with torch.no_grad():
         model[0].weight[:80] = 0.0
@@ -126,16 +151,19 @@ def test_zeros_that_were_there_count_where_they_are_not_spared():
     assert (alive(model[2].weight, 4) == 2).all() and all((alive(model[i].weight, 4) <= 2).all() for i in (0, 4))
 
 
-# -- what can't be ----------------------------------------------------------------------------------------------------------
+# -- what can't be ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    ({}, ["sparsity=None", "or a pattern"]),
-    ({"pattern": "1:4"}, ["pattern='1:4'", "2:4, 4:8"]),
-    ({"pattern": "2:4", "sparsity": 0.6}, ["sparsity=0.6 contradicts pattern='2:4', which is 0.5"]),
-    ({"pattern": "2:4", "memory": 8}, ["memory=8", "set memory=0"]),
-    ({"pattern": "2:4", "of": "all"}, ["of='all'", "use of='decayed'"]),
-])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, ["sparsity=None", "or a pattern"]),
+        ({"pattern": "1:4"}, ["pattern='1:4'", "2:4, 4:8"]),
+        ({"pattern": "2:4", "sparsity": 0.6}, ["sparsity=0.6 contradicts pattern='2:4', which is 0.5"]),
+        ({"pattern": "2:4", "memory": 8}, ["memory=8", "set memory=0"]),
+        ({"pattern": "2:4", "of": "all"}, ["of='all'", "use of='decayed'"]),
+    ],
+)
 def test_bad_values_are_refused_by_the_target_itself(values, words):
     with pytest.raises(ValueError) as caught:
         SparsityTarget(**values)
@@ -153,11 +181,21 @@ class Conv1D(nn.Module):
         return inputs @ self.weight
 
 
-@pytest.mark.parametrize(("layer", "words"), [
-    (lambda: Conv1D(), ["1.weight can't have pattern='2:4'", "a module of the kind Conv1D", "{'1.weight': {'weight_decay': 0.0}}"]),
-    (lambda: nn.Linear(64, 62, bias=False), ["2.weight can't have", "its 62 inputs are no multiple of 4"]),
-    (lambda: nn.Conv1d(1, 1, 4), ["1.weight can't have", "it has the shape (1, 1, 4)"]),
-])
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (
+            lambda: Conv1D(),
+            [
+                "1.weight can't have pattern='2:4'",
+                "a module of the kind Conv1D",
+                "{'1.weight': {'weight_decay': 0.0}}",
+            ],
+        ),
+        (lambda: nn.Linear(64, 62, bias=False), ["2.weight can't have", "its 62 inputs are no multiple of 4"]),
+        (lambda: nn.Conv1d(1, 1, 4), ["1.weight can't have", "it has the shape (1, 1, 4)"]),
+    ],
+)
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_what_has_no_blocks_is_refused_before_the_run(layer, words, by_hand):
     made = layer()
@@ -168,8 +206,10 @@ def test_what_has_no_blocks_is_refused_before_the_run(layer, words, by_hand):
         Run(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model, **leaves_out)
     assert all(word in str(caught.value) for word in words), caught.value
     if not by_hand and not isinstance(made, nn.Conv1d):
-        run = Run(SparsityTarget(pattern="2:4"), model=model, overrides={words[0].split()[0]: {"weight_decay": 0.0}})    # as it says
-        assert len(run.attached.decayed) == (2 if isinstance(made, Conv1D) else 2)
+        run = Run(
+            SparsityTarget(pattern="2:4"), model=model, overrides={words[0].split()[0]: {"weight_decay": 0.0}}
+        )  # as it says
+        assert len(run.attached.decayed) == 2
 
 
 def test_other_optimizers_have_none():
@@ -177,6 +217,7 @@ def test_other_optimizers_have_none():
         optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
         add_lp_decay(optimizer)
         return optimizer
+
     with pytest.raises(ValueError, match="pattern='2:4' is for LpAdamW, LpSGD and LpLion"):
         Run(SparsityTarget(pattern="2:4"), make=hooked)
 

@@ -20,15 +20,28 @@ ORACLES = {LpAdamW: reference.adamw_step, LpSGD: reference.sgd_step, LpLion: ref
 CASES = {
     "adamw": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1}),
     "adamw gamma": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "precondition": 1.0, "betas": (0.8, 0.9)}),
-    "adamw gamma 1.5, p = -1, cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.01, "p": -1.0, "precondition": 1.5, "cutoff": 0.3, "l2": 0.2}),
-    "adamw odd gamma, cutoff, floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "p": 0.8, "precondition": 0.37, "cutoff": 0.3, "floor": 0.02,
-                                                 "maximize": True}),
+    "adamw gamma 1.5, p = -1, cutoff": (
+        LpAdamW,
+        {"lr": 0.02, "weight_decay": 0.01, "p": -1.0, "precondition": 1.5, "cutoff": 0.3, "l2": 0.2},
+    ),
+    "adamw odd gamma, cutoff, floor": (
+        LpAdamW,
+        {
+            "lr": 0.02,
+            "weight_decay": 0.1,
+            "p": 0.8,
+            "precondition": 0.37,
+            "cutoff": 0.3,
+            "floor": 0.02,
+            "maximize": True,
+        },
+    ),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "p": 0.0}),
     "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2, "p": 1.0, "cutoff": 0.6, "floor": 0.05}),
 }
 all_cases = pytest.mark.parametrize(("cls", "values"), CASES.values(), ids=CASES)
 both = pytest.mark.parametrize("pattern", CHOICES)
-ROWS, INPUTS = 5, 64    # more than one block of 256 of the fused step
+ROWS, INPUTS = 5, 64  # more than one block of 256 of the fused step
 
 
 def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,10 +53,10 @@ def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
     return w.to(dtype)
 
 
-def gradient(step: int, shape: torch.Size = torch.Size([ROWS, INPUTS]), equal: bool = True) -> Tensor:
+def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = True) -> Tensor:
     g = torch.randn(shape, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
     if equal:
-        g[1, :16] = 0.1     # so equal weights are ranked by their places alone, in the first step at least
+        g[1, :16] = 0.1  # so equal weights are ranked by their places alone, in the first step at least
     return g
 
 
@@ -55,12 +68,16 @@ def test_equals_the_oracle(cls, values, pattern, implementation):
     param = nn.Parameter(weights_of(dtype))
     optimizer = cls([param], pattern=pattern, implementation=implementation, **values)
     weights, state = param.detach().double().flatten().tolist(), None
-    for step in range(1 if dtype is torch.float32 else 8):    # in single precision a later one may find another order
+    for step in range(1 if dtype is torch.float32 else 8):  # in single precision a later one may find another order
         param.grad = gradient(step).to(dtype)
-        weights, state = ORACLES[cls](weights, param.grad.double().flatten().tolist(), state, pattern=CHOICES[pattern], **values)
+        weights, state = ORACLES[cls](
+            weights, param.grad.double().flatten().tolist(), state, pattern=CHOICES[pattern], **values
+        )
         optimizer.step()
     tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 2e-13}
-    torch.testing.assert_close(param.detach().double().flatten(), torch.tensor(weights, dtype=torch.float64), **tolerance)
+    torch.testing.assert_close(
+        param.detach().double().flatten(), torch.tensor(weights, dtype=torch.float64), **tolerance
+    )
 
 
 @all_cases
@@ -119,11 +136,13 @@ def test_blocks_are_the_matrix_own_however_it_lies_in_memory(implementation):
     assert (ends[0] == 0).equal(ends[1] == 0) and (ends[0] == 0).float().mean() > 0.04
 
 
-# -- cut by shards --------------------------------------------------------------------------------------------------------
+# -- cut by shards ------------------------------------------------------------
 
 
 class Ranks:
-    """Stands in for the maximum over ranks: each call of one rank waits for the calls of the others, which are made first."""
+    """Stands in for the maximum over ranks: each call of one rank waits for the calls of the others, which are made
+    first.
+    """
 
     def __init__(self) -> None:
         self.tables: list[Tensor] = []
@@ -133,10 +152,19 @@ class Ranks:
         return torch.stack(self.tables).amax(0)
 
 
-# γ = 1.5 is a pow, which torch rounds in a vector otherwise than in the rest after it; the fused step rounds every weight alike
-@pytest.mark.parametrize(("implementation", "cls", "values"), [
-    *((implementation, *CASES[case]) for case in ("adamw gamma", "sgd", "lion") for implementation in ("foreach", "fused")),
-    *(("fused", *CASES[case]) for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw odd gamma, cutoff, floor"))])
+# γ = 1.5 is a pow, which torch rounds in a vector otherwise than in the rest after it; the fused step rounds every
+# weight alike
+@pytest.mark.parametrize(
+    ("implementation", "cls", "values"),
+    [
+        *(
+            (implementation, *CASES[case])
+            for case in ("adamw gamma", "sgd", "lion")
+            for implementation in ("foreach", "fused")
+        ),
+        *(("fused", *CASES[case]) for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw odd gamma, cutoff, floor")),
+    ],
+)
 @given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(CHOICES)))
 @settings(max_examples=10, deadline=None)
 def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, values, cuts, pattern):
@@ -147,7 +175,12 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
     flats = []
     for begin, end in zip(edges, edges[1:]):
         flat = nn.Parameter(torch.cat([w.detach().flatten()[begin:end] for w in whole]))
-        flats.append((flat, [Segment(name, i * (end - begin), end - begin, begin, whole[i].shape) for i, name in enumerate("ab")]))
+        flats.append(
+            (
+                flat,
+                [Segment(name, i * (end - begin), end - begin, begin, whole[i].shape) for i, name in enumerate("ab")],
+            )
+        )
     optimizers = []
     for flat, segments in flats:
         optimizers.append(cls([flat], pattern=pattern, implementation=implementation, **values))
@@ -163,7 +196,9 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
         for dry in (True, False):
             for (flat, segments), optimizer in zip(flats, optimizers):
                 optimizer.segments.straddling = Straddling(starts, {flat: ["a", "b"]}, tables)
-                flat.grad = torch.cat([w.grad.flatten()[s.start:s.start + s.length] for w, s in zip(whole, segments)])
+                flat.grad = torch.cat(
+                    [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(whole, segments)]
+                )
                 before = flat.detach().clone(), {key: t.clone() for key, t in optimizer.state[flat].items()}
                 optimizer.step()
                 if dry:
@@ -173,28 +208,43 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
                     else:
                         optimizer.state.pop(flat)
     for i, w in enumerate(whole):
-        pieces = [flat.detach()[s[i].offset:s[i].offset + s[i].length] for flat, s in flats]
+        pieces = [flat.detach()[s[i].offset : s[i].offset + s[i].length] for flat, s in flats]
         assert w.detach().flatten().equal(torch.cat(pieces)), (edges, pattern)
     assert lengths == 320
 
 
-# -- what it is not for ---------------------------------------------------------------------------------------------------
+# -- what it is not for -------------------------------------------------------
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"pattern": "1:4"}, "pattern='1:4' must be one of 2:4, 4:8"), ({"pattern": 2}, "pattern=2 must be"),
-    ({"pattern": "1:1"}, "pattern='1:1' must be"),
-    ({"pattern": "2:4", "p": 2.0}, r"pattern='2:4' needs p < 2, not p=2.0"), ({"pattern": "2:4", "latent": True, "cutoff": 1.0}, "can't be together"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "1:4"}, "pattern='1:4' must be one of 2:4, 4:8"),
+        ({"pattern": 2}, "pattern=2 must be"),
+        ({"pattern": "1:1"}, "pattern='1:1' must be"),
+        ({"pattern": "2:4", "p": 2.0}, r"pattern='2:4' needs p < 2, not p=2.0"),
+        ({"pattern": "2:4", "latent": True, "cutoff": 1.0}, "can't be together"),
+    ],
+)
 def test_bad_values(values, message):
     with pytest.raises(ValueError, match=message):
         LpAdamW([nn.Parameter(torch.ones(4, 8))], weight_decay=0.1, **values)
 
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((8,), r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\), and blocks are those of a matrix.*Leave it out"),
-    ((4, 6), "its 6 inputs are no multiple of 4"), ((2, 4, 4), "blocks are those of a matrix"),
-])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (8,),
+            (
+                r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\), and blocks are those"
+                r" of a matrix.*Leave it out"
+            ),
+        ),
+        ((4, 6), "its 6 inputs are no multiple of 4"),
+        ((2, 4, 4), "blocks are those of a matrix"),
+    ],
+)
 def test_what_has_no_blocks_is_refused_where_it_decays(shape, message):
     param = nn.Parameter(torch.ones(shape))
     param.grad = torch.ones(shape)
@@ -213,8 +263,18 @@ def test_other_optimizers_have_none():
 def test_ranks_and_pulls_are_those_of_the_step():
     """The numbers that are told to other ranks: αλ/x, of bf16 weights those of their fp32 values."""
     w, g = torch.tensor([0.5, -0.25, 0.0, 2.0]).bfloat16(), torch.tensor([1.0, 0.5, 1.0, 0.1]).bfloat16()
-    values = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 0.0, "maximize": False, "weight_decay": 0.2, "p": 0.0, "l2": 0.0, "precondition": 1.0,
-              "cutoff": math.inf, "pattern": "2:4"}
+    values = {
+        "lr": 0.1,
+        "betas": (0.0, 0.0),
+        "eps": 0.0,
+        "maximize": False,
+        "weight_decay": 0.2,
+        "p": 0.0,
+        "l2": 0.0,
+        "precondition": 1.0,
+        "cutoff": math.inf,
+        "pattern": "2:4",
+    }
     pull = kernels.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
     torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
     keys = patterns.keys_of(pull, smallest=True)

@@ -25,7 +25,7 @@ def cache(tmp_path_factory):
         yield
 
 
-# -- methods ------------------------------------------------------------------------------------------------------------
+# -- methods ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def test_every_method_ends_at_its_sparsity(rows):
     found = {row["method"]: row for row in runs.read(rows)}
     assert list(found) == LINES
     for method, row in found.items():
-        # Wanda has as many zeros in each output, here of 16 inputs; the others are exact to a weight for each of 8 tensors.
+        # Wanda has as many zeros in each output, here of 16 inputs; the others are exact to a weight for each of 8
+        # tensors.
         rounding = 0.5 / 16 if method.startswith("wanda") else 8 * 0.5 / row["weights"]
         assert row["zeros"] == (0 if method == "dense" else pytest.approx(SPARSITY, abs=rounding)), method
     assert found["dense"]["loss"] < found["dense"]["loss before"] - 0.1, "the fine-tune learns"
@@ -62,20 +63,34 @@ def test_the_learning_rate_stays_up_until_it_falls():
     assert rates[:4] == plain[:4] == [0.5, 1.0, 1.5, 2.0] and rates[3:15] == [2.0] * 12, "up to 14 of 20 steps"
     assert rates[17] == pytest.approx(2.0 * (0.1 + 0.9 / 2)), "a cosine, of which this is the middle"
     assert rates[20] == plain[20] == pytest.approx(0.2) and plain[4] < 2.0
-    assert runs.schedule_of(tiny(), Spec.read("lp:fall=0.5,lr=0")) == Schedule(STEPS, 0, 2, fall=0.5), "0 is a learning rate as well"
+    assert runs.schedule_of(tiny(), Spec.read("lp:fall=0.5,lr=0")) == Schedule(STEPS, 0, 2, fall=0.5), (
+        "0 is a learning rate as well"
+    )
     assert _rates(Schedule(20, 2.0, 3, fall=0.1)) == plain, "a fall before the end of the warm-up begins there"
 
 
 def test_a_fall_reaches_the_dense_fine_tune_and_the_methods_and_rows_from_before_had_none(rows, tmp_path):
     found = {row["method"]: row for row in runs.read(rows)}
-    losses = {line: runs.one(tiny(), {"method": line, "sparsity": share, "seed": 0})["loss"]
-              for line, share in (("dense:fall=0.5", 0.0), ("magnitude:at=1,fall=0.5", 0.0), ("lp:fall=0.5", SPARSITY), ("lp:fall=0", SPARSITY))}
+    losses = {
+        line: runs.one(tiny(), {"method": line, "sparsity": share, "seed": 0})["loss"]
+        for line, share in (
+            ("dense:fall=0.5", 0.0),
+            ("magnitude:at=1,fall=0.5", 0.0),
+            ("lp:fall=0.5", SPARSITY),
+            ("lp:fall=0", SPARSITY),
+        )
+    }
     assert losses["dense:fall=0.5"] == losses["magnitude:at=1,fall=0.5"] != found["dense"]["loss"]
     assert losses["lp:fall=0.5"] != found["lp"]["loss"] == losses["lp:fall=0"]
     old = {**found["lp"], "settings": {key: value for key, value in found["lp"]["settings"].items() if key != "fall"}}
     runs.append(tmp_path / "old.jsonl", old)
     assert runs.key_of(runs.read(tmp_path / "old.jsonl")[0]) == runs.key_of(found["lp"])
-    assert tiny().described()["schedule"] == {"steps": STEPS, "lr": 3e-3, "warmup": 2, "last": 0.1}, "as in rows from before"
+    assert tiny().described()["schedule"] == {
+        "steps": STEPS,
+        "lr": 3e-3,
+        "warmup": 2,
+        "last": 0.1,
+    }, "as in rows from before"
 
 
 def test_one_shot_prunes_what_the_dense_fine_tune_has_made(rows):
@@ -90,6 +105,7 @@ def test_the_fine_tune_sees_other_batches_than_the_training_before_it(cache, mon
     def batch(self, generator, rows, block):
         seeds.append(generator.initial_seed())
         return real(self, generator, rows, block)
+
     monkeypatch.setattr(Text, "batch", batch)
     runs.one(tiny(), {"method": "gmp", "sparsity": 0.5, "seed": 5})
     assert len(seeds) == 20 + STEPS and len(set(seeds[:20])) == 1 == len(set(seeds[20:])) and seeds[0] != seeds[-1]
@@ -105,6 +121,7 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
             assert all((zeros[name] | ~was).all() for name, was in dead.items())
             dead.update(zeros)
             seen.append(sum(int(z.sum()) for z in zeros.values()) / sum(z.numel() for z in zeros.values()))
+
     run = runs.run_of(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2))
     watched = Watched(run, start=0.25, end=0.75, every=4)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +136,9 @@ def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
 
 
 def test_pat_steps_on_from_the_dense_weights_and_prunes_them_anew(cache):
-    """Written out: gradients at the pruned weights, the step at the dense ones, until the window ends; then the zeros stay."""
+    """Written out: gradients at the pruned weights, the step at the dense ones, until the window ends; then the zeros
+    stay.
+    """
     run, twin = (runs.run_of(tiny(), gpt2(0), 0, SPARSITY, Schedule(STEPS, 3e-3, 2)) for _ in range(2))
     pat, generator, came_back, masks = methods.PAT(run, end=0.5), torch.Generator().manual_seed(0), 0, {}
     pat.start()
@@ -153,7 +172,9 @@ def test_a_teacher_is_asked_for_its_part_of_the_loss(cache, rows):
     plain = tiny().loss_of(model, *batch)
     torch.testing.assert_close(tiny().loss_of(model, *batch, teacher=model, distill=0.25), 0.75 * plain)
     p, q = (m(input_ids=batch[0]).logits.softmax(-1).double() for m in (other, model))
-    torch.testing.assert_close(tiny().loss_of(model, *batch, teacher=other, distill=1.0).double(), (p * (p.log() - q.log())).sum(-1).mean())
+    torch.testing.assert_close(
+        tiny().loss_of(model, *batch, teacher=other, distill=1.0).double(), (p * (p.log() - q.log())).sum(-1).mean()
+    )
     teacher, dense = runs._teacher(tiny(), 0), next(row for row in runs.read(rows) if row["method"] == "dense")
     assert tiny().evaluate(teacher) == dense["loss"], "the dense fine-tune is the teacher"
     plain = next(row["loss"] for row in runs.read(rows) if row["method"] == "lp")
@@ -171,9 +192,17 @@ def test_the_saliency_of_gmp_is_that_of_adams_second_moments(cache):
     assert torch.equal(methods.GMP(run)._score(name, weight), weight.abs())
 
 
-@pytest.mark.parametrize("line, word", [("gmpp", "'gmpp' is none of"), ("lp:fall=1", "fall=1 is no part of the run"),
-                                        ("lp:fall=late", "fall=late is no"), ("gmp:d=1", "gmp has no 'd'"), ("lp:p=x.y", "'x.y' is neither"),
-                                        ("", "names nothing")])
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("gmpp", "'gmpp' is none of"),
+        ("lp:fall=1", "fall=1 is no part of the run"),
+        ("lp:fall=late", "fall=late is no"),
+        ("gmp:d=1", "gmp has no 'd'"),
+        ("lp:p=x.y", "'x.y' is neither"),
+        ("", "names nothing"),
+    ],
+)
 def test_a_method_that_there_is_not_is_named(line, word):
     with pytest.raises(UsageError, match=word):
         methods.specs(line)
@@ -182,12 +211,17 @@ def test_a_method_that_there_is_not_is_named(line, word):
 def test_a_line_says_the_same_when_it_is_read_again():
     for spec in methods.specs("baselines ours forms lp:lr=3e-05,cap=none"):
         assert Spec.read(spec.line) == spec
-    as_made = {**Spec.read("lp").settings, "memory": 1.0, "precondition": 0.5, "lr": 2e-3}    # what --methods lp wrote when 1 was the default
+    as_made = {
+        **Spec.read("lp").settings,
+        "memory": 1.0,
+        "precondition": 0.5,
+        "lr": 2e-3,
+    }  # what --methods lp wrote when 1 was the default
     assert Spec.of("lp", as_made).line == "lp:lr=0.002,memory=1,precondition=0.5"
     assert len(methods.FORMS) == 39 and len(methods.specs("forms gmp gmp")) == 40
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------------
+# -- rows ---------------------------------------------------------------------
 
 
 def test_what_has_a_row_is_not_run_again_and_processes_come_to_the_same(rows, tmp_path, monkeypatch):
@@ -199,7 +233,9 @@ def test_what_has_a_row_is_not_run_again_and_processes_come_to_the_same(rows, tm
     again = tmp_path / "quality.jsonl"
     runs.run_all(tiny, runs.wanted(tiny(), map(Spec.read, ["gmp", "lp"]), [SPARSITY], [0]), again, jobs=2)
     alone = {row["method"]: row["loss"] for row in map(json.loads, before.splitlines())}
-    assert {row["method"]: row["loss"] for row in runs.read(again)} == {method: alone[method] for method in ("gmp", "lp")}
+    assert {row["method"]: row["loss"] for row in runs.read(again)} == {
+        method: alone[method] for method in ("gmp", "lp")
+    }
 
 
 ORPHANS = """
@@ -218,16 +254,26 @@ def test_workers_end_with_the_bench_even_if_it_is_killed(tmp_path):
     bench = subprocess.Popen([sys.executable, tmp_path / "orphans.py"], stdout=subprocess.PIPE, text=True)
     assert bench.stdout.readline() == "at work\n"
     bench.kill()
-    bench.communicate(timeout=60)   # the output ends when nobody holds it any more
+    bench.communicate(timeout=60)  # the output ends when nobody holds it any more
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (["--work", "words"], "chars, scratch, nanogpt or lm"), ([], "--text is missing"), (["--text", "a", "--work", "lm"], "needs a --model"),
-    (["--text", "a", "--model", "b"], "--model is for"), (["--text", "a", "--sparsities", "half"], "must be numbers"),
-    (["--text", "a", "--sparsities", "0.5 100"], "percents"), (["--text", "missing.txt"], "must be an existing file")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--work", "words"], "chars, scratch, nanogpt or lm"),
+        ([], "--text is missing"),
+        (["--text", "a", "--work", "lm"], "needs a --model"),
+        (["--text", "a", "--model", "b"], "--model is for"),
+        (["--text", "a", "--sparsities", "half"], "must be numbers"),
+        (["--text", "a", "--sparsities", "0.5 100"], "percents"),
+        (["--text", "missing.txt"], "must be an existing file"),
+    ],
+)
 def test_the_command_says_what_is_wrong(tmp_path, arguments, word):
     result = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path), *arguments])
-    assert result.exit_code == 1 and word in str(result.exception.code if isinstance(result.exception, SystemExit) else result.output)
+    assert result.exit_code == 1 and word in str(
+        result.exception.code if isinstance(result.exception, SystemExit) else result.output
+    )
 
 
 def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
@@ -235,15 +281,21 @@ def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
     text.write_text("".join(f"the line {i} of it\n" for i in range(400)))
     chars = works.chars(str(text))
     whole = text.read_text()
-    assert len(chars.text.train) == len(whole) * 9 // 10 and len(chars.text.train) + len(chars.text.held_out) == len(whole)
+    assert len(chars.text.train) == len(whole) * 9 // 10 and len(chars.text.train) + len(chars.text.held_out) == len(
+        whole
+    )
     x, y = chars.text.batch(torch.Generator().manual_seed(0), 3, 8)
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
     model = chars.build(0)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.02), "nanoGPT's CPU setting"
     larger = works.nanogpt(str(text), 50)
-    assert sum(p.numel() for p in larger.build(0).parameters()) == pytest.approx(10.7e6, rel=0.02), "and its GPU setting"
+    assert sum(p.numel() for p in larger.build(0).parameters()) == pytest.approx(10.7e6, rel=0.02), (
+        "and its GPU setting"
+    )
     assert (larger.schedule.steps, larger.rows, larger.block, larger.build(0).config.resid_pdrop) == (50, 64, 256, 0.2)
     lm = works.lm(str(tiny_model), str(text), 30, 64)
-    assert lm.schedule.steps == 30 and lm.evaluate(lm.build(0)) == pytest.approx(torch.tensor(384.0).log().item(), rel=0.1), "random weights know nothing"
+    assert lm.schedule.steps == 30 and lm.evaluate(lm.build(0)) == pytest.approx(
+        torch.tensor(384.0).log().item(), rel=0.1
+    ), "random weights know nothing"
     with pytest.raises(UsageError, match="lower --block"):
         works.lm(str(tiny_model), str(text), 30, 10**6)

@@ -1,4 +1,6 @@
-"""Order statistics from histograms, against sorted arrays: one process, and ranks that are threads here and meet at every sum."""
+"""Order statistics from histograms, against sorted arrays: one process, and ranks that are threads here and meet at
+every sum.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,16 @@ from lp_dist import LpAdamW, attach, quantiles
 from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
 from lp_dist.shards import Shard, shards
 
-
-# -- order statistics ---------------------------------------------------------------------------------------------------
+# -- order statistics ---------------------------------------------------------
 
 
 @given(st.data())
 @few
 def test_the_threshold_is_an_order_statistic_of_each_scope(data):
-    """After three passes exactly; after two not below it, and above it by less than a part in 8,192 (for denormals: 2¹⁰ of the least)."""
-    scopes = {name: data.draw(vector) for name in "abc"[:data.draw(st.integers(1, 3))]}
+    """After three passes exactly; after two not below it, and above it by less than a part in 8,192 (for denormals:
+    2¹⁰ of the least).
+    """
+    scopes = {name: data.draw(vector) for name in "abc"[: data.draw(st.integers(1, 3))]}
     parts = []
     for name, values in scopes.items():
         flat = torch.tensor(values, dtype=torch.float32)
@@ -34,7 +37,9 @@ def test_the_threshold_is_an_order_statistic_of_each_scope(data):
         wanted = float(ordered(scopes[name])[rank - 1]) if rank else 0.0
         assert exact[name] == wanted, f"rank {rank} of {name}: {exact[name]} is not the exact one, {wanted}"
         if rank:
-            assert wanted <= close[name] <= wanted + max(wanted / 8192, 1023 * SMALLEST), f"rank {rank} of {name}: {close[name]} for {wanted}"
+            assert wanted <= close[name] <= wanted + max(wanted / 8192, 1023 * SMALLEST), (
+                f"rank {rank} of {name}: {close[name]} for {wanted}"
+            )
         else:
             assert close[name] == 0.0, "nothing is to die, and yet there is a threshold"
 
@@ -50,7 +55,9 @@ def test_two_passes_are_coarser_than_three():
 def test_x_is_that_of_the_decay_with_adams_second_moments(data, p, gamma):
     """An oracle in float64, so that x itself is compared too; the order statistic is of fp32."""
     weights = torch.tensor(data.draw(st.lists(st.floats(0.0625, 4.0, width=32), min_size=1, max_size=30)))
-    second = torch.tensor(data.draw(st.lists(st.floats(0.0, 4.0, width=32), min_size=len(weights), max_size=len(weights))))
+    second = torch.tensor(
+        data.draw(st.lists(st.floats(0.0, 4.0, width=32), min_size=len(weights), max_size=len(weights)))
+    )
     step, beta2, eps = 3.0, 0.9, 1e-3
     one = part("a", weights, p, second, precondition=gamma, betas=(0.5, beta2), eps=eps, step=step)
     denom = (second.double() / (1 - beta2**step)).sqrt() + eps
@@ -64,7 +71,11 @@ def test_large_parts_are_taken_in_slices_with_their_second_moments():
     generator = torch.Generator().manual_seed(0)
     weights, second = torch.randn(150_001, generator=generator), torch.rand(150_001, generator=generator)
     strided = torch.randn(70, 300, generator=generator).t()
-    parts = [part("a", weights, 1.0, second, precondition=1.0, betas=(0.9, 0.99), eps=1e-8, step=1.0), part("b", strided), part("b", strided[:7])]
+    parts = [
+        part("a", weights, 1.0, second, precondition=1.0, betas=(0.9, 0.99), eps=1e-8, step=1.0),
+        part("b", strided),
+        part("b", strided[:7]),
+    ]
     x = weights.numpy().__abs__() * (np.sqrt(second.numpy()) / np.float32((1 - 0.99) ** 0.5) + np.float32(1e-8))
     found = smallest(parts, {"a": 100_000, "b": 12_345}, passes=3)
     assert found["a"] == pytest.approx(float(np.sort(x)[99_999]), rel=1e-6)
@@ -84,7 +95,7 @@ def test_ranks_find_together_what_one_process_finds(data, ranks):
     assert together == [alone] * ranks, f"{together} on {ranks} ranks, {alone} on one"
 
 
-# -- what dies ----------------------------------------------------------------------------------------------------------
+# -- what dies ----------------------------------------------------------------
 
 
 @given(st.data(), st.integers(1, 4))
@@ -92,10 +103,19 @@ def test_ranks_find_together_what_one_process_finds(data, ranks):
 def test_the_share_below_is_that_over_all_ranks(data, ranks):
     wholes = {scope: torch.tensor(data.draw(vector)) for scope in ("a", "b")}
     thresholds = {scope: abs(data.draw(st.sampled_from(whole.tolist()))) for scope, whole in wholes.items()}
-    places = {scope: cut(whole, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1))) for scope, whole in wholes.items()}
+    places = {
+        scope: cut(whole, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1)))
+        for scope, whole in wholes.items()
+    }
     with meeting(ranks) as run:
-        found = run([lambda rank=rank: share_below([part(scope, whole[slice(*places[scope][rank])]) for scope, whole in wholes.items()], thresholds)
-                     for rank in range(ranks)])
+        found = run(
+            [
+                lambda rank=rank: share_below(
+                    [part(scope, whole[slice(*places[scope][rank])]) for scope, whole in wholes.items()], thresholds
+                )
+                for rank in range(ranks)
+            ]
+        )
     expected = {scope: float((whole.abs() <= thresholds[scope]).float().mean()) for scope, whole in wholes.items()}
     assert all(each == pytest.approx(expected) for each in found)
 
@@ -105,13 +125,22 @@ def test_the_share_below_is_that_over_all_ranks(data, ranks):
 def test_exactly_what_is_at_or_below_the_threshold_becomes_zero(data):
     scopes = {name: data.draw(vector) for name in "ab"}
     tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in scopes.items()}
-    parts = [part(name, tensors[name][i:j]) for name in scopes for i, j in cut(tensors[name], data.draw(st.lists(st.floats(0, 1), max_size=2)))]
-    thresholds = {name: data.draw(st.sampled_from([0.0, *(abs(float(np.float32(value))) for value in values)])) for name, values in scopes.items()}
+    parts = [
+        part(name, tensors[name][i:j])
+        for name in scopes
+        for i, j in cut(tensors[name], data.draw(st.lists(st.floats(0, 1), max_size=2)))
+    ]
+    thresholds = {
+        name: data.draw(st.sampled_from([0.0, *(abs(float(np.float32(value))) for value in values)]))
+        for name, values in scopes.items()
+    }
     zero_below(parts, thresholds)
     for name, values in scopes.items():
         old = np.asarray(values, dtype=np.float32)
         wanted = np.where(np.abs(old) <= thresholds[name], np.float32(0), old)
-        assert np.array_equal(tensors[name].numpy(), wanted), f"threshold {thresholds[name]} of {name} made {wanted} of {old}"
+        assert np.array_equal(tensors[name].numpy(), wanted), (
+            f"threshold {thresholds[name]} of {name} made {wanted} of {old}"
+        )
 
 
 def test_a_threshold_of_zero_kills_nothing():
@@ -129,7 +158,7 @@ def test_what_is_no_number_stays_and_a_strided_part_is_refused():
         zero_below([part("a", torch.ones(4, 3).t())], {"a": 0.5})
 
 
-# -- what a part is made of ---------------------------------------------------------------------------------------------
+# -- what a part is made of ---------------------------------------------------
 
 
 def test_parts_of_a_live_optimizer_have_its_second_moments_and_a_share_of_each_replica():
@@ -142,16 +171,22 @@ def test_parts_of_a_live_optimizer_have_its_second_moments_and_a_share_of_each_r
     (shard,) = [shard for shard in shards(model, optimizer) if shard.name == "0.weight"]
     values = {**optimizer.param_groups[0], "p": 0.0}
     whole = Part.of("a", shard, values, whole=True)
-    assert whole.step == 1.0 and whole.weights.data_ptr() == model[0].weight.data_ptr(), "it must be a view, since zeros are written through it"
+    assert whole.step == 1.0 and whole.weights.data_ptr() == model[0].weight.data_ptr(), (
+        "it must be a view, since zeros are written through it"
+    )
     assert torch.equal(whole.second, optimizer.state[model[0].weight]["exp_avg_sq"].flatten())
-    counted = [Part.of("a", Shard(**{**vars(shard), "replica": i, "replicas": 3}), values, whole=False) for i in range(3)]
-    assert torch.equal(torch.cat([one.weights for one in counted]), whole.weights), "the shares of three replicas are the whole, each weight once"
+    counted = [
+        Part.of("a", Shard(**{**vars(shard), "replica": i, "replicas": 3}), values, whole=False) for i in range(3)
+    ]
+    assert torch.equal(torch.cat([one.weights for one in counted]), whole.weights), (
+        "the shares of three replicas are the whole, each weight once"
+    )
     assert torch.equal(torch.cat([one.second for one in counted]), whole.second)
     assert smallest(counted, {"a": 20}, passes=3) == smallest([whole], {"a": 20}, passes=3)
     assert Part.of("a", shard, {**values, "precondition": 0.0}, whole=True).second is None
 
 
-# -- zeros and dead rows ------------------------------------------------------------------------------------------------
+# -- zeros and dead rows ------------------------------------------------------
 
 
 @given(st.data(), st.integers(1, 4))
@@ -160,7 +195,9 @@ def test_zeros_and_dead_rows_are_those_of_the_whole_parameter(data, ranks):
     """Pieces start and end inside of rows, some hold none; or each rank has all of it and counts its share."""
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     total = math.prod(shape)
-    whole = torch.tensor(data.draw(st.lists(st.sampled_from((0.0, 0.0, 0.0, -0.0, 1e-40, -2.0)), min_size=total, max_size=total)))
+    whole = torch.tensor(
+        data.draw(st.lists(st.sampled_from((0.0, 0.0, 0.0, -0.0, 1e-40, -2.0)), min_size=total, max_size=total))
+    )
     gap = data.draw(st.integers(0, 2))
     if data.draw(st.booleans()):
         pieces = cut(whole, data.draw(st.lists(st.floats(0, 1), min_size=ranks - 1, max_size=ranks - 1)))
@@ -173,20 +210,26 @@ def test_zeros_and_dead_rows_are_those_of_the_whole_parameter(data, ranks):
     wanted = Census([(int((whole == 0).sum()), total), (6, 6)], dead + 3, shape[0] + 3)
     with meeting(ranks) as run:
         found = run([lambda one=one: census(one) for one in mine])
-    assert found == [wanted] * ranks, f"{found} are not the zeros, the dead and all rows of {whole.view(shape)}, {wanted}"
+    assert found == [wanted] * ranks, (
+        f"{found} are not the zeros, the dead and all rows of {whole.view(shape)}, {wanted}"
+    )
 
 
 def test_what_has_no_rows_is_counted_without_them():
     assert census([]) == Census([], 0, 0)
     assert census([shard_of(torch.zeros(1), (), 0, 1)]) == Census([(1, 1)], 0, 0), "a scalar has no rows"
-    strips = Shard("w", torch.zeros(4), torch.Size((2, 4)), None, torch.tensor([0.0, 1.0, 0.0, 0.0]), 0, 4, 0, lambda _: {})
+    strips = Shard(
+        "w", torch.zeros(4), torch.Size((2, 4)), None, torch.tensor([0.0, 1.0, 0.0, 0.0]), 0, 4, 0, lambda _: {}
+    )
     assert census([strips]) == Census([(3, 4)], 0, 0), "where rows lie in several strips, none is known"
 
 
-# -- samples ------------------------------------------------------------------------------------------------------------
+# -- samples ------------------------------------------------------------------
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.lists(st.floats(0, 1), max_size=3), st.integers(1, 3))
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.lists(st.floats(0, 1), max_size=3), st.integers(1, 3)
+)
 @few
 def test_a_sample_is_of_the_same_weights_however_they_are_sharded(rows, width, stride, places, replicas):
     flat = torch.arange(1.0, rows * width + 1)
@@ -200,7 +243,17 @@ def test_a_sample_is_of_the_same_weights_however_they_are_sharded(rows, width, s
 
 def test_second_moments_are_those_of_the_sample():
     flat = torch.arange(60.0)
-    shard = Shard("w", flat, torch.Size((6, 10)), 7, flat[7:47], 0, 40, 0, lambda _: {"exp_avg_sq": flat[7:47] * 10, "step": torch.tensor(3.0)})
+    shard = Shard(
+        "w",
+        flat,
+        torch.Size((6, 10)),
+        7,
+        flat[7:47],
+        0,
+        40,
+        0,
+        lambda _: {"exp_avg_sq": flat[7:47] * 10, "step": torch.tensor(3.0)},
+    )
     one = Part.of("a", shard, {"p": 1.0, "precondition": 1.0}, stride=9)
     assert one.weights.tolist() == [9, 18, 27, 36, 45] and one.second.tolist() == [90, 180, 270, 360, 450]
 
@@ -223,7 +276,9 @@ def test_a_sample_finds_the_threshold_of_all_and_an_exact_rank_needs_no_sample()
     assert sample.weights.numel() < elements / 40
     for share in (0.1, 0.5, 0.95):
         found = smallest([sample], {"a": round(share * elements)}, 2, elements={"a": elements})["a"]
-        assert float((weights.abs() <= found).float().mean()) == pytest.approx(share, abs=4 * 0.5 / quantiles._SAMPLE**0.5), "within 4 deviations"
+        assert float((weights.abs() <= found).float().mean()) == pytest.approx(
+            share, abs=4 * 0.5 / quantiles._SAMPLE**0.5
+        ), "within 4 deviations"
     whole = Part.of("a", shard, {"p": 1.0})
     assert smallest([whole], {"a": 12345}, 3, elements={"a": elements}) == smallest([whole], {"a": 12345}, 3)
 

@@ -18,12 +18,23 @@ from lp_dist.quantiles import Part, census, share_below, smallest
 @few
 def test_parts_that_are_joined_are_as_parts_alone(data):
     """Of several scopes, some with x of another form, some empty; slices so small that a batch ends amid them."""
+
     def drawn(i: int) -> Part:
         weights = torch.tensor(data.draw(st.lists(number, max_size=12)), dtype=torch.float32)
         scope = data.draw(st.sampled_from("abc"))
         if data.draw(st.booleans()):
             return part(scope, weights)
-        return part(scope, weights, p=0.0, second=torch.rand(len(weights)), precondition=1.0, betas=(0.9, 0.99), eps=1e-8, step=float(i % 2 + 1))
+        return part(
+            scope,
+            weights,
+            p=0.0,
+            second=torch.rand(len(weights)),
+            precondition=1.0,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            step=float(i % 2 + 1),
+        )
+
     parts = [drawn(i) for i in range(data.draw(st.integers(1, 9)))]
     numel = {p.scope: sum(q.weights.numel() for q in parts if q.scope == p.scope) for p in parts if p.weights.numel()}
     parts = [p for p in parts if p.scope in numel]
@@ -31,7 +42,10 @@ def test_parts_that_are_joined_are_as_parts_alone(data):
     with mock.patch.dict(quantiles.slices._SLICE, cpu=data.draw(st.sampled_from([1, 10, 1 << 16]))):
         assert smallest(parts, ranks, 2, elements=numel) == smallest(parts, ranks, 2)
         thresholds = {scope: data.draw(number.map(abs)) for scope in numel}
-        below = {scope: sum(int((x <= thresholds[scope]).sum()) for p in parts if p.scope == scope for *_, x in p.x()) for scope in numel}
+        below = {
+            scope: sum(int((x <= thresholds[scope]).sum()) for p in parts if p.scope == scope for *_, x in p.x())
+            for scope in numel
+        }
     assert share_below(parts, thresholds) == {scope: below[scope] / max(1, n) for scope, n in numel.items()}
 
 
@@ -50,7 +64,10 @@ def test_a_look_at_many_tensors_takes_few_calls(scopes, monkeypatch):
 
 def test_a_census_reads_the_device_once_for_all_tensors(monkeypatch):
     shapes = [(8, 3), (5, 4), (), (6, 2)] * 10
-    all_ = [shard_of(torch.randn(torch.Size(shape).numel()).relu(), shape, 0, torch.Size(shape).numel()) for shape in shapes]
+    all_ = [
+        shard_of(torch.randn(torch.Size(shape).numel()).relu(), shape, 0, torch.Size(shape).numel())
+        for shape in shapes
+    ]
     read, on_host = [], quantiles._on_host
     monkeypatch.setattr(quantiles, "_on_host", lambda *args: read.append(1) or on_host(*args))
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a wait for each tensor"))

@@ -22,13 +22,26 @@ TOTAL = 30
 
 
 def hf(kind: str, **kwargs):
-    return lambda o: get_scheduler(kind, o, num_warmup_steps=5, num_training_steps=TOTAL, scheduler_specific_kwargs=kwargs)
+    return lambda o: get_scheduler(
+        kind, o, num_warmup_steps=5, num_training_steps=TOTAL, scheduler_specific_kwargs=kwargs
+    )
 
 
-HF = {f"transformers {kind}": hf(kind, **kwargs) for kind, kwargs in {
-    "linear": {}, "cosine": {}, "cosine_with_restarts": {"num_cycles": 2}, "polynomial": {"lr_end": 1e-3, "power": 2.0}, "constant": {},
-    "constant_with_warmup": {}, "inverse_sqrt": {}, "cosine_with_min_lr": {"min_lr": 1e-3}, "cosine_warmup_with_min_lr": {"min_lr": 1e-3},
-    "warmup_stable_decay": {"num_decay_steps": 10}}.items()}
+HF = {
+    f"transformers {kind}": hf(kind, **kwargs)
+    for kind, kwargs in {
+        "linear": {},
+        "cosine": {},
+        "cosine_with_restarts": {"num_cycles": 2},
+        "polynomial": {"lr_end": 1e-3, "power": 2.0},
+        "constant": {},
+        "constant_with_warmup": {},
+        "inverse_sqrt": {},
+        "cosine_with_min_lr": {"min_lr": 1e-3},
+        "cosine_warmup_with_min_lr": {"min_lr": 1e-3},
+        "warmup_stable_decay": {"num_decay_steps": 10},
+    }.items()
+}
 TORCH = {
     "LambdaLR": lambda o: lr.LambdaLR(o, [lambda step: 0.9**step, lambda step: 1.0 / (1 + step)]),
     "MultiplicativeLR": lambda o: lr.MultiplicativeLR(o, lambda step: 1.0 - step / 100),
@@ -43,10 +56,13 @@ TORCH = {
     "LinearLR": lambda o: lr.LinearLR(o, 0.1, 1.0, 17),
     "ConstantLR": lambda o: lr.ConstantLR(o, 0.3, 9),
     "PolynomialLR": lambda o: lr.PolynomialLR(o, TOTAL, 1.5),
-    "SequentialLR": lambda o: lr.SequentialLR(o, [lr.LinearLR(o, 0.1, 1.0, 8), lr.CosineAnnealingLR(o, 20), lr.ExponentialLR(o, 0.8)], [8, 20]),
+    "SequentialLR": lambda o: lr.SequentialLR(
+        o, [lr.LinearLR(o, 0.1, 1.0, 8), lr.CosineAnnealingLR(o, 20), lr.ExponentialLR(o, 0.8)], [8, 20]
+    ),
     "ChainedScheduler": lambda o: lr.ChainedScheduler([lr.StepLR(o, 5, 0.5), lr.ExponentialLR(o, 0.95)], optimizer=o),
     "ChainedScheduler of a SequentialLR": lambda o: lr.ChainedScheduler(
-        [lr.SequentialLR(o, [lr.ConstantLR(o, 0.5, 100), lr.ExponentialLR(o, 0.9)], [9]), lr.StepLR(o, 6, 0.5)]),
+        [lr.SequentialLR(o, [lr.ConstantLR(o, 0.5, 100), lr.ExponentialLR(o, 0.9)], [9]), lr.StepLR(o, 6, 0.5)]
+    ),
 }
 DEEPSPEED = {
     "WarmupLR": lambda o: ds.WarmupLR(o, 0.0, [0.1, 0.3], warmup_num_steps=10),
@@ -54,7 +70,9 @@ DEEPSPEED = {
     "WarmupDecayLR": lambda o: ds.WarmupDecayLR(o, TOTAL, 0.0, [0.1, 0.3], warmup_num_steps=10),
     "WarmupCosineLR": lambda o: ds.WarmupCosineLR(o, TOTAL, warmup_num_steps=8),
     "OneCycle": lambda o: ds.OneCycle(o, 0.01, 0.2, decay_lr_rate=0.1, cycle_first_step_size=9, decay_step_size=2),
-    "OneCycle without momentum": lambda o: ds.OneCycle(o, 0.01, 0.2, cycle_first_step_size=6, cycle_second_step_size=11, cycle_momentum=False),
+    "OneCycle without momentum": lambda o: ds.OneCycle(
+        o, 0.01, 0.2, cycle_first_step_size=6, cycle_second_step_size=11, cycle_momentum=False
+    ),
     "LRRangeTest": lambda o: ds.LRRangeTest(o, 0.01, lr_range_test_step_size=5),
 }
 SCHEDULERS = {**TORCH, **HF, **{f"DeepSpeed {name}": make for name, make in DEEPSPEED.items()}}
@@ -62,7 +80,10 @@ SCHEDULERS = {**TORCH, **HF, **{f"DeepSpeed {name}": make for name, make in DEEP
 
 def made(tensor: bool = False, cls: type = LpAdamW) -> torch.optim.Optimizer:
     """Two groups with rates of their own, which have taken no step."""
-    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": torch.tensor(rate) if tensor else rate} for rate in (0.1, 0.3)]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(2))], "lr": torch.tensor(rate) if tensor else rate}
+        for rate in (0.1, 0.3)
+    ]
     return cls(groups, lr=0.1, **({"momentum": 0.9} if cls is torch.optim.SGD else {}))
 
 
@@ -105,7 +126,9 @@ def test_the_rates_ahead_are_those_that_come(name, before, caplog):
     assert frozen(optimizer, scheduler) == was, "asking has changed the scheduler, or what it steps"
     assert told(caplog) == [], "they are known, so nothing is to be told"
     assert ahead == stepped(optimizer, scheduler, TOTAL - before)
-    assert name == "transformers constant" or len({rates[0] for rates in ahead}) > 1 or before == 11, "a schedule that never changes tests nothing"
+    assert name == "transformers constant" or len({rates[0] for rates in ahead}) > 1 or before == 11, (
+        "a schedule that never changes tests nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ["transformers cosine", "LinearLR", "ExponentialLR", "OneCycleLR", "SequentialLR"])
@@ -115,7 +138,10 @@ def test_a_tensor_as_learning_rate_stays_the_same_tensor(name):
     stepped(optimizer, scheduler, 3)
     tensors, values = [group["lr"] for group in optimizer.param_groups], rates_of(optimizer)
     ahead = rates_ahead(scheduler, optimizer, 12)
-    assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors)) and rates_of(optimizer) == values
+    assert (
+        all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors))
+        and rates_of(optimizer) == values
+    )
     for one, other in zip(ahead, stepped(optimizer, scheduler, 12), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-7), "but for fp32's rounding in the tensor"
 
@@ -130,6 +156,7 @@ def test_a_scheduler_of_a_wrapper_steps_what_it_wraps(name):
 
     def refused(memo):
         raise RuntimeError("an engine's optimizer holds the masters, and would be copied with them")
+
     wrapper.__deepcopy__ = refused
     ahead = rates_ahead(scheduler, optimizer, 12)
     assert ahead == stepped(wrapper, scheduler, 12) and len({rates[0] for rates in ahead}) > 1
@@ -141,7 +168,9 @@ def test_how_many_rates_there_are():
     for wanted in (0, 1, 2, 5):
         for one in (scheduler, None):
             ahead = rates_ahead(one, optimizer, wanted)
-            assert len(ahead) == wanted and ahead[:1] == [[0.1, 0.3]][:wanted], f"{wanted} rates, the present one first"
+            assert len(ahead) == wanted and ahead[:1] == [[0.1, 0.3]][:wanted], (
+                f"{wanted} rates, the present one first"
+            )
     assert rates_ahead(scheduler, optimizer, 3) == [[0.1, 0.3], [0.05, 0.15], [0.025, 0.075]]
 
 
@@ -170,18 +199,23 @@ class Broken(lr.LambdaLR):
         raise TypeError("cannot pickle")
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda o: lr.ReduceLROnPlateau(o), ["ReduceLROnPlateau", "metrics"]),
-    (lambda o: get_scheduler("reduce_lr_on_plateau", o), ["ReduceLROnPlateau", "metrics"]),
-    (lambda o: Broken(o, lambda step: 1.0), ["Broken", "cannot pickle"]),
-    (lambda o: AcceleratedScheduler(lr.ReduceLROnPlateau(o), o, step_with_optimizer=False), ["ReduceLROnPlateau"]),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda o: lr.ReduceLROnPlateau(o), ["ReduceLROnPlateau", "metrics"]),
+        (lambda o: get_scheduler("reduce_lr_on_plateau", o), ["ReduceLROnPlateau", "metrics"]),
+        (lambda o: Broken(o, lambda step: 1.0), ["Broken", "cannot pickle"]),
+        (lambda o: AcceleratedScheduler(lr.ReduceLROnPlateau(o), o, step_with_optimizer=False), ["ReduceLROnPlateau"]),
+    ],
+)
 def test_what_cannot_be_known_is_told_and_taken_to_stay(make, words, caplog):
     optimizer = made()
     scheduler = make(optimizer)
     assert rates_ahead(scheduler, optimizer, 5) == [[0.1, 0.3]] * 5
     (message,) = told(caplog)
-    assert all(word in message for word in [*words, "learning rates ahead are not known", "corrected at every interval"]), message
+    assert all(
+        word in message for word in [*words, "learning rates ahead are not known", "corrected at every interval"]
+    ), message
     assert rates_of(optimizer) == [0.1, 0.3]
 
 
@@ -202,7 +236,9 @@ def test_accelerates_wrapper_steps_once_for_each_process(make, more, calls, monk
     assert was == 3 * calls == inner.last_epoch
     assert ahead == stepped(optimizer, scheduler, 10)
     alone = made()
-    assert ahead == stepped(alone, make(alone), TOTAL)[3 * calls::calls][:10], "the schedule of one process, every so many"
+    assert ahead == stepped(alone, make(alone), TOTAL)[3 * calls :: calls][:10], (
+        "the schedule of one process, every so many"
+    )
 
 
 def test_one_cycle_at_its_end_is_no_surprise(caplog):

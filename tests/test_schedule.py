@@ -26,8 +26,10 @@ def test_phases_follow_each_other_at_the_exact_steps():
     assert phases[5:] == [FROZEN] * 3
 
 
-@pytest.mark.parametrize("start, end, part", [
-    (-0.1, 1.0, "start=-0.1"), (0.0, math.nan, "end=nan"), (0.5, 0.5, "start before"), (30, 20, "start before")])
+@pytest.mark.parametrize(
+    "start, end, part",
+    [(-0.1, 1.0, "start=-0.1"), (0.0, math.nan, "end=nan"), (0.5, 0.5, "start before"), (30, 20, "start before")],
+)
 def test_a_bad_window_is_refused_with_its_values(start, end, part):
     with pytest.raises(ValueError, match=part):
         DecayWindow(start, end)
@@ -85,15 +87,23 @@ def test_a_ramp_goes_from_first_to_last(shape, half):
     assert early(0.25) == ramp(0.5) and early(0.5) == early(0.9) == 0.5
 
 
-@pytest.mark.parametrize("values, part", [
-    ({"shape": "cubic"}, "shape='cubic'"), ({"until": 0.0}, "until=0.0"), ({"first": 0.0, "shape": "geometric"}, "from 0 to 0.5 needs both above 0")])
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"shape": "cubic"}, "shape='cubic'"),
+        ({"until": 0.0}, "until=0.0"),
+        ({"first": 0.0, "shape": "geometric"}, "from 0 to 0.5 needs both above 0"),
+    ],
+)
 def test_a_bad_ramp_is_refused(values, part):
     with pytest.raises(ValueError, match=part):
         Ramp(**{"first": 2.0, "last": 0.5, **values})
 
 
 def test_a_window_moves_its_values_step_by_step():
-    window = DecayWindow(2, 7, {"p": Ramp(2.0, 0.0), "weight_decay": Ramp(1e-3, 1e-1, "geometric"), "l2": lambda part: 0.1 * (1 - part)})
+    window = DecayWindow(
+        2, 7, {"p": Ramp(2.0, 0.0), "weight_decay": Ramp(1e-3, 1e-1, "geometric"), "l2": lambda part: 0.1 * (1 - part)}
+    )
     assert [window.at(step, 9)["p"] for step in range(2, 7)] == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert [window.at(step, 9)["weight_decay"] for step in (2, 4, 6)] == pytest.approx([1e-3, 1e-2, 1e-1])
     assert [window.at(step, 9)["l2"] for step in (2, 6)] == pytest.approx([0.1, 0.0])

@@ -1,4 +1,6 @@
-"""Segments: a flat tensor of several parameters with values of their own steps exactly as the parameters would one by one."""
+"""Segments: a flat tensor of several parameters with values of their own steps exactly as the parameters would one by
+one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NAMES = ("a", "b", "c", "d")
 def segments(lengths, gap: int = 0) -> list[Segment]:
     """Neighbours in one flat tensor, each followed by `gap` elements of padding."""
     offsets = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
-    return [Segment(name, offset, length, 0, torch.Size([length])) for name, offset, length in zip(NAMES, offsets, lengths)]
+    return [
+        Segment(name, offset, length, 0, torch.Size([length])) for name, offset, length in zip(NAMES, offsets, lengths)
+    ]
 
 
 def test_a_tensor_without_segments_is_one_run():
@@ -34,7 +38,7 @@ def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
     assert [piece.name for piece in book.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
     assert book.runs(tensor, 21) == ((0, 21, {}),)
     book.set("d", p=0.0)
-    assert book.runs(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))   # padding goes with what is before it
+    assert book.runs(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))  # padding goes with what is before it
     book.set("b", p=0.0)
     assert book.runs(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
     book.set("a", weight_decay=0.5, p=0.0)
@@ -46,12 +50,15 @@ def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
     assert book.runs(tensor, 21) == ((0, 21, {}),)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"lr": 0.1}, "'lr' can't differ within a shard.*another param group"),
-    ({"betas": (0.9, 0.9)}, "'betas'"),
-    ({"p": 9.0}, r"p=9.0 must be a number in \[-4, 4\]"),
-    ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.1}, "'lr' can't differ within a shard.*another param group"),
+        ({"betas": (0.9, 0.9)}, "'betas'"),
+        ({"p": 9.0}, r"p=9.0 must be a number in \[-4, 4\]"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+    ],
+)
 def test_bad_values_raise(values, message):
     with pytest.raises(ValueError, match=message):
         SegmentMap().set("a", **values)
@@ -75,17 +82,35 @@ def hooked(params, one_at_a_time):
     return optimizer
 
 
-MAKERS = {"adamw": lambda p: adamw(p, "foreach"), "adamw, reference": lambda p: adamw(p, "reference"), "sgd": lambda p: sgd(p, None),
-          "lion": lambda p: lion(p, None), "hooked": lambda p: hooked(p, True), "hooked with a copy": lambda p: hooked(p, False)}
+MAKERS = {
+    "adamw": lambda p: adamw(p, "foreach"),
+    "adamw, reference": lambda p: adamw(p, "reference"),
+    "sgd": lambda p: sgd(p, None),
+    "lion": lambda p: lion(p, None),
+    "hooked": lambda p: hooked(p, True),
+    "hooked with a copy": lambda p: hooked(p, False),
+}
 # p for which torch's arithmetic on a CPU is bitwise the same in any layout: see test_engines.
-VALUES = st.fixed_dictionaries({}, optional={
-    "weight_decay": st.sampled_from([0.0, 0.1, 0.9]), "p": st.sampled_from([-1.0, 0.0, 0.5, 1.0]), "l2": st.sampled_from([0.0, 0.3]),
-    "cutoff": st.sampled_from([0.02, math.inf]), "floor": st.sampled_from([0.0, 1e-3])})
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "weight_decay": st.sampled_from([0.0, 0.1, 0.9]),
+        "p": st.sampled_from([-1.0, 0.0, 0.5, 1.0]),
+        "l2": st.sampled_from([0.0, 0.3]),
+        "cutoff": st.sampled_from([0.02, math.inf]),
+        "floor": st.sampled_from([0.0, 1e-3]),
+    },
+)
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@given(lengths=LENGTHS, values=st.lists(VALUES, min_size=4, max_size=4), gap=st.integers(0, 3), phase=st.sampled_from([{}, OFF, FROZEN]))
+@given(
+    lengths=LENGTHS,
+    values=st.lists(VALUES, min_size=4, max_size=4),
+    gap=st.integers(0, 3),
+    phase=st.sampled_from([{}, OFF, FROZEN]),
+)
 @settings(max_examples=25, deadline=None)
 def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values, gap, phase):
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -93,8 +118,8 @@ def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values
     flat = torch.zeros(sum(lengths) + gap * len(lengths), requires_grad=True)
     with torch.no_grad():
         for piece in pieces:
-            flat[piece.offset:piece.offset + piece.length] = torch.randn(piece.length, generator=generator) * 0.1
-    alone = [flat.detach()[piece.offset:piece.offset + piece.length].clone().requires_grad_() for piece in pieces]
+            flat[piece.offset : piece.offset + piece.length] = torch.randn(piece.length, generator=generator) * 0.1
+    alone = [flat.detach()[piece.offset : piece.offset + piece.length].clone().requires_grad_() for piece in pieces]
     one = MAKERS[maker]([flat])
     groups = [{"params": [param], **own} for param, own in zip(alone, values)]
     many = MAKERS[maker](groups)
@@ -104,16 +129,19 @@ def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values
         book.set(name, **own)
     for group in (*one.param_groups, *many.param_groups):
         group.update({key: value for key, value in phase.items() if key in group})
-    for step in range(4):
+    for _step in range(4):
         flat.grad = torch.zeros_like(flat)
         for piece, param in zip(pieces, alone):
             param.grad = torch.randn(piece.length, generator=generator)
-            flat.grad[piece.offset:piece.offset + piece.length] = param.grad
+            flat.grad[piece.offset : piece.offset + piece.length] = param.grad
         one.step(), many.step()
     inside = torch.zeros_like(flat, dtype=torch.bool)
     for piece, param in zip(pieces, alone):
-        assert torch.equal(flat.detach()[piece.offset:piece.offset + piece.length], param.detach()), (piece.name, values)
-        inside[piece.offset:piece.offset + piece.length] = True
+        assert torch.equal(flat.detach()[piece.offset : piece.offset + piece.length], param.detach()), (
+            piece.name,
+            values,
+        )
+        inside[piece.offset : piece.offset + piece.length] = True
     assert not flat.detach()[~inside].any()  # padding stays zero
 
 
@@ -127,8 +155,8 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
     optimizer.param_groups[0].update(FROZEN)
     flat.grad = torch.tensor([0.0, 1.0, 0.0, 1.0])
     optimizer.step()
-    assert flat[0] == 1e-9 and flat[1] == 0      # frozen: alive stays, dead stays
-    assert flat[3].item() == pytest.approx(-0.1)        # no λ, not frozen
+    assert flat[0] == 1e-9 and flat[1] == 0  # frozen: alive stays, dead stays
+    assert flat[3].item() == pytest.approx(-0.1)  # no λ, not frozen
 
 
 def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
@@ -141,7 +169,10 @@ def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     flat.grad = torch.ones_like(flat)
     calls = []
     update = optimizer._update
-    optimizer._update = lambda group, rows, direction: (calls.append((group["p"], len(rows))), update(group, rows, direction))
+    optimizer._update = lambda group, rows, direction: (
+        calls.append((group["p"], len(rows))),
+        update(group, rows, direction),
+    )
     optimizer.step()
     assert calls == [(0.0, 500), (0.5, 500)]
 

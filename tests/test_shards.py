@@ -1,25 +1,33 @@
-"""Where parameters lie on the shards of every engine: named, counted, and with values of their own. One group of ranks runs all engines."""
+"""Where parameters lie on the shards of every engine: named, counted, and with values of their own. One group of ranks
+runs all engines.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from engines_under_test import ZERO, Engine, gathered, make
 from torch import nn
 
-from engines_under_test import ZERO, Engine, gathered, make
 from lp_dist import LpAdamW, attach, measure_histogram, measure_sparsity, param_groups
 from lp_dist.attachment import steps_taken
 from lp_dist.shards import shards
 
 DECAYED = {"0.weight", "2.weight", "3.weight", "4.weight"}
-OVERRIDES = {"0.weight": {"p": 0.0, "weight_decay": 0.2}, "[23].weight": {"weight_decay": 0.4}, "3.weight": {"cutoff": 0.5, "l2": 0.1}}
+OVERRIDES = {
+    "0.weight": {"p": 0.0, "weight_decay": 0.2},
+    "[23].weight": {"weight_decay": 0.4},
+    "3.weight": {"cutoff": 0.5, "l2": 0.1},
+}
 STEPS = 4
 
 
 def model_of() -> nn.Sequential:
     """Odd sizes; a frozen parameter; a last layer of one row, so that FSDP2 leaves one rank without elements of it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False), nn.Linear(5, 3), nn.Linear(3, 1))
+    model = nn.Sequential(
+        nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False), nn.Linear(5, 3), nn.Linear(3, 1)
+    )
     model[3].bias.requires_grad_(False)
     return model
 
@@ -61,8 +69,13 @@ def examine(engine: Engine, attached, optimizer) -> dict:
     whole = gathered(engine)
     names = [shard.name for shard in attached.shards]
     live = attached.optimizer
-    pieces = {shard.name: (shard.start, shard.piece.values.float().flatten().clone(), shard.shape, set(shard.state)) for shard in attached.shards}
-    segments = [(segment, shard.tensor.numel()) for shard in attached.shards for segment in live.segments.of(shard.tensor)]
+    pieces = {
+        shard.name: (shard.start, shard.piece.values.float().flatten().clone(), shard.shape, set(shard.state))
+        for shard in attached.shards
+    }
+    segments = [
+        (segment, shard.tensor.numel()) for shard in attached.shards for segment in live.segments.of(shard.tensor)
+    ]
     before = whole["0.weight"].clone()
     counts, masters = (measure_sparsity(engine.handle, which, names=names).counts for which in (None, optimizer))
     histogram = measure_histogram(engine.handle, names=names)
@@ -72,9 +85,16 @@ def examine(engine: Engine, attached, optimizer) -> dict:
         first.piece.values.view(-1)[0] = 0.25
     again = next(shard for shard in shards(engine.handle, optimizer) if shard.name == first.name)
     return {
-        "names": names, "decayed": set(attached.decayed), "steps": steps_taken(live), "pieces": pieces, "before": before,
-        "segments": segments, "whole": {name: tensor.float() for name, tensor in whole.items()},
-        "counts": counts, "masters": masters, "histogram": histogram,
+        "names": names,
+        "decayed": set(attached.decayed),
+        "steps": steps_taken(live),
+        "pieces": pieces,
+        "before": before,
+        "segments": segments,
+        "whole": {name: tensor.float() for name, tensor in whole.items()},
+        "counts": counts,
+        "masters": masters,
+        "histogram": histogram,
         "written": not first.length or again.piece.values.view(-1)[0].item() == 0.25,
         "overridden": live.segments.values("3.weight"),
     }
@@ -117,18 +137,27 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
             assert result["overridden"] == {"cutoff": 0.5, "l2": 0.1, "weight_decay": 0.4}, where
             assert result["counts"] == results[0]["counts"] == result["masters"], where
             for name, tensor in result["whole"].items():
-                if "bf16" in kind:  # other gradients; that these are right is test_matrix.py's. The overrides show all the same.
+                if (
+                    "bf16" in kind
+                ):  # other gradients; that these are right is test_matrix.py's. The overrides show all the same.
                     if name == "3.weight":
                         assert (tensor - wanted[name]).norm() < 0.5 * (tensor - plain[name]).norm(), where
                     continue
-                torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{where}: {name}: {m}")
+                torch.testing.assert_close(
+                    tensor, wanted[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{where}: {name}: {m}"
+                )
                 assert torch.equal(tensor == 0, wanted[name] == 0), where
             for name, (start, values, shape, states) in result["pieces"].items():
-                inside = result["whole"][name].flatten()[start:start + values.numel()]
-                torch.testing.assert_close(values.to(dtype_of(kind)).float(), inside, rtol=0, atol=0, msg=lambda m: f"{where}: {name}: {m}")
+                inside = result["whole"][name].flatten()[start : start + values.numel()]
+                torch.testing.assert_close(
+                    values.to(dtype_of(kind)).float(), inside, rtol=0, atol=0, msg=lambda m: f"{where}: {name}: {m}"
+                )
                 assert shape == wanted[name].shape and states == {"exp_avg", "exp_avg_sq"}, where
             for segment, numel in result["segments"]:
-                assert segment.offset + segment.length <= numel and segment.start + segment.length <= segment.shape.numel(), where
+                assert (
+                    segment.offset + segment.length <= numel
+                    and segment.start + segment.length <= segment.shape.numel()
+                ), where
         for name in trainable:
             counted, full = results[0]["counts"][name], results[0]["whole"][name]
             assert counted == (int((full == 0).sum()), full.numel()), (kind, name)
@@ -143,7 +172,9 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
         for name in trainable:
             check_histogram(histogram, name, results[0]["counts"][name])
     sizes = {kind: [r["pieces"]["4.weight"][1].numel() for r in (rank[kind] for rank in ranks)] for kind in ranks[0]}
-    assert 0 in sizes["fsdp2"] and 0 in sizes["zero2"]  # ranks without elements of a parameter are among what was tested
+    assert (
+        0 in sizes["fsdp2"] and 0 in sizes["zero2"]
+    )  # ranks without elements of a parameter are among what was tested
 
 
 def check_histogram(histogram, name: str, counts: tuple[int, int]) -> None:
@@ -189,15 +220,21 @@ def tied(rank: int, world_size: int) -> dict:
         for _ in range(2):
             engine.step(engine(torch.arange(7)).square().mean())
         names = [shard.name for shard in attached.shards]
-        found[kind] = (names, sorted(attached.decayed), measure_sparsity(engine.handle, names=names).elements,
-                       gathered(engine)["embed.weight"])
+        found[kind] = (
+            names,
+            sorted(attached.decayed),
+            measure_sparsity(engine.handle, names=names).elements,
+            gathered(engine)["embed.weight"],
+        )
     return found
 
 
 def test_a_tied_parameter_comes_once(run_ranks):
     first, second = run_ranks(tied, 2)
     for kind, (names, decayed, elements, weight) in first.items():
-        assert names == ["embed.weight", "body.weight", "body.bias"] and decayed == ["body.weight"] and elements == 65, kind
+        assert (
+            names == ["embed.weight", "body.weight", "body.bias"] and decayed == ["body.weight"] and elements == 65
+        ), kind
         torch.testing.assert_close(weight, first["ddp"][3], rtol=1e-5, atol=1e-6)
         assert torch.equal(weight, second[kind][3]), kind
 

@@ -23,8 +23,17 @@ def small_model() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("most", [1, 7, 1000])
-@pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor(0.0), torch.randn(6, 5).relu(), torch.randn(5, 6).relu().t(), torch.randn(21).bfloat16().relu()],
-                         ids=lambda values: str(tuple(values.shape)))
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.zeros(0),
+        torch.tensor(0.0),
+        torch.randn(6, 5).relu(),
+        torch.randn(5, 6).relu().t(),
+        torch.randn(21).bfloat16().relu(),
+    ],
+    ids=lambda values: str(tuple(values.shape)),
+)
 def test_zeros_are_counted_over_all_slices(values, most, monkeypatch):
     monkeypatch.setitem(slices._SLICE, "cpu", most)
     found = slices.count_zeros(values)
@@ -70,8 +79,11 @@ def test_kinds_of_layers():
 
 
 def config(stage: int) -> dict:
-    return {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
 
 
 def count_in_engines(rank: int, world_size: int) -> dict:
@@ -100,7 +112,9 @@ def count_in_engines(rank: int, world_size: int) -> dict:
 
     for stage in (1, 2, 3):
         model = small_model()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config(stage), dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer(model), config=config(stage), dist_init_required=False
+        )
         steps(engine, engine.backward, engine.step)
         counts = measure_sparsity(engine).counts
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
@@ -112,7 +126,10 @@ def count_in_engines(rank: int, world_size: int) -> dict:
     fully_shard(model)
     opt = optimizer(model)
     steps(model, lambda loss: loss.backward(), opt.step)
-    results["fsdp2"] = (measure_sparsity(model).counts, full((n, p.full_tensor()) for n, p in model.named_parameters()))
+    results["fsdp2"] = (
+        measure_sparsity(model).counts,
+        full((n, p.full_tensor()) for n, p in model.named_parameters()),
+    )
     return results
 
 

@@ -1,4 +1,6 @@
-"""`lp-dist bench step`: every contender does the same, every row is there and can be read back. No test looks at a time."""
+"""`lp-dist bench step`: every contender does the same, every row is there and can be read back. No test looks at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,32 @@ CPU = torch.device("cpu")
 ONES = {  # contenders that must come to the same weights
     "AdamW": [PEER, "torch AdamW foreach", "DeepSpeedCPUAdam"],
     "p = 0.5": ["torch.compile'd, p = 0.5", "LpAdamW p = 0.5"],
-    "p = 0.8": ["eager: AdamW foreach, then plain torch, p = 0.8", "torch.compile'd, p = 0.8", "LpAdamW foreach p = 0.8", "LpAdamW p = 0.8"],
+    "p = 0.8": [
+        "eager: AdamW foreach, then plain torch, p = 0.8",
+        "torch.compile'd, p = 0.8",
+        "LpAdamW foreach p = 0.8",
+        "LpAdamW p = 0.8",
+    ],
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu_adam(tmp_path_factory, cpu_op):
-    """DeepSpeedCPUAdam compiled as one file and without optimization, where only these tests find it: what it computes, in a third of the two minutes."""
+    """DeepSpeedCPUAdam compiled as one file and without optimization, where only these tests find it: what it
+    computes, in a third of the two minutes.
+    """
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     builder, directory = CPUAdamBuilder(), tmp_path_factory.mktemp("cpu_adam")
-    (directory / "all.cpp").write_text("".join(f'#include "{builder.deepspeed_src_path(source)}"\n' for source in builder.sources()))
+    (directory / "all.cpp").write_text(
+        "".join(f'#include "{builder.deepspeed_src_path(source)}"\n' for source in builder.sources())
+    )
     flags = [flag for flag in builder.cxx_args() if flag not in ("-O3", "-g")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(directory))
         patch.setattr(CPUAdamBuilder, "sources", lambda self: [str(directory / "all.cpp")])
         patch.setattr(CPUAdamBuilder, "cxx_args", lambda self: [*flags, "-O0"])
-        builder.load(verbose=False)    # and keeps it for this process
+        builder.load(verbose=False)  # and keeps it for this process
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +54,16 @@ def run(tmp_path_factory):
     """A run of the smallest size: its directory, and its rows without the one of the run."""
     directory = tmp_path_factory.mktemp("step")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepping, "Console", lambda **more: rich.console.Console(width=150, file=(directory / "shown").open("w")))
+        patch.setattr(
+            stepping, "Console", lambda **more: rich.console.Console(width=150, file=(directory / "shown").open("w"))
+        )
         stepping.step("1e4", repeats=2, out=str(directory), whole=False, compiled=False)
     return directory, stepping.rows_of(directory / "step.jsonl")[1:]
 
 
 @pytest.mark.parametrize("names", ONES.values(), ids=ONES)
 def test_contenders_take_the_same_step(names, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)   # what would be compiled
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what would be compiled
     results = []
     for name in names:
         torch.manual_seed(0)
@@ -103,13 +116,17 @@ def test_the_transformer_has_200_tensors_and_the_wanted_number_of_weights(n):
 
 
 def test_every_row_is_there_with_ratios_of_the_medians(run):
-    directory, rows = run
+    _directory, rows = run
     for kind in SHAPES:
         own = {row["contender"]: row for row in rows if row["shape"] == kind}
-        assert list(own) == sorted(own, key=lambda name: "skipped" in own[name]) and set(own) == set(contenders(kind, CPU, compiled=False))
+        assert list(own) == sorted(own, key=lambda name: "skipped" in own[name]) and set(own) == set(
+            contenders(kind, CPU, compiled=False)
+        )
         for name, row in own.items():
             assert "skipped" not in row, row
-            assert row["ratio"] == row["ms"] / own[PEER]["ms"] and row["quartiles"][0] <= row["ms"] <= row["quartiles"][1]
+            assert (
+                row["ratio"] == row["ms"] / own[PEER]["ms"] and row["quartiles"][0] <= row["ms"] <= row["quartiles"][1]
+            )
             assert row["bytes a weight"] == (26 if "bf16" in name else 28)
             assert row["GB/s"] == pytest.approx(row["bytes a weight"] * row["weights"] / row["ms"] / 1e6)
             assert row["of copy"] == pytest.approx(row["GB/s"] / own[COPY]["GB/s"])
@@ -124,7 +141,11 @@ def test_the_page_has_every_row_of_the_last_run_alone(run, tmp_path):
     (tmp_path / "step.jsonl").write_text((directory / "step.jsonl").read_text())
     stepping.step("", repeats=1, out=str(tmp_path), whole=False)
     runs = [row for row in stepping.rows_of(tmp_path / "step.jsonl") if "benchmark" in row]
-    assert [row["run"] for row in runs] == [1, 2] and runs[0]["threads"] == torch.get_num_threads() and "torch" in runs[0]["versions"]
+    assert (
+        [row["run"] for row in runs] == [1, 2]
+        and runs[0]["threads"] == torch.get_num_threads()
+        and "torch" in runs[0]["versions"]
+    )
     assert runs[0]["command"] == "lp-dist bench step --sizes 1e4 --repeats 2 --seed 0 --no-compiled --no-whole"
     assert PEER not in (tmp_path / "step.md").read_text()
 
@@ -132,7 +153,9 @@ def test_the_page_has_every_row_of_the_last_run_alone(run, tmp_path):
 def test_too_little_memory_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(stepping, "_available", lambda device: 10**6)
     page = stepping.step("1e6", repeats=1, out=str(tmp_path), whole=False)
-    assert [row.get("skipped") for row in stepping.rows_of(tmp_path / "step.jsonl")[1:]] == ["0.0 GB of memory needed and 0.0 GB free"] * 3
+    assert [row.get("skipped") for row in stepping.rows_of(tmp_path / "step.jsonl")[1:]] == [
+        "0.0 GB of memory needed and 0.0 GB free"
+    ] * 3
     assert page.read_text().count("skipped: ") == 3
 
 
@@ -145,8 +168,13 @@ def test_a_contender_that_cannot_run_is_a_row_that_says_why(monkeypatch):
     monkeypatch.setattr(stepping, "start_compiler", lambda: None)
     rows = list(stepping._group(10_000, "flat", CPU, 1, 0, compiled=True))
     skipped = {row["contender"]: row["skipped"] for row in rows if "skipped" in row}
-    assert skipped["torch.compile'd, p = 0.5"] == "torch.compile failed: no compiler here" and skipped["LpAdamW p = 0.5"] == "no fused step"
-    assert {PEER, "torch AdamW foreach", "LpAdamW foreach p = 0.8"} <= {row["contender"] for row in rows} - set(skipped)
+    assert (
+        skipped["torch.compile'd, p = 0.5"] == "torch.compile failed: no compiler here"
+        and skipped["LpAdamW p = 0.5"] == "no fused step"
+    )
+    assert {PEER, "torch AdamW foreach", "LpAdamW foreach p = 0.8"} <= {row["contender"] for row in rows} - set(
+        skipped
+    )
     with pytest.raises(Missing, match="no fused step"):
         contenders("many", CPU)["LpAdamW dense"](Tensors.made([(10,)], CPU))
 
@@ -158,23 +186,44 @@ def test_whole_steps_of_one_process_reach_the_target_and_a_failed_engine_says_wh
         if engine == "ZeRO-2":
             raise RuntimeError("it broke\nhere")
         return real(engine, *more)
+
     monkeypatch.setattr(stepping_whole, "_launched", launched)
-    page = stepping.step("", repeats=1, out=str(tmp_path), shape=Shape(layers=1, hidden=32, tokens=8, blocks=1), engines="one process; ZeRO-2").read_text()
+    page = stepping.step(
+        "",
+        repeats=1,
+        out=str(tmp_path),
+        shape=Shape(layers=1, hidden=32, tokens=8, blocks=1),
+        engines="one process; ZeRO-2",
+    ).read_text()
     run, row, failed = stepping.rows_of(tmp_path / "step.jsonl")
     assert run["command"].endswith("--layers 1 --hidden 32 --tokens 8 --blocks 1 --engines 'one process; ZeRO-2'")
-    assert (row["engine"], row["ranks"], row["blocks"], row["zeros"]) == ("one process", 1, 1, pytest.approx(0.5, abs=0.01))
+    assert (row["engine"], row["ranks"], row["blocks"], row["zeros"]) == (
+        "one process",
+        1,
+        1,
+        pytest.approx(0.5, abs=0.01),
+    )
     assert row["ratio"] == row["ours"]["tokens/s"] / row["peer"]["tokens/s"], "of one block, that is the median"
     assert row["peer"]["name"] == PEER
     assert "`SparsityTarget` that acts" in page
-    assert failed["skipped"] == "it broke\nhere" and "| ZeRO-2 | skipped: here |" in page and "| one process, 1 × " in page
+    assert (
+        failed["skipped"] == "it broke\nhere"
+        and "| ZeRO-2 | skipped: here |" in page
+        and "| one process, 1 × " in page
+    )
 
 
 def test_whole_steps_with_groups(tmp_path):
     shape = Shape(layers=1, hidden=32, tokens=8, blocks=1, groups="channels", interval=2)
     page = stepping.step("", repeats=1, out=str(tmp_path), shape=shape, engines="one process").read_text()
     run, row = stepping.rows_of(tmp_path / "step.jsonl")
-    assert "--groups channels --interval 2 --engines" in run["command"] and "`SparsityTarget` of channels (a decay every 2 steps) that acts" in page
-    assert row["zeros"] == pytest.approx(0.5 * 3 * 85 / (4 * 32 + 3 * 85), abs=0.005), "half of the channels, and single weights not"
+    assert (
+        "--groups channels --interval 2 --engines" in run["command"]
+        and "`SparsityTarget` of channels (a decay every 2 steps) that acts" in page
+    )
+    assert row["zeros"] == pytest.approx(0.5 * 3 * 85 / (4 * 32 + 3 * 85), abs=0.005), (
+        "half of the channels, and single weights not"
+    )
     with pytest.raises(UsageError, match="'neurons' is none of channels, "):
         stepping.step("", out=str(tmp_path), shape=Shape(groups="neurons"))
     with pytest.raises(UsageError, match="--interval 2 is of groups"):

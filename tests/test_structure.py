@@ -1,4 +1,6 @@
-"""Which weights stand and fall together, of every family of models: zeroing a group by the book must be the same as cutting it out."""
+"""Which weights stand and fall together, of every family of models: zeroing a group by the book must be the same as
+cutting it out.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,39 @@ from lp_dist.errors import UsageError
 from lp_dist.parts import Groups
 from lp_dist.structure import KINDS, groups_of, structure
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=61,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-# Sizes, and how many channels, heads of the queries, and heads of keys and values a layer has; 0: these are not recognised.
+# Sizes, and how many channels, heads of the queries, and heads of keys and values a layer has; 0: these are not
+# recognised.
 FAMILIES: dict[str, tuple[dict, tuple[int, int, int]]] = {
-    "llama": (GROUPED, (48, 4, 2)), "mistral": (GROUPED, (48, 4, 2)), "qwen2": (GROUPED, (48, 4, 2)),
-    "qwen3": ({**GROUPED, "head_dim": 16}, (48, 4, 2)), "gemma2": ({**GROUPED, "head_dim": 16}, (48, 4, 2)),
-    "gemma3_text": ({**GROUPED, "head_dim": 16}, (48, 4, 2)), "phi3": (GROUPED, (48, 4, 2)),
-    "gpt_neox": (SIZES, (48, 4, 4)), "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, vocab_size=61, bos_token_id=0, eos_token_id=0), (128, 4, 4)),
-    "opt": ({**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, (48, 4, 4)), "bert": ({**SIZES, "is_decoder": True}, (48, 4, 4)),
-    "olmo2": (GROUPED, (48, 0, 0)),                                                     # its norms of queries and keys go over all heads
-    "falcon": (dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, bos_token_id=0, eos_token_id=0), (128, 0, 0)),
-    "mixtral": (GROUPED, (0, 4, 2)),                                                    # its experts are one tensor
+    "llama": (GROUPED, (48, 4, 2)),
+    "mistral": (GROUPED, (48, 4, 2)),
+    "qwen2": (GROUPED, (48, 4, 2)),
+    "qwen3": ({**GROUPED, "head_dim": 16}, (48, 4, 2)),
+    "gemma2": ({**GROUPED, "head_dim": 16}, (48, 4, 2)),
+    "gemma3_text": ({**GROUPED, "head_dim": 16}, (48, 4, 2)),
+    "phi3": (GROUPED, (48, 4, 2)),
+    "gpt_neox": (SIZES, (48, 4, 4)),
+    "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, vocab_size=61, bos_token_id=0, eos_token_id=0), (128, 4, 4)),
+    "opt": ({**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, (48, 4, 4)),
+    "bert": ({**SIZES, "is_decoder": True}, (48, 4, 4)),
+    "olmo2": (GROUPED, (48, 0, 0)),  # its norms of queries and keys go over all heads
+    "falcon": (
+        dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, bos_token_id=0, eos_token_id=0
+        ),
+        (128, 0, 0),
+    ),
+    "mixtral": (GROUPED, (0, 4, 2)),  # its experts are one tensor
 }
 
 
@@ -31,9 +54,11 @@ def model_of(family: str, **more: Any) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES.get(family, ({},))[0], **more})).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**FAMILIES.get(family, ({},))[0], **more})
+    ).eval()
     with torch.no_grad():
-        for param in model.parameters():    # biases start at zero, and would hide what forgets them
+        for param in model.parameters():  # biases start at zero, and would hide what forgets them
             param.add_(torch.randn(param.shape) * 0.1)
     return model
 
@@ -41,17 +66,25 @@ def model_of(family: str, **more: Any) -> nn.Module:
 def slots(model: nn.Module, groups: Groups, group: int, reads: bool) -> list[torch.Tensor]:
     """Views of the group's weights, as inputs of what reads it or as its own."""
     params = dict(model.named_parameters())
-    return [params[member.name].data.narrow(member.dim, member.start + group * member.width, member.width) for member in groups.members
-            if member.reads == reads]
+    return [
+        params[member.name].data.narrow(member.dim, member.start + group * member.width, member.width)
+        for member in groups.members
+        if member.reads == reads
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
-    """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing, and its elements are all there."""
+    """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing,
+    and its elements are all there.
+    """
     model, expected = model_of(family), FAMILIES[family][1][list(KINDS).index(kind)]
     if not expected:
-        with pytest.raises(UsageError, match=f"recognised in {type(model).__name__}. Looked for: .* Describe them by lp_dist.groups_of"):
+        with pytest.raises(
+            UsageError,
+            match=f"recognised in {type(model).__name__}. Looked for: .* Describe them by lp_dist.groups_of",
+        ):
             structure(model, kind)
         return
     found, tokens = structure(model, kind), torch.arange(24).view(2, 12) % 61
@@ -73,13 +106,17 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             return logits
 
         plain = model(tokens).logits
-        for slot in own:    # each of them counts, but the bias of keys, which softmax takes out
+        for slot in own:  # each of them counts, but the bias of keys, which softmax takes out
             changed = (noise([slot]) - plain).abs().max() > 1e-5
             assert changed or slot.ndim == 1
         for slot in readers:
             slot.zero_()
         torch.testing.assert_close(noise(), model(tokens).logits, rtol=0, atol=1e-6)
-        if not grouped:     # nothing else of its layer belongs to it: with its own zero as well, gradients there are zero, so nothing brings it back
+        if (
+            not grouped
+            # nothing else of its layer belongs to it: with its own zero as well, gradients there are zero, so nothing
+            # brings it back
+        ):
             for slot in own:
                 slot.zero_()
             model.zero_grad()
@@ -101,25 +138,38 @@ class Own(nn.Module):
 def test_own_groups_are_described_by_patterns():
     model = nn.Sequential(Own(), Own())
     found = groups_of(model, outputs=["*.left", "*.right"], inputs="*.back", along="*.slope.weight", kind="channels")
-    assert [(groups.label, groups.count, groups.elements) for groups in found] == [("0 channels", 6, 2 * (4 + 1) + 4 + 1), ("1 channels", 6, 15)]
+    assert [(groups.label, groups.count, groups.elements) for groups in found] == [
+        ("0 channels", 6, 2 * (4 + 1) + 4 + 1),
+        ("1 channels", 6, 15),
+    ]
     assert {(member.name, member.dim, member.stop, member.reads) for member in found[1].members} == {
-        ("1.left.weight", 0, 6, False), ("1.left.bias", 0, 6, False), ("1.right.weight", 0, 6, False), ("1.right.bias", 0, 6, False),
-        ("1.slope.weight", 0, 6, False), ("1.back.weight", 1, 6, True)}
+        ("1.left.weight", 0, 6, False),
+        ("1.left.bias", 0, 6, False),
+        ("1.right.weight", 0, 6, False),
+        ("1.right.bias", 0, 6, False),
+        ("1.slope.weight", 0, 6, False),
+        ("1.back.weight", 1, 6, True),
+    }
     assert structure(model, found) == found
     pairs = groups_of(model, outputs="*.left", width=2)
     assert [(groups.count, groups.elements) for groups in pairs] == [(3, 10)] * 2
     one = groups_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), outputs="0", inputs="2")
-    assert [(groups.name, groups.count, groups.elements, len(groups.members)) for groups in one] == [("0.weight", 6, 7, 3)]
+    assert [(groups.name, groups.count, groups.elements, len(groups.members)) for groups in one] == [
+        ("0.weight", 6, 7, 3)
+    ]
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (dict(outputs="*.up"), r"'\*.up' matches no linear layer of Sequential; names look like '0.back'"),
-    (dict(along="*.up"), r"matches no vector of Sequential; names look like"),
-    (dict(outputs="*t"), r"'\*t' matches two of the same layer \(0.left, 0.right\)"),
-    (dict(outputs=["*.left", "*.back"]), "the groups of 0 are 4 and 6 wide, and width=1"),
-    (dict(outputs="*.left", width=4), "the groups of 0 are 6 wide, and width=4"),
-    ({}, "no patterns are given"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(outputs="*.up"), r"'\*.up' matches no linear layer of Sequential; names look like '0.back'"),
+        (dict(along="*.up"), r"matches no vector of Sequential; names look like"),
+        (dict(outputs="*t"), r"'\*t' matches two of the same layer \(0.left, 0.right\)"),
+        (dict(outputs=["*.left", "*.back"]), "the groups of 0 are 4 and 6 wide, and width=1"),
+        (dict(outputs="*.left", width=4), "the groups of 0 are 6 wide, and width=4"),
+        ({}, "no patterns are given"),
+    ],
+)
 def test_patterns_that_say_no_groups_are_refused(arguments, says):
     with pytest.raises(UsageError, match=says):
         groups_of(nn.Sequential(Own(), Own()), **arguments)
@@ -127,9 +177,13 @@ def test_patterns_that_say_no_groups_are_refused(arguments, says):
 
 def test_groups_that_share_weights_and_unknown_ones_are_refused():
     model = model_of("llama")
-    with pytest.raises(UsageError, match="q_proj.weight belongs to .* kv_groups and to .* heads as well; leave one of them out"):
+    with pytest.raises(
+        UsageError, match="q_proj.weight belongs to .* kv_groups and to .* heads as well; leave one of them out"
+    ):
         structure(model, ["heads", "kv_groups"])
-    with pytest.raises(UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"):
+    with pytest.raises(
+        UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"
+    ):
         structure(model, "neurons")
     with pytest.raises(UsageError, match="no groups are named"):
         structure(model, [])

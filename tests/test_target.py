@@ -1,4 +1,6 @@
-"""A target is reached: exactly, along its plan, with every base, and around its window nothing but the base optimizer acts."""
+"""A target is reached: exactly, along its plan, with every base, and around its window nothing but the base optimizer
+acts.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,26 @@ import math
 
 import pytest
 import torch
+from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
-from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
 
-CAPPED, UNCAPPED, PRECONDITIONED = {"grace": 0.0}, {"cap": None, "grace": 0.0}, {"cap": None, "precondition": 1.0, "grace": 0.0}
+CAPPED, UNCAPPED, PRECONDITIONED = (
+    {"grace": 0.0},
+    {"cap": None, "grace": 0.0},
+    {"cap": None, "precondition": 1.0, "grace": 0.0},
+)
 
 
 def hooked(cls, **kwargs):
     """A base of torch's own with `add_lp_decay`."""
+
     def make(params, lr):
         optimizer = cls(params, lr=lr, weight_decay=0.0, **kwargs)
         add_lp_decay(optimizer)
         return optimizer
+
     return make
 
 
@@ -29,32 +37,59 @@ def plain_adamw(params, lr):
     return LpAdamW(params, lr=lr, weight_decay=0.0)
 
 
-# -- the sparsity -------------------------------------------------------------------------------------------------------
+# -- the sparsity -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p, sparsity, form", [
-    (-1.0, 0.3, CAPPED), (-1.0, 0.9, UNCAPPED), (0.0, 0.3, PRECONDITIONED), (0.0, 0.9, CAPPED), (0.5, 0.3, UNCAPPED), (0.5, 0.9, PRECONDITIONED),
-    (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}), (0.8, 0.3, CAPPED), (0.8, 0.9, PRECONDITIONED), (1.0, 0.3, {"cap": 2.0, "grace": 0.0}), (1.0, 0.9, CAPPED)])
+@pytest.mark.parametrize(
+    "p, sparsity, form",
+    [
+        (-1.0, 0.3, CAPPED),
+        (-1.0, 0.9, UNCAPPED),
+        (0.0, 0.3, PRECONDITIONED),
+        (0.0, 0.9, CAPPED),
+        (0.5, 0.3, UNCAPPED),
+        (0.5, 0.9, PRECONDITIONED),
+        (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}),
+        (0.8, 0.3, CAPPED),
+        (0.8, 0.9, PRECONDITIONED),
+        (1.0, 0.3, {"cap": 2.0, "grace": 0.0}),
+        (1.0, 0.9, CAPPED),
+    ],
+)
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
     run = Run(layerwise(sparsity, p=p, memory=0.0, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
-        assert abs(zeros - sparsity * MATRICES[name]) <= 1, f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
-    assert all((param != 0).all() for name, param in run.model.named_parameters() if name not in MATRICES), "biases are no part of it"
+        assert abs(zeros - sparsity * MATRICES[name]) <= 1, (
+            f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
+        )
+    assert all((param != 0).all() for name, param in run.model.named_parameters() if name not in MATRICES), (
+        "biases are no part of it"
+    )
 
-    # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 looks of 2 steps for p <= 0.5, and
-    # with a cap of 1 at most 6 whatever p is. Without a cap at p near 1 a large part is left to the last threshold.
+    # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 looks of 2
+    # steps for p <= 0.5, and with a cap of 1 at most 6 whatever p is. Without a cap at p near 1 a large part is left
+    # to the last threshold.
     control, last = run.attached.control, 0.0
     behind = 10 if p <= 0.5 else 12 if form is CAPPED else 30
     for step, logs in run.history[:-1]:
         plan, measured = logs["lp/plan"], logs["lp/measured"]
-        assert plan == pytest.approx(sparsity * (1 - (1 - (step - START) / (CLOSING - START)) ** 3)), f"the cubic plan at step {step}"
+        assert plan == pytest.approx(sparsity * (1 - (1 - (step - START) / (CLOSING - START)) ** 3)), (
+            f"the cubic plan at step {step}"
+        )
         assert last <= measured <= plan + 1e-3, f"at step {step} {measured:.4f} are zeros, and {plan:.4f} were planned"
-        assert measured >= sparsity * control.plan(max(step - behind, START)), f"at step {step} only {measured:.4f} are zeros; planned {plan:.4f}"
+        assert measured >= sparsity * control.plan(max(step - behind, START)), (
+            f"at step {step} only {measured:.4f} are zeros; planned {plan:.4f}"
+        )
         last = measured
     closed = control.closed
-    assert closed["after"] == pytest.approx(sparsity, abs=1e-4) and closed["by_threshold"] == closed["after"] - closed["before"] >= 0
+    assert (
+        closed["after"] == pytest.approx(sparsity, abs=1e-4)
+        and closed["by_threshold"] == closed["after"] - closed["before"] >= 0
+    )
     if form is CAPPED:
-        assert closed["by_threshold"] <= 0.012, f"{closed['by_threshold']:.2%} were left to the last threshold; decay should have done it"
+        assert closed["by_threshold"] <= 0.012, (
+            f"{closed['by_threshold']:.2%} were left to the last threshold; decay should have done it"
+        )
 
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
@@ -63,7 +98,9 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
     zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
     assert zeros == round(sparsity * elements)
     shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
-    assert max(shares) > min(shares) + 0.05, f"{shares}: tensors of different scale must differ, else it was no global threshold"
+    assert max(shares) > min(shares) + 0.05, (
+        f"{shares}: tensors of different scale must differ, else it was no global threshold"
+    )
     values = [run.optimizer.segments.values(name) for name in MATRICES]
     assert all(one == values[0] for one in values), "one λ and one cutoff for all"
     survivors = run.zeros()
@@ -71,19 +108,38 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
     assert run.zeros() == survivors
 
 
-@pytest.mark.parametrize("make, lr, p", [
-    (hooked(torch.optim.AdamW), 3e-3, 0.5), (hooked(torch.optim.SGD, momentum=0.9), 0.05, 0.0), (hooked(torch.optim.Adafactor), 3e-3, 0.5),
-    (lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, 0.5), (LpLion, 3e-4, 0.0)], ids=["AdamW", "SGD", "Adafactor", "LpSGD", "LpLion"])
+@pytest.mark.parametrize(
+    "make, lr, p",
+    [
+        (hooked(torch.optim.AdamW), 3e-3, 0.5),
+        (hooked(torch.optim.SGD, momentum=0.9), 0.05, 0.0),
+        (hooked(torch.optim.Adafactor), 3e-3, 0.5),
+        (lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, 0.5),
+        (LpLion, 3e-4, 0.0),
+    ],
+    ids=["AdamW", "SGD", "Adafactor", "LpSGD", "LpLion"],
+)
 def test_every_base_reaches_it(make, lr, p):
     run = Run(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
     assert run.zeros() == {name: round(0.7 * elements) for name, elements in MATRICES.items()}
     assert run.attached.control.closed["by_threshold"] < 0.03, "it is the decay that does it"
 
 
-@pytest.mark.parametrize("every, look, form", [(4, 10, {"memory": 0.0}), (4, 14, {"cap": None}), (3, 9, {"precondition": 1.0, "cap": 3.0}), (10, 36, {}),
-                                               (4, 10, {}), (3, 18, {"precondition": 1.0, "memory": 0.25})])
+@pytest.mark.parametrize(
+    "every, look, form",
+    [
+        (4, 10, {"memory": 0.0}),
+        (4, 14, {"cap": None}),
+        (3, 9, {"precondition": 1.0, "cap": 3.0}),
+        (10, 36, {}),
+        (4, 10, {}),
+        (3, 18, {"precondition": 1.0, "memory": 0.25}),
+    ],
+)
 def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
-    """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or the last threshold."""
+    """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or
+    the last threshold.
+    """
     run, horizon = Run(layerwise(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
     share = 0.6 * (look + horizon - START) / (CLOSING - START)
     control, beta2 = run.attached.control, 0.999
@@ -93,8 +149,10 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
         if name in MATRICES:
             v = run.optimizer.state[param]["exp_avg_sq"].double()
             denom = (v / (1 - beta2**run.taken)).sqrt() + 1e-8 if "precondition" in form else 1.0
-            weight = torch.where(param == 0, run.optimizer.state[param]["exp_avg"], param)    # where it is latent
-            x[name] = float((weight.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1])
+            weight = torch.where(param == 0, run.optimizer.state[param]["exp_avg"], param)  # where it is latent
+            x[name] = float(
+                (weight.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1]
+            )
     rates, latent = 0.0, control.target.memory > 0
     for _ in range(horizon):
         rates += run.optimizer.param_groups[0]["lr"]
@@ -104,12 +162,17 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
     for name, values in found.items():
         assert values["weight_decay"] == pytest.approx(x[name] / (2 * rates), rel=3e-4), f"λ of {name}"
         assert values.get("latent", False) == latent
-        assert values["cutoff"] == pytest.approx(x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4)
+        assert values["cutoff"] == pytest.approx(
+            x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4
+        )
     lambdas = sorted(values["weight_decay"] for values in found.values())
     assert [run.attached.logs[f"lp/lambda_{key}"] for key in ("min", "median", "max")] == lambdas
 
 
-@pytest.mark.parametrize("p, sparsity, form", [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})])
+@pytest.mark.parametrize(
+    "p, sparsity, form",
+    [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})],
+)
 def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
     form = {"memory": 0.0, **form}
     run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
@@ -121,7 +184,9 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
         if step <= control.grace_ends:
             assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
             assert last - 0.01 <= faded <= logs["lp/plan"] + 0.01, f"at step {step}"
-            assert faded >= sparsity * control.plan(max(step - 16, START)) - 0.01, f"at step {step} only {faded:.4f} have faded"
+            assert faded >= sparsity * control.plan(max(step - 16, START)) - 0.01, (
+                f"at step {step} only {faded:.4f} have faded"
+            )
         else:
             assert logs["lp/measured"] >= last - 0.01 or step <= control.grace_ends + 4
         last = faded
@@ -132,7 +197,9 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
     for name in MATRICES:
         values = again.optimizer.segments.values(name)
         assert values["floor"] == pytest.approx(grace * values["cutoff"], rel=1e-6) and values["floor"] > 0
-    assert all(again.optimizer.segments.values(name)["floor"] == 0.0 for name in MATRICES if again.to(control.grace_ends + 2))
+    assert all(
+        again.optimizer.segments.values(name)["floor"] == 0.0 for name in MATRICES if again.to(control.grace_ends + 2)
+    )
 
 
 @pytest.mark.parametrize("grace", [0.1, 0.0])
@@ -147,6 +214,7 @@ def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
         grad[0, 0] = -1.0 if run.taken >= 14 else 0.0
         grad[0, 1] = -1.0 if run.taken >= 36 else 0.0
         return grad
+
     weight.register_hook(gradient)
     run.to(14)
     assert weight[0, :2].abs().max() < (1e-4 if grace else 1e-12)
@@ -155,7 +223,7 @@ def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
     assert run.zeros() == {name: round(0.5 * elements) for name, elements in MATRICES.items()}
 
 
-# -- around the window --------------------------------------------------------------------------------------------------
+# -- around the window --------------------------------------------------------
 
 
 def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
@@ -190,7 +258,9 @@ def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
         for name, param in base.model.named_parameters():
             param.data[dead[name]] = 0.0
         assert same(run.weights(), base.weights()), f"after {run.taken} steps"
-    assert all((run.weights()[name][~dead[name]] != closed[name][~dead[name]]).float().mean() > 0.99 for name in dead), "survivors train"
+    assert all(
+        (run.weights()[name][~dead[name]] != closed[name][~dead[name]]).float().mean() > 0.99 for name in dead
+    ), "survivors train"
 
 
 def test_without_freeze_everything_trains_on_as_by_the_base():
@@ -203,7 +273,7 @@ def test_without_freeze_everything_trains_on_as_by_the_base():
     assert sum(run.zeros().values()) < 0.01 * sum(MATRICES.values()), "zeros come back"
 
 
-# -- what a step is -----------------------------------------------------------------------------------------------------
+# -- what a step is -----------------------------------------------------------
 
 
 def test_calls_between_optimizer_steps_change_nothing():
@@ -220,11 +290,13 @@ def test_calls_between_optimizer_steps_change_nothing():
     assert same(once.weights(), often.weights())
 
 
-# -- which parameters ---------------------------------------------------------------------------------------------------
+# -- which parameters ---------------------------------------------------------
 
 
 def test_what_an_override_leaves_out_stays_dense_and_others_can_have_a_p_of_their_own():
-    run = Run(layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(TOTAL)
+    run = Run(layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(
+        TOTAL
+    )
     assert run.attached.decayed == {"0.weight", "4.weight"}
     assert run.zeros() == {"0.weight": 8192, "2.weight": 0, "4.weight": round(0.8 * 512)}
 
@@ -238,7 +310,11 @@ def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
     assert run.attached.decayed == {"0.weight"}
     assert "no decay for 1 parameters that start at zero (zero absorbs), such as 2.weight" in caplog.text
     run.to(TOTAL)
-    assert run.zeros() == {"0.weight": 5120, "2.weight": 0, "4.weight": 0}, "what started at zero trains like anything else"
+    assert run.zeros() == {
+        "0.weight": 5120,
+        "2.weight": 0,
+        "4.weight": 0,
+    }, "what started at zero trains like anything else"
 
 
 def test_names_that_are_given_decay_instead():
@@ -255,14 +331,16 @@ def test_a_share_of_all_parameters(scope):
     assert run.attached.logs["lp/target"] == pytest.approx(0.8 * everything / sum(MATRICES.values()))
 
 
-# -- what else can be said ----------------------------------------------------------------------------------------------
+# -- what else can be said ----------------------------------------------------
 
 
 def test_a_curve_of_ones_own():
     run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, every=1)).to(TOTAL)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     middle = (CLOSING - START) / 2 + START
-    assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, "nothing was planned to die"
+    assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, (
+        "nothing was planned to die"
+    )
     assert {logs["lp/plan"] for step, logs in run.history if step < middle} == {0.0}
 
 
@@ -275,7 +353,10 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     assert "50.00% after the last threshold" in caplog.text
 
 
-@pytest.mark.parametrize("total, given, every", [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)])
+@pytest.mark.parametrize(
+    "total, given, every",
+    [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)],
+)
 def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, every):
     model = model_of()
     optimizer = LpAdamW(model.parameters())

@@ -1,4 +1,6 @@
-"""A run to a SparsityTarget that is stopped and resumed goes on bit for bit, in every phase; on another number of ranks it still lands."""
+"""A run to a SparsityTarget that is stopped and resumed goes on bit for bit, in every phase; on another number of
+ranks it still lands.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ from lp_dist.attachment import Attachment
 
 RUN = Case("", "capped", 0.5, 0.6, steps=24, every=4)
 START, END = 2, 17
-# tag → steps. Looks are at 2, 6, 10, 14; the last threshold comes after step 16, and the next step carries it into an engine's copies.
+# tag → steps. Looks are at 2, 6, 10, 14; the last threshold comes after step 16, and the next step carries it into an
+# engine's copies.
 STOPS = {"before": 1, "saved": 8, "closed": 16, "frozen": 20}
-CELLS = {**{kind: replace(RUN, engine=kind) for kind in ("ddp", "fsdp2", "zero1", "zero2", "zero3", "accelerate zero2")},
-         "zero2 bf16": replace(RUN, engine="zero2", dtype="bf16", scope="global")}
+CELLS = {
+    **{kind: replace(RUN, engine=kind) for kind in ("ddp", "fsdp2", "zero1", "zero2", "zero3", "accelerate zero2")},
+    "zero2 bf16": replace(RUN, engine="zero2", dtype="bf16", scope="global"),
+}
 UNIVERSAL = ("zero1", "zero2", "zero3")
 MINE = {"epoch": 3, "lp": [1.5, None]}
 
@@ -31,7 +36,9 @@ def is_engine(case: Case) -> bool:
 
 
 def saved(engine: Any, found: Attachment, case: Case, directory: Path, tag: str) -> dict[str, Any]:
-    """Saves by the engine's own means, and gives what a user would have to save beside it: DeepSpeed's engine takes it along by itself."""
+    """Saves by the engine's own means, and gives what a user would have to save beside it: DeepSpeed's engine takes it
+    along by itself.
+    """
     if is_engine(case):
         engine.handle.save_checkpoint(directory, tag=tag, **({"client_state": MINE} if tag == "saved" else {}))
     else:
@@ -40,15 +47,20 @@ def saved(engine: Any, found: Attachment, case: Case, directory: Path, tag: str)
 
 
 def resumed(case: Case, directory: Path, tag: str, state: dict[str, Any]) -> tuple[Any, Attachment, bool]:
-    """A new engine that has loaded, what is attached to it, and whether the user's own part of the checkpoint came back."""
+    """A new engine that has loaded, what is attached to it, and whether the user's own part of the checkpoint came
+    back.
+    """
     engine, kept = engine_of(case), True
     state = json.loads(json.dumps(state, allow_nan=False))
     late = tag == "closed"  # attached after loading: then the state is handed over by hand
     found = None if late else attached_to(engine, case)
     if is_engine(case):
         path, client = engine.handle.load_checkpoint(directory, tag=tag)
-        kept = path is not None and client["lp_dist"] == state and {key: client.get(key) for key in MINE} == (
-            MINE if tag == "saved" else dict.fromkeys(MINE))
+        kept = (
+            path is not None
+            and client["lp_dist"] == state
+            and {key: client.get(key) for key in MINE} == (MINE if tag == "saved" else dict.fromkeys(MINE))
+        )
     else:
         engine.load(directory, tag)
     if late:
@@ -72,7 +84,13 @@ def stopped_and_resumed(case: Case, directory: Path) -> dict[str, Any]:
     window = found.control.start, found.control.end
     trained(engine, found, case, 0, case.steps)
     wanted, zeros = taken(engine, found), zeros_of(found)
-    told: dict[str, Any] = {"differs": {}, "other zeros": {}, "kept": {}, "window": window, "reached": reached(engine, found)}
+    told: dict[str, Any] = {
+        "differs": {},
+        "other zeros": {},
+        "kept": {},
+        "window": window,
+        "reached": reached(engine, found),
+    }
     ended(engine)
 
     engine, step, states = engine_of(case), 0, {}
@@ -112,10 +130,17 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         loaded = {"state": found.state_dict(), "model": gathered(engine)}
         trained(engine, found, case, STOPS["saved"], case.steps)
         pieces = [(shard.name, shard.start, shard.piece.values.clone()) for shard in found.shards]
-        told[kind] = {**loaded, "end": gathered(engine), "masters at the end": whole([{"pieces": pieces}]), "reached": reached(engine, found)}
+        told[kind] = {
+            **loaded,
+            "end": gathered(engine),
+            "masters at the end": whole([{"pieces": pieces}]),
+            "reached": reached(engine, found),
+        }
         ended(engine)
 
-        engine = make(kind, model_of(), lambda model: LpLion(param_groups(model, 0.1), lr=1e-3), scheduler_of(case), **universal)
+        engine = make(
+            kind, model_of(), lambda model: LpLion(param_groups(model, 0.1), lr=1e-3), scheduler_of(case), **universal
+        )
         attach(engine.handle)
         with pytest.raises(ValueError) as error:
             engine.load(directory / kind, "universal")
@@ -148,7 +173,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
             assert seen["window"] == (START, END) and seen["compared"] > 40
             for tag, differs in seen["differs"].items():
                 assert not differs, f"{name}, rank {rank}, stopped {tag}: {differs}"
-            assert seen["other zeros"] == dict.fromkeys(STOPS, []), f"{name}, rank {rank}"
+            assert seen["other zeros"] == {key: [] for key in STOPS}, f"{name}, rank {rank}"
             assert seen["differs"].keys() == STOPS.keys()
 
 
@@ -161,10 +186,21 @@ def test_the_state_is_in_the_engines_own_checkpoint_and_the_users_is_beside_it(t
 def test_it_was_stopped_in_every_phase(told):
     for name, seen in told[0][0].items():
         states = seen["states"]
-        assert states["before"]["before"] == {} and states["before"]["next"] == START < STOPS["saved"] < states["saved"]["next"] == 10, name
+        assert (
+            states["before"]["before"] == {}
+            and states["before"]["next"] == START < STOPS["saved"] < states["saved"]["next"] == 10
+        ), name
         assert [states[tag]["closed"] is not None for tag in STOPS] == [False, False, True, True], name
-        assert 0.0 < states["saved"]["logs"]["lp/measured"] == states["saved"]["logs"]["lp/faded"] < RUN.target == round(states["frozen"]["logs"]["lp/measured"], 4), name
-        assert all(seen["states"] == cells[name]["states"] for cells in told[0]), f"{name}: the ranks have other states"
+        assert (
+            0.0
+            < states["saved"]["logs"]["lp/measured"]
+            == states["saved"]["logs"]["lp/faded"]
+            < RUN.target
+            == round(states["frozen"]["logs"]["lp/measured"], 4)
+        ), name
+        assert all(seen["states"] == cells[name]["states"] for cells in told[0]), (
+            f"{name}: the ranks have other states"
+        )
 
 
 def test_all_of_them_reach_the_target(told):
@@ -174,17 +210,24 @@ def test_all_of_them_reach_the_target(told):
 
 
 def test_a_universal_checkpoint_goes_on_with_another_number_of_ranks(told):
-    """Loaded it is what was saved. Then one rank adds up gradients in another order than two, so that a few weights fare otherwise."""
+    """Loaded it is what was saved. Then one rank adds up gradients in another order than two, so that a few weights
+    fare otherwise.
+    """
     two, one = told[0][0], told[1]
     for kind in UNIVERSAL:
         seen = one[kind]
         assert seen["state"] == two[kind]["states"]["saved"], kind
         assert all(seen["model"][name].equal(weights) for name, weights in two[kind]["model"].items()), kind
         assert seen["reached"]["tensors"] == seen["reached"]["masters"] == two[kind]["reached"]["tensors"], kind
-        assert all((seen["end"][name].flatten() == 0).equal(weights == 0) for name, weights in seen["masters at the end"].items()), kind
+        assert all(
+            (seen["end"][name].flatten() == 0).equal(weights == 0)
+            for name, weights in seen["masters at the end"].items()
+        ), kind
         assert seen["reached"]["by_decay"] == pytest.approx(two[kind]["reached"]["by_decay"], abs=1e-3), kind
 
 
 def test_lions_does_not_take_the_state_of_adam_from_a_universal_checkpoint(told):
     for kind in UNIVERSAL:
-        assert told[1][kind]["LpLion"].startswith("the checkpoint is of another optimizer than LpLion: it has exp_avg_sq in its state"), kind
+        assert told[1][kind]["LpLion"].startswith(
+            "the checkpoint is of another optimizer than LpLion: it has exp_avg_sq in its state"
+        ), kind

@@ -1,4 +1,6 @@
-"""A SparsityTarget on shards: a covering part of the grid of target_grid.py, every engine against one process, and what may not go wrong."""
+"""A SparsityTarget on shards: a covering part of the grid of target_grid.py, every engine against one process, and
+what may not go wrong.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,32 @@ from lp_dist.attachment import Attachment
 from lp_dist.engines import unwrap
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero3 offload")
-COVERING = [Case(engine, tuple(FORMS)[(i + 2 * j) % 3], p, TARGETS[(i + j) % 4], SCOPES[(i + j // 2) % 2], steps=20, every=2)
-            for (i, engine), (j, p) in product(enumerate(ENGINES), enumerate(PS))]
+COVERING = [
+    Case(engine, tuple(FORMS)[(i + 2 * j) % 3], p, TARGETS[(i + j) % 4], SCOPES[(i + j // 2) % 2], steps=20, every=2)
+    for (i, engine), (j, p) in product(enumerate(ENGINES), enumerate(PS))
+]
 # The last threshold comes before the last step, which is the only one to carry it into an engine's copies.
-LAST = [Case(engine, "capped", 0.0, 0.7, dtype=dtype, end=1.0, steps=16, every=3) for engine, dtype in
-        [("fsdp2", "fp32"), ("zero2", "fp32"), ("zero3", "fp32"), ("zero1", "bf16"),
-         ("zero2", "bf16"), ("zero3", "bf16"), ("bf16_optimizer", "bf16")]]
-SKIPPING = {kind: Case(kind, "preconditioned", 0.5, 0.6, dtype="fp16", steps=20, every=3) for kind in ("zero2", "zero3")}
-BAD = {0: math.inf, 5: math.nan, 6: math.inf, 13: math.nan}  # before the window, in it twice, right after the last threshold
+LAST = [
+    Case(engine, "capped", 0.0, 0.7, dtype=dtype, end=1.0, steps=16, every=3)
+    for engine, dtype in [
+        ("fsdp2", "fp32"),
+        ("zero2", "fp32"),
+        ("zero3", "fp32"),
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero3", "bf16"),
+        ("bf16_optimizer", "bf16"),
+    ]
+]
+SKIPPING = {
+    kind: Case(kind, "preconditioned", 0.5, 0.6, dtype="fp16", steps=20, every=3) for kind in ("zero2", "zero3")
+}
+BAD = {
+    0: math.inf,
+    5: math.nan,
+    6: math.inf,
+    13: math.nan,
+}  # before the window, in it twice, right after the last threshold
 
 
 def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
@@ -45,8 +65,14 @@ def followed(case: Case) -> dict[str, Any]:
     losses = trained(engine, found, case, 0, end - 1)
     told: dict[str, Any] = {"closed": pieces_of(found)}
     losses += trained(engine, found, case, end - 1, case.steps)
-    told |= {"pieces": pieces_of(found), "model": gathered(engine), "state": found.state_dict(), "logs": found.logs, "losses": losses,
-             **reached(engine, found)}
+    told |= {
+        "pieces": pieces_of(found),
+        "model": gathered(engine),
+        "state": found.state_dict(),
+        "logs": found.logs,
+        "losses": losses,
+        **reached(engine, found),
+    }
     ended(engine)
     return told
 
@@ -75,7 +101,9 @@ def with_bad_steps(case: Case, bad: dict[int, float]) -> dict[str, Any]:
 def disagreeing(rank: int) -> list[str]:
     """What attach says where the last rank asks for something else."""
     said = []
-    for kind, change in product(("ddp", "zero2"), ({"target": 0.6}, {"scope": "global"}, {"end": 0.8}, {"steps": 31}, {"every": 3})):
+    for kind, change in product(
+        ("ddp", "zero2"), ({"target": 0.6}, {"scope": "global"}, {"end": 0.8}, {"steps": 31}, {"every": 3})
+    ):
         case = Case(kind, steps=30)
         engine = engine_of(case)
         with pytest.raises(RuntimeError) as error:
@@ -91,7 +119,9 @@ def on_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     quiet()
     told: dict[str, Any] = {"runs": {case: followed(case) for case in (*COVERING, *LAST)}, "said": disagreeing(rank)}
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16; torch computes it on any CPU
-    return told | {"skipping": {kind: (with_bad_steps(case, {}), with_bad_steps(case, BAD)) for kind, case in SKIPPING.items()}}
+    return told | {
+        "skipping": {kind: (with_bad_steps(case, {}), with_bad_steps(case, BAD)) for kind, case in SKIPPING.items()}
+    }
 
 
 _told: list[dict[str, Any]] = []
@@ -108,8 +138,13 @@ def told(run_ranks) -> list[dict[str, Any]]:
 @pytest.fixture
 def runs(told) -> dict[Case, dict[str, Any]]:
     """As rank 0 saw them, with the masters put together."""
-    return {case: {**run, **{when: whole([{"pieces": rank["runs"][case][when]} for rank in told]) for when in ("closed", "pieces")}}
-            for case, run in told[0]["runs"].items()}
+    return {
+        case: {
+            **run,
+            **{when: whole([{"pieces": rank["runs"][case][when]} for rank in told]) for when in ("closed", "pieces")},
+        }
+        for case, run in told[0]["runs"].items()
+    }
 
 
 def zeros_of(weights: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
@@ -117,7 +152,9 @@ def zeros_of(weights: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name].flatten(), second[name].flatten()) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].flatten(), second[name].flatten()) for name in first
+    )
 
 
 def test_the_runs_hold_every_pair_of_values():
@@ -128,7 +165,9 @@ def test_the_runs_hold_every_pair_of_values():
 
 
 def test_every_target_is_met_to_the_weight(runs):
-    """The last threshold is an order statistic and no estimate, so it leaves the rounding to a whole weight. (A tie would leave more: none here.)"""
+    """The last threshold is an order statistic and no estimate, so it leaves the rounding to a whole weight. (A tie
+    would leave more: none here.)
+    """
     for case, run in runs.items():
         assert run["tensors"] == run["masters"] and len(run["tensors"]) == 4, case
         counts = list(run["tensors"].values())
@@ -140,7 +179,9 @@ def test_every_target_is_met_to_the_weight(runs):
 
 
 def test_the_decay_does_the_work_and_the_last_threshold_the_rest(runs):
-    """So short a run, of 20 steps, leaves it more than usual, and most of it at p = 0.8 without a cap; docs/results/target.md has runs of 60."""
+    """So short a run, of 20 steps, leaves it more than usual, and most of it at p = 0.8 without a cap;
+    docs/results/target.md has runs of 60.
+    """
     for case, run in runs.items():
         slow = case.p == 0.8 and case.form != "capped"
         assert case.target * (0.2 if slow else 0.7) < run["by_decay"] <= case.target, case
@@ -151,7 +192,9 @@ def test_ranks_agree(told):
     for case, run in told[0]["runs"].items():
         other = told[1]["runs"][case]
         assert same(run["model"], other["model"]), case
-        assert run["state"] == other["state"] and run["logs"] == other["logs"] and run["tensors"] == other["tensors"], case
+        assert (
+            run["state"] == other["state"] and run["logs"] == other["logs"] and run["tensors"] == other["tensors"]
+        ), case
         assert json.loads(json.dumps(run["state"], allow_nan=False)) == run["state"], f"{case}: not plain JSON"
 
 
@@ -164,8 +207,8 @@ def test_model_and_masters_have_the_same_zeros(runs):
 
 
 def test_shards_are_one_process(runs):
-    """Bit for bit. At p = 0.8 torch's pow rounds in a vector otherwise than in the rest after it, and where a vector ends depends on the
-    shards, so there is a tolerance, and the same zeros."""
+    """Bit for bit. At p = 0.8 torch's pow rounds in a vector otherwise than in the rest after it, and where a vector
+    ends depends on the shards, so there is a tolerance, and the same zeros."""
     for case in [*COVERING, *LAST]:
         if case.dtype != "fp32":
             continue
@@ -175,18 +218,24 @@ def test_shards_are_one_process(runs):
             assert same(run["closed"], wanted), case
             assert run["state"] == one["state"], case
         for name, weights in wanted.items():
-            torch.testing.assert_close(run["closed"][name], weights, rtol=1e-5, atol=1e-6, msg=lambda m: f"{case}: {name}: {m}")
+            torch.testing.assert_close(
+                run["closed"][name], weights, rtol=1e-5, atol=1e-6, msg=lambda m: f"{case}: {name}: {m}"
+            )
         assert same(zeros_of(run["model"], wanted), zeros_of(one["model"], wanted)), f"{case}: other zeros"
         assert case.p == 0.8 or same(run["model"], one["model"]), case
         for name, weights in one["model"].items():
-            torch.testing.assert_close(run["model"][name], weights, rtol=0, atol=2e-3, msg=lambda m: f"{case}: {name}: {m}")
+            torch.testing.assert_close(
+                run["model"][name], weights, rtol=0, atol=2e-3, msg=lambda m: f"{case}: {name}: {m}"
+            )
 
 
 def test_survivors_train_without_decay_after_the_window(runs):
     for case in COVERING:
         closed, last = runs[case]["closed"], runs[case]["pieces"]
         assert same(zeros_of(closed, closed), zeros_of(last, closed)), f"{case}: zeros were not frozen"
-        assert all((closed[name] != last[name]).sum() > 0.9 * (closed[name] != 0).sum() for name in runs[case]["tensors"]), case
+        assert all(
+            (closed[name] != last[name]).sum() > 0.9 * (closed[name] != 0).sum() for name in runs[case]["tensors"]
+        ), case
 
 
 def test_fp16_steps_that_are_skipped_advance_nothing(told):
@@ -195,28 +244,43 @@ def test_fp16_steps_that_are_skipped_advance_nothing(told):
             start, end = good["window"]
             assert [step < start for step in BAD] == [True, False, False, False] and list(BAD)[-1] == end - 1
             assert bad["unchanged"] == [True] * len(BAD), f"{kind}, rank {rank}"
-            differs = [key for key in good["taken"].keys() | bad["taken"].keys() if good["taken"].get(key) != bad["taken"].get(key)]
+            differs = [
+                key
+                for key in good["taken"].keys() | bad["taken"].keys()
+                if good["taken"].get(key) != bad["taken"].get(key)
+            ]
             assert not differs and len(good["taken"]) > 40, f"{kind}, rank {rank}: {sorted(differs)}"
 
 
 def test_ranks_that_disagree_on_the_target_are_refused_on_all_of_them(told):
     assert told[0]["said"] == told[1]["said"] and len(told[0]["said"]) == 10
     for said in told[0]["said"]:
-        assert said.startswith(("ranks disagree: the target is ", "ranks disagree: total_steps is 30 on rank 0 and 31")), said
+        assert said.startswith(
+            ("ranks disagree: the target is ", "ranks disagree: total_steps is 30 on rank 0 and 31")
+        ), said
 
 
 def test_a_plain_model_is_followed_without_ranks():
     case = Case("plain", "capped", 0.5, 0.5, steps=20)
     engine = engine_of(case)
-    found = attach(engine.handle, engine.optimizer, target=case.asked, total_steps=case.steps)  # no scheduler: the rates are as they are
+    found = attach(
+        engine.handle, engine.optimizer, target=case.asked, total_steps=case.steps
+    )  # no scheduler: the rates are as they are
     trained(engine, found, case, 0, case.steps)
     for name, (zeros, elements) in reached(engine, found)["tensors"].items():
-        assert zeros == round(0.5 * elements) and dict(unwrap(engine.handle).named_parameters())[name].count_nonzero() == elements - zeros
+        assert (
+            zeros == round(0.5 * elements)
+            and dict(unwrap(engine.handle).named_parameters())[name].count_nonzero() == elements - zeros
+        )
 
 
 def closed(rank: int, world_size: int) -> dict[str, bool]:
     """Whether the last threshold is in the model's copy as soon as it is in the masters."""
-    kinds = {"zero0": {"bf16": {"enabled": True}}, "zero3": {"zero_optimization": {"stage": 3}}, "bf16_optimizer": {}}  # ZeRO-3's persistent ones
+    kinds = {
+        "zero0": {"bf16": {"enabled": True}},
+        "zero3": {"zero_optimization": {"stage": 3}},
+        "bf16_optimizer": {},
+    }  # ZeRO-3's persistent ones
     found = {}
     for kind, more in kinds.items():
         case = Case(kind, "capped", steps=20)
@@ -225,11 +289,18 @@ def closed(rank: int, world_size: int) -> dict[str, bool]:
         low = torch.float32 if kind == "zero3" else torch.bfloat16
         step = 0
         while attached.control.closed is None:
-            engine.step(engine(torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(low)).float().square().mean())
+            engine.step(
+                engine(torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(low))
+                .float()
+                .square()
+                .mean()
+            )
             attached.after_step()
             step += 1
         masters = {shard.name: shard.piece.values.view(shard.shape) for shard in attached.shards}
-        found[kind] = all(torch.equal(masters[name].to(low), weight.to(low)) for name, weight in gathered(engine).items())
+        found[kind] = all(
+            torch.equal(masters[name].to(low), weight.to(low)) for name, weight in gathered(engine).items()
+        )
     return found
 
 

@@ -1,5 +1,5 @@
-"""A target's state in one process: saved as JSON at whatever step, it goes on bit for bit; that of another run is refused.
-And which γ a target takes."""
+"""A target's state in one process: saved as JSON at whatever step, it goes on bit for bit; that of another run is
+refused. And which γ a target takes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import cache
 
 import pytest
 import torch
+from target_cases import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
-from target_cases import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
 
 
 def hooked(params, lr):
@@ -31,11 +31,16 @@ def with_a_zero_matrix() -> nn.Sequential:
 RUNS = {
     "layer": {"target": layerwise(0.6)},
     "as it comes": {"target": SparsityTarget(0.6)},
-    "global, from the first step, preconditioned": {"target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)},
+    "global, from the first step, preconditioned": {
+        "target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)
+    },
     "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, every=7, curve=lambda u: u * u)},
     "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},
     "Lion without a scheduler": {"target": layerwise(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
-    "p of its own": {"target": layerwise(0.6), "overrides": {"2.weight": {"p": -1.0}, "4.weight": {"weight_decay": 0.0}}},
+    "p of its own": {
+        "target": layerwise(0.6),
+        "overrides": {"2.weight": {"p": -1.0}, "4.weight": {"weight_decay": 0.0}},
+    },
 }
 
 
@@ -47,8 +52,14 @@ def uninterrupted(name: str) -> Run:
 def saved(run: Run) -> tuple[bytes, str]:
     """As a script would: torch's part by torch, the target's as JSON."""
     file = io.BytesIO()
-    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-                "scheduler": None if run.scheduler is None else run.scheduler.state_dict()}, file)
+    torch.save(
+        {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
+        },
+        file,
+    )
     return file.getvalue(), json.dumps(run.attached.state_dict(), allow_nan=False)
 
 
@@ -79,7 +90,7 @@ STEPS = [1, START, START + 4, START + 5, CLOSING - 1, CLOSING, END, 50]
 def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first, caplog):
     whole = uninterrupted(name)
     run = Run(**RUNS[name])
-    for step in STEPS if name == "layer" else STEPS[3 + attach_first::3]:
+    for step in STEPS if name == "layer" else STEPS[3 + attach_first :: 3]:
         checkpoint = saved(run.to(step))
         other = resumed(checkpoint, step, attach_first, **RUNS[name])
         assert json.loads(checkpoint[1]) == other.attached.state_dict(), f"the state that was loaded at step {step}"
@@ -125,16 +136,31 @@ def test_the_state_is_plain_json_and_small():
     assert json.loads(text)["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
 
 
-@pytest.mark.parametrize("how, change, words", [
-    ({"target": layerwise(0.7)}, {}, ["another target", "'sparsity': 0.6", "'sparsity': 0.7", "start anew"]),
-    ({"target": layerwise(0.6, p=0.0)}, {}, ["another target", "'p': None", "'p': 0.0"]),
-    ({"target": layerwise(0.6), "total": 70}, {}, ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"]),
-    ({"target": layerwise(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}}, {}, ["other parameters decay", "'2.weight'", "same names"]),
-    ({"target": layerwise(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]}, {}, ["other parameters decay", "'0.bias'"]),
-    ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 3", "install the one that wrote it"]),
-    ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
-    ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
-])
+@pytest.mark.parametrize(
+    "how, change, words",
+    [
+        ({"target": layerwise(0.7)}, {}, ["another target", "'sparsity': 0.6", "'sparsity': 0.7", "start anew"]),
+        ({"target": layerwise(0.6, p=0.0)}, {}, ["another target", "'p': None", "'p': 0.0"]),
+        (
+            {"target": layerwise(0.6), "total": 70},
+            {},
+            ["another window", "[6, 42, 60, 2]", "[7, 49, 70, 2]", "as many steps"],
+        ),
+        (
+            {"target": layerwise(0.6), "overrides": {"2.weight": {"weight_decay": 0.0}}},
+            {},
+            ["other parameters decay", "'2.weight'", "same names"],
+        ),
+        (
+            {"target": layerwise(0.6), "names": ["0.weight", "2.weight", "4.weight", "0.bias"]},
+            {},
+            ["other parameters decay", "'0.bias'"],
+        ),
+        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 3", "install the one that wrote it"]),
+        ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
+        ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
+    ],
+)
 def test_the_state_of_another_run_is_refused(how, change, words):
     weights, state = saved(Run(layerwise(0.6)).to(20))
     state = json.dumps({**json.loads(state), **change})
@@ -164,12 +190,20 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
     assert same(again, run.weights())
 
 
-@pytest.mark.parametrize("make, asked, gamma", [
-    ({}, {}, 1.0), ({}, {"precondition": 0.0}, 0.0), ({"precondition": 0.5}, {}, 0.5), ({"precondition": 0.5}, {"precondition": 0.0}, 0.0)])
+@pytest.mark.parametrize(
+    "make, asked, gamma",
+    [
+        ({}, {}, 1.0),
+        ({}, {"precondition": 0.0}, 0.0),
+        ({"precondition": 0.5}, {}, 0.5),
+        ({"precondition": 0.5}, {"precondition": 0.0}, 0.0),
+    ],
+)
 def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, gamma):
     run = Run(SparsityTarget(0.5, **asked), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
-    assert run.optimizer.param_groups[0]["precondition"] == gamma and run.attached.state_dict()["target"]["precondition"] == asked.get(
-        "precondition", None if make else 1.0)
+    assert run.optimizer.param_groups[0]["precondition"] == gamma and run.attached.state_dict()["target"][
+        "precondition"
+    ] == asked.get("precondition", None if make else 1.0)
     assert run.to(TOTAL).optimizer.param_groups[0]["precondition"] == 0.0, "frozen zeros need none"
 
 
@@ -209,14 +243,23 @@ class WithAnExpert(nn.Sequential):
 
 @pytest.mark.parametrize("begins", [20, TOTAL])
 @pytest.mark.parametrize("form", [{}, {"memory": 0}, {"scope": "layer", "every": 4}, {"precondition": 0.0}], ids=str)
-def test_a_parameter_without_a_gradient_before_the_window_is_ranked_as_one_to_which_the_loss_is_not_sensitive(form, begins, caplog):
+def test_a_parameter_without_a_gradient_before_the_window_is_ranked_as_one_to_which_the_loss_is_not_sensitive(
+    form, begins, caplog
+):
     model = WithAnExpert()
     model.begins = begins
     run = Run(SparsityTarget(0.6, **form), model=model).to(TOTAL)
-    zeros = {name: float((param == 0).float().mean()) for name, param in run.model.named_parameters() if param.ndim == 2}
+    zeros = {
+        name: float((param == 0).float().mean()) for name, param in run.model.named_parameters() if param.ndim == 2
+    }
     sizes = {name: param.numel() for name, param in run.model.named_parameters() if param.ndim == 2}
-    assert sum(zeros[name] * sizes[name] for name in sizes) == pytest.approx(0.6 * sum(sizes.values()), abs=1.0 * len(sizes))
-    told = "1 of the parameters that decay have had no gradient before the window, expert.weight among them" in caplog.text
+    assert sum(zeros[name] * sizes[name] for name in sizes) == pytest.approx(
+        0.6 * sum(sizes.values()), abs=1.0 * len(sizes)
+    )
+    told = (
+        "1 of the parameters that decay have had no gradient before the window, expert.weight among them"
+        in caplog.text
+    )
     assert told == ("precondition" not in form)
     if form.get("scope") == "layer":
         assert zeros["expert.weight"] == pytest.approx(0.6, abs=1e-4)

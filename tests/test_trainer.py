@@ -10,31 +10,50 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
-from lp_dist.schedule import FROZEN, OFF
-from lp_dist.engines import check_deepspeed_config
 from lp_dist.attachment import verify
+from lp_dist.engines import check_deepspeed_config
+from lp_dist.schedule import FROZEN, OFF
 
 WINDOW = DecayWindow(2, 8, {"p": 0.0})
 
 
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                        num_key_value_heads=1))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
 
 
 def train(tmp_path, ways, callbacks, **arguments) -> LlamaForCausalLM:
     model = tiny()
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 32, (40, 12), generator=generator)]
-    args = TrainingArguments(tmp_path, max_steps=10, learning_rate=1e-2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
-                             save_strategy="no", disable_tqdm=True, **arguments)
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=10,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments,
+    )
     Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **ways(model)).train()
     return model
 
 
 def by_class(model):
-    return {"optimizer_cls_and_kwargs": (LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2, "precondition": 0.0})}
+    return {
+        "optimizer_cls_and_kwargs": (LpAdamW, {"params": param_groups(model, 0.05), "lr": 1e-2, "precondition": 0.0})
+    }
 
 
 def by_instance(model):
@@ -77,29 +96,54 @@ def test_an_optimizer_that_is_not_ours_is_found_before_the_first_batch(tmp_path)
 
 
 def test_trap_1_accelerate_really_replaces_our_optimizer_under_offload(monkeypatch):
-    """What Accelerate calls under offload_optimizer, with the versions that are installed; its CPUAdam is not compiled for this."""
+    """What Accelerate calls under offload_optimizer, with the versions that are installed; its CPUAdam is not compiled
+    for this.
+    """
     import deepspeed.ops.adam
     from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
 
-    monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", type("DeepSpeedCPUAdam", (torch.optim.Adam,), {
-        "__init__": lambda self, params, adamw_mode=True, **kwargs: torch.optim.Adam.__init__(self, params, **kwargs)}))
+    monkeypatch.setattr(
+        deepspeed.ops.adam,
+        "DeepSpeedCPUAdam",
+        type(
+            "DeepSpeedCPUAdam",
+            (torch.optim.Adam,),
+            {
+                "__init__": lambda self, params, adamw_mode=True, **kwargs: torch.optim.Adam.__init__(
+                    self, params, **kwargs
+                )
+            },
+        ),
+    )
     live = map_pytorch_optim_to_deepspeed(LpAdamW(param_groups(tiny(), 0.1), lr=1e-3))
     assert type(live).__name__ == "DeepSpeedCPUAdam"
-    with pytest.raises(RuntimeError, match='DeepSpeedCPUAdam, not one of lp_dist.*"zero_force_ds_cpu_optimizer": false'):
+    with pytest.raises(
+        RuntimeError, match='DeepSpeedCPUAdam, not one of lp_dist.*"zero_force_ds_cpu_optimizer": false'
+    ):
         verify(live)
 
 
 def test_trap_4_trainers_own_groups_leave_embeddings_and_head_dense(tmp_path):
-    model = train(tmp_path, lambda model: {"optimizer_cls_and_kwargs": (LpAdamW, {"lr": 1e-2})}, [LpCallback(WINDOW)], weight_decay=0.05)
+    model = train(
+        tmp_path,
+        lambda model: {"optimizer_cls_and_kwargs": (LpAdamW, {"lr": 1e-2})},
+        [LpCallback(WINDOW)],
+        weight_decay=0.05,
+    )
     everything = measure_sparsity(model, names=[name for name, _ in model.named_parameters()])
     assert {name for name, (zeros, _) in everything.counts.items() if zeros} <= set(measure_sparsity(model).counts)
     assert measure_sparsity(model).total > 0.05
 
 
 def test_overrides_reach_single_parameters_through_the_callback(tmp_path):
-    callback = LpCallback(WINDOW, overrides={"*.q_proj.weight": {"weight_decay": 0.0}, "*.up_proj.weight": {"weight_decay": 0.5}})
+    callback = LpCallback(
+        WINDOW, overrides={"*.q_proj.weight": {"weight_decay": 0.0}, "*.up_proj.weight": {"weight_decay": 0.5}}
+    )
     kinds = measure_sparsity(train(tmp_path, by_class, [callback])).by_kind()
-    assert kinds["q_proj"][0] == 0 and kinds["up_proj"][0] / kinds["up_proj"][1] > kinds["gate_proj"][0] / kinds["gate_proj"][1] > 0
+    assert (
+        kinds["q_proj"][0] == 0
+        and kinds["up_proj"][0] / kinds["up_proj"][1] > kinds["gate_proj"][0] / kinds["gate_proj"][1] > 0
+    )
 
 
 def test_a_spoiled_run_is_stopped_when_it_logs(tmp_path):
@@ -114,6 +158,7 @@ def test_a_spoiled_run_is_stopped_when_it_logs(tmp_path):
 
 def test_trap_11_a_step_that_was_skipped_does_not_advance_the_window(tmp_path):
     """Trainer counts it all the same. The scaler's inf makes Accelerate leave the step out, as fp16 does."""
+
     class Skipped(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             if state.global_step in (0, 4):
@@ -129,8 +174,14 @@ def test_trap_11_a_step_that_was_skipped_does_not_advance_the_window(tmp_path):
 def test_a_window_that_could_do_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weight_decay=0"):
         train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.0), lr=1e-2), None)}, [LpCallback(WINDOW)])
-    with pytest.raises(ValueError, match=r'cutoff=0.25, which the decay window would replace.*values={"cutoff": 0.25}'):
-        train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.1), lr=1e-2, cutoff=0.25), None)}, [LpCallback(WINDOW)])
+    with pytest.raises(
+        ValueError, match=r'cutoff=0.25, which the decay window would replace.*values={"cutoff": 0.25}'
+    ):
+        train(
+            tmp_path,
+            lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.1), lr=1e-2, cutoff=0.25), None)},
+            [LpCallback(WINDOW)],
+        )
     with pytest.raises(ValueError, match="holds no step of a run of 10 steps"):
         train(tmp_path, by_class, [LpCallback(DecayWindow(20, 30))])
 
@@ -146,19 +197,32 @@ def test_verify_sees_through_wrappers():
     assert verify(other) is other
 
 
-GOOD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {
-    "stage": 3, "offload_optimizer": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": True}}
+GOOD = {
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
 
 
-@pytest.mark.parametrize("change, part", [
-    ({"optimizer": {"type": "AdamW"}}, '"optimizer" section'),
-    ({"zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio=0.5"),
-    ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow"'),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, '"super_offload"'),
-    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, '"round_robin_gradients"'),
-    ({"zero_optimization": {"stage": 3}}, '"stage3_gather_16bit_weights_on_model_save": true'),
-], ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "round robin", "trap14"])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"optimizer": {"type": "AdamW"}}, '"optimizer" section'),
+        ({"zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio=0.5"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, '"zenflow"'),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            '"super_offload"',
+        ),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, '"round_robin_gradients"'),
+        ({"zero_optimization": {"stage": 3}}, '"stage3_gather_16bit_weights_on_model_save": true'),
+    ],
+    ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "round robin", "trap14"],
+)
 def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(change, part):
     check_deepspeed_config(GOOD)
     with pytest.raises(ValueError) as caught:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines_under_test import deepspeed_config, gathered, make
 from torch import nn
 
-from engines_under_test import deepspeed_config, gathered, make
 from lp_dist import LpAdamW, attach, measure_sparsity, param_groups
 from lp_dist.attachment import steps_taken
 from lp_dist.engines import check_deepspeed_config
@@ -20,7 +20,9 @@ from lp_dist.shards import shards
 
 def model_of() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False), nn.Linear(5, 3), nn.Linear(3, 1))
+    return nn.Sequential(
+        nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False), nn.Linear(5, 3), nn.Linear(3, 1)
+    )
 
 
 def optimizer_of(model: nn.Module) -> LpAdamW:
@@ -33,7 +35,7 @@ def train(engine, steps: int = 3, dtype: torch.dtype = torch.float32) -> None:
         engine.step(engine(x.to(dtype)).float().square().mean())
 
 
-# -- on three ranks, all in one group of them -------------------------------------------------------------------------
+# -- on three ranks, all in one group of them ---------------------------------
 
 
 def trap_2(rank: int) -> str:
@@ -71,8 +73,12 @@ def trap_6(rank: int) -> dict:
     flats = {id(shard.tensor): shard.tensor for shard in shards(engine.handle)}.values()
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config("zero3")):
         sharded = model_of()
-    return {"elements": counts.elements, "in flat shards": sum(flat.numel() for flat in flats), "ndim": {p.ndim for p in sharded.parameters()},
-            "names": sorted(matrix_names(sharded))}
+    return {
+        "elements": counts.elements,
+        "in flat shards": sum(flat.numel() for flat in flats),
+        "ndim": {p.ndim for p in sharded.parameters()},
+        "names": sorted(matrix_names(sharded)),
+    }
 
 
 def trap_7(rank: int) -> dict:
@@ -84,7 +90,11 @@ def trap_7(rank: int) -> dict:
         fully_shard(layer)
     fully_shard(model)
     optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0)  # made on the sharded model
-    decays = [name for name, param in model.named_parameters() if any(param is p for p in optimizer.param_groups[0]["params"])]
+    decays = [
+        name
+        for name, param in model.named_parameters()
+        if any(param is p for p in optimizer.param_groups[0]["params"])
+    ]
     for _ in range(2):  # without attach as well: the first step looks for what is all zeros
         model(torch.ones(3, 7)).square().mean().backward()
         optimizer.step()
@@ -111,11 +121,16 @@ def trap_8(rank: int) -> dict:
 
 def trap_9(rank: int) -> dict:
     def with_an_empty_group(model):
-        return LpAdamW([{"params": [], "weight_decay": 7.0, "p": 0.0}, *param_groups(model, 0.1)], lr=1e-2, precondition=0.0)
+        return LpAdamW(
+            [{"params": [], "weight_decay": 7.0, "p": 0.0}, *param_groups(model, 0.1)], lr=1e-2, precondition=0.0
+        )
 
     engine = make("zero2", model_of(), with_an_empty_group)
     attached = attach(engine.handle)
-    return {"groups": [(group["weight_decay"], group["p"]) for group in attached.optimizer.param_groups], "decayed": sorted(attached.decayed)}
+    return {
+        "groups": [(group["weight_decay"], group["p"]) for group in attached.optimizer.param_groups],
+        "decayed": sorted(attached.decayed),
+    }
 
 
 def trap_10(rank: int) -> str:
@@ -157,7 +172,7 @@ def test_trap_2_deepspeed_wants_leave_for_an_untested_optimizer(found):
 def test_trap_5_step_is_called_once_per_group_or_sub_group(found):
     for rank in found:
         calls, steps = rank["trap_5"]["zero1"]
-        assert calls == [[1]] * 6 and steps == 3                    # one-group lists, twice a step
+        assert calls == [[1]] * 6 and steps == 3  # one-group lists, twice a step
         calls, steps = rank["trap_5"]["zero3"]
         assert len(calls) > 6 and all(sorted(call) == [0, 1] for call in calls) and steps == 3
 
@@ -178,13 +193,16 @@ def test_trap_7_a_statistic_of_a_whole_tensor_is_not_taken_on_a_shard(found):
 
 def test_trap_8_zeros_are_written_through_the_master_weights(found):
     for rank in found:
-        assert rank["trap_8"]["model"] < 5       # the master came back over it
-        assert rank["trap_8"]["master"] == 63    # zero absorbs
+        assert rank["trap_8"]["model"] < 5  # the master came back over it
+        assert rank["trap_8"]["master"] == 63  # zero absorbs
 
 
 def test_trap_9_empty_groups_are_dropped_and_the_others_keep_their_values(found):
     for rank in found:
-        assert rank["trap_9"] == {"groups": [(0.1, 0.5), (0.0, 0.5)], "decayed": ["0.weight", "2.weight", "3.weight", "4.weight"]}
+        assert rank["trap_9"] == {
+            "groups": [(0.1, 0.5), (0.0, 0.5)],
+            "decayed": ["0.weight", "2.weight", "3.weight", "4.weight"],
+        }
 
 
 def test_trap_10_an_optimizer_made_before_sharding_is_refused(found):
@@ -192,7 +210,7 @@ def test_trap_10_an_optimizer_made_before_sharding_is_refused(found):
         assert "steps none of the model's trainable parameters" in rank["trap_10"] and "fully_shard" in rank["trap_10"]
 
 
-# -- alone ------------------------------------------------------------------------------------------------------------
+# -- alone --------------------------------------------------------------------
 
 
 def test_trap_12_the_state_has_the_names_that_universal_checkpoints_carry():

@@ -24,12 +24,18 @@ TEXT, IMAGE = {**SMALL, "vocab_size": 64}, {**SMALL, "image_size": 8, "patch_siz
 T5 = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1}
 MODELS = {
     "a language model": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, num_key_value_heads=1)),
-    "experts": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)),
+    "experts": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)
+    ),
     "encoder and decoder": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "no head": lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
     "other input": lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGE)),
-    "text and other input": lambda: transformers.CLIPModel(transformers.CLIPConfig(
-        text_config={**TEXT, "max_position_embeddings": 8}, vision_config=IMAGE, projection_dim=8))}
+    "text and other input": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**TEXT, "max_position_embeddings": 8}, vision_config=IMAGE, projection_dim=8
+        )
+    ),
+}
 OWN = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,18 +79,39 @@ def one_bit_more(tensors: dict[str, torch.Tensor]) -> None:
     tensors[UP].view(torch.int32)[3, 4] += 1
 
 
-@pytest.mark.parametrize("change, part", [
-    (lambda out: rewritten(out, one_bit_more), f"{UP} in .* is not what .* has"),
-    (lambda out: rewritten(out, lambda tensors: tensors[SPARSE].masked_fill_(tensors[SPARSE] == 0, -0.0)), f"{SPARSE} in"),
-    (lambda out: rewritten(out, lambda tensors: tensors.update({NORM: tensors[NORM].double()})), f"{NORM} in"),
-    (lambda out: rewritten(out, lambda tensors: tensors.update({UP: tensors[UP].view(21, 23)})), f"{UP} in"),
-    (lambda out: rewritten(out, lambda tensors: tensors.pop(NORM)), f"has no {NORM}"),
-    (lambda out: rewritten(out, lambda tensors: tensors.update({"more": torch.ones(1)})), "has more, which .* has not"),
-    (lambda out: changed(out, tie_word_embeddings=False), "1 missing keys, such as lm_head.weight"),
-    (lambda out: changed(out, num_hidden_layers=3), "9 missing keys"),
-    (lambda out: changed(out, num_hidden_layers=1), "9 unexpected keys"),
-    (lambda out: changed(out, vocab_size=98), "mismatched keys")],
-    ids=["a bit", "-0", "dtype", "shape", "missing", "more", "initialised anew", "a layer more", "a layer less", "another shape"])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (lambda out: rewritten(out, one_bit_more), f"{UP} in .* is not what .* has"),
+        (
+            lambda out: rewritten(out, lambda tensors: tensors[SPARSE].masked_fill_(tensors[SPARSE] == 0, -0.0)),
+            f"{SPARSE} in",
+        ),
+        (lambda out: rewritten(out, lambda tensors: tensors.update({NORM: tensors[NORM].double()})), f"{NORM} in"),
+        (lambda out: rewritten(out, lambda tensors: tensors.update({UP: tensors[UP].view(21, 23)})), f"{UP} in"),
+        (lambda out: rewritten(out, lambda tensors: tensors.pop(NORM)), f"has no {NORM}"),
+        (
+            lambda out: rewritten(out, lambda tensors: tensors.update({"more": torch.ones(1)})),
+            "has more, which .* has not",
+        ),
+        (lambda out: changed(out, tie_word_embeddings=False), "1 missing keys, such as lm_head.weight"),
+        (lambda out: changed(out, num_hidden_layers=3), "9 missing keys"),
+        (lambda out: changed(out, num_hidden_layers=1), "9 unexpected keys"),
+        (lambda out: changed(out, vocab_size=98), "mismatched keys"),
+    ],
+    ids=[
+        "a bit",
+        "-0",
+        "dtype",
+        "shape",
+        "missing",
+        "more",
+        "initialised anew",
+        "a layer more",
+        "a layer less",
+        "another shape",
+    ],
+)
 @pytest.mark.parametrize("source", ["alive", "published"])
 def test_it_tells_of_a_change_in_what_was_written(source, change, part, alive, tmp_path):
     checkpoint = open_checkpoint(tmp_path / source)
@@ -103,7 +130,9 @@ def test_it_tells_of_a_config_by_which_the_same_weights_say_something_else(alive
 
 
 def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tmp_path, monkeypatch):
-    """Two experts' weights swapped on the way out: the names and bits of both sides agree, what the model says does not."""
+    """Two experts' weights swapped on the way out: the names and bits of both sides agree, what the model says does
+    not.
+    """
     from lp_dist.checkpoints import publishing
 
     alive = saved_alive(MODELS["experts"](), tmp_path)
@@ -112,9 +141,14 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
     def swapped(*arguments: Any) -> list[publishing.Published]:
         def read(piece: publishing.Published) -> dict[str, torch.Tensor]:
             tensors = piece.read()
-            one, other = "model.layers.0.block_sparse_moe.experts.0.w2.weight", "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+            one, other = (
+                "model.layers.0.block_sparse_moe.experts.0.w2.weight",
+                "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+            )
             return {**tensors, one: tensors[other], other: tensors[one]} if one in tensors else tensors
+
         return [replace(piece, read=lambda piece=piece: read(piece)) for piece in right(*arguments)]
+
     monkeypatch.setattr(publishing, "_reverted", swapped)
     with pytest.raises(DiffersError, match="the logits"):
         export(alive, tmp_path / "out", verified=True)
@@ -127,10 +161,17 @@ def test_what_differs_is_left_for_a_look_and_out_stays_as_it_was(alive, tmp_path
     monkeypatch.setattr("lp_dist.export.loadable", lambda config, dtype: {**config, "tie_word_embeddings": False})
     with pytest.raises(DiffersError, match="out.partial has 1 missing keys"):
         export(alive, out, dtype="bfloat16", verified=True, overwrite=True)
-    assert (out / "model.safetensors").read_bytes() == before != (tmp_path / "out.partial" / "model.safetensors").read_bytes()
+    assert (
+        (out / "model.safetensors").read_bytes()
+        == before
+        != (tmp_path / "out.partial" / "model.safetensors").read_bytes()
+    )
     monkeypatch.undo()
     export(alive, out, dtype="bfloat16", verified=True, overwrite=True)
-    assert not (tmp_path / "out.partial").exists() and json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (
+        not (tmp_path / "out.partial").exists()
+        and json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    )
 
 
 def test_a_model_of_its_own_code_is_run_only_when_trusted(tmp_path, monkeypatch):

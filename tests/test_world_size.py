@@ -1,7 +1,8 @@
-"""Another number of ranks: DeepSpeed's universal checkpoint and torch.distributed.checkpoint, from 2 ranks to 3 and to 1.
+"""Another number of ranks: DeepSpeed's universal checkpoint and torch.distributed.checkpoint, from 2 ranks to 3 and to
+1.
 
-Right after loading everything is bit for bit what was saved. Later steps average gradients over the ranks in another order: equal to
-1e-6 in fp32 and 1e-3 in bf16, with the same zeros.
+Right after loading everything is bit for bit what was saved. Later steps average gradients over the ranks in another
+order: equal to 1e-6 in fp32 and 1e-3 in bf16, with the same zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 from engines_under_test import Engine, gathered, make
-from test_checkpoints import DECAYED, STEPS, attached, ended, groups_of, model_of, optimizer_of, quiet, scheduler_of, trained
+from test_checkpoints import (
+    DECAYED,
+    STEPS,
+    attached,
+    ended,
+    groups_of,
+    model_of,
+    optimizer_of,
+    quiet,
+    scheduler_of,
+    trained,
+)
 from torch import Tensor
 
 from lp_dist import LpLion, LpSGD
@@ -23,7 +35,10 @@ from lp_dist.shards import live_optimizer, shards
 STOP = 7  # in the middle of the decay
 KINDS = ("zero1", "zero2", "zero3", "bf16_optimizer", "fsdp2")
 WHEN = ("attach before", "attach after", "no attach")
-OTHERS = {"LpSGD": lambda model: LpSGD(groups_of(model), momentum=0.9), "LpLion": lambda model: LpLion(groups_of(model))}
+OTHERS = {
+    "LpSGD": lambda model: LpSGD(groups_of(model), momentum=0.9),
+    "LpLion": lambda model: LpLion(groups_of(model)),
+}
 
 
 def seen(engine: Engine) -> dict[str, Any]:
@@ -33,13 +48,18 @@ def seen(engine: Engine) -> dict[str, Any]:
     pieces = []
     for shard in shards(engine.handle, None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer):
         if shard.length:
-            pieces += [(f"{key} of {shard.name}", shard.start, part.flatten().clone())
-                       for key, part in {"master": shard.piece.values, **shard.state}.items()]
-    return {"pieces": pieces, "model": {name: weight.float().flatten() for name, weight in gathered(engine).items()},
-            "groups": [{key: value for key, value in group.items() if key != "params"} for group in live.param_groups],
-            "steps": [float(state["step"]) for state in live.state.values()],
-            "step tensors": len({id(state["step"]) for state in live.state.values()}),
-            "schedule": engine.lr_scheduler.last_epoch}
+            pieces += [
+                (f"{key} of {shard.name}", shard.start, part.flatten().clone())
+                for key, part in {"master": shard.piece.values, **shard.state}.items()
+            ]
+    return {
+        "pieces": pieces,
+        "model": {name: weight.float().flatten() for name, weight in gathered(engine).items()},
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in live.param_groups],
+        "steps": [float(state["step"]) for state in live.state.values()],
+        "step tensors": len({id(state["step"]) for state in live.state.values()}),
+        "schedule": engine.lr_scheduler.last_epoch,
+    }
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -77,8 +97,17 @@ def convert(folder: Path) -> None:
     """What `ds_to_universal.py --inject_missing_state` does, without processes of its own."""
     from deepspeed.checkpoint.ds_to_universal import main
 
-    main(argparse.Namespace(input_folder=str(folder / "saved"), output_folder=str(folder / "universal"), num_extract_workers=1,
-                            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
+    main(
+        argparse.Namespace(
+            input_folder=str(folder / "saved"),
+            output_folder=str(folder / "universal"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
 
 
 def after(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
@@ -141,7 +170,9 @@ def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
     for kind in KINDS:
         old = [rank[kind]["saved"] for rank in saved[1]]
         wanted = whole(old)
-        assert len(wanted) == 21 and all((wanted[f"master of {name}"] == 0).any() for name in DECAYED), "nothing has died"
+        assert len(wanted) == 21 and all((wanted[f"master of {name}"] == 0).any() for name in DECAYED), (
+            "nothing has died"
+        )
         for when in WHEN:
             new = [rank[kind][when]["loaded"] for rank in loaded]
             got = whole(new)
@@ -150,7 +181,9 @@ def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
             for rank in new:
                 assert set(rank["steps"]) == {STOP} and rank["schedule"] == STOP, f"{kind}, {when}"
                 assert rank["model"].keys() == old[0]["model"].keys()
-                wrong = [name for name, weight in rank["model"].items() if not torch.equal(weight, old[0]["model"][name])]
+                wrong = [
+                    name for name, weight in rank["model"].items() if not torch.equal(weight, old[0]["model"][name])
+                ]
                 assert not wrong, f"{kind}, {when}"
 
 
@@ -166,7 +199,11 @@ def test_trap_13_universal_stage_3_copies_group_0(saved, loaded):
                 assert {key: [group[key] for group in groups] for key in asked} == asked, f"{kind}, {when}"
                 assert [group["lr"] for group in groups] == rates, f"{kind}, {when}"
         unguarded = rank["zero3"]["no attach"]["loaded"]["groups"]
-        assert [group["weight_decay"] for group in unguarded] == [3.0, 3.0, 3.0], "DeepSpeed has changed: is the guard still needed?"
+        assert [group["weight_decay"] for group in unguarded] == [
+            3.0,
+            3.0,
+            3.0,
+        ], "DeepSpeed has changed: is the guard still needed?"
         assert [group["p"] for group in unguarded] == [0.5, 0.5, 0.5]
 
 
@@ -180,7 +217,11 @@ def test_step_counts_stay_right_though_the_loader_gives_all_sub_groups_one_tenso
     for rank in loaded:
         for kind in KINDS:
             assert set(rank[kind]["attach before"]["end"]["steps"]) == {STEPS}, kind
-        assert rank["zero3"]["no attach"]["loaded"]["step tensors"] == 1 < len(rank["zero3"]["no attach"]["loaded"]["steps"])
+        assert (
+            rank["zero3"]["no attach"]["loaded"]["step tensors"]
+            == 1
+            < len(rank["zero3"]["no attach"]["loaded"]["steps"])
+        )
 
 
 def test_it_goes_on_as_it_would_have(saved, loaded):
@@ -190,9 +231,16 @@ def test_it_goes_on_as_it_would_have(saved, loaded):
         for when in ("attach before", "attach after"):
             got = whole([rank[kind][when]["end"] for rank in loaded])
             for what, tensor in wanted.items():
-                torch.testing.assert_close(got[what], tensor, rtol=0, atol=1e-3 if kind == "bf16_optimizer" else 1e-6,
-                                           msg=lambda m: f"{kind}, {when}: {what}: {m}")
-                assert "master" not in what or torch.equal(got[what] == 0, tensor == 0), f"{kind}, {when}: other zeros in {what}"
+                torch.testing.assert_close(
+                    got[what],
+                    tensor,
+                    rtol=0,
+                    atol=1e-3 if kind == "bf16_optimizer" else 1e-6,
+                    msg=lambda m: f"{kind}, {when}: {what}: {m}",
+                )
+                assert "master" not in what or torch.equal(got[what] == 0, tensor == 0), (
+                    f"{kind}, {when}: other zeros in {what}"
+                )
 
 
 @pytest.mark.parametrize("name, missing", [("LpSGD", "exp_avg"), ("LpLion", "exp_avg_sq")])

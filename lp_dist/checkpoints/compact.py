@@ -1,8 +1,9 @@
-"""The compact form, for storage and transfer: of each tensor with many zeros a bit for every weight, and the weights that are not zero.
+"""The compact form, for storage and transfer: of each tensor with many zeros a bit for every weight, and the weights
+that are not zero.
 
-Safetensors files in which `NAME` became `NAME.bitmask` (uint8, eight weights to a byte, the first in the highest bit) and `NAME.values` (its dtype,
-in their order); the shapes of all are in a file's metadata, in the order of the checkpoint. A weight of -0.0 counts as a value, so every tensor
-comes back bit for bit. `lp-dist export` reads it.
+Safetensors files in which `NAME` became `NAME.bitmask` (uint8, eight weights to a byte, the first in the highest bit)
+and `NAME.values` (its dtype, in their order); the shapes of all are in a file's metadata, in the order of the
+checkpoint. A weight of -0.0 counts as a value, so every tensor comes back bit for bit. `lp-dist export` reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_numbered
 from lp_dist.checkpoints.files import Place, safetensors
 
-KEY = "lp_dist.compact"     # of the metadata
+KEY = "lp_dist.compact"  # of the metadata
 _NAME = re.compile(r"compact(-\d+-of-\d+)?\.safetensors")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,7 +49,11 @@ def find(path: Path) -> Checkpoint | None:
     files = [file for file in sorted(path.glob("compact*.safetensors")) if _NAME.fullmatch(file.name)]
     check_numbered(path, [file.name for file in files])
     entries = {name: entry for file in files for name, entry in _entries(file).items()}
-    return Checkpoint(path, "compact form", entries, stored=sum(file.stat().st_size for file in files)) if entries else None
+    return (
+        Checkpoint(path, "compact form", entries, stored=sum(file.stat().st_size for file in files))
+        if entries
+        else None
+    )
 
 
 def _entries(file: Path) -> dict[str, Entry]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from lp_dist.checkpoints.entries import Checkpoint, Entry, unwrapped
 from lp_dist.errors import UsageError
 
-_ACCELERATE = "pytorch_model_fsdp_0"    # Accelerate's folder of the model's weights, in its and Trainer's checkpoints
-_OPTIMIZER = re.compile(r"(^|\.)optim\w*\.")       # what scripts call it beside the model, in one checkpoint of both
+_ACCELERATE = "pytorch_model_fsdp_0"  # Accelerate's folder of the model's weights, in its and Trainer's checkpoints
+_OPTIMIZER = re.compile(r"(^|\.)optim\w*\.")  # what scripts call it beside the model, in one checkpoint of both
 
 
 def find(path: Path) -> Checkpoint | None:
@@ -31,14 +31,23 @@ def find(path: Path) -> Checkpoint | None:
     try:
         index = reader.read_metadata()
     except (pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"{places[0] / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew") from None
+        raise UsageError(
+            f"{places[0] / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
+        ) from None
     _check_files(places[0], index.storage_data)
-    tensors = {key: saved for key, saved in index.state_dict_metadata.items() if isinstance(saved, TensorStorageMetadata)}
-    entries = {unwrapped(key): Entry(tuple(saved.size), saved.properties.dtype, partial(_tensor, reader, key, saved))
-               for key, saved in tensors.items() if not _OPTIMIZER.search(key)}
+    tensors = {
+        key: saved for key, saved in index.state_dict_metadata.items() if isinstance(saved, TensorStorageMetadata)
+    }
+    entries = {
+        unwrapped(key): Entry(tuple(saved.size), saved.properties.dtype, partial(_tensor, reader, key, saved))
+        for key, saved in tensors.items()
+        if not _OPTIMIZER.search(key)
+    }
     if not entries:
-        raise UsageError(f"{places[0]} holds no weights of a model, only {len(tensors)} tensors of an optimizer; name the directory of the model's "
-                         "checkpoint")
+        raise UsageError(
+            f"{places[0]} holds no weights of a model, only {len(tensors)} tensors of an optimizer; name the directory"
+            " of the model's checkpoint"
+        )
     return Checkpoint(places[0], "torch.distributed.checkpoint", entries, live=True)
 
 
@@ -50,7 +59,10 @@ def _check_files(place: Path, stored: dict[Any, Any]) -> None:
     for name, end in sorted(ends.items()):
         size = (place / name).stat().st_size if (place / name).is_file() else 0
         if size < end:
-            raise UsageError(f"{place / name} has {size:,} of the {end:,} bytes that .metadata knows of; copy the checkpoint anew, from every node")
+            raise UsageError(
+                f"{place / name} has {size:,} of the {end:,} bytes that .metadata knows of; copy the checkpoint anew,"
+                " from every node"
+            )
 
 
 class _Reader(dcp.FileSystemReader):
@@ -65,6 +77,8 @@ class _Reader(dcp.FileSystemReader):
 def _tensor(reader: _Reader, key: str, saved: Any) -> Tensor:
     wanted = {key: torch.empty(saved.size, dtype=saved.properties.dtype)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")     # as it is to be
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+        )  # as it is to be
         dcp.load(wanted, storage_reader=reader, no_dist=True)
     return wanted[key]

@@ -42,8 +42,9 @@ class Checkpoint:
     Args:
         path: where its weights lie. form: what it is, in words.
         entries: by name, in the order in which they lie there.
-        live: names and tensors are those of the model in memory, as an engine saves them, and not those of a published checkpoint. (transformers
-            keeps some models' weights otherwise in memory, such as all experts of a layer in one tensor.)
+        live: names and tensors are those of the model in memory, as an engine saves them, and not those of a published
+            checkpoint. (transformers keeps some models' weights otherwise in memory, such as all experts of a layer in
+            one tensor.)
         tied: names that an engine knows as other names of a tensor: {name: the one that has an entry}.
         stored: bytes of it on disk, where they are not those of its tensors.
     """
@@ -60,13 +61,17 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values()) if self.stored is None else self.stored
 
     def directory_of(self, file: str) -> Path | None:
-        """Where `file` (config.json, ...) lies: beside the weights, or above an engine's checkpoint, where Trainer writes it."""
+        """Where `file` (config.json, ...) lies: beside the weights, or above an engine's checkpoint, where Trainer
+        writes it.
+        """
         above = self.path.resolve().parents[:2] if self.live else ()
         return next((place for place in (self.path, *above) if (place / file).is_file()), None)
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name in the user's own model, without what torch.compile and the wrappers of FSDP and checkpointing put into it."""
+    """A parameter's name in the user's own model, without what torch.compile and the wrappers of FSDP and
+    checkpointing put into it.
+    """
     return _WRAPPERS.sub("", name)
 
 
@@ -86,4 +91,7 @@ def check_numbered(path: Path, files: list[str]) -> None:
     for file in files:
         wanted = re.search(r"-of-(\d+)\.", file)
         if wanted and int(wanted[1]) != sum(wanted[0] in other for other in files):
-            raise UsageError(f"{path} has {file}, but not all {int(wanted[1])} files of its set; copy or download the checkpoint anew")
+            raise UsageError(
+                f"{path} has {file}, but not all {int(wanted[1])} files of its set; copy or download the checkpoint"
+                " anew"
+            )

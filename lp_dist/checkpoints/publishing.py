@@ -1,4 +1,6 @@
-"""From the tensors of a checkpoint to those of a published model: under the names, and in the pieces, in which `from_pretrained` looks for them."""
+"""From the tensors of a checkpoint to those of a published model: under the names, and in the pieces, in which
+`from_pretrained` looks for them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from lp_dist.errors import UsageError
 
 @dataclass(frozen=True)
 class Published:
-    """A tensor of a checkpoint, or a few, and what becomes of it: mostly one tensor of the same name. read() → {name: tensor}; shapes: of these."""
+    """A tensor of a checkpoint, or a few, and what becomes of it: mostly one tensor of the same name. read() → {name:
+    tensor}; shapes: of these.
+    """
 
     nbytes: int
     shapes: dict[str, tuple[int, ...]]
@@ -34,24 +38,35 @@ def published(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bo
     """
     if not checkpoint.live:
         twice = _twice(checkpoint, config, trust_remote_code)
-        return [Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry)) for name, entry in checkpoint.entries.items()
-                if name not in twice]
+        return [
+            Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry))
+            for name, entry in checkpoint.entries.items()
+            if name not in twice
+        ]
     if config is None:
-        raise UsageError(f"no config.json is in {checkpoint.path} or above it, so it is not known of which model its weights are; give the model's "
-                         "directory or hub id: --config MODEL")
+        raise UsageError(
+            f"no config.json is in {checkpoint.path} or above it, so it is not known of which model its weights are;"
+            " give the model's directory or hub id: --config MODEL"
+        )
     model = meta_model(config, trust_remote_code)
     return _reverted(model, of_model(checkpoint, model))
 
 
 def _twice(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool) -> set[str]:
-    """Tied tensors that were written under both of their names (as ZeRO-3 makes Trainer do with the output head), bit for bit the same."""
+    """Tied tensors that were written under both of their names (as ZeRO-3 makes Trainer do with the output head), bit
+    for bit the same.
+    """
     try:
         model = meta_model(config, trust_remote_code) if config is not None else nn.Module()
-    except UsageError:      # what is published already needs no class that reads it
+    except UsageError:  # what is published already needs no class that reads it
         return set()
     first: dict[int, str] = {}
-    return {name for name, param in model.named_parameters(remove_duplicate=False)
-            if first.setdefault(id(param), name) != name and _alike(checkpoint.entries.get(name), checkpoint.entries.get(first[id(param)]))}
+    return {
+        name
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(param), name) != name
+        and _alike(checkpoint.entries.get(name), checkpoint.entries.get(first[id(param)]))
+    }
 
 
 def _alike(one: Entry | None, other: Entry | None) -> bool:
@@ -84,15 +99,23 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
 
     try:
         settings = transformers.AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
-    except Exception as error:      # a config's class raises what it likes
-        raise UsageError(f"transformers {transformers.__version__} does not read {config}/config.json ({_line(error)}); give the directory or hub id "
-                         "of the model by --config MODEL, and --trust-remote-code where its code comes with it") from error
+    except Exception as error:  # a config's class raises what it likes
+        raise UsageError(
+            f"transformers {transformers.__version__} does not read {config}/config.json ({_line(error)}); give the"
+            " directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
+            " with it"
+        ) from error
     name = (settings.architectures or [None])[0]
     own = getattr(settings, "auto_map", {}) if trust_remote_code else {}
-    cls = getattr(transformers, next((auto for auto, code in own.items() if str(code).endswith(f".{name}")), str(name)), None)
+    cls = getattr(
+        transformers, next((auto for auto, code in own.items() if str(code).endswith(f".{name}")), str(name)), None
+    )
     if cls is None:
-        raise UsageError(f"{config}/config.json is of the architecture {name}, which transformers {transformers.__version__} does not know; install "
-                         "the version that the model was trained with, or pass --trust-remote-code where its code comes with it")
+        raise UsageError(
+            f"{config}/config.json is of the architecture {name}, which transformers {transformers.__version__} does"
+            " not know; install the version that the model was trained with, or pass --trust-remote-code where its"
+            " code comes with it"
+        )
     return cls, settings
 
 
@@ -102,13 +125,21 @@ def meta_model(config: Path, trust_remote_code: bool = False) -> nn.Module:
 
 
 def made_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
-    """A model of this class without its weights. source: where its configuration is from, for the UsageError where it can't be made."""
+    """A model of this class without its weights. source: where its configuration is from, for the UsageError where it
+    can't be made.
+    """
     try:
         with torch.device("meta"):
-            return cls.from_config(settings, trust_remote_code=True) if hasattr(cls, "from_config") else cls._from_config(settings)
-    except Exception as error:      # so does a model's, on a config that is not its own or for want of a package
-        raise UsageError(f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was trained: "
-                         "--config MODEL") from error
+            return (
+                cls.from_config(settings, trust_remote_code=True)
+                if hasattr(cls, "from_config")
+                else cls._from_config(settings)
+            )
+    except Exception as error:  # so does a model's, on a config that is not its own or for want of a package
+        raise UsageError(
+            f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was"
+            " trained: --config MODEL"
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -136,30 +167,41 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
         known += [checkpoint.tied[alias] for alias in known if alias in checkpoint.tied]
         entry = next((checkpoint.entries[alias] for alias in known if alias in checkpoint.entries), None)
         if entry is None:
-            raise UsageError(f"{checkpoint.path} ({checkpoint.form}) has no {prefix + name}, which {type(model).__name__} needs; "
-                             f"{_advice(checkpoint)}, and save frozen parameters too (exclude_frozen_parameters=False)")
+            raise UsageError(
+                f"{checkpoint.path} ({checkpoint.form}) has no {prefix + name}, which {type(model).__name__} needs; "
+                f"{_advice(checkpoint)}, and save frozen parameters too (exclude_frozen_parameters=False)"
+            )
         if entry.shape != shape:
-            raise UsageError(f"{name} has the shape {list(entry.shape)} in {checkpoint.path}, and {list(shape)} by the model's config.json; "
-                             f"{_advice(checkpoint)}")
+            raise UsageError(
+                f"{name} has the shape {list(entry.shape)} in {checkpoint.path}, and {list(shape)} by the model's"
+                f" config.json; {_advice(checkpoint)}"
+            )
         found[name] = entry
     # What stands beside the model in a script's checkpoint is the script's own.
-    foreign = sorted(name for name in checkpoint.entries if name.startswith(prefix) and name.removeprefix(prefix) not in wanted)
+    foreign = sorted(
+        name for name in checkpoint.entries if name.startswith(prefix) and name.removeprefix(prefix) not in wanted
+    )
     if foreign:
-        raise UsageError(f"{len(foreign)} tensors in {checkpoint.path} are not of {type(model).__name__}, such as {foreign[0]}; "
-                         f"{_advice(checkpoint)}")
+        raise UsageError(
+            f"{len(foreign)} tensors in {checkpoint.path} are not of {type(model).__name__}, such as {foreign[0]}; "
+            f"{_advice(checkpoint)}"
+        )
     return found
 
 
 def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was saved without the model's head,
-    as GPT-2 on the hub, has not its prefix; others are saved under other names than they have in memory.)
+    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was
+    saved without the model's head, as GPT-2 on the hub, has not its prefix; others are saved under other names than
+    they have in memory.)
 
     Args: shapes: of the published tensors, by name.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
     for name, param in model.named_parameters():
-        known = next((alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None) or _saved_name(model, name, param)
+        known = next(
+            (alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None
+        ) or _saved_name(model, name, param)
         if shapes.get(known) == tuple(param.shape):
             names[name] = known
     return names
@@ -170,14 +212,17 @@ def _saved_name(model: nn.Module, name: str, param: Tensor) -> str:
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        saved = list(revert_weight_conversion(model, {name: torch.empty(param.shape, dtype=param.dtype, device="meta")}))
-    except Exception:       # whatever a conversion raises that lacks its other tensors
+        saved = list(
+            revert_weight_conversion(model, {name: torch.empty(param.shape, dtype=param.dtype, device="meta")})
+        )
+    except Exception:  # whatever a conversion raises that lacks its other tensors
         saved = []
     return saved[0] if len(saved) == 1 else name
 
 
 def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
     """What stands before the model's names: nothing, or the name under which a script kept the model ("model.")."""
+
     def fits(prefix: str) -> int:
         return sum(prefix + name in checkpoint.entries for name in wanted)
 
@@ -188,13 +233,15 @@ def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
 
 def _advice(checkpoint: Checkpoint) -> str:
     if any("lora_" in name for name in checkpoint.entries):
-        return "it has LoRA's adapters in it: save the adapter by peft's save_pretrained, and merge it by lp-dist merge"
+        return (
+            "it has LoRA's adapters in it: save the adapter by peft's save_pretrained, and merge it by lp-dist merge"
+        )
     return "give the config of the model that was trained: --config MODEL"
 
 
 def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[Published]:
-    """transformers joins or splits some models' weights while it loads them (a layer's experts into one tensor), and takes that back when it saves
-    them; here that is done for as few tensors at a time as it can be done for.
+    """transformers joins or splits some models' weights while it loads them (a layer's experts into one tensor), and
+    takes that back when it saves them; here that is done for as few tensors at a time as it can be done for.
 
     Raises:
         UsageError: for no few of them it comes to the same as for all.
@@ -208,21 +255,27 @@ def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[Published]:
         return revert_weight_conversion(model, {name: entries[name].read() for name in names})
 
     metas = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
-    groups: dict[str, list[str]] = {}   # those that go into one published tensor, by its name
+    groups: dict[str, list[str]] = {}  # those that go into one published tensor, by its name
     try:
         for name, meta in metas.items():
             groups.setdefault(min(shapes({name: meta}))[0], []).append(name)
         apart = [shapes({name: metas[name] for name in names}) for names in groups.values()]
-    except Exception:   # whatever a conversion raises that lacks its other tensors
+    except Exception:  # whatever a conversion raises that lacks its other tensors
         apart = []
     if sorted(shape for group in apart for shape in group) != sorted(shapes(metas)):
-        raise UsageError(f"{type(model).__name__}'s weights are published in another form than in memory, which can't be made of a few tensors at a "
-                         "time; export from the training itself: trainer.save_model()")
-    return [Published(sum(entries[name].nbytes for name in names), dict(made), partial(read, names)) for names, made in zip(groups.values(), apart)]
+        raise UsageError(
+            f"{type(model).__name__}'s weights are published in another form than in memory, which can't be made of a"
+            " few tensors at a time; export from the training itself: trainer.save_model()"
+        )
+    return [
+        Published(sum(entries[name].nbytes for name in names), dict(made), partial(read, names))
+        for names, made in zip(groups.values(), apart)
+    ]
 
 
 def loadable(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json of the model in `dtype`, and without what a loader would take for compressed weights (vLLM refuses a `sparsity_config`).
+    """config.json of the model in `dtype`, and without what a loader would take for compressed weights (vLLM refuses a
+    `sparsity_config`).
 
     dtype: None leaves it as it is.
     """
@@ -231,7 +284,10 @@ def loadable(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any
     def rewritten(part: Any) -> Any:
         if not isinstance(part, dict):
             return part
-        return {key: name if dtype and key in ("dtype", "torch_dtype") else rewritten(value)
-                for key, value in part.items() if key not in ("sparsity_config", "compression_config", "quantization_config")}
+        return {
+            key: name if dtype and key in ("dtype", "torch_dtype") else rewritten(value)
+            for key, value in part.items()
+            if key not in ("sparsity_config", "compression_config", "quantization_config")
+        }
 
     return {**rewritten(config), **({"dtype": name} if dtype else {})}

@@ -1,7 +1,9 @@
-"""DeepSpeed's checkpoints: the fp32 master weights of ZeRO 1 to 3, put together from the ranks' files one parameter at a time.
+"""DeepSpeed's checkpoints: the fp32 master weights of ZeRO 1 to 3, put together from the ranks' files one parameter at
+a time.
 
-DeepSpeed's own zero_to_fp32, which relies on the same layout (the order of `param_shapes`), holds all of ZeRO-1/2's weights in memory at once. Its
-ds_to_universal relies on `param_slice_mappings`, which DeepSpeed 0.19 makes in another order than the weights have under round_robin_gradients.
+DeepSpeed's own zero_to_fp32, which relies on the same layout (the order of `param_shapes`), holds all of ZeRO-1/2's
+weights in memory at once. Its ds_to_universal relies on `param_slice_mappings`, which DeepSpeed 0.19 makes in another
+order than the weights have under round_robin_gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def find(path: Path) -> Checkpoint | None:
     if latest.is_file():
         tag = latest.read_text().strip()
         if not (path / tag).is_dir():
-            raise UsageError(f"{latest} names {tag!r}, which is not there; name the directory of another tag in {path}")
+            raise UsageError(
+                f"{latest} names {tag!r}, which is not there; name the directory of another tag in {path}"
+            )
         path = path / tag
     optim, files = _sorted(path, "*_optim_states.pt"), _sorted(path, "*_model_states.pt")
     universal = (path / "zero").is_dir() and not any("zero_pp_rank" in file.name for file in optim)
@@ -39,17 +43,23 @@ def find(path: Path) -> Checkpoint | None:
     if not files:
         raise UsageError(f"{path} has no *_model_states.pt, so it is not complete; copy or convert it anew")
     if not universal and any(_PARALLEL.search(file.name) for file in path.iterdir()):
-        raise UsageError(f"{path} was written with tensor, pipeline or expert parallelism, which lp_dist does not read; convert it with DeepSpeed's "
-                         "ds_to_universal first, and export that")
+        raise UsageError(
+            f"{path} was written with tensor, pipeline or expert parallelism, which lp_dist does not read; convert it"
+            " with DeepSpeed's ds_to_universal first, and export that"
+        )
     models = [_load(file) for file in files]
     if universal:
         return _checkpoint(path, "DeepSpeed universal", _universal(path / "zero", models[0]), models)
     if optim:
         return _zero(path, [_load(file) for file in optim], models)
     if models[0].content.get("param_shapes"):
-        raise UsageError(f"{path} was saved under ZeRO, but its *_optim_states.pt, which have the weights, are not there; copy it anew, from every "
-                         "node")
-    return _checkpoint(path, "DeepSpeed without ZeRO", {}, models)      # its weights are those of the module, in 16 bits where that has them
+        raise UsageError(
+            f"{path} was saved under ZeRO, but its *_optim_states.pt, which have the weights, are not there; copy it"
+            " anew, from every node"
+        )
+    return _checkpoint(
+        path, "DeepSpeed without ZeRO", {}, models
+    )  # its weights are those of the module, in 16 bits where that has them
 
 
 def _sorted(path: Path, pattern: str) -> list[Path]:
@@ -59,9 +69,11 @@ def _sorted(path: Path, pattern: str) -> list[Path]:
 
 def _load(file: Path) -> Pickled:
     try:
-        importlib.import_module("deepspeed")    # whose classes are in the pickles
+        importlib.import_module("deepspeed")  # whose classes are in the pickles
     except ImportError:
-        raise UsageError(f"reading {file.name} needs DeepSpeed; install the extra: pip install '.[deepspeed]' in the project") from None
+        raise UsageError(
+            f"reading {file.name} needs DeepSpeed; install the extra: pip install '.[deepspeed]' in the project"
+        ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return Pickled(file, trusted=True)
 
@@ -69,28 +81,45 @@ def _load(file: Path) -> Pickled:
 def _checkpoint(path: Path, form: str, masters: dict[str, Entry], models: list[Pickled]) -> Checkpoint:
     """With what is not trained: buffers, and frozen parameters."""
     first = models[0].content
-    # In stages 1 and 2 the module is whole; in stage 3 only its buffers are, and of each frozen parameter every rank has an equal part.
+    # In stages 1 and 2 the module is whole; in stage 3 only its buffers are, and of each frozen parameter every rank
+    # has an equal part.
     entries = {name: _joined(name, [(models[0], tensor)], tensor.shape) for name, tensor in first["module"].items()}
     for name, shape in (first.get("frozen_param_shapes") or {}).items():
-        entries[name] = _joined(name, [(model, model.content["frozen_param_fragments"][name].view(-1)) for model in models], shape)
+        entries[name] = _joined(
+            name, [(model, model.content["frozen_param_fragments"][name].view(-1)) for model in models], shape
+        )
     entries |= masters
     tied = {unwrapped(name): unwrapped(of) for name, of in dict(first.get("shared_params") or {}).items()}
-    return Checkpoint(path, form, {unwrapped(name): entry for name, entry in entries.items() if unwrapped(name) not in tied}, live=True, tied=tied)
+    return Checkpoint(
+        path,
+        form,
+        {unwrapped(name): entry for name, entry in entries.items() if unwrapped(name) not in tied},
+        live=True,
+        tied=tied,
+    )
 
 
 def _zero(path: Path, optim: list[Pickled], models: list[Pickled]) -> Checkpoint:
     states = [(file, file.content["optimizer_state_dict"]) for file in optim]
-    stage, world = int(states[0][1].get("zero_stage", 1)), states[0][1]["partition_count"]    # BF16_Optimizer, a stage 1, does not say
+    stage, world = (
+        int(states[0][1].get("zero_stage", 1)),
+        states[0][1]["partition_count"],
+    )  # BF16_Optimizer, a stage 1, does not say
     world = max(world) if isinstance(world, list) else world
     for what, count in (("optimizer", len(states)), ("model", len(models) if stage == 3 else world)):
         if count != world:
-            raise UsageError(f"{path} was saved by {world} ranks, but the {what} states of {count} are there; copy it anew, from every node")
+            raise UsageError(
+                f"{path} was saved by {world} ranks, but the {what} states of {count} are there; copy it anew, from"
+                " every node"
+            )
     masters = (_third if stage == 3 else _second)(states, models[0].content["param_shapes"])
     return _checkpoint(path, f"DeepSpeed ZeRO-{stage}, {world} rank{'s' if world > 1 else ''}", masters, models)
 
 
 def _second(states: list[tuple[Pickled, dict[str, Any]]], groups: list[dict[str, Any]]) -> dict[str, Entry]:
-    """Stages 1 and 2, and BF16_Optimizer: of each group a flat tensor, of which every rank has an equal part, but for the padding at its end."""
+    """Stages 1 and 2, and BF16_Optimizer: of each group a flat tensor, of which every rank has an equal part, but for
+    the padding at its end.
+    """
     entries = {}
     for group, shapes in enumerate(groups):
         flats = [(file, state["single_partition_of_fp32_groups"][group]) for file, state in states]
@@ -105,7 +134,7 @@ def _cut(flats: list[tuple[Pickled, Tensor]], start: int, end: int) -> list[tupl
     parts, before = [], 0
     for file, flat in flats:
         if start < before + flat.numel() and before < end:
-            parts.append((file, flat[max(0, start - before):end - before]))
+            parts.append((file, flat[max(0, start - before) : end - before]))
         before += flat.numel()
     return parts
 
@@ -113,20 +142,32 @@ def _cut(flats: list[tuple[Pickled, Tensor]], start: int, end: int) -> list[tupl
 def _third(states: list[tuple[Pickled, dict[str, Any]]], groups: list[dict[str, Any]]) -> dict[str, Entry]:
     """Stage 3: of each parameter an equal part on each rank, one after the other in each sub-group."""
     entries, world = {}, len(states)
-    if any(place.get("partition_count", world) != world for _, state in states for place in state.get("ds_zero_partition_groups") or []):
-        raise UsageError("the checkpoint is of MiCS or expert parallelism, where a parameter lies on some of the ranks alone, which lp_dist does not "
-                         "read; convert it with DeepSpeed's ds_to_universal first, and export that")
+    if any(
+        place.get("partition_count", world) != world
+        for _, state in states
+        for place in state.get("ds_zero_partition_groups") or []
+    ):
+        raise UsageError(
+            "the checkpoint is of MiCS or expert parallelism, where a parameter lies on some of the ranks alone, which"
+            " lp_dist does not read; convert it with DeepSpeed's ds_to_universal first, and export that"
+        )
     for group, shapes in enumerate(groups):
         offset = 0
         for name, shape in shapes.items():
             length = math.ceil(math.prod(shape) / world)
-            entries[name] = _joined(name, [(file, state["fp32_flat_groups"][group][offset:offset + length]) for file, state in states], shape)
+            entries[name] = _joined(
+                name,
+                [(file, state["fp32_flat_groups"][group][offset : offset + length]) for file, state in states],
+                shape,
+            )
             offset += length
     return entries
 
 
 def _universal(folder: Path, first: Pickled) -> dict[str, Entry]:
-    """One directory for each parameter. After stages 1 and 2 frozen ones have one too, but in another dtype than in the module."""
+    """One directory for each parameter. After stages 1 and 2 frozen ones have one too, but in another dtype than in
+    the module.
+    """
     shapes = {name: tuple(shape) for group in first.content["param_shapes"] for name, shape in group.items()}
     entries = {}
     for name, shape in shapes.items():
@@ -147,8 +188,11 @@ def _checked(name: str, entry: Entry, first: Pickled, own: Tensor) -> Tensor:
     """A master weight that is also the model's own one, which DeepSpeed's conversion does not see to."""
     master = entry.read()
     if not torch.equal(master.to(own.dtype), first.read(own)):
-        raise UsageError(f"{name} in the universal checkpoint is not what the model had in {first.file}: DeepSpeed 0.19 mixes parameters up when it "
-                         "converts what was saved under round_robin_gradients; export the checkpoint that it was converted from")
+        raise UsageError(
+            f"{name} in the universal checkpoint is not what the model had in {first.file}: DeepSpeed 0.19 mixes"
+            " parameters up when it converts what was saved under round_robin_gradients; export the checkpoint that"
+            " it was converted from"
+        )
     return master
 
 
@@ -156,8 +200,10 @@ def _joined(name: str, parts: list[tuple[Pickled, Tensor]], shape: Any) -> Entry
     """The tensor whose flat parts these are, in this order; what is beyond its end is padding."""
     shape, there = tuple(shape), sum(part.numel() for _, part in parts)
     if there < math.prod(shape):
-        raise UsageError(f"only {there:,} of the {math.prod(shape):,} elements of {name} are in the ranks' files; where they are on another disk "
-                         "(NVMe offload), let the engine save a universal checkpoint or its own 16-bit weights")
+        raise UsageError(
+            f"only {there:,} of the {math.prod(shape):,} elements of {name} are in the ranks' files; where they are on"
+            " another disk (NVMe offload), let the engine save a universal checkpoint or its own 16-bit weights"
+        )
     dtype = parts[0][1].dtype if parts else torch.float32
     return Entry(shape, dtype, partial(_join, parts, shape, dtype))
 
@@ -165,7 +211,7 @@ def _joined(name: str, parts: list[tuple[Pickled, Tensor]], shape: Any) -> Entry
 def _join(parts: list[tuple[Pickled, Tensor]], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     whole, filled = torch.empty(math.prod(shape), dtype=dtype), 0
     for file, part in parts:
-        part = file.read(part).view(-1)[:len(whole) - filled]
-        whole[filled:filled + len(part)] = part
+        part = file.read(part).view(-1)[: len(whole) - filled]
+        whole[filled : filled + len(part)] = part
         filled += len(part)
     return whole.view(shape)

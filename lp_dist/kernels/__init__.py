@@ -1,4 +1,6 @@
-"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `gpu` is Triton."""
+"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `gpu` is
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -58,21 +60,30 @@ def refusal(row: Row, blocks: bool = False) -> str | None:
             return f"state of {state.dtype} for weights of {dtype}; it takes both in one dtype"
         alike = alike and state.is_contiguous()
     if blocks and not weights.is_contiguous():
-        return f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
+        return (
+            f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride"
+            f" {weights.stride()})"
+        )
     if not alike and not _laid_out_alike(row[:-1]):
-        return f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)}, stride {weights.stride()})"
+        return (
+            f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)},"
+            f" stride {weights.stride()})"
+        )
     return None
 
 
 def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors fill memory without gaps and in the same order, as channels-last ones do: then they can be walked flat."""
+    """Whether the tensors fill memory without gaps and in the same order, as channels-last ones do: then they can be
+    walked flat.
+    """
     first = tensors[0]
     order = sorted(range(first.ndim), key=lambda i: (-first.stride(i), i))
     return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
 
 
 def step(device_type: str, base: str, work: Work) -> None:
-    """One step of `base` ("adamw", "sgd", "lion") for rows on one kind of device, each list of them with the values that hold for it.
+    """One step of `base` ("adamw", "sgd", "lion") for rows on one kind of device, each list of them with the values
+    that hold for it.
 
     Every row has passed `refusal`, and the device is not `unavailable`. Weights and state are changed in place.
     """
@@ -80,8 +91,14 @@ def step(device_type: str, base: str, work: Work) -> None:
 
 
 def pull(device_type: str, base: str, values: Mapping[str, Any], row: Row) -> Tensor:
-    """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block. The row is used up."""
+    """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block.
+    The row is used up.
+    """
     weights, grads, *states, count = row
     weights = weights.float()
-    step(device_type, base, [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])])
+    step(
+        device_type,
+        base,
+        [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])],
+    )
     return weights

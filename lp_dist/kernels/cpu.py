@@ -24,9 +24,22 @@ from lp_dist.patterns import parse
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("step.cpp")
-# No -ffast-math: nan and inf mean something here. Without contraction a value doesn't depend on how its loop was made into vectors.
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-_OF_PROCESSOR = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma")}
+# No -ffast-math: nan and inf mean something here. Without contraction a value doesn't depend on how its loop was made
+# into vectors.
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+)
+_OF_PROCESSOR = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+}
 _BASES = {"adamw": 0, "sgd": 1, "lion": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,14 +55,22 @@ def prepare() -> None:
     global _library
     if _library is None:
         _library = ctypes.CDLL(str(_built()))
-        _library.lp_dist_step.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        _library.lp_dist_step.argtypes = [
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+        ]
         _library.lp_dist_step.restype = None
 
 
 def _built() -> Path:
     flags = (*_FLAGS, *_for_this_processor())
     name = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16] + ".so"
-    directory = Path(os.environ.get("LP_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist")
+    directory = Path(
+        os.environ.get("LP_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist"
+    )
     if (directory / name).exists():
         return directory / name
     compiler = _compiler()
@@ -59,7 +80,11 @@ def _built() -> Path:
     except OSError as error:
         directory = Path(tempfile.mkdtemp())  # built anew by each process, then
         scratch = tempfile.mkdtemp(dir=directory)
-        logger.warning("the fused step can't be kept, and is built by every process: %s. Set LP_DIST_CACHE to a folder that can be written", error)
+        logger.warning(
+            "the fused step can't be kept, and is built by every process: %s. Set LP_DIST_CACHE to a folder that can"
+            " be written",
+            error,
+        )
     logger.info("building the fused step for this processor with %s; this is done once", compiler)
     start = time.perf_counter()
     command = [compiler, *flags, str(_SOURCE), "-o", str(Path(scratch) / name)]
@@ -67,7 +92,8 @@ def _built() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise Unavailable(f"'{' '.join(command)}' failed: {done.stderr.strip()[:600]}")
-        # Ranks that start together each build their own, and the last one to finish stays: no lock, so none is left behind to wait for.
+        # Ranks that start together each build their own, and the last one to finish stays: no lock, so none is left
+        # behind to wait for.
         os.replace(Path(scratch) / name, directory / name)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"'{' '.join(command)}' failed: {error}") from error
@@ -99,14 +125,46 @@ def step(base: str, work: Work) -> None:
     for i, (values, rows) in enumerate(work):
         betas = values.get("betas", (0.0, 0.0))
         n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
-        numbers.extend(map(float, (
-            values["lr"], *betas, values.get("eps", 0.0), values.get("momentum", 0.0), values.get("nesterov", False), values["maximize"],
-            values["weight_decay"], values["p"], values["l2"], values.get("precondition", 0.0), values["cutoff"], values.get("floor", 0.0), SNAP,
-            values.get("latent", False), n, m, values.get("ranked", False))))
+        numbers.extend(
+            map(
+                float,
+                (
+                    values["lr"],
+                    *betas,
+                    values.get("eps", 0.0),
+                    values.get("momentum", 0.0),
+                    values.get("nesterov", False),
+                    values["maximize"],
+                    values["weight_decay"],
+                    values["p"],
+                    values["l2"],
+                    values.get("precondition", 0.0),
+                    values["cutoff"],
+                    values.get("floor", 0.0),
+                    SNAP,
+                    values.get("latent", False),
+                    n,
+                    m,
+                    values.get("ranked", False),
+                ),
+            )
+        )
         for row in rows:
             weights, grads = row[0], row[1]
             m = row[2].data_ptr() if len(row) > 3 else 0
             v = row[3].data_ptr() if len(row) > 4 else 0
-            table.extend((weights.data_ptr(), grads.data_ptr(), m, v, weights.numel(), _TYPES[weights.dtype], _TYPES[grads.dtype], i, int(row[-1])))
+            table.extend(
+                (
+                    weights.data_ptr(),
+                    grads.data_ptr(),
+                    m,
+                    v,
+                    weights.numel(),
+                    _TYPES[weights.dtype],
+                    _TYPES[grads.dtype],
+                    i,
+                    int(row[-1]),
+                )
+            )
     rows, values = table.buffer_info()[0], numbers.buffer_info()[0]
     _library.lp_dist_step(_BASES[base], len(table) // 9, rows, values, torch.get_num_threads())

@@ -9,10 +9,24 @@ from lp_dist.errors import UsageError
 from lp_dist.quality import page, runs, works
 from lp_dist.quality.methods import specs
 
-_TEXTS = ("nanoGPT's is tinyshakespeare's input.txt, of github.com/karpathy/char-rnn", "for example a hub dataset of WikiText-2")
+_TEXTS = (
+    "nanoGPT's is tinyshakespeare's input.txt, of github.com/karpathy/char-rnn",
+    "for example a hub dataset of WikiText-2",
+)
 
 
-def quality(work: str, text: str, model: str, methods: str, sparsities: str, seeds: str, steps: int | None, block: int, jobs: int, out: str) -> Path:
+def quality(
+    work: str,
+    text: str,
+    model: str,
+    methods: str,
+    sparsities: str,
+    seeds: str,
+    steps: int | None,
+    block: int,
+    jobs: int,
+    out: str,
+) -> Path:
     """See `lp-dist bench quality --help`; returns the page's path.
 
     Raises:
@@ -24,7 +38,11 @@ def quality(work: str, text: str, model: str, methods: str, sparsities: str, see
     if not text:
         raise UsageError(f"--text is missing, a text file or a hub dataset; {_TEXTS[work == 'lm']}")
     if bool(model) != (work == "lm"):
-        raise UsageError("--work lm needs a --model, a directory, hub id or .gguf file" if work == "lm" else f"--model is for --work lm, and not for {work}")
+        raise UsageError(
+            "--work lm needs a --model, a directory, hub id or .gguf file"
+            if work == "lm"
+            else f"--model is for --work lm, and not for {work}"
+        )
     wanted_methods = specs(methods)
     shares, numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
     if not all(0 < share < 100 for share in shares):

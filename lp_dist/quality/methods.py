@@ -1,4 +1,6 @@
-"""The ways to sparsity that the bench compares. A method is named by a line such as `gmp:c=0.33,lr=3e-4`, which is also how to run it again."""
+"""The ways to sparsity that the bench compares. A method is named by a line such as `gmp:c=0.33,lr=3e-4`, which is
+also how to run it again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from lp_dist.target import CURVES, GAMMA, MEMORY, SparsityTarget
 
 @dataclass
 class Run:
-    """What a method works on. names: of the matrices that are to become sparse. inputs: gives token ids of the training text to calibrate on."""
+    """What a method works on. names: of the matrices that are to become sparse. inputs: gives token ids of the
+    training text to calibrate on.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -36,7 +40,7 @@ class Run:
 class Method:
     """start() before the first step, after_step(t) when t are taken (and the scheduler's)."""
 
-    keys: dict[str, Any] = {}   # what may be set, and its default
+    keys: dict[str, Any] = {}  # what may be set, and its default
 
     def __init__(self, run: Run, **settings: Any) -> None:
         self.run, self.settings = run, {**self.keys, **settings}
@@ -62,7 +66,9 @@ class _Masked(Method):
 
 
 class _OneShot(_Masked):
-    """at: which part of the steps lies before the pruning; 1 prunes what the dense fine-tune has made, and nothing mends it."""
+    """at: which part of the steps lies before the pruning; 1 prunes what the dense fine-tune has made, and nothing
+    mends it.
+    """
 
     keys = {"at": 0.0}
     prune: Callable[[], dict[str, Tensor]]  # of a subclass: the masks
@@ -76,7 +82,7 @@ class _OneShot(_Masked):
 
     def _at(self, t: int) -> None:
         if not self.masks and t == round(self.settings["at"] * self.run.steps):
-            self.run.model.eval()   # what calibrates it goes through no dropout
+            self.run.model.eval()  # what calibrates it goes through no dropout
             self.masks = self.prune()
             self.run.model.train()
             _Masked.after_step(self, t)
@@ -100,8 +106,8 @@ class SparseGPT(_OneShot):
 
 
 class GMP(_Masked):
-    """Gradual magnitude pruning (arXiv 1710.01878) between the parts `start` and `end` of the run, by |w|·(√v̂)^c, with Adam's v; 20 times, or
-    every so many steps. A mask that has fallen stays: its weight is zero."""
+    """Gradual magnitude pruning (arXiv 1710.01878) between the parts `start` and `end` of the run, by |w|·(√v̂)^c,
+    with Adam's v; 20 times, or every so many steps. A mask that has fallen stays: its weight is zero."""
 
     keys = {"c": 0.0, "start": 0.1, "end": 0.7, "scope": "layer", "every": 0, "curve": "cubic"}
 
@@ -110,7 +116,9 @@ class GMP(_Masked):
         every = s["every"] or max(1, round((last - first) / 20))
         if first <= t <= last and ((t - first) % every == 0 or t == last):
             share = self.run.sparsity * CURVES[s["curve"]]((t - first) / (last - first))
-            self.masks = oneshot.smallest({name: self._score(name, weight) for name, weight in self.run.weights.items()}, share, s["scope"])
+            self.masks = oneshot.smallest(
+                {name: self._score(name, weight) for name, weight in self.run.weights.items()}, share, s["scope"]
+            )
         super().after_step(t)
 
     def _window(self) -> tuple[int, int]:
@@ -120,14 +128,16 @@ class GMP(_Masked):
         score = weight.abs()
         if self.settings["c"]:
             state = self.run.optimizer.state[dict(self.run.model.named_parameters())[name]]
-            score = score * state["exp_avg_sq"].sqrt().pow(self.settings["c"])  # v's own scale is the same for all, and ranks the same
+            score = score * state["exp_avg_sq"].sqrt().pow(
+                self.settings["c"]
+            )  # v's own scale is the same for all, and ranks the same
         return score
 
 
 class PAT(GMP):
-    """What torchao's pruning-aware training does (`torchao.prototype.pat`, MinSparsityConstraint on its schedule): until the window ends, masks
-    are taken off before each step and chosen anew after it. So what is masked goes on learning, from gradients at the pruned weights, and
-    may come back. Its own saliency is |w|, c = 0."""
+    """What torchao's pruning-aware training does (`torchao.prototype.pat`, MinSparsityConstraint on its schedule):
+    until the window ends, masks are taken off before each step and chosen anew after it. So what is masked goes on
+    learning, from gradients at the pruned weights, and may come back. Its own saliency is |w|, c = 0."""
 
     keys = {**GMP.keys, "every": 1}
 
@@ -149,21 +159,43 @@ class PAT(GMP):
 class Lp(Method):
     """Ours: a `SparsityTarget`, with its keys."""
 
-    keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "cap", "grace", "curve", "every")},
-            "scope": "global", "p": 0.5, "precondition": GAMMA, "memory": MEMORY}     # else what fits the optimizer
+    keys = {
+        **{
+            key: SparsityTarget.__dataclass_fields__[key].default
+            for key in ("start", "end", "cap", "grace", "curve", "every")
+        },
+        "scope": "global",
+        "p": 0.5,
+        "precondition": GAMMA,
+        "memory": MEMORY,
+    }  # else what fits the optimizer
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
-        self.attached = attach(self.run.model, self.run.optimizer, names=self.run.names, target=target, total_steps=self.run.steps,
-                               lr_scheduler=self.run.scheduler)
+        self.attached = attach(
+            self.run.model,
+            self.run.optimizer,
+            names=self.run.names,
+            target=target,
+            total_steps=self.run.steps,
+            lr_scheduler=self.run.scheduler,
+        )
 
     def after_step(self, t: int) -> None:
         self.attached.after_step()
 
 
-FAMILIES: dict[str, type[Method]] = {"dense": Dense, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "gmp": GMP, "pat": PAT, "lp": Lp}
-# lr: instead of the work's. fall: the part of the run at which it begins to fall. distill: the part of the loss that is the divergence from the
-# dense fine-tune.
+FAMILIES: dict[str, type[Method]] = {
+    "dense": Dense,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "gmp": GMP,
+    "pat": PAT,
+    "lp": Lp,
+}
+# lr: instead of the work's. fall: the part of the run at which it begins to fall. distill: the part of the loss that
+# is the divergence from the dense fine-tune.
 _COMMON = {"lr": None, "fall": 0.0, "distill": 0.0}
 
 
@@ -188,15 +220,24 @@ class Spec:
             given[key] = _value(line, value)
         fall = given.get("fall", 0)
         if not isinstance(fall, (int, float)) or not 0 <= fall < 1:
-            raise UsageError(f"--methods {line}: fall={fall} is no part of the run; give one from 0, where the learning rate falls from the start, to below 1")
+            raise UsageError(
+                f"--methods {line}: fall={fall} is no part of the run; give one from 0, where the learning rate falls"
+                " from the start, to below 1"
+            )
         return cls(family, tuple(sorted(given.items())))
 
     @property
     def line(self) -> str:
         """A 1.0 is a 1 in it, as it may have been given."""
+
         def word(value: Any) -> Any:
-            return "none" if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
-        return self.family + (":" if self.given else "") + ",".join(f"{key}={word(value)}" for key, value in self.given)
+            return (
+                "none" if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
+            )
+
+        return (
+            self.family + (":" if self.given else "") + ",".join(f"{key}={word(value)}" for key, value in self.given)
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -239,17 +280,48 @@ def _value(line: str, text: str) -> Any:
         raise UsageError(f"--methods {line}: {text!r} is neither a number, a word nor none") from None
 
 
-# -- which methods are run ----------------------------------------------------------------------------------------------
+# -- which methods are run ----------------------------------------------------
 
-BASELINES = ["dense", "magnitude:at=1", "magnitude", "wanda:at=1", "wanda", "sparsegpt:at=1", "sparsegpt", "pat",
-             "pat:c=0.33,scope=global", "pat:c=0.67,scope=global", "gmp", "gmp:c=0.33", "gmp:c=0.33,scope=global", "gmp:c=0.67,scope=global"]
-OURS = ["lp", "lp:precondition=0.5", "lp:precondition=0", "lp:scope=layer", "lp:memory=1,precondition=0.5", "lp:memory=0", "lp:memory=0,precondition=0.5"]
-# Of the decay in the model itself: where weights are latent, p and γ are but how they are ranked. Every p with every γ under the cap; without it, where
-# survivors are bent, with γ = 0 and 1; layer by layer the paper's own form at every p, and every γ at one.
+BASELINES = [
+    "dense",
+    "magnitude:at=1",
+    "magnitude",
+    "wanda:at=1",
+    "wanda",
+    "sparsegpt:at=1",
+    "sparsegpt",
+    "pat",
+    "pat:c=0.33,scope=global",
+    "pat:c=0.67,scope=global",
+    "gmp",
+    "gmp:c=0.33",
+    "gmp:c=0.33,scope=global",
+    "gmp:c=0.67,scope=global",
+]
+OURS = [
+    "lp",
+    "lp:precondition=0.5",
+    "lp:precondition=0",
+    "lp:scope=layer",
+    "lp:memory=1,precondition=0.5",
+    "lp:memory=0",
+    "lp:memory=0,precondition=0.5",
+]
+# Of the decay in the model itself: where weights are latent, p and γ are but how they are ranked. Every p with every γ
+# under the cap; without it, where survivors are bent, with γ = 0 and 1; layer by layer the paper's own form at every
+# p, and every γ at one.
 _PS, _GAMMAS = (-1, 0, 0.5, 0.8, 1), (0, 0.5, 1, 2)
-FORMS = [f"lp:cap={cap},memory=0,p={p:g},precondition={gamma:g},scope={scope}" for scope, cap, ps, gammas in (
-    ("global", "1.0", _PS, _GAMMAS), ("global", "none", _PS, (0, 1)), ("layer", "none", _PS, (0,)), ("layer", "1.0", (0.5,), _GAMMAS))
-         for gamma in gammas for p in ps]
+FORMS = [
+    f"lp:cap={cap},memory=0,p={p:g},precondition={gamma:g},scope={scope}"
+    for scope, cap, ps, gammas in (
+        ("global", "1.0", _PS, _GAMMAS),
+        ("global", "none", _PS, (0, 1)),
+        ("layer", "none", _PS, (0,)),
+        ("layer", "1.0", (0.5,), _GAMMAS),
+    )
+    for gamma in gammas
+    for p in ps
+]
 GROUPS = {"baselines": BASELINES, "ours": OURS, "forms": FORMS}
 
 

@@ -1,7 +1,10 @@
-"""One-shot pruning, the published ways: magnitude, Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774). Baselines for the bench."""
+"""One-shot pruning, the published ways: magnitude, Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774).
+Baselines for the bench.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,16 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# What an input feature is multiplied with: a row of the weight in a linear layer's [out, in], a column in GPT-2's Conv1D, [in, out].
+# What an input feature is multiplied with: a row of the weight in a linear layer's [out, in], a column in GPT-2's
+# Conv1D, [in, out].
 _TRANSPOSED = ("Conv1D",)
 
 
 def smallest(scores: dict[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
-    """The exact share `sparsity` of the smallest scores, as masks that are True where a weight stays; scope "layer" or "global"."""
+    """The exact share `sparsity` of the smallest scores, as masks that are True where a weight stays; scope "layer" or
+    "global".
+    """
     if scope == "layer":
         return {name: _kept(score.flatten(), sparsity).view_as(score) for name, score in scores.items()}
     flat = _kept(torch.cat([score.flatten() for score in scores.values()]), sparsity)
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), flat.split([score.numel() for score in scores.values()]))}
+    return {
+        name: part.view_as(score)
+        for (name, score), part in zip(scores.items(), flat.split([score.numel() for score in scores.values()]))
+    }
 
 
 def _kept(scores: Tensor, sparsity: float) -> Tensor:
@@ -36,14 +45,18 @@ def magnitude(model: nn.Module, names: Iterable[str], sparsity: float, scope: st
 @torch.no_grad()
 def wanda(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor) -> dict[str, Tensor]:
     """Masks by |w|·‖x‖, compared within each output. inputs: token ids, [rows, block]."""
+
     def prune(weight: Tensor, gram: Tensor) -> Tensor:
         return _kept(weight.abs() * gram.diagonal().sqrt(), sparsity)
+
     return _block_by_block(model, set(names), inputs, prune)
 
 
 @torch.no_grad()
 def sparsegpt(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor) -> dict[str, Tensor]:
-    """Masks, and weights that stay are moved to make up for those that go. With the paper's blocks of 128 and damping of 1 %."""
+    """Masks, and weights that stay are moved to make up for those that go. With the paper's blocks of 128 and damping
+    of 1 %.
+    """
     return _block_by_block(model, set(names), inputs, lambda weight, gram: _sparsegpt(weight, gram, sparsity))
 
 
@@ -55,7 +68,8 @@ def _sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, 
     hessian.diagonal()[unused] = 1
     weight[:, unused] = 0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    # The inverse's Cholesky factor holds, row by row, the inverses of what remains of the Hessian when one input after another is done with.
+    # The inverse's Cholesky factor holds, row by row, the inverses of what remains of the Hessian when one input after
+    # another is done with.
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     kept = torch.ones_like(weight, dtype=torch.bool)
     for first in range(0, width, block):
@@ -68,15 +82,18 @@ def _sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, 
             column = part[:, i].clone()
             pruned = column * alive[:, i]
             errors[:, i] = (column - pruned) / factor[i, i]
-            part[:, i:] -= errors[:, i:i + 1] * factor[i:i + 1, i:]
+            part[:, i:] -= errors[:, i : i + 1] * factor[i : i + 1, i:]
             part[:, i] = pruned
         weight[:, first:last], kept[:, first:last] = part, alive
         weight[:, last:] -= errors @ inverse[first:last, last:]
     return kept
 
 
-def _block_by_block(model: nn.Module, names: set[str], inputs: Tensor, prune: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-    """Prunes one transformer block after another, each on what comes out of the pruned ones before it; weights are set to zero by the masks.
+def _block_by_block(
+    model: nn.Module, names: set[str], inputs: Tensor, prune: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Prunes one transformer block after another, each on what comes out of the pruned ones before it; weights are set
+    to zero by the masks.
 
     prune: gives the mask of a weight [out, in], which it may change, from the sum of x·xᵀ of its inputs.
     """
@@ -108,6 +125,7 @@ def _summing(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
         grams[name] = grams.get(name, 0) + x.t() @ x
+
     return hook
 
 
@@ -115,8 +133,12 @@ class _Stop(Exception):
     pass
 
 
-def _first_inputs(model: nn.Module, first: nn.Module, inputs: Tensor) -> tuple[list[Tensor], Callable[[nn.Module, Tensor], Tensor]]:
-    """What goes into the first block, row by row, and a function that calls a block with all else that it is called with."""
+def _first_inputs(
+    model: nn.Module, first: nn.Module, inputs: Tensor
+) -> tuple[list[Tensor], Callable[[nn.Module, Tensor], Tensor]]:
+    """What goes into the first block, row by row, and a function that calls a block with all else that it is called
+    with.
+    """
     states: list[Tensor] = []
     more: list[Any] = []
 
@@ -124,16 +146,16 @@ def _first_inputs(model: nn.Module, first: nn.Module, inputs: Tensor) -> tuple[l
         states.append(args[0] if args else kwargs["hidden_states"])
         more[:] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
         raise _Stop
+
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
     device = next(model.parameters()).device
     for row in inputs:
-        try:
+        with contextlib.suppress(_Stop):
             model(input_ids=row[None].to(device))
-        except _Stop:
-            pass
     hook.remove()
 
     def call(block: nn.Module, state: Tensor) -> Tensor:
         out = block(state, *more[0], **more[1])
         return out[0] if isinstance(out, tuple) else out
+
     return states, call

@@ -1,4 +1,6 @@
-"""Runs of the bench: one trains a model by one method to one sparsity, and is one row. What has a row is not run again."""
+"""Runs of the bench: one trains a model by one method to one sparsity, and is one row. What has a row is not run
+again.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +27,44 @@ from lp_dist.optim import LpAdamW
 from lp_dist.quality.methods import Run, Spec
 from lp_dist.quality.works import Schedule, Work, cached
 
-CALIBRATION = 64    # windows of the training text that Wanda and SparseGPT see; at most 32,768 tokens
+CALIBRATION = 64  # windows of the training text that Wanda and SparseGPT see; at most 32,768 tokens
 Made = Callable[[], Work]
 
 
 def key_of(row: dict[str, Any]) -> str:
     """Runs with the same key have the same row. A 1 in a method's line is a 1.0."""
     settings = {key: float(value) if type(value) is int else value for key, value in row["settings"].items()}
-    return json.dumps([row["work"], device_of(row), Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]], sort_keys=True)
+    return json.dumps(
+        [row["work"], device_of(row), Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]],
+        sort_keys=True,
+    )
 
 
 def device_of(row: dict[str, Any]) -> str:
-    """What it was computed on: rows are compared with those of the same kind of device alone, since a GPU multiplies in tf32."""
-    return row.get("device", "cpu")     # rows of before are of CPUs
+    """What it was computed on: rows are compared with those of the same kind of device alone, since a GPU multiplies
+    in tf32.
+    """
+    return row.get("device", "cpu")  # rows of before are of CPUs
 
 
-def wanted(work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]) -> list[dict[str, Any]]:
+def wanted(
+    work: Work, specs: Iterable[Spec], sparsities: Iterable[float], seeds: Iterable[int]
+) -> list[dict[str, Any]]:
     """The rows that are asked for, as far as they are known before a run. A dense run has no sparsity."""
     found, device = [], device_name()
     for seed in seeds:
         for spec in specs:
             for sparsity in sparsities if spec.family != "dense" else [0.0]:
-                found.append({"work": work.described(), "device": device, "method": spec.line, "settings": spec.settings, "sparsity": sparsity,
-                              "seed": seed})
+                found.append(
+                    {
+                        "work": work.described(),
+                        "device": device,
+                        "method": spec.line,
+                        "settings": spec.settings,
+                        "sparsity": sparsity,
+                        "seed": seed,
+                    }
+                )
     return found
 
 
@@ -61,12 +78,16 @@ def device_name() -> str:
 
 
 def run_all(make: Made, rows: list[dict[str, Any]], path: Path, jobs: int) -> None:
-    """Runs what `path` doesn't have yet, and appends each row as soon as it is there. jobs: processes at a time, with one thread each if there
-    are several. make: makes the work anew in each of them, so it must be picklable."""
+    """Runs what `path` doesn't have yet, and appends each row as soon as it is there. jobs: processes at a time, with
+    one thread each if there are several. make: makes the work anew in each of them, so it must be picklable."""
     have = {key_of(row) for row in read(path)}
     left = [row for row in rows if key_of(row) not in have]
     tqdm.write(f"{len(rows) - len(left)} of {len(rows)} runs are in {path} already")
-    context = {"machine": report.processor(), "threads": 1 if jobs > 1 else torch.get_num_threads(), "versions": report.versions()}
+    context = {
+        "machine": report.processor(),
+        "threads": 1 if jobs > 1 else torch.get_num_threads(),
+        "versions": report.versions(),
+    }
     bar = tqdm(total=len(left), desc="runs", unit="run")
     # What others build on comes first, so that no two processes make the same dense model.
     stages = [[row for row in left if (row["method"] == "dense") is dense] for dense in (True, False)]
@@ -110,7 +131,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)     # a worker waits for work on a queue that it holds open itself, so it would never know
+    os._exit(1)  # a worker waits for work on a queue that it holds open itself, so it would never know
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -124,7 +145,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-_works: list[Work] = []     # of this process
+_works: list[Work] = []  # of this process
 
 
 def _in_process(make: Made, do: Callable[[Work, Any], dict[str, Any]], what: Any) -> dict[str, Any]:
@@ -138,7 +159,7 @@ def _prepare(work: Work, seed: int) -> dict[str, Any]:
     return {}
 
 
-# -- one run ------------------------------------------------------------------------------------------------------------
+# -- one run ------------------------------------------------------------------
 
 
 def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +176,13 @@ def one(work: Work, row: dict[str, Any]) -> dict[str, Any]:
         run = train(work, model, seed, row["sparsity"], schedule_of(work, spec), spec)
     zeros = sum(int(slices.count_zeros(weight)) for weight in run.weights.values())
     loss = work.evaluate(model)
-    return {"loss": loss if math.isfinite(loss) else None, "loss before": before, "zeros": zeros / sum(weight.numel() for weight in run.weights.values()),
-            "weights": sum(weight.numel() for weight in run.weights.values()), "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "loss before": before,
+        "zeros": zeros / sum(weight.numel() for weight in run.weights.values()),
+        "weights": sum(weight.numel() for weight in run.weights.values()),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def schedule_of(work: Work, spec: Spec) -> Schedule:
@@ -171,14 +197,17 @@ def dense(work: Work, seed: int) -> nn.Module:
 
         def pretrained() -> dict[str, Any]:
             return train(work, model, seed, 0.0, work.pretraining, Spec("dense", ())).model.state_dict()
+
         model.load_state_dict(cached(["pretrained", described, seed], pretrained))
     return model
 
 
 def _fine_tuned(work: Work, seed: int, spec: Spec) -> dict[str, Any]:
     """What the dense fine-tune makes at the learning rates of a method."""
+
     def trained() -> dict[str, Any]:
         return train(work, dense(work, seed), seed, 0.0, schedule_of(work, spec), Spec("dense", ())).model.state_dict()
+
     return cached(["fine-tuned", work.described(), seed, spec.lr, *([spec.fall] if spec.fall else [])], trained)
 
 
@@ -190,11 +219,14 @@ def _teacher(work: Work, seed: int) -> nn.Module:
 
 def run_of(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> Run:
     names = sorted(decayed_names(model))
-    optimizer = LpAdamW(param_groups(model, 0.0, names=names), lr=schedule.lr, betas=work.betas)  # torch's AdamW, unless something decays
+    optimizer = LpAdamW(
+        param_groups(model, 0.0, names=names), lr=schedule.lr, betas=work.betas
+    )  # torch's AdamW, unless something decays
 
     def inputs() -> torch.Tensor:
         rows = min(CALIBRATION * work.rows, 32768 // work.block)
         return work.text.batch(torch.Generator().manual_seed(seed + 10**6), rows, work.block)[0]
+
     return Run(model, optimizer, schedule.of(optimizer), names, sparsity, schedule.steps, inputs)
 
 
@@ -206,7 +238,9 @@ def train(work: Work, model: nn.Module, seed: int, sparsity: float, schedule: Sc
     model.train()
     method.start()
     for t in tqdm(range(1, run.steps + 1), desc=f"{spec.line} to {sparsity:.0%}", leave=False, mininterval=1):
-        work.loss_of(model, *work.text.batch(generator, work.rows, work.block), teacher=teacher, distill=spec.distill).backward()
+        work.loss_of(
+            model, *work.text.batch(generator, work.rows, work.block), teacher=teacher, distill=spec.distill
+        ).backward()
         nn.utils.clip_grad_norm_(model.parameters(), work.clip)
         run.optimizer.step()
         run.scheduler.step()

@@ -1,4 +1,6 @@
-"""The ways to fewer channels and heads that `lp-dist bench structure` compares; the share of a run is that of the groups of each layer."""
+"""The ways to fewer channels and heads that `lp-dist bench structure` compares; the share of a run is that of the
+groups of each layer.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,26 @@ from lp_dist.target import CURVES, GAMMA, SparsityTarget
 class LpGroups(Method):
     """Ours: a `SparsityTarget` of groups, with its keys."""
 
-    keys = {**{key: SparsityTarget.__dataclass_fields__[key].default for key in ("start", "end", "cap", "grace", "curve", "every", "interval")},
-            "p": 0.5, "precondition": GAMMA, "scope": "layer", "groups": "channels"}
+    keys = {
+        **{
+            key: SparsityTarget.__dataclass_fields__[key].default
+            for key in ("start", "end", "cap", "grace", "curve", "every", "interval")
+        },
+        "p": 0.5,
+        "precondition": GAMMA,
+        "scope": "layer",
+        "groups": "channels",
+    }
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
-        self.attached = attach(self.run.model, self.run.optimizer, target=target, total_steps=self.run.steps, lr_scheduler=self.run.scheduler)
+        self.attached = attach(
+            self.run.model,
+            self.run.optimizer,
+            target=target,
+            total_steps=self.run.steps,
+            lr_scheduler=self.run.scheduler,
+        )
 
     def after_step(self, t: int) -> None:
         self.attached.after_step()
@@ -33,18 +49,20 @@ class _Cut(Method):
     """Groups that are zero stay so. (What kills and holds them is ours; what is compared is which die, and when.)"""
 
     keys = {"groups": "channels"}
-    c = 0.0     # of the saliency ‖w·(√v̂)^c‖
+    c = 0.0  # of the saliency ‖w·(√v̂)^c‖
 
     def start(self) -> None:
         sets = structure(self.run.model, self.settings["groups"])
-        self.grouped = Grouped(self.run.optimizer, sets, shards(self.run.model, self.run.optimizer), p=0.0, precondition=2.0 * self.c)
+        self.grouped = Grouped(
+            self.run.optimizer, sets, shards(self.run.model, self.run.optimizer), p=0.0, precondition=2.0 * self.c
+        )
 
     def kill(self, scores: Tensor, share: float) -> None:
         """The share of each layer that has the lowest scores."""
         dead = []
         for layer in scores.split([groups.count for groups in self.grouped.sets]):
             dead.append(torch.zeros(len(layer), dtype=torch.bool, device=layer.device))
-            dead[-1][torch.argsort(layer, stable=True)[:round(share * len(layer))]] = True
+            dead[-1][torch.argsort(layer, stable=True)[: round(share * len(layer))]] = True
         self.grouped.kill(torch.cat(dead))
         self.grouped.hold(torch.cat(dead))
 
@@ -55,8 +73,8 @@ class _Cut(Method):
 
 
 class OneCut(_Cut):
-    """Before the fine-tune, at once. criterion: "norm", or "taylor", Σ|w·∂L/∂w| over the group on text to calibrate on, which is LLM-Pruner's
-    (arXiv 2305.11627; first order, element by element)."""
+    """Before the fine-tune, at once. criterion: "norm", or "taylor", Σ|w·∂L/∂w| over the group on text to calibrate
+    on, which is LLM-Pruner's (arXiv 2305.11627; first order, element by element)."""
 
     keys = {**_Cut.keys, "criterion": "norm"}
 
@@ -74,7 +92,12 @@ class OneCut(_Cut):
         for groups in self.grouped.sets:
             score = torch.zeros(groups.count, device=next(model.parameters()).device)
             for member in groups.members:
-                effect = (params[member.name] * params[member.name].grad).detach().abs().narrow(member.dim, member.start, member.stop - member.start)
+                effect = (
+                    (params[member.name] * params[member.name].grad)
+                    .detach()
+                    .abs()
+                    .narrow(member.dim, member.start, member.stop - member.start)
+                )
                 score += effect.transpose(0, member.dim).flatten(1).sum(1) if effect.ndim > 1 else effect
             scores.append(score)
         self.run.optimizer.zero_grad()
@@ -99,9 +122,13 @@ class GradualCut(_Cut):
 
 
 STRUCTURED: dict[str, type[Method]] = {"groups": LpGroups, "cut": OneCut, "gcut": GradualCut}
-FAMILIES.update(STRUCTURED)     # their lines can be read wherever this module is imported
+FAMILIES.update(STRUCTURED)  # their lines can be read wherever this module is imported
 
 
 def share_of(run: Run, groups: Any) -> float:
-    """Of the weights that may decay the share that is in groups: what single zeros must be to leave as many parameters."""
-    return sum(one.count * one.elements for one in structure(run.model, groups)) / sum(weight.numel() for weight in run.weights.values())
+    """Of the weights that may decay the share that is in groups: what single zeros must be to leave as many
+    parameters.
+    """
+    return sum(one.count * one.elements for one in structure(run.model, groups)) / sum(
+        weight.numel() for weight in run.weights.values()
+    )

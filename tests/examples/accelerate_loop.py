@@ -1,4 +1,5 @@
-"""A loop of Hugging Face Accelerate, for one process, DDP, DeepSpeed or FSDP2. (+) makes the model sparse; (-) is what stood there before.
+"""A loop of Hugging Face Accelerate, for one process, DDP, DeepSpeed or FSDP2. (+) makes the model sparse; (-) is what
+stood there before.
 
 accelerate launch --config_file configs/accelerate_zero2.yaml tests/examples/accelerate_loop.py MODEL TEXT OUT
 """
@@ -25,7 +26,9 @@ loader = torch.utils.data.DataLoader(blocks, batch_size=BATCH, shuffle=True, dro
 
 optimizer = LpAdamW(model.parameters(), lr=1e-3)  # (-) torch.optim.AdamW(model.parameters(), lr=1e-3)
 # Accelerate steps a scheduler once for each process.
-scheduler = get_cosine_schedule_with_warmup(optimizer, 5 * accelerator.num_processes, STEPS * accelerator.num_processes)
+scheduler = get_cosine_schedule_with_warmup(
+    optimizer, 5 * accelerator.num_processes, STEPS * accelerator.num_processes
+)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 attached = attach(model, optimizer, target=SparsityTarget(0.5), total_steps=STEPS, lr_scheduler=scheduler)  # (+)
 
@@ -36,7 +39,7 @@ def forever():
 
 
 batches = forever()
-for step in tqdm(range(STEPS), disable=not accelerator.is_main_process):
+for _step in tqdm(range(STEPS), disable=not accelerator.is_main_process):
     batch = next(batches)
     loss = model(input_ids=batch, labels=batch).loss
     accelerator.backward(loss)
@@ -46,6 +49,8 @@ for step in tqdm(range(STEPS), disable=not accelerator.is_main_process):
     optimizer.zero_grad()
     attached.after_step()  # (+)
 
-accelerator.unwrap_model(model).save_pretrained(out, is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model))
+accelerator.unwrap_model(model).save_pretrained(
+    out, is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model)
+)
 if accelerator.is_main_process:
     tokenizer.save_pretrained(out)

@@ -1,6 +1,8 @@
-"""A LoRA adapter on a sparse model, merged with the zeros kept (+), and some steps in which all but the zeros trains (+).
+"""A LoRA adapter on a sparse model, merged with the zeros kept (+), and some steps in which all but the zeros trains
+(+).
 
-python tests/examples/lora.py SPARSE_MODEL TEXT.jsonl OUT, where SPARSE_MODEL is what lp-dist finetune --sparsity 0.5 left, or any model with zeros
+python tests/examples/lora.py SPARSE_MODEL TEXT.jsonl OUT, where SPARSE_MODEL is what lp-dist finetune --sparsity 0.5
+left, or any model with zeros
 """
 
 import sys
@@ -16,9 +18,19 @@ data = load_dataset("json", data_files=text, split="train").train_test_split(0.1
 
 
 def trainer_of(model, where, **more):
-    args = SFTConfig(f"{out}/{where}", max_steps=40, learning_rate=2e-4, per_device_train_batch_size=4, max_length=64, packing=True, bf16=False,
-                     model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None, report_to="none", save_strategy="no",
-                     logging_steps=10)
+    args = SFTConfig(
+        f"{out}/{where}",
+        max_steps=40,
+        learning_rate=2e-4,
+        per_device_train_batch_size=4,
+        max_length=64,
+        packing=True,
+        bf16=False,
+        model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10,
+    )
     return SFTTrainer(model, args=args, train_dataset=data["train"], eval_dataset=data["test"], **more)
 
 
@@ -28,9 +40,15 @@ trainer.save_model()
 print("with the adapter", trainer.evaluate()["eval_loss"])
 
 merged = merge_adapter(trainer.model)  # (+)
-groups = param_groups(merged.model, weight_decay=1.0, p=1.0, cutoff=0.0)  # (+) above the cutoff, 0, weights feel no decay: zeros stay, others train
-trainer = trainer_of(merged.model, "merged", processing_class=trainer.processing_class,
-                     optimizer_cls_and_kwargs=(LpAdamW, {"params": groups, "lr": 1e-5}))  # (+)
+groups = param_groups(
+    merged.model, weight_decay=1.0, p=1.0, cutoff=0.0
+)  # (+) above the cutoff, 0, weights feel no decay: zeros stay, others train
+trainer = trainer_of(
+    merged.model,
+    "merged",
+    processing_class=trainer.processing_class,
+    optimizer_cls_and_kwargs=(LpAdamW, {"params": groups, "lr": 1e-5}),
+)  # (+)
 print(f"merged, {merged.left_out:.1%} of the adapter's change left out", trainer.evaluate()["eval_loss"])
 trainer.train()
 print(f"after some steps with {measure_sparsity(trainer.model).total:.2%} zeros", trainer.evaluate()["eval_loss"])

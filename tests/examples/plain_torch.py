@@ -33,7 +33,7 @@ def forever():
 
 
 batches = forever()
-for step in tqdm(range(STEPS)):
+for _step in tqdm(range(STEPS)):
     batch = next(batches).to(device)
     loss = model(input_ids=batch, labels=batch).loss
     loss.backward()

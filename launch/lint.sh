@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# usage: bash launch/lint.sh        what a change must pass besides the tests; the same as pre-commit and CI
+#   DRY_RUN=1       only print the commands
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+run "$PYTHON" -m ruff format --check .
+run "$PYTHON" -m ruff check .
