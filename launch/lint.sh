@@ -5,3 +5,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run "$PYTHON" -m ruff format --check .
 run "$PYTHON" -m ruff check .
+run "$PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from lp_dist.attachment import attach
-from lp_dist.groups import param_groups
-from lp_dist.hooks import add_lp_decay
-from lp_dist.merging import merge_adapter
-from lp_dist.optim import LpAdamW, LpLion, LpSGD
-from lp_dist.schedule import DecayWindow, Ramp
-from lp_dist.sparsity import measure_histogram, measure_sparsity
-from lp_dist.structure import groups_of
-from lp_dist.target import GroupDecay, SparsityTarget
+from lp_dist._version import __version__
+from lp_dist.attachment.attach import attach
+from lp_dist.export.merge import merge_adapter
+from lp_dist.optim.hooks import add_lp_decay
+from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
+from lp_dist.sparsity.measure import measure_histogram, measure_sparsity
+from lp_dist.sparsity.selection import param_groups
+from lp_dist.structured.naming import groups_of
+from lp_dist.targets.schedule import DecayWindow, Ramp
+from lp_dist.targets.target import GroupDecay, SparsityTarget
 
-__version__ = "0.1.0"
 __all__ = [
     "DecayWindow",
     "GroupDecay",
@@ -23,6 +23,7 @@ __all__ = [
     "LpTrainer",
     "Ramp",
     "SparsityTarget",
+    "__version__",
     "add_lp_decay",
     "attach",
     "groups_of",
@@ -34,8 +35,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LpCallback", "LpTrainer"):  # these need transformers, which takes seconds to import
-        from lp_dist import trainer
+    # These need transformers, which takes seconds to import.
+    if name == "LpCallback":
+        from lp_dist.training.callback import LpCallback
 
-        return getattr(trainer, name)
+        return LpCallback
+    if name == "LpTrainer":
+        from lp_dist.training.trainer import LpTrainer
+
+        return LpTrainer
     raise AttributeError(f"module 'lp_dist' has no attribute {name!r}")

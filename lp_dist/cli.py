@@ -44,7 +44,7 @@ def _one_line_errors() -> Iterator[None]:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def finetune(context: typer.Context) -> None:
     """Fine-tune a model: [recipe.yaml] [--key value ...]"""
-    from lp_dist.finetune import main
+    from lp_dist.training.finetune import main
 
     main(context.args)
 
@@ -55,8 +55,8 @@ def report(run: str, out: str = "", png: Annotated[bool, typer.Option("--png")] 
 
     --out: another file for it. --png: its figures as well, for papers, beside it. Prints what was written.
     """
-    from lp_dist import page
-    from lp_dist.report import read
+    from lp_dist.report import page
+    from lp_dist.report.schema import read
 
     with _one_line_errors():
         for path in page.write(read(run), Path(out or Path(run) / page.FILE), png):
@@ -78,12 +78,12 @@ def inspect(
     Dead rows and columns are all zeros. 2:4 blocks: four weights along the input of which two at least are zero, as
     sparse tensor cores take them.
     """
-    from lp_dist import inspection
+    from lp_dist.report import inspection
 
     with _one_line_errors():
         found = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
         if page:
-            from lp_dist.page import build_inspection, write_text
+            from lp_dist.report.page import build_inspection, write_text
 
             typer.echo(write_text(Path(page), build_inspection(found.as_json())))
         elif as_json:
@@ -117,7 +117,7 @@ def export(
     attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it
     back, compare weights, zeros and logits.
     """
-    from lp_dist.export import export as write
+    from lp_dist.export.writer import export as write
 
     with _one_line_errors():
         write(
@@ -155,10 +155,10 @@ def merge(
     Shows what the mask leaves out of the adapter, and with a --dataset (a file, or a hub id) the perplexity of the
     base, with the adapter, and merged.
     """
-    from lp_dist import merging
+    from lp_dist.export import merge
 
     with _one_line_errors():
-        merged = merging.merge(
+        merged = merge.merge(
             base,
             adapter,
             out,
@@ -171,7 +171,7 @@ def merge(
             block_size=block_size,
             overwrite=overwrite,
         )
-        merging.show(merged, out)
+        merge.show(merged, out)
 
 
 bench = typer.Typer(
@@ -187,7 +187,7 @@ def counting(
     """Counting zeros, and a histogram of |w|, against a training step of a Llama of this shape; prints one line of
     JSON.
     """
-    from lp_dist.bench import counting as measure
+    from lp_dist.benchmarks.counting import counting as measure
 
     typer.echo(json.dumps(measure(layers, hidden, tokens, repeats, seed)))
 
@@ -197,7 +197,7 @@ def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: fl
     """What each p does to single weights of a small Llama, and how well a target's plan is followed: which-p.png and
     which-p.json.
     """
-    from lp_dist.trajectories import trajectories as draw
+    from lp_dist.benchmarks.trajectories import trajectories as draw
 
     with _one_line_errors():
         typer.echo(draw(out, steps, sparsity, seed))
@@ -222,8 +222,8 @@ def step(
     """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama;
     step.jsonl and step.md.
     """
-    from lp_dist.stepping import step as measure
-    from lp_dist.stepping_whole import Shape
+    from lp_dist.benchmarks.step.command import step as measure
+    from lp_dist.benchmarks.step.training_step import Shape
 
     with _one_line_errors():
         typer.echo(
@@ -260,7 +260,7 @@ def quality(
     language model, --model). --text: a file or hub dataset. --methods: baselines, ours, forms, or lines such as
     "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
-    from lp_dist.quality.command import quality as measure
+    from lp_dist.benchmarks.quality.command import quality as measure
 
     with _one_line_errors():
         typer.echo(measure(work, text, model, methods, sparsities, seeds, steps, block, jobs, out))
@@ -286,7 +286,7 @@ def structure(
     and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor), lp (single zeros that leave as
     many parameters), dense; with settings such as groups:lr=3e-4.
     """
-    from lp_dist.quality.cutting import structure as measure
+    from lp_dist.benchmarks.structured.command import structure as measure
 
     with _one_line_errors():
         typer.echo(measure(model, text, methods, shares, seeds, groups, steps, block, tokens, out))

@@ -187,7 +187,7 @@ def gpu_module():
     """The GPU's step; where there is no GPU, in Triton's interpreter."""
     import gpu_cases
 
-    ours = ("lp_dist.kernels.gpu", "lp_dist.kernels.gpu_kernel")
+    ours = ("lp_dist.optim.kernels.triton", "lp_dist.optim.kernels.triton_kernel")
     with pytest.MonkeyPatch.context() as patch:
         if gpu_cases.DEVICE == "cpu":  # read where the kernel is defined
             patch.setenv("TRITON_INTERPRET", "1")

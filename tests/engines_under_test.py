@@ -178,7 +178,7 @@ def _accelerated(config: dict[str, Any], *things: Any) -> Accelerated:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.state import AcceleratorState
 
-    from lp_dist.engines import join_deepspeed
+    from lp_dist.sharding.deepspeed import join_deepspeed
 
     os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_TORCH_DEVICE="cpu")
     join_deepspeed()
@@ -202,6 +202,6 @@ def full(param: torch.Tensor) -> torch.Tensor:
 
 def gathered(engine: Engine) -> dict[str, torch.Tensor]:
     """Every parameter whole, by name of the unwrapped model."""
-    from lp_dist.shards import unwrap
+    from lp_dist.sharding.shards import unwrap
 
     return {name: full(param) for name, param in unwrap(engine.handle).named_parameters()}

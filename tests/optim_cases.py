@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lp_dist.optim import LpAdamW, LpLion, LpSGD
+from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 IMPLEMENTATIONS = ("reference", "foreach")
 OPTIMIZERS = (LpAdamW, LpSGD, LpLion)

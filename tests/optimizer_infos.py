@@ -13,7 +13,7 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
-from lp_dist.optim import LpAdamW, LpLion, LpSGD
+from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 
 def inputs(*own):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lp_dist.quality import methods
-from lp_dist.quality.works import Schedule, Text, Work
+from lp_dist.benchmarks.quality import methods
+from lp_dist.benchmarks.quality.tasks import Schedule, Text, Work
 
 STEPS, SPARSITY = 40, 0.6
 LINES = [

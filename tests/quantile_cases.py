@@ -13,9 +13,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from lp_dist import quantiles
-from lp_dist.quantiles import Part
-from lp_dist.shards import Shard
+from lp_dist.sharding.shards import Shard
+from lp_dist.sparsity import quantiles
+from lp_dist.sparsity.quantiles import Part
 
 few = settings(max_examples=150, deadline=None, derandomize=True)
 SMALLEST = 2.0**-149  # the least denormal of fp32

@@ -26,7 +26,7 @@ import torch
 from target_runs import FORMS, LARGE, RANKS, ROWS, Case, run
 from tqdm import tqdm
 
-from lp_dist import report
+from lp_dist.report import environment
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 COMMAND, SEED = "python tests/target_grid.py", 0
@@ -54,7 +54,7 @@ def row_of(key: tuple) -> dict[str, Any]:
         "seed": SEED,
         **run(case),
         "machine": machine(),
-        "versions": report.versions(),
+        "versions": environment.versions(),
         "command": COMMAND,
     }
 

@@ -18,8 +18,8 @@ from engines_under_test import Engine, make
 from torch import Tensor, nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
-from lp_dist.attachment import Attachment
-from lp_dist.shards import live_optimizer
+from lp_dist.attachment.attach import Attachment
+from lp_dist.sharding.shards import live_optimizer
 
 RANKS, ROWS, INPUTS, LARGE, PEAK = 2, 64, 64, 10_000, 5e-3
 FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, grace

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach, param_groups
-from lp_dist.attachment import steps_taken, verify
-from lp_dist.shards import shards
+from lp_dist.attachment.attach import steps_taken, verify
+from lp_dist.sharding.shards import shards
 
 # -- what decays is decided by name -------------------------------------------
 

@@ -124,13 +124,13 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         engine, _, seen["model"] = new("2", model_of=wider)
         ended(engine)
         log: list[str] = []
-        logging.getLogger("lp_dist.restoring").addFilter(lambda record: log.append(record.getMessage()))
+        logging.getLogger("lp_dist.attachment.restoring").addFilter(lambda record: log.append(record.getMessage()))
         engine, found, seen["error"] = new("2", optimizer_of=another_script)
         seen["groups"], seen["log"] = (
             [(group["weight_decay"], group["p"]) for group in found.optimizer.param_groups],
             log,
         )
-        logging.getLogger("lp_dist.restoring").filters.clear()
+        logging.getLogger("lp_dist.attachment.restoring").filters.clear()
         ended(engine)
     return told
 

@@ -15,7 +15,7 @@ from engines_under_test import ZERO, Engine, gathered, make
 from torch import Tensor, nn
 
 from lp_dist import DecayWindow, LpAdamW, attach
-from lp_dist.attachment import Attachment, steps_taken
+from lp_dist.attachment.attach import Attachment, steps_taken
 
 STEPS, WINDOW = 12, DecayWindow(3, 9)
 STOPS = {2: "warm-up", 7: "decay", 10: "frozen"}

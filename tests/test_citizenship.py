@@ -26,7 +26,7 @@ from optimizer_infos import INFOS, SCHEDULERS, Problem
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo
 
-from lp_dist.optim import LpAdamW, LpSGD
+from lp_dist.optim.optimizers import LpAdamW, LpSGD
 
 CASES = [pytest.param(info, i, id=f"{info.name}-{i.desc}") for info in INFOS for i in info.optim_inputs_func("cpu")]
 ERRORS = [

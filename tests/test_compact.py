@@ -22,10 +22,10 @@ from test_checkpoints import as_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lp_dist.checkpoints import open_checkpoint
-from lp_dist.checkpoints.compact import KEY, pack, unpack
+from lp_dist.checkpoints.bitmask import KEY, pack, unpack
+from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
-from lp_dist.export import export
+from lp_dist.export.writer import export
 
 BITS = {
     torch.float32: np.uint32,

@@ -19,11 +19,11 @@ from test_export_memory import FORMS, written
 from test_structure import FAMILIES, GROUPED, model_of, slots
 from torch import nn
 
-from lp_dist import widths
 from lp_dist.errors import UsageError
-from lp_dist.export import export
-from lp_dist.report import FILE
-from lp_dist.structure import structure
+from lp_dist.export import widths
+from lp_dist.export.writer import export
+from lp_dist.report.schema import FILE
+from lp_dist.structured.naming import structure
 
 TOKENS = torch.arange(24).view(2, 12) % 61
 # By family: the key of the feed-forward width, and whether the size of a head is a key of its own, so that there can

@@ -13,11 +13,11 @@ from test_export import rewritten
 from test_structure import model_of
 from typer.testing import CliRunner
 
-from lp_dist import compaction
 from lp_dist.cli import app
 from lp_dist.errors import DiffersError, UsageError
-from lp_dist.export import export
-from lp_dist.target import SparsityTarget
+from lp_dist.export import shrink
+from lp_dist.export.writer import export
+from lp_dist.targets.target import SparsityTarget
 
 MAMBA = dict(hidden_size=16, num_hidden_layers=2, vocab_size=61, state_size=4, bos_token_id=0, eos_token_id=0)
 
@@ -95,7 +95,7 @@ def test_a_multiple_of_nothing_is_refused(half, tmp_path):
 def test_verify_tells_of_a_live_channel_that_went_and_of_another_model(half, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            compaction,
+            shrink,
             "_dead",
             lambda parts, *_: {
                 groups.label: torch.arange(groups.count) < 30 * (groups.kind == "channels") for groups in parts
@@ -106,7 +106,7 @@ def test_verify_tells_of_a_live_channel_that_went_and_of_another_model(half, tmp
             match="layers.0.mlp.down_proj.weight in .*half has other weights than zeros in what was left out of",
         ):
             export(half, tmp_path / "out", shrunk=True, verified=True)
-    monkeypatch.setattr("lp_dist.export.loadable", lambda config, dtype: {**config, "rms_norm_eps": 1e-5})
+    monkeypatch.setattr("lp_dist.export.writer.loadable", lambda config, dtype: {**config, "rms_norm_eps": 1e-5})
     with pytest.raises(
         DiffersError, match=r"logits of .* are up to .* away from those of .*half, and rounding explains .*e-05"
     ):
@@ -144,7 +144,7 @@ def test_the_command_tells_what_went_and_what_stayed(half, tmp_path, monkeypatch
 def test_what_can_be_cut_out_is_known_before_a_run(family, asked, wanted):
     """(gone, all) of each kind; what stays says why."""
     model = model_of(family)
-    found = compaction.foreseen(type(model), model.config, SparsityTarget(**{"sparsity": 0.5, **asked}))
+    found = shrink.foreseen(type(model), model.config, SparsityTarget(**{"sparsity": 0.5, **asked}))
     assert [(one.gone, sum(one.before)) for one in found] == wanted
     assert all(one.gone or "makes a model of other ones" in str(one) for one in found)
 
@@ -153,7 +153,8 @@ def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_m
     """Heads of GPT-2 die and stay: its configuration has no head size of its own."""
     from transformers import AutoTokenizer
 
-    from lp_dist import finetune, report
+    from lp_dist.report import schema
+    from lp_dist.training import finetune
 
     directory = save(
         model_of("gpt2", vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)), n_positions=64), tmp_path / "gpt2"
@@ -194,7 +195,7 @@ def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_m
         if "what dies will not be cut out by lp-dist export --shrink" in line and "4 of 8 attention heads" in line
     )
     assert any("Lp decay on" in line for line in said[at:]), "before the decay is attached"
-    saved = report.read(tmp_path / "out")
+    saved = schema.read(tmp_path / "out")
     measured = [entry["lp/measured"] for entry in saved["log"] if "lp/measured" in entry]
     assert measured[-1] == pytest.approx(saved["sparsity"]) and 0.0 < saved["sparsity"] < 0.3, (
         "of all that may decay, in the log as at the end"

@@ -110,7 +110,7 @@ def test_optimizer_and_scheduler_are_left_to_the_program(path: Path):
 
 @each(DEEPSPEED)
 def test_our_own_start_up_check_agrees(path: Path):
-    from lp_dist.engines import check_deepspeed_config
+    from lp_dist.sharding.deepspeed import check_deepspeed_config
 
     check_deepspeed_config(json.loads(path.read_text()))
 
@@ -207,7 +207,7 @@ NEEDED = {"model": "some/model", "dataset": "some/data", "output_dir": "runs/som
 
 @each(RECIPES)
 def test_every_key_of_a_recipe_is_an_argument(path: Path):
-    from lp_dist.arguments import ARGUMENT_CLASSES
+    from lp_dist.training.arguments import ARGUMENT_CLASSES
 
     recipe = yaml.safe_load(path.read_text())
     assert not set(recipe) - {field.name for arguments in ARGUMENT_CLASSES for field in fields(arguments)}
@@ -216,7 +216,7 @@ def test_every_key_of_a_recipe_is_an_argument(path: Path):
 
 @each(RECIPES)
 def test_the_program_takes_the_recipe(path: Path):
-    from lp_dist import arguments
+    from lp_dist.training import arguments
 
     recipe = yaml.safe_load(path.read_text())
     missing = [word for key, value in NEEDED.items() if key not in recipe for word in (f"--{key}", value)]

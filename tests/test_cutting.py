@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from test_structure import model_of
 
+from lp_dist.benchmarks.quality import runs
+from lp_dist.benchmarks.quality.methods import Spec
+from lp_dist.benchmarks.structured.command import structure
+from lp_dist.benchmarks.structured.methods import STRUCTURED, OneCut
 from lp_dist.errors import UsageError
-from lp_dist.quality import runs
-from lp_dist.quality.cutting import structure
-from lp_dist.quality.methods import Spec
-from lp_dist.quality.structured import STRUCTURED, OneCut
 
 METHODS = "dense:lr=0.001 groups:end=0.5 gcut:c=0.67 cut cut:criterion=taylor lp"
 

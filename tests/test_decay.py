@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lp_dist.decay import lp_decay
+from lp_dist.optim.decay import lp_decay
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FREEZE = {"p": 1.0, "precondition": 0.0, "cutoff": 0.0, "weight_decay": 0.5}

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, param_groups
-from lp_dist.distillation import distilled_loss, divergence, sharded_alike
 from lp_dist.errors import UsageError
+from lp_dist.training.distillation import distilled_loss, divergence, sharded_alike
 
 STEPS = 16
 

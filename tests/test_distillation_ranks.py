@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import tiny
 
-from lp_dist import finetune, report
-from lp_dist.distillation import sharded_alike
-from lp_dist.engines import unwrap
+from lp_dist.report import schema
+from lp_dist.sharding.engines import unwrap
+from lp_dist.training import finetune
+from lp_dist.training.distillation import sharded_alike
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +73,13 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
     """To rounding: gradients are averaged in other orders."""
     wanted = load_file(runs["alone"] / "model.safetensors")
     first = {
-        name: next(entry["loss"] for entry in report.read(out)["log"] if "loss" in entry) for name, out in runs.items()
+        name: next(entry["loss"] for entry in schema.read(out)["log"] if "loss" in entry) for name, out in runs.items()
     }
     for name, engine in zip(WAYS, ("DDP", "DeepSpeed ZeRO-3", "DeepSpeed ZeRO-2")):
-        assert (report.read(runs[name])["world_size"], report.read(runs[name])["engine"]) == (2, engine)
-        assert report.read(runs[name])["decay"]["distill"] == 0.7
+        assert (schema.read(runs[name])["world_size"], schema.read(runs[name])["engine"]) == (2, engine)
+        assert schema.read(runs[name])["decay"]["distill"] == 0.7
         assert first[name] == pytest.approx(first["alone"], rel=2e-2 if "bf16" in name else 1e-4), name
-        assert report.read(runs[name])["sparsity"] == pytest.approx(0.5, abs=2e-3), name
+        assert schema.read(runs[name])["sparsity"] == pytest.approx(0.5, abs=2e-3), name
     for name in ("ddp", "zero3"):
         weights = load_file(runs[name] / "model.safetensors")
         zeros = [sum(int((w == 0).sum()) for w in one.values()) for one in (weights, wanted)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lp_dist import measure_sparsity
-from lp_dist.report import count_saved
+from lp_dist.report.schema import count_saved
 
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -73,7 +73,7 @@ def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not
 
 
 def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_path, cpu_op):
-    from lp_dist.export import export
+    from lp_dist.export.writer import export
 
     command = [
         sys.executable,
@@ -100,7 +100,7 @@ def test_an_adapter_on_a_sparse_model_leaves_one_with_the_same_zeros(tiny_model,
     pytest.importorskip("trl")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lp_dist.groups import matrix_names
+    from lp_dist.sparsity.selection import matrix_names
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     dead = {}

@@ -17,9 +17,9 @@ from test_checkpoints import as_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lp_dist import report
 from lp_dist.errors import UsageError
-from lp_dist.export import export
+from lp_dist.export.writer import export
+from lp_dist.report import schema
 
 ALONG = {
     "config.json",
@@ -75,14 +75,14 @@ def source(tiny_model, tmp_path) -> Path:
         own_config={"dtype": "float32"},
         auto_map={"AutoModelForCausalLM": "modeling_own.Own"},
     )
-    (source / report.FILE).write_text('{"zeros": 2304}')
-    shutil.copytree(source, source / "checkpoint-6", ignore=shutil.ignore_patterns("checkpoint-6", report.FILE))
+    (source / schema.FILE).write_text('{"zeros": 2304}')
+    shutil.copytree(source, source / "checkpoint-6", ignore=shutil.ignore_patterns("checkpoint-6", schema.FILE))
     return source
 
 
 def test_the_tensors_and_what_belongs_to_the_model_come_along_and_nothing_else(source, tmp_path):
     done = export(source, tmp_path / "out")
-    assert {Path(name).name for name in files(done.out)} == ALONG | {"model.safetensors", report.FILE}
+    assert {Path(name).name for name in files(done.out)} == ALONG | {"model.safetensors", schema.FILE}
     assert (done.out / "additional_chat_templates" / "tool.jinja").exists()
     written, wanted = load_file(done.out / "model.safetensors"), load_file(source / "model.safetensors")
     assert written.keys() == wanted.keys() and not [
@@ -103,8 +103,8 @@ def test_the_report_is_of_the_final_model_alone_and_code_of_a_model_that_has_its
     changed(source / "checkpoint-6", auto_map=None)
     written = files(export(source / "checkpoint-6", tmp_path / "out").out)
     assert {Path(name).name for name in written} == ALONG - {"modeling_own.py"} | {"model.safetensors"}
-    shutil.copytree(source, tmp_path / "weights", ignore=lambda *_: ALONG | {report.FILE})
-    assert report.FILE not in files(export(tmp_path / "weights", tmp_path / "other", config=str(source)).out), (
+    shutil.copytree(source, tmp_path / "weights", ignore=lambda *_: ALONG | {schema.FILE})
+    assert schema.FILE not in files(export(tmp_path / "weights", tmp_path / "other", config=str(source)).out), (
         "it is of another model"
     )
     assert (tmp_path / "other" / "tokenizer.json").exists()
@@ -237,7 +237,7 @@ def test_an_earlier_export_is_replaced_when_asked_for_and_nothing_else_is(source
     with pytest.raises(UsageError, match="out exists and is not empty; .*--overwrite"):
         export(source, tmp_path / "out")
     export(source, tmp_path / "out", overwrite=True)
-    assert {Path(name).name for name in files(tmp_path / "out")} == ALONG | {"model.safetensors", report.FILE}
+    assert {Path(name).name for name in files(tmp_path / "out")} == ALONG | {"model.safetensors", schema.FILE}
     (tmp_path / "out" / "important").mkdir()
     with pytest.raises(UsageError, match="no earlier output, since it has a directory important"):
         export(source, tmp_path / "out", overwrite=True)

@@ -19,9 +19,9 @@ from test_checkpoints import as_bytes
 from test_world_size import convert
 from torch import Tensor
 
-from lp_dist.checkpoints import open_checkpoint
+from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
-from lp_dist.export import export
+from lp_dist.export.writer import export
 
 EMBEDDING = "model.embed_tokens.weight"
 ZERO = [cell for cell in CELLS if cell not in ("zero0", "zero0 bf16", "fsdp2")]

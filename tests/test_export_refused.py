@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_export import changed, rewritten
 
 from lp_dist import cli
-from lp_dist.checkpoints import open_checkpoint
+from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
-from lp_dist.export import export
+from lp_dist.export.writer import export
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_the_command_says_in_one_line_what_is_wrong(model, tmp_path, capsys, mon
     assert "1 of these were too small for the new dtype" in capsys.readouterr().out
     assert "--overwrite" in run_cli(monkeypatch, str(model), str(tmp_path / "out"))
     monkeypatch.setattr(
-        "lp_dist.export._copy_along",
+        "lp_dist.export.writer._copy_along",
         lambda *_: (
             shutil.copyfile(model / "config.json", tmp_path / "out.partial" / "config.json")
             and changed(tmp_path / "out.partial", intermediate_size=95)

@@ -24,7 +24,8 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from lp_dist import finetune, report
+from lp_dist.report import schema
+from lp_dist.training import finetune
 
 SEED = int(os.environ.get("LP_DIST_SEED", random.randrange(1000)))  # of the kills; a failure tells it
 
@@ -138,7 +139,7 @@ def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_
         assert (done.returncode != 0 and "SIGKILL" in done.stderr) if death else done.returncode == 0, (
             f"seed {SEED}: {done.stderr[-6000:]}"
         )
-        assert Path(runs[-1][-1], report.FILE).exists() == (death is None), f"seed {SEED}"
+        assert Path(runs[-1][-1], schema.FILE).exists() == (death is None), f"seed {SEED}"
     for stage in (2, 3):
         whole, killed = (load_file(tmp_path / f"{name}{stage}" / "model.safetensors") for name in ("whole", "killed"))
         assert sum(int((w == 0).sum()) for w in whole.values()) > 1000
@@ -148,7 +149,7 @@ def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_
         told = [
             [
                 (entry["step"], entry["learning_rate"], entry["loss"])
-                for entry in report.read(tmp_path / f"{name}{stage}")["log"]
+                for entry in schema.read(tmp_path / f"{name}{stage}")["log"]
                 if "learning_rate" in entry
             ]
             for name in ("whole", "killed")

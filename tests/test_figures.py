@@ -12,7 +12,7 @@ import pytest
 import report_cases as cases
 from matplotlib.colors import to_hex
 
-from lp_dist import canvas, figures
+from lp_dist.report import canvas, figures
 
 ALL = ["loss", "perplexity", "sparsity", "lambda", "heat", "weights"]
 

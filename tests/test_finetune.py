@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lp_dist import arguments, dequantise, finetune, inspection, report
+from lp_dist.data import gguf
+from lp_dist.report import inspection, schema
+from lp_dist.training import arguments, finetune
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +56,7 @@ def run(common, tmp_path_factory) -> Path:
 
 
 def test_zeros_are_exact_in_the_files_and_after_a_plain_reload(run):
-    saved = report.read(run)
+    saved = schema.read(run)
     weights = load_file(run / "model.safetensors")
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     decayed = {name: w for name, w in weights.items() if name.split(".")[-2] in kinds}
@@ -74,13 +76,13 @@ def test_the_config_has_no_key_that_a_loader_could_trip_over(run, tiny_model):
 
 
 def test_the_report_tells_the_run(run):
-    saved = report.read(run)
+    saved = schema.read(run)
     assert saved["perplexity_after"] < saved["perplexity_before"]
     assert saved["versions"]["torch"] == torch.__version__ and "transformers" in saved["versions"]
     assert sum(zeros for zeros, _ in saved["kinds"].values()) == saved["zeros"]
     assert saved["sparsity_of_all"] == saved["zeros"] / saved["parameters"]
     assert (
-        saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / report.FILE).read_text()
+        saved["decay"]["cutoff"] == "inf" and "Infinity" not in (run / schema.FILE).read_text()
     )  # strict JSON has no infinity
     assert saved["steps"] == 12 and saved["decay"]["p"] == 0.5 and saved["weight_decay"] == 0.05
     assert saved["configuration"]["weight_decay"] == 0.05 and "eval_on_start" not in saved["configuration"], (
@@ -95,7 +97,7 @@ def test_the_report_tells_the_run(run):
 
 
 def test_the_report_counts_every_weight_in_the_order_of_the_model(run, tiny_model):
-    saved, weights = report.read(run), load_file(run / "model.safetensors")
+    saved, weights = schema.read(run), load_file(run / "model.safetensors")
     assert (
         list(saved["tensors"])[:3] == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"]
         and len(saved["tensors"]) == 14
@@ -114,7 +116,7 @@ def test_the_report_counts_every_weight_in_the_order_of_the_model(run, tiny_mode
 
 
 def test_the_run_leaves_its_page(run):
-    text, saved = (run / "report.html").read_text(), report.read(run)
+    text, saved = (run / "report.html").read_text(), schema.read(run)
     assert (
         f"{saved['perplexity_after']:,.2f}" in text
         and f"{saved['sparsity']:.2%}" in text
@@ -123,7 +125,7 @@ def test_the_run_leaves_its_page(run):
 
 
 def test_sparsity_follows_warm_up_decay_and_freeze(run):
-    curve = {entry["step"]: entry["eval_sparsity"] for entry in report.read(run)["log"] if "eval_sparsity" in entry}
+    curve = {entry["step"]: entry["eval_sparsity"] for entry in schema.read(run)["log"] if "eval_sparsity" in entry}
     assert set(curve) == {0, 3, 6, 9, 12}
     assert curve[0] == curve[3] == 0.0
     assert 0.0 < curve[6] < curve[9] == curve[12]
@@ -136,7 +138,7 @@ def test_loss_perplexity_and_sparsity_reach_the_loggers(run):
     events = EventAccumulator(str(directory))
     events.Reload()
     assert {"eval/loss", "eval/perplexity", "eval/sparsity", "train/loss"} <= set(events.Tags()["scalars"])
-    assert events.Scalars("eval/sparsity")[-1].value == pytest.approx(report.read(run)["sparsity"])
+    assert events.Scalars("eval/sparsity")[-1].value == pytest.approx(schema.read(run)["sparsity"])
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
@@ -145,7 +147,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
     )
     whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "resumed" / "model.safetensors")
     assert all(torch.equal(resumed[name], w) for name, w in whole.items())
-    one, two = report.read(run), report.read(tmp_path / "resumed")
+    one, two = schema.read(run), schema.read(tmp_path / "resumed")
     assert one["perplexity_before"] == two["perplexity_before"]
     assert [(e["step"], e["eval_perplexity"]) for e in one["log"] if "eval_perplexity" in e] == [
         (e["step"], e["eval_perplexity"]) for e in two["log"] if "eval_perplexity" in e
@@ -170,7 +172,7 @@ def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsy
             "no",
         ]
     )
-    saved, other = report.read(tmp_path), report.read(run)
+    saved, other = schema.read(tmp_path), schema.read(run)
     assert saved["zeros"] > 0 and saved["reference"]["perplexity_after"] == other["perplexity_after"]
     assert {
         "step": 3,
@@ -189,7 +191,7 @@ def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsy
 
 def test_without_decay_it_is_a_dense_fine_tune(common, tmp_path):
     finetune.main([*common, "--weight_decay", "0", "--output_dir", str(tmp_path)])
-    assert report.read(tmp_path)["zeros"] == 0
+    assert schema.read(tmp_path)["zeros"] == 0
 
 
 def test_a_layer_can_be_left_dense(common, tmp_path):
@@ -223,9 +225,9 @@ def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
             "no",
         ]
     )
-    assert report.read(tmp_path)["sparsity"] < 0.01
+    assert schema.read(tmp_path)["sparsity"] < 0.01
     assert (
-        "--weight_decay 0.001" in report.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
+        "--weight_decay 0.001" in schema.read(tmp_path)["next"] and "--weight_decay 0.001" in capsys.readouterr().out
     )
 
 
@@ -284,7 +286,7 @@ def test_a_pattern_is_in_the_saved_model(common, tmp_path):
         tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2
         for tensor in matrices
     )
-    assert report.read(tmp_path)["sparsity"] == 0.5 and report.read(tmp_path)["decay"]["pattern"] == "2:4"
+    assert schema.read(tmp_path)["sparsity"] == 0.5 and schema.read(tmp_path)["decay"]["pattern"] == "2:4"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run, common):
 
 
 def test_a_plain_text_file_holds_out_its_end(tiny_model, tmp_path):
-    from lp_dist.data import load_text, pack
+    from lp_dist.data.text import load_text, pack
 
     text = tmp_path / "book.txt"
     text.write_text("".join(f"line {i}\n" for i in range(100)))
@@ -454,8 +456,8 @@ def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tiny_model, tmp_path, 
     source = tmp_path / "small.gguf"
     gguf_file(source, tiny_model / "tokenizer.json")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    directory = dequantise.dequantised(str(source))
-    assert dequantise.dequantised(str(source)) == directory  # made once
+    directory = gguf.dequantised(str(source))
+    assert gguf.dequantised(str(source)) == directory  # made once
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     tensor = next(t for t in GGUFReader(source).tensors if t.name == "blk.1.ffn_up.weight")
     wanted = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())

@@ -14,7 +14,7 @@ from footprint_runs import CELLS, LARGEST, LAYERS, PARAMETERS, RANKS, Allocated,
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD
-from lp_dist.footprint import BINS, footprint, table
+from lp_dist.report.memory import BINS, footprint, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "footprint.md"
 SLICE = 1 << 16  # elements that the step takes at a time on a CPU

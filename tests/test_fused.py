@@ -8,12 +8,13 @@ from footprint_runs import Allocated
 from optim_cases import EXPONENTS, OPTIMIZERS, assert_same, group_of, set_grads, train
 from test_optim import CASES
 
-from lp_dist import LpAdamW, LpLion, LpSGD, kernels
+from lp_dist import LpAdamW, LpLion, LpSGD
+from lp_dist.optim.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
 def it_is_built():
-    assert kernels.unavailable(torch.device("cpu")) is None
+    assert dispatch.unavailable(torch.device("cpu")) is None
 
 
 # --- against the others
@@ -193,7 +194,7 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
     results = []
     for taken in (grads, grads.float()):
         row = [torch.linspace(-1, 1, 1010), taken, *(torch.zeros(1010) for _ in range(states))]
-        kernels.step("cpu", base, [(group, [(*row, 1.0)])])
+        dispatch.step("cpu", base, [(group, [(*row, 1.0)])])
         results.append([row[0], *row[2:]])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 from optim_cases import EXPONENTS, group_of
 
-from lp_dist import kernels
-from lp_dist.kernels import cpu
+from lp_dist.optim.kernels import cpu, dispatch
 
 NORMAL = torch.finfo(torch.float32).tiny
 GAMMAS = (0.0, 0.37, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0)
@@ -16,13 +15,13 @@ GAMMAS = (0.0, 0.37, 0.5, 1.0, 1.5, 2.0, 3.0, 8.0)
 
 @pytest.fixture(autouse=True)
 def it_is_built():
-    assert kernels.unavailable(torch.device("cpu")) is None
+    assert dispatch.unavailable(torch.device("cpu")) is None
 
 
 def decayed(weights, **changed):
     """Weights after the decay alone: SGD with a gradient of zero."""
     weights = weights.clone()
-    kernels.step("cpu", "sgd", [(group_of(**changed), [(weights, torch.zeros_like(weights), 1.0)])])
+    dispatch.step("cpu", "sgd", [(group_of(**changed), [(weights, torch.zeros_like(weights), 1.0)])])
     return weights
 
 
@@ -33,7 +32,7 @@ def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
     weights = weights.clone()
     lr = 1e-36
     group = group_of(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
-    kernels.step(
+    dispatch.step(
         "cpu", "adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])]
     )
     return weights
@@ -177,7 +176,7 @@ def test_zero_absorbs_whatever_its_gradient_below_p_2_and_is_any_other_weight_fr
     grads = torch.tensor([1.0, -0.5, 2.0])
     group = group_of(lr=0.1, weight_decay=10.0 if p == 2 else 1e-6, betas=(0.0, 0.0), eps=0.0, p=p, precondition=gamma)
     weights = torch.zeros(3)
-    kernels.step("cpu", "adamw", [(group, [(weights, grads, torch.zeros(3), torch.zeros(3), 1.0)])])
+    dispatch.step("cpu", "adamw", [(group, [(weights, grads, torch.zeros(3), torch.zeros(3), 1.0)])])
     pull = 1.0 * grads.double().abs() ** -gamma if p == 2 else 0.0  # |0|^(p−2) is infinite, 1 or zero
     exact = torch.zeros(3).double() if p < 2 else -0.1 * grads.double().sign() / (1 + pull)
     torch.testing.assert_close(weights.double(), exact, rtol=3e-7, atol=0)

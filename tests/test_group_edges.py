@@ -16,12 +16,13 @@ from test_grouped import FORM, flat, indices, model_of, step
 from test_grouped import sets_of as pairs_of
 from torch import nn
 
-from lp_dist import GroupDecay, LpAdamW, LpSGD, SparsityTarget, add_lp_decay, attach, attachment
-from lp_dist.engines import in_checkpoints
+from lp_dist import GroupDecay, LpAdamW, LpSGD, SparsityTarget, add_lp_decay, attach
+from lp_dist.attachment import attach as attach_module
 from lp_dist.errors import UsageError
-from lp_dist.group_control import _needs
-from lp_dist.parts import Groups, Member
-from lp_dist.structure import groups_of, structure
+from lp_dist.sharding.deepspeed import in_checkpoints
+from lp_dist.structured.groups import Groups, Member
+from lp_dist.structured.naming import groups_of, structure
+from lp_dist.targets.group_controller import _needs
 
 
 def saved(*what) -> list:
@@ -247,7 +248,7 @@ def test_weights_that_are_loaded_alone_begin_anew():
 
 def test_ranks_compare_what_does_not_differ_between_processes(monkeypatch):
     told = []
-    monkeypatch.setattr(attachment, "agree", told.append)
+    monkeypatch.setattr(attach_module, "agree", told.append)
     Run(target_of(curve=lambda u: u), total=TOTAL)
     assert told and "0x" not in str(told) and "0.weight wide" in str(told)
 

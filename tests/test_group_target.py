@@ -16,7 +16,7 @@ from torch import nn
 
 from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, measure_sparsity
 from lp_dist.errors import UsageError
-from lp_dist.structure import groups_of
+from lp_dist.structured.naming import groups_of
 
 TOTAL, PARAMETERS = 60, sum(param.numel() for param in model_of().parameters())
 

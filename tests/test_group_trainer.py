@@ -79,10 +79,11 @@ def words(tiny_model, topics, tmp_path) -> list[str]:
 
 
 def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
-    from lp_dist import finetune, report
+    from lp_dist.report import schema
+    from lp_dist.training import finetune
 
     finetune.main([*words, "--groups", "channels", "kv_groups", "--group_sparsity", "0.5", "--sparsity", "0.7"])
-    saved = report.read(tmp_path / "out")
+    saved = schema.read(tmp_path / "out")
     assert (
         saved["groups"]["kinds"] == {"channels": [96, 192], "kv_groups": [2, 4]}
         and saved["groups"]["closed"]["after"] == 0.5
@@ -137,7 +138,7 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
     ],
 )
 def test_the_program_refuses_what_contradicts_itself(words, more, says):
-    from lp_dist import finetune
+    from lp_dist.training import finetune
 
     with pytest.raises(SystemExit, match=says):
         finetune.main([*words, *more])

@@ -17,10 +17,10 @@ from torch import nn
 
 from lp_dist import GroupDecay, LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 from lp_dist.errors import UsageError
-from lp_dist.grouped import Force, Grouped
-from lp_dist.places import blocks
-from lp_dist.shards import shards
-from lp_dist.structure import groups_of
+from lp_dist.sharding.shards import shards
+from lp_dist.structured.group_decay import Force, Grouped
+from lp_dist.structured.naming import groups_of
+from lp_dist.structured.placement import blocks
 
 FORM = {"weight_decay": 0.3, "p": 0.5}
 

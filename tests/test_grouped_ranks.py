@@ -20,8 +20,8 @@ from test_target_shards import pieces_of
 from test_world_size import whole
 
 from lp_dist import GroupDecay, SparsityTarget, attach
-from lp_dist.attached import Attachment
-from lp_dist.structure import groups_of
+from lp_dist.attachment.attachment import Attachment
+from lp_dist.structured.naming import groups_of
 
 STEPS = 24
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
@@ -47,7 +47,7 @@ def sets_of(model: torch.nn.Module) -> list:
 
 
 def attached_to(engine: Engine, case: Grouped, **values: Any) -> Attachment:
-    from lp_dist.engines import unwrap
+    from lp_dist.sharding.engines import unwrap
 
     others = (
         {}
@@ -173,7 +173,7 @@ def reductions_of(case: Grouped, seen: list[int]) -> list[int]:
     reduce = torch.distributed.all_reduce
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lp_dist.grouped.torch.distributed.all_reduce",
+            "lp_dist.structured.group_decay.torch.distributed.all_reduce",
             lambda tensor, **more: (seen.append(tensor.numel()), reduce(tensor, **more))[1],
         )
         trained(engine, found, case, 0, 5)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lp_dist import param_groups
-from lp_dist.groups import decayed_names
+from lp_dist.sparsity.selection import decayed_names
 
 
 def llama(**overrides) -> LlamaForCausalLM:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from optim_cases import assert_same, make_params, set_grads, train
 
-from lp_dist.decay import lp_decay
-from lp_dist.hooks import add_lp_decay
-from lp_dist.optim import LpAdamW, LpSGD
+from lp_dist.optim.decay import lp_decay
+from lp_dist.optim.hooks import add_lp_decay
+from lp_dist.optim.optimizers import LpAdamW, LpSGD
 
 MEMORY = {None: "largest tensor", True: "largest tensor", False: "copy"}  # for torch.optim's own optimizers
 SETTINGS = {"p": 1.0, "l2": 0.1, "cutoff": 1.2, "floor": 0.05}

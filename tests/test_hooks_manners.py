@@ -9,7 +9,7 @@ import torch
 from optim_cases import assert_same, make_params, train
 from test_hooks import MEMORY, NormedSGD, bases, hooked, modes, params_for, squared_loss, train_by_hand
 
-from lp_dist.hooks import add_lp_decay
+from lp_dist.optim.hooks import add_lp_decay
 
 
 @bases

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lp_dist.decay import check_hyperparameters
+from lp_dist.optim.hyperparameters import check_hyperparameters
 
 NAN, INF = math.nan, math.inf
 BAD = [("lr", v, "0") for v in (-1.0, NAN)]

@@ -15,8 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from lp_dist.cli import app
-from lp_dist.inspection import inspect
-from lp_dist.sparsity import layer_of
+from lp_dist.report.inspection import inspect
+from lp_dist.sparsity.measure import layer_of
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ SILENT = {
 def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
     from test_structure import FAMILIES, model_of, slots
 
-    from lp_dist.structure import structure
+    from lp_dist.structured.naming import structure
 
     model, (width, heads, shared) = model_of(family), FAMILIES[family][1]
     found = {kind: structure(model, kind)[0] for kind in ("channels", "heads")}

@@ -11,8 +11,8 @@ from engines_under_test import gathered, make
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, attach, param_groups
-from lp_dist.base import LAGGED
-from lp_dist.schedule import FROZEN, OFF
+from lp_dist.optim.base import LAGGED
+from lp_dist.optim.hyperparameters import FROZEN, OFF
 
 BASES = (LpAdamW, LpSGD, LpLion)
 

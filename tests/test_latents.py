@@ -9,7 +9,7 @@ from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.errors import UsageError
-from lp_dist.quantiles import Part, settle, smallest
+from lp_dist.sparsity.quantiles import Part, settle, smallest
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 

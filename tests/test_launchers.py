@@ -16,7 +16,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lp_dist import report
+from lp_dist.report import schema
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -95,7 +95,7 @@ def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
 
 def test_every_launcher_leaves_a_sparse_checkpoint_that_reloads(runs):
     for name, out in runs.items():
-        saved = report.read(out)
+        saved = schema.read(out)
         assert saved["world_size"] == 2, f"{name} ran alone"
         assert saved["zeros"] > 0.2 * saved["decayed_weights"], name
         assert saved["perplexity_after"] < saved["perplexity_before"], name
@@ -113,7 +113,7 @@ def test_every_launcher_leaves_a_sparse_checkpoint_that_reloads(runs):
 def test_every_launcher_reports_its_engine_and_the_sizes_of_all_weights(runs):
     before = {}
     for name, out in runs.items():
-        saved, stage = report.read(out), next((part[4] for part in name.split("-") if part.startswith("zero")), None)
+        saved, stage = schema.read(out), next((part[4] for part in name.split("-") if part.startswith("zero")), None)
         assert saved["engine"] == (
             "DDP" if stage is None else f"DeepSpeed ZeRO-{stage}" + (", offloaded" if "offload" in name else "")
         ), name
@@ -163,4 +163,4 @@ def test_fsdp_that_would_silently_be_ddp_is_refused(words, tmp_path):
     launcher = [*ACCELERATE, "--config_file", "configs/accelerate_fsdp2.yaml", "-m"]
     done = launch(launcher, [*words, "--output_dir", str(tmp_path / "out")])
     assert done.returncode != 0
-    assert "FSDP was asked for" in done.stderr and not (tmp_path / "out" / report.FILE).exists()
+    assert "FSDP was asked for" in done.stderr and not (tmp_path / "out" / schema.FILE).exists()

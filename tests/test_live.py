@@ -20,7 +20,7 @@ from lp_dist import (
     measure_sparsity,
     param_groups,
 )
-from lp_dist.live import show_on_bar
+from lp_dist.training.monitoring import show_on_bar
 
 
 class Bar:

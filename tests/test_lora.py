@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_sparsity, param_groups
 from lp_dist.cli import app
 from lp_dist.errors import UsageError
-from lp_dist.groups import decayed_names, matrix_names
-from lp_dist.merging import merge_adapter
+from lp_dist.export.merge import merge_adapter
+from lp_dist.sparsity.selection import decayed_names, matrix_names
 
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {

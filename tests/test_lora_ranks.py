@@ -7,7 +7,7 @@ from peft import get_peft_model
 from test_lora import KINDS, llama, unfrozen
 
 from lp_dist import LpAdamW, SparsityTarget, attach, param_groups
-from lp_dist.groups import matrix_names
+from lp_dist.sparsity.selection import matrix_names
 
 
 def under_deepspeed(rank: int, world_size: int, directory: str) -> list[str]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quality_cases import gpt2, llama
 
-from lp_dist.quality import oneshot, runs
-from lp_dist.quality.methods import Spec
+from lp_dist.benchmarks.quality import oneshot, runs
+from lp_dist.benchmarks.quality.methods import Spec
 
 
 def test_what_is_calibrated_goes_through_no_dropout(monkeypatch):

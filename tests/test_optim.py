@@ -9,8 +9,8 @@ import reference
 import torch
 from optim_cases import IMPLEMENTATIONS, OPTIMIZERS, assert_same, make_params, set_grads, train
 
-from lp_dist.decay import lp_decay
-from lp_dist.optim import LpAdamW, LpLion, LpSGD
+from lp_dist.optim.decay import lp_decay
+from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 STEPS = {LpAdamW: reference.adamw_step, LpSGD: reference.sgd_step, LpLion: reference.lion_step}
 HALVES = (torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lp_dist import attach
-from lp_dist.optim import LpAdamW, LpLion, LpSGD
+from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every = pytest.mark.parametrize("cls", OPTIMIZERS)

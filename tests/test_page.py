@@ -12,8 +12,10 @@ import pytest
 import report_cases as cases
 from typer.testing import CliRunner
 
-from lp_dist import cli, finetune, page, report
+from lp_dist import cli
 from lp_dist.errors import UsageError
+from lp_dist.report import page, schema
+from lp_dist.training import finetune
 
 _VOID = {"meta", "link", "br"}
 
@@ -178,7 +180,7 @@ def test_a_dense_run_and_one_without_a_log_have_no_empty_parts():
     ],
 )
 def test_what_differs_between_runs(change, words, monkeypatch):
-    monkeypatch.setattr("lp_dist.figures.DRAWINGS", ())
+    monkeypatch.setattr("lp_dist.report.figures.DRAWINGS", ())
     assert any(words in part for part in Page(page.build(cases.full() | change)).text)
 
 
@@ -190,7 +192,7 @@ def lp_dist(*words: str):
 
 
 def test_the_command_draws_a_run_again_and_its_figures_for_papers(tmp_path, full):
-    report.write(tmp_path, cases.full())
+    schema.write(tmp_path, cases.full())
     shown = lp_dist(tmp_path, "--png")
     assert shown.exit_code == 0, shown.output
     names = ("loss", "perplexity", "sparsity", "lambda", "heat", "weights")
@@ -212,9 +214,9 @@ def test_the_command_draws_a_run_again_and_its_figures_for_papers(tmp_path, full
 )
 def test_without_a_report_that_it_can_read_it_says_so_in_one_line(text, words, tmp_path):
     if text is not None:
-        (tmp_path / report.FILE).write_text(text)
+        (tmp_path / schema.FILE).write_text(text)
     with pytest.raises(UsageError, match=re.escape(words)):
-        report.read(tmp_path)
+        schema.read(tmp_path)
     shown = lp_dist(tmp_path)
     assert (
         shown.exit_code == 1
@@ -224,7 +226,7 @@ def test_without_a_report_that_it_can_read_it_says_so_in_one_line(text, words, t
 
 
 def test_a_file_that_can_not_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("lp_dist.figures.DRAWINGS", ())
+    monkeypatch.setattr("lp_dist.report.figures.DRAWINGS", ())
     with pytest.raises(
         UsageError, match=r"can't write .*nowhere/page.html: No such file .*; name a file in a directory"
     ):
@@ -232,20 +234,20 @@ def test_a_file_that_can_not_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_drawing_alone_needs_matplotlib(monkeypatch):
-    assert not {"canvas", "figures"} & {name for room in (page, report, cli, finetune) for name in vars(room)}, (
+    assert not {"canvas", "figures"} & {name for room in (page, schema, cli, finetune) for name in vars(room)}, (
         "imported where they are used"
     )
-    for name in ("lp_dist.figures", "lp_dist.canvas", "matplotlib"):
+    for name in ("lp_dist.report.figures", "lp_dist.report.canvas", "matplotlib"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr("lp_dist.figures", raising=False)
-    monkeypatch.delattr("lp_dist.canvas", raising=False)
+    monkeypatch.delattr("lp_dist.report.figures", raising=False)
+    monkeypatch.delattr("lp_dist.report.canvas", raising=False)
     with pytest.raises(UsageError, match=r"needs matplotlib; install the extra: pip install '.\[finetune\]'"):
         page.build(cases.full())
 
 
 def test_a_page_that_can_not_be_drawn_costs_no_run(tmp_path, monkeypatch, caplog):
-    report.write(tmp_path, cases.full())
+    schema.write(tmp_path, cases.full())
 
     def fail(of):
         raise ZeroDivisionError("of a figure")

@@ -18,9 +18,10 @@ from test_checkpoints import quiet
 from test_world_size import whole
 from torch import Tensor, nn
 
-from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups, quantiles
-from lp_dist.attachment import Attachment
-from lp_dist.patterns import parse, spans
+from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups
+from lp_dist.attachment.attach import Attachment
+from lp_dist.optim.nm import parse, spans
+from lp_dist.sparsity import quantiles
 
 STEPS, STOP, SAMPLE = 14, 6, 512
 # [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's

@@ -14,7 +14,7 @@ from target_cases import CLOSING, END, MATRICES, START, TOTAL, Run, model_of
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
-from lp_dist.patterns import CHOICES
+from lp_dist.optim.nm import CHOICES
 
 
 def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
 
 
 def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
-    monkeypatch.setattr("lp_dist.quantiles._SAMPLE", 2000)
+    monkeypatch.setattr("lp_dist.sparsity.quantiles._SAMPLE", 2000)
     run = Run(SparsityTarget(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
     sample = run.attached.control._parts(whole=False, elements={"all": sum(MATRICES.values())})[0]

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, kernels, patterns
-from lp_dist.patterns import CHOICES, Straddling
-from lp_dist.schedule import FROZEN, OFF
-from lp_dist.segments import Segment
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
+from lp_dist.optim import nm
+from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.optim.kernels import dispatch
+from lp_dist.optim.nm import CHOICES, Straddling
+from lp_dist.optim.parameter_map import Segment
 
 ORACLES = {LpAdamW: reference.adamw_step, LpSGD: reference.sgd_step, LpLion: reference.lion_step}
 CASES = {
@@ -275,7 +277,7 @@ def test_ranks_and_pulls_are_those_of_the_step():
         "cutoff": math.inf,
         "pattern": "2:4",
     }
-    pull = kernels.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
+    pull = dispatch.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
     torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
-    keys = patterns.keys_of(pull, smallest=True)
+    keys = nm.keys_of(pull, smallest=True)
     assert keys.argsort(descending=True).tolist() == [3, 0, 1, 2]

@@ -17,7 +17,7 @@ from test_checkpoints import as_bytes
 from torch import Tensor
 
 from lp_dist.checkpoints.entries import Checkpoint, Entry
-from lp_dist.checkpoints.publishing import loadable, published
+from lp_dist.checkpoints.hf_names import loadable, published
 from lp_dist.errors import UsageError
 
 MOE = {

@@ -11,11 +11,11 @@ import torch
 from quality_cases import LINES, SPARSITY, STEPS, gpt2, tiny
 from typer.testing import CliRunner
 
+from lp_dist.benchmarks.quality import methods, oneshot, runs, tasks
+from lp_dist.benchmarks.quality.methods import Spec
+from lp_dist.benchmarks.quality.tasks import Schedule, Text
 from lp_dist.cli import app
 from lp_dist.errors import UsageError
-from lp_dist.quality import methods, oneshot, runs, works
-from lp_dist.quality.methods import Spec
-from lp_dist.quality.works import Schedule, Text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -279,7 +279,7 @@ def test_the_command_says_what_is_wrong(tmp_path, arguments, word):
 def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"the line {i} of it\n" for i in range(400)))
-    chars = works.chars(str(text))
+    chars = tasks.chars(str(text))
     whole = text.read_text()
     assert len(chars.text.train) == len(whole) * 9 // 10 and len(chars.text.train) + len(chars.text.held_out) == len(
         whole
@@ -288,14 +288,14 @@ def test_the_works_are_what_they_are_called(tmp_path, tiny_model):
     assert torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
     model = chars.build(0)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.02), "nanoGPT's CPU setting"
-    larger = works.nanogpt(str(text), 50)
+    larger = tasks.nanogpt(str(text), 50)
     assert sum(p.numel() for p in larger.build(0).parameters()) == pytest.approx(10.7e6, rel=0.02), (
         "and its GPU setting"
     )
     assert (larger.schedule.steps, larger.rows, larger.block, larger.build(0).config.resid_pdrop) == (50, 64, 256, 0.2)
-    lm = works.lm(str(tiny_model), str(text), 30, 64)
+    lm = tasks.lm(str(tiny_model), str(text), 30, 64)
     assert lm.schedule.steps == 30 and lm.evaluate(lm.build(0)) == pytest.approx(
         torch.tensor(384.0).log().item(), rel=0.1
     ), "random weights know nothing"
     with pytest.raises(UsageError, match="lower --block"):
-        works.lm(str(tiny_model), str(text), 30, 10**6)
+        tasks.lm(str(tiny_model), str(text), 30, 10**6)

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.colors import to_hex
 from quality_cases import LINES, SPARSITY, STEPS, tiny
 
-from lp_dist.quality import methods, page, runs, works
-from lp_dist.quality.methods import Spec
+from lp_dist.benchmarks.quality import methods, page, runs, tasks
+from lp_dist.benchmarks.quality.methods import Spec
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_works_of_one_name_and_length_have_sections_called_by_what_differs(rows,
     found = [row for row in rows if row["method"] in ("dense", "lp")]
     found.append({**found[-1], "sparsity": 0.95})
     work = found[0]["work"]
-    another = [{**row, "work": {**work, "text": f"other.txt, 5 tokens{works.HELD_OUT}"}} for row in found]
+    another = [{**row, "work": {**work, "text": f"other.txt, 5 tokens{tasks.HELD_OUT}"}} for row in found]
     unwarmed = [
         {**row, "work": {**work, "schedule": {**work["schedule"], "warmup": 0}}, "device": "NVIDIA H200"}
         for row in found

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantile_cases import SMALLEST, cut, few, meeting, ordered, part, shard_of, vector
 
-from lp_dist import LpAdamW, attach, quantiles
-from lp_dist.quantiles import Census, Part, census, share_below, smallest, stride_of, zero_below
-from lp_dist.shards import Shard, shards
+from lp_dist import LpAdamW, attach
+from lp_dist.sharding.shards import Shard, shards
+from lp_dist.sparsity import quantiles
+from lp_dist.sparsity.census import Census, census
+from lp_dist.sparsity.quantiles import Part, share_below, smallest, stride_of, zero_below
 
 # -- order statistics ---------------------------------------------------------
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantile_cases import few, number, part, shard_of
 
-from lp_dist import quantiles
-from lp_dist.quantiles import Part, census, share_below, smallest
+from lp_dist.sparsity import census as census_module
+from lp_dist.sparsity import quantiles
+from lp_dist.sparsity.census import census
+from lp_dist.sparsity.quantiles import Part, share_below, smallest
 
 
 @given(st.data())
@@ -68,8 +70,8 @@ def test_a_census_reads_the_device_once_for_all_tensors(monkeypatch):
         shard_of(torch.randn(torch.Size(shape).numel()).relu(), shape, 0, torch.Size(shape).numel())
         for shape in shapes
     ]
-    read, on_host = [], quantiles._on_host
-    monkeypatch.setattr(quantiles, "_on_host", lambda *args: read.append(1) or on_host(*args))
+    read, on_host = [], census_module._on_host
+    monkeypatch.setattr(census_module, "_on_host", lambda *args: read.append(1) or on_host(*args))
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a wait for each tensor"))
     found = census(all_)
     assert len(read) == 2 and found.counts == [(int((s.tensor == 0).sum()), s.tensor.numel()) for s in all_]

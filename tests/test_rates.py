@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as lr
 from transformers import get_scheduler
 
 from lp_dist import LpAdamW
-from lp_dist.rates import rates_ahead
+from lp_dist.targets.lr_lookahead import rates_ahead
 
 TOTAL = 30
 

@@ -13,9 +13,9 @@ from test_structure import GROUPED, SIZES, Own, model_of, slots
 from torch import nn
 
 from lp_dist.errors import UsageError
-from lp_dist.export import export
-from lp_dist.inspection import inspect
-from lp_dist.structure import groups_of, structure
+from lp_dist.export.writer import export
+from lp_dist.report.inspection import inspect
+from lp_dist.structured.naming import groups_of, structure
 
 TOKENS = torch.arange(24).view(2, 12) % 61
 

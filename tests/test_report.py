@@ -10,15 +10,16 @@ import pytest
 import report_cases as cases
 import torch
 
-from lp_dist import arguments, page, report
-from lp_dist.sparsity import Histogram
+from lp_dist.report import console, environment, page, schema
+from lp_dist.sparsity.measure import Histogram
+from lp_dist.training import arguments
 
 
 def test_a_histogram_is_trimmed_and_keeps_every_weight():
     edges = (1.0, 2.0, 4.0, 8.0, 16.0)
     before = Histogram(edges, {"a": [0, 3, 0, 0], "b": [0, 1, 0, 0]}, {"a": 0, "b": 1})
     after = Histogram(edges, {"a": [0, 0, 1, 0], "b": [0, 1, 1, 0]}, {"a": 2, "b": 0})
-    assert report.histograms(before, after) == {
+    assert schema.histograms(before, after) == {
         "edges": [2.0, 4.0, 8.0],
         "before": [4, 0],
         "after": [1, 2],
@@ -26,7 +27,7 @@ def test_a_histogram_is_trimmed_and_keeps_every_weight():
         "zeros_after": 2,
     }
     nothing = Histogram((1.0, 2.0), {"a": [0]}, {"a": 4})
-    assert report.histograms(nothing, nothing) == {
+    assert schema.histograms(nothing, nothing) == {
         "edges": [1.0],
         "before": [],
         "after": [],
@@ -37,13 +38,13 @@ def test_a_histogram_is_trimmed_and_keeps_every_weight():
 
 def test_what_another_run_shows_of_a_report_is_enough_to_draw_it(monkeypatch):
     log = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "grad_norm": 1.0}, *cases.full()["log"][-2:]]
-    compared = report.to_compare(cases.old() | {"log": log})
+    compared = schema.to_compare(cases.old() | {"log": log})
     assert compared == json.loads(json.dumps(compared))
     assert (
         compared["log"] == [{"step": 1, "loss": 2.0}, {"step": 16, "eval_perplexity": 12.0}]
-        and report.name_of(compared) == "compared run"
+        and schema.name_of(compared) == "compared run"
     )
-    monkeypatch.setattr("lp_dist.figures.DRAWINGS", ())
+    monkeypatch.setattr("lp_dist.report.figures.DRAWINGS", ())
     assert "compared run 12.00" in page.build(cases.full() | {"reference": compared})
 
 
@@ -51,8 +52,8 @@ def test_what_another_run_shows_of_a_report_is_enough_to_draw_it(monkeypatch):
     "value, shown", [(None, "not measured"), (1234.567, "1,234.57"), ("nan", "nan"), ("inf", "inf"), (2e7, "2e+07")]
 )
 def test_a_perplexity_is_for_people(value, shown, capsys):
-    assert report.number(value) == shown
-    report.show(
+    assert console.number(value) == shown
+    console.show(
         cases.full() | {"perplexity_before": value, "perplexity_after": value, "reference": None}
     )  # ends no run with an error
     assert shown in capsys.readouterr().out
@@ -61,12 +62,12 @@ def test_a_perplexity_is_for_people(value, shown, capsys):
 def test_the_environment_is_of_the_device_that_trains_and_names_no_host():
     import platform
 
-    found = report.environment(torch.device("cpu"), 3)
+    found = environment.environment(torch.device("cpu"), 3)
     assert (found["device"], found["ranks"], found["threads"], found["processor"]) == (
         "CPU",
         3,
         torch.get_num_threads(),
-        report.processor(),
+        environment.processor(),
     )
     assert platform.node() not in json.dumps({**found, "processor": ""})
 

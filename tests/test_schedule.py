@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lp_dist import LpAdamW
-from lp_dist.schedule import FROZEN, OFF, DecayWindow, Ramp
+from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.targets.schedule import DecayWindow, Ramp
 
 
 def test_fractions_and_steps_give_the_same_window():

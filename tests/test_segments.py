@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
-from lp_dist.schedule import FROZEN, OFF
-from lp_dist.segments import Segment, SegmentMap
+from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.optim.parameter_map import Segment, SegmentMap
 
 NAMES = ("a", "b", "c", "d")
 

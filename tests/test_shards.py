@@ -10,8 +10,8 @@ from engines_under_test import ZERO, Engine, gathered, make
 from torch import nn
 
 from lp_dist import LpAdamW, attach, measure_histogram, measure_sparsity, param_groups
-from lp_dist.attachment import steps_taken
-from lp_dist.shards import shards
+from lp_dist.attachment.attach import steps_taken
+from lp_dist.sharding.shards import shards
 
 DECAYED = {"0.weight", "2.weight", "3.weight", "4.weight"}
 OVERRIDES = {
@@ -240,7 +240,7 @@ def test_a_tied_parameter_comes_once(run_ranks):
 
 
 def test_every_wrapper_that_is_let_in_has_its_shards_located():
-    from lp_dist import engines
-    from lp_dist import shards as room
+    from lp_dist.sharding import deepspeed
+    from lp_dist.sharding import shards as room
 
-    assert set(room._LOCATORS) == {"", *engines.TESTED_WRAPPERS}
+    assert set(room._LOCATORS) == {"", *deepspeed.TESTED_WRAPPERS}

@@ -29,7 +29,7 @@ from test_checkpoints import (
 from torch import nn
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, LpLion, LpSGD, add_lp_decay, attach, param_groups
-from lp_dist.attachment import steps_taken, verify
+from lp_dist.attachment.attach import steps_taken, verify
 
 SKIPPING = {
     **{
@@ -88,7 +88,7 @@ class Overflowing(transformers.Trainer):
 
 
 def through_trainer(directory: Path) -> list[tuple]:
-    from lp_dist.engines import join_deepspeed
+    from lp_dist.sharding.deepspeed import join_deepspeed
 
     config = deepspeed_config("zero2", train_micro_batch_size_per_gpu="auto", bf16={"enabled": "auto"})
     args = transformers.TrainingArguments(

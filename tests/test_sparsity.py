@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpAdamW, measure_sparsity, param_groups, slices
-from lp_dist.sparsity import Sparsity, kind_of
+from lp_dist import LpAdamW, measure_sparsity, param_groups
+from lp_dist.optim import batching
+from lp_dist.sparsity.measure import Sparsity, kind_of
 
 
 def small_model() -> nn.Sequential:
@@ -35,8 +36,8 @@ def small_model() -> nn.Sequential:
     ids=lambda values: str(tuple(values.shape)),
 )
 def test_zeros_are_counted_over_all_slices(values, most, monkeypatch):
-    monkeypatch.setitem(slices._SLICE, "cpu", most)
-    found = slices.count_zeros(values)
+    monkeypatch.setitem(batching._SLICE, "cpu", most)
+    found = batching.count_zeros(values)
     assert int(found) == int((values == 0).sum()) and found.dtype == torch.int64 and found.ndim == 0
 
 

@@ -12,10 +12,11 @@ import rich.console
 import torch
 from test_cli import lp_dist
 
-from lp_dist import cli, stepping, stepping_contenders, stepping_whole
+from lp_dist import cli
+from lp_dist.benchmarks.step import command, implementations, training_step
+from lp_dist.benchmarks.step.implementations import COPY, PEER, SHAPES, Missing, Tensors, contenders, transformer
+from lp_dist.benchmarks.step.training_step import Shape
 from lp_dist.errors import UsageError
-from lp_dist.stepping_contenders import COPY, PEER, SHAPES, Missing, Tensors, contenders, transformer
-from lp_dist.stepping_whole import Shape
 
 CPU = torch.device("cpu")
 ONES = {  # contenders that must come to the same weights
@@ -55,10 +56,10 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("step")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            stepping, "Console", lambda **more: rich.console.Console(width=150, file=(directory / "shown").open("w"))
+            command, "Console", lambda **more: rich.console.Console(width=150, file=(directory / "shown").open("w"))
         )
-        stepping.step("1e4", repeats=2, out=str(directory), whole=False, compiled=False)
-    return directory, stepping.rows_of(directory / "step.jsonl")[1:]
+        command.step("1e4", repeats=2, out=str(directory), whole=False, compiled=False)
+    return directory, command.rows_of(directory / "step.jsonl")[1:]
 
 
 @pytest.mark.parametrize("names", ONES.values(), ids=ONES)
@@ -97,7 +98,7 @@ def test_half_of_the_weights_collapse_in_a_step_and_are_put_back(name):
     tensors = Tensors.collapsing(20_000, CPU)
     denormal = (tensors.exp_avg_sqs[0] > 0) & (tensors.exp_avg_sqs[0] < torch.finfo(torch.float32).tiny)
     assert 0.1 < denormal.float().mean() < 0.3 and 0.4 < (tensors.grads[0] == 0).float().mean() < 0.6
-    kept, restore = [t.clone() for t in (tensors.weights[0], tensors.exp_avg_sqs[0])], stepping._restorer(tensors)
+    kept, restore = [t.clone() for t in (tensors.weights[0], tensors.exp_avg_sqs[0])], command._restorer(tensors)
     call = contenders("collapsing", CPU)[name](tensors)
     call()
     first = tensors.weights[0].clone()
@@ -139,8 +140,8 @@ def test_the_page_has_every_row_of_the_last_run_alone(run, tmp_path):
     assert all(f"│ {row['contender']} " in shown for row in rows) and shown.count("collapsing") == 1
     assert all(f"\n| {row['contender']} | " in page for row in rows) and page.count("× torch fused") == len(SHAPES)
     (tmp_path / "step.jsonl").write_text((directory / "step.jsonl").read_text())
-    stepping.step("", repeats=1, out=str(tmp_path), whole=False)
-    runs = [row for row in stepping.rows_of(tmp_path / "step.jsonl") if "benchmark" in row]
+    command.step("", repeats=1, out=str(tmp_path), whole=False)
+    runs = [row for row in command.rows_of(tmp_path / "step.jsonl") if "benchmark" in row]
     assert (
         [row["run"] for row in runs] == [1, 2]
         and runs[0]["threads"] == torch.get_num_threads()
@@ -151,9 +152,9 @@ def test_the_page_has_every_row_of_the_last_run_alone(run, tmp_path):
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(stepping, "_available", lambda device: 10**6)
-    page = stepping.step("1e6", repeats=1, out=str(tmp_path), whole=False)
-    assert [row.get("skipped") for row in stepping.rows_of(tmp_path / "step.jsonl")[1:]] == [
+    monkeypatch.setattr(command, "_available", lambda device: 10**6)
+    page = command.step("1e6", repeats=1, out=str(tmp_path), whole=False)
+    assert [row.get("skipped") for row in command.rows_of(tmp_path / "step.jsonl")[1:]] == [
         "0.0 GB of memory needed and 0.0 GB free"
     ] * 3
     assert page.read_text().count("skipped: ") == 3
@@ -164,9 +165,9 @@ def test_a_contender_that_cannot_run_is_a_row_that_says_why(monkeypatch):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
-    monkeypatch.setattr(stepping_contenders.kernels, "unavailable", lambda device: "no fused step")
-    monkeypatch.setattr(stepping, "start_compiler", lambda: None)
-    rows = list(stepping._group(10_000, "flat", CPU, 1, 0, compiled=True))
+    monkeypatch.setattr(implementations.dispatch, "unavailable", lambda device: "no fused step")
+    monkeypatch.setattr(command, "start_compiler", lambda: None)
+    rows = list(command._group(10_000, "flat", CPU, 1, 0, compiled=True))
     skipped = {row["contender"]: row["skipped"] for row in rows if "skipped" in row}
     assert (
         skipped["torch.compile'd, p = 0.5"] == "torch.compile failed: no compiler here"
@@ -180,22 +181,22 @@ def test_a_contender_that_cannot_run_is_a_row_that_says_why(monkeypatch):
 
 
 def test_whole_steps_of_one_process_reach_the_target_and_a_failed_engine_says_why(tmp_path, monkeypatch):
-    real = stepping_whole._launched
+    real = training_step._launched
 
     def launched(engine, *more):
         if engine == "ZeRO-2":
             raise RuntimeError("it broke\nhere")
         return real(engine, *more)
 
-    monkeypatch.setattr(stepping_whole, "_launched", launched)
-    page = stepping.step(
+    monkeypatch.setattr(training_step, "_launched", launched)
+    page = command.step(
         "",
         repeats=1,
         out=str(tmp_path),
         shape=Shape(layers=1, hidden=32, tokens=8, blocks=1),
         engines="one process; ZeRO-2",
     ).read_text()
-    run, row, failed = stepping.rows_of(tmp_path / "step.jsonl")
+    run, row, failed = command.rows_of(tmp_path / "step.jsonl")
     assert run["command"].endswith("--layers 1 --hidden 32 --tokens 8 --blocks 1 --engines 'one process; ZeRO-2'")
     assert (row["engine"], row["ranks"], row["blocks"], row["zeros"]) == (
         "one process",
@@ -215,8 +216,8 @@ def test_whole_steps_of_one_process_reach_the_target_and_a_failed_engine_says_wh
 
 def test_whole_steps_with_groups(tmp_path):
     shape = Shape(layers=1, hidden=32, tokens=8, blocks=1, groups="channels", interval=2)
-    page = stepping.step("", repeats=1, out=str(tmp_path), shape=shape, engines="one process").read_text()
-    run, row = stepping.rows_of(tmp_path / "step.jsonl")
+    page = command.step("", repeats=1, out=str(tmp_path), shape=shape, engines="one process").read_text()
+    run, row = command.rows_of(tmp_path / "step.jsonl")
     assert (
         "--groups channels --interval 2 --engines" in run["command"]
         and "`SparsityTarget` of channels (a decay every 2 steps) that acts" in page
@@ -225,9 +226,9 @@ def test_whole_steps_with_groups(tmp_path):
         "half of the channels, and single weights not"
     )
     with pytest.raises(UsageError, match="'neurons' is none of channels, "):
-        stepping.step("", out=str(tmp_path), shape=Shape(groups="neurons"))
+        command.step("", out=str(tmp_path), shape=Shape(groups="neurons"))
     with pytest.raises(UsageError, match="--interval 2 is of groups"):
-        stepping.step("", out=str(tmp_path), shape=Shape(interval=2))
+        command.step("", out=str(tmp_path), shape=Shape(interval=2))
 
 
 def test_the_command_runs_and_what_is_no_size_is_refused(tmp_path):
@@ -236,7 +237,7 @@ def test_the_command_runs_and_what_is_no_size_is_refused(tmp_path):
     assert json.loads((tmp_path / "step.jsonl").read_text())["benchmark"] == "step"
     for sizes in ("many", "100"):
         with pytest.raises(UsageError, match=f"--sizes {sizes}: "):
-            stepping.step(sizes, out=str(tmp_path))
-    assert inspect.signature(cli.step).parameters["engines"].default == "; ".join(stepping_whole.ENGINES)
+            command.step(sizes, out=str(tmp_path))
+    assert inspect.signature(cli.step).parameters["engines"].default == "; ".join(training_step.ENGINES)
     with pytest.raises(UsageError, match="no 'ZeRO-9'; there are one process; ZeRO-2; "):
-        stepping.step("", out=str(tmp_path), engines="one process; ZeRO-9")
+        command.step("", out=str(tmp_path), engines="one process; ZeRO-9")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lp_dist.errors import UsageError
-from lp_dist.parts import Groups
-from lp_dist.structure import KINDS, groups_of, structure
+from lp_dist.structured.groups import Groups
+from lp_dist.structured.naming import KINDS, groups_of, structure
 
 SIZES = dict(
     hidden_size=32,

@@ -16,7 +16,7 @@ from test_checkpoints import quiet, snapshot
 from test_world_size import convert, whole
 
 from lp_dist import LpLion, attach, param_groups
-from lp_dist.attachment import Attachment
+from lp_dist.attachment.attach import Attachment
 
 RUN = Case("", "capped", 0.5, 0.6, steps=24, every=4)
 START, END = 2, 17

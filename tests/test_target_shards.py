@@ -21,8 +21,8 @@ from test_world_size import whole
 from torch import Tensor
 
 from lp_dist import LpAdamW, attach
-from lp_dist.attachment import Attachment
-from lp_dist.engines import unwrap
+from lp_dist.attachment.attach import Attachment
+from lp_dist.sharding.engines import unwrap
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero3 offload")
 COVERING = [

@@ -12,17 +12,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from lp_dist import (
-    DecayWindow,
-    LpAdamW,
-    LpCallback,
-    LpTrainer,
-    SparsityTarget,
-    finetune,
-    measure_sparsity,
-    param_groups,
-    report,
-)
+from lp_dist import DecayWindow, LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_sparsity, param_groups
+from lp_dist.report import schema
+from lp_dist.training import finetune
 
 TARGET = SparsityTarget(0.6, p=0.0, scope="layer")
 STEPS, START, END = 24, 2, 17  # the default window of such a run
@@ -334,7 +326,7 @@ def program(common, tmp_path_factory) -> Path:
 
 
 def test_the_program_reaches_its_sparsity_and_reports_it(program):
-    saved = report.read(program)
+    saved = schema.read(program)
     assert saved["sparsity"] == pytest.approx(0.5, abs=1e-3) and saved["weight_decay"] == 0.0
     shares = [count / numel for count, numel in saved["kinds"].values()]
     assert max(shares) > min(shares) + 0.02, "one threshold for all, so kinds differ"
@@ -348,7 +340,7 @@ def test_the_program_resumes_to_the_same_files(program, common, tmp_path):
     finetune.main([*common, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(program / "checkpoint-8")])
     one, other = load_file(program / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(other[name], weight) for name, weight in one.items())
-    assert report.read(tmp_path)["target"] == report.read(program)["target"]
+    assert schema.read(tmp_path)["target"] == schema.read(program)["target"]
 
 
 def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp_path):
@@ -377,7 +369,7 @@ def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp
         "1e-3",
     ]
     finetune.main([*common, *words, "--output_dir", str(tmp_path)])
-    saved = report.read(tmp_path)
+    saved = schema.read(tmp_path)
     assert saved["sparsity_of_all"] == pytest.approx(0.4, abs=1e-4)
     share = 0.4 * saved["parameters"] / saved["decayed_weights"]
     assert all(count / numel == pytest.approx(share, abs=1e-3) for count, numel in saved["kinds"].values()) and saved[

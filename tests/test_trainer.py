@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
-from lp_dist.attachment import verify
-from lp_dist.engines import check_deepspeed_config
-from lp_dist.schedule import FROZEN, OFF
+from lp_dist.attachment.attach import verify
+from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.sharding.deepspeed import check_deepspeed_config
 
 WINDOW = DecayWindow(2, 8, {"p": 0.0})
 

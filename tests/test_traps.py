@@ -12,10 +12,10 @@ from engines_under_test import deepspeed_config, gathered, make
 from torch import nn
 
 from lp_dist import LpAdamW, attach, measure_sparsity, param_groups
-from lp_dist.attachment import steps_taken
-from lp_dist.engines import check_deepspeed_config
-from lp_dist.groups import matrix_names
-from lp_dist.shards import shards
+from lp_dist.attachment.attach import steps_taken
+from lp_dist.sharding.deepspeed import check_deepspeed_config
+from lp_dist.sharding.shards import shards
+from lp_dist.sparsity.selection import matrix_names
 
 
 def model_of() -> nn.Sequential:

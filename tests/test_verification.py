@@ -14,10 +14,10 @@ import transformers
 from export_runs import SPARSE, llama
 from test_export import changed, rewritten
 
-from lp_dist.checkpoints import open_checkpoint
+from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
-from lp_dist.export import export
-from lp_dist.verification import DiffersError, verify
+from lp_dist.export.verify import DiffersError, verify
+from lp_dist.export.writer import export
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 TEXT, IMAGE = {**SMALL, "vocab_size": 64}, {**SMALL, "image_size": 8, "patch_size": 4}
@@ -133,13 +133,13 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
     """Two experts' weights swapped on the way out: the names and bits of both sides agree, what the model says does
     not.
     """
-    from lp_dist.checkpoints import publishing
+    from lp_dist.checkpoints import hf_names
 
     alive = saved_alive(MODELS["experts"](), tmp_path)
-    right = publishing._reverted
+    right = hf_names._reverted
 
-    def swapped(*arguments: Any) -> list[publishing.Published]:
-        def read(piece: publishing.Published) -> dict[str, torch.Tensor]:
+    def swapped(*arguments: Any) -> list[hf_names.Published]:
+        def read(piece: hf_names.Published) -> dict[str, torch.Tensor]:
             tensors = piece.read()
             one, other = (
                 "model.layers.0.block_sparse_moe.experts.0.w2.weight",
@@ -149,7 +149,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
 
         return [replace(piece, read=lambda piece=piece: read(piece)) for piece in right(*arguments)]
 
-    monkeypatch.setattr(publishing, "_reverted", swapped)
+    monkeypatch.setattr(hf_names, "_reverted", swapped)
     with pytest.raises(DiffersError, match="the logits"):
         export(alive, tmp_path / "out", verified=True)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
@@ -158,7 +158,9 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
 def test_what_differs_is_left_for_a_look_and_out_stays_as_it_was(alive, tmp_path, monkeypatch):
     out = export(alive, tmp_path / "out").out
     before = (out / "model.safetensors").read_bytes()
-    monkeypatch.setattr("lp_dist.export.loadable", lambda config, dtype: {**config, "tie_word_embeddings": False})
+    monkeypatch.setattr(
+        "lp_dist.export.writer.loadable", lambda config, dtype: {**config, "tie_word_embeddings": False}
+    )
     with pytest.raises(DiffersError, match="out.partial has 1 missing keys"):
         export(alive, out, dtype="bfloat16", verified=True, overwrite=True)
     assert (

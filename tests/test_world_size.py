@@ -30,7 +30,7 @@ from test_checkpoints import (
 from torch import Tensor
 
 from lp_dist import LpLion, LpSGD
-from lp_dist.shards import live_optimizer, shards
+from lp_dist.sharding.shards import live_optimizer, shards
 
 STOP = 7  # in the middle of the decay
 KINDS = ("zero1", "zero2", "zero3", "bf16_optimizer", "fsdp2")

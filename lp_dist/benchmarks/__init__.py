@@ -1,0 +1,1 @@
+"""What `lp-dist bench` runs; its results are in docs/results."""

@@ -1,0 +1,1 @@
+"""What each way to sparsity loses, with the same data, tokens, seeds and evaluation."""

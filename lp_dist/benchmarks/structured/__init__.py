@@ -1,0 +1,1 @@
+"""What fewer channels or heads cost and gain."""

@@ -1,0 +1,1 @@
+"""What is trained on and from: text, and GGUF files."""

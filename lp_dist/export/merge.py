@@ -1,0 +1,263 @@
+"""Merging an adapter into a sparse model without losing its zeros: `W + mask·ΔW` instead of `W + ΔW`, where the mask
+is W's own zeros.
+
+A plain merge gives nearly every weight of the layers that the adapter wraps a value (elsewhere 40 % of zeros became
+32.7 %). What the mask leaves out of the adapter is a loss, which is measured here: as the share of the adapter's
+change (of ‖ΔW‖²), and as perplexity where there is a text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lp_dist.errors import UsageError
+from lp_dist.export.output_directory import replaceable, written_whole
+from lp_dist.sparsity.measure import kind_of
+
+
+@dataclass
+class MergedLayer:
+    """zeros: of the base. revived: how many of them a plain merge gives a value. change: ‖ΔW‖², and lost: what of it
+    falls on the zeros.
+    """
+
+    elements: int
+    zeros: int
+    revived: int
+    change: float
+    lost: float
+
+
+@dataclass
+class Merged:
+    """model: the plain model, without adapters, all of it trainable. layers: of each merged weight, by its name in
+    that model.
+    """
+
+    model: nn.Module
+    layers: dict[str, MergedLayer]
+    perplexity: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> float:
+        """The share of the adapter's change, ‖ΔW‖² over all layers, that falls on zeros of the base."""
+        return sum(layer.lost for layer in self.layers.values()) / max(
+            sum(layer.change for layer in self.layers.values()), 1e-300
+        )
+
+
+def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> Merged:
+    """Merges peft's active adapter into the weights, and gives the plain model back.
+
+    Works for every adapter that peft can merge, layer by layer, by what its `merge` changes; beside the model one
+    layer's weights are held.
+
+    Args:
+        model: a `PeftModel`, in memory and not sharded. Its base is changed.
+        keep_zeros: weights of the base that are exactly zero stay so; False is peft's own merge, and measured as well.
+    Raises:
+        UsageError: it has no adapter, is sharded, or its base is quantized.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "merge") and hasattr(module, "get_base_layer")
+    ]
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no adapter's layers to merge; load one by"
+            " peft.PeftModel.from_pretrained(model, adapter)"
+        )
+    for name, module in layers:  # all of them before the first is changed
+        if getattr(module, "merged", False):
+            raise UsageError(
+                f"{name} has its adapter merged already, so the zeros of its base are not known any more; call"
+                " model.unmerge_adapter() first"
+            )
+        _check_whole(name, _weights(module))
+    found: dict[int, MergedLayer] = {}
+    for _, module in layers:
+        weights = _weights(module)
+        with torch.no_grad():
+            before = [weight.detach().clone() for weight in weights]
+            module.merge()
+            for weight, old in zip(weights, before):
+                found[id(weight)] = _masked(weight, old, keep_zeros)
+    plain = model.unload().requires_grad_(True)  # peft leaves what it froze frozen
+    names = {id(param): name for name, param in plain.named_parameters()}
+    return Merged(plain, {names[key]: layer for key, layer in found.items() if key in names})
+
+
+def _weights(module: Any) -> list[Tensor]:
+    """The matrices that a layer of peft's wraps."""
+    return [weight for weight in module.get_base_layer().parameters() if weight.ndim >= 2]
+
+
+def _check_whole(name: str, weights: list[Tensor]) -> None:
+    for weight in weights:
+        if not weight.is_floating_point():
+            raise UsageError(
+                f"{name} is quantized ({weight.dtype}); load the base in bfloat16 or float32 to merge into it"
+            )
+        if hasattr(weight, "ds_id") or hasattr(weight, "to_local"):
+            raise UsageError(
+                f"{name} is sharded; save the adapter (save_pretrained), and merge it in one process: lp-dist merge"
+                " BASE ADAPTER OUT"
+            )
+
+
+def _masked(weight: Tensor, old: Tensor, keep_zeros: bool) -> MergedLayer:
+    """Puts the zeros of `old` back into `weight`, and says what that left out."""
+    dead = old == 0
+    square = (weight.float() - old.float()).square()
+    layer = MergedLayer(
+        weight.numel(),
+        int(dead.sum()),
+        int(torch.count_nonzero(weight[dead])),
+        float(square.sum(dtype=torch.float64)),
+        float(square[dead].sum(dtype=torch.float64)),
+    )
+    if keep_zeros:
+        weight[dead] = 0.0
+    return layer
+
+
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    text_column: str = "text",
+    blocks: int = 32,
+    block_size: int = 512,
+    overwrite: bool = False,
+) -> Merged:
+    """`lp-dist merge`: reads a sparse model and an adapter, merges them with the zeros kept, and writes the model and
+    its tokenizer to `out`.
+
+    Args:
+        base: directory or hub id of the sparse model. It is held in memory whole.
+        adapter: directory or hub id of what peft's `save_pretrained` wrote.
+        dataset: text by which perplexity is measured of the base, of base and adapter as they were trained, and of the
+            merged model; as of `load_text`: the first `blocks` blocks of `block_size` tokens of its last
+            part.
+    Raises:
+        UsageError: bad arguments, or an adapter that is not of this base.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UsageError("lp-dist merge needs peft, which wrote the adapter: pip install peft") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = replaceable(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
+    try:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{base} can't be read as a language model with its tokenizer ({str(error).splitlines()[0]}); name its"
+            " directory or hub id"
+        ) from None
+    text = None
+    if dataset is not None:
+        text = held_out(tokenizer, dataset, dataset_config, dataset_split, text_column, blocks, block_size)
+    perplexity = {} if text is None else {"base": perplexity_of(model, text)}
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the adapter {adapter} is not there, or not one of {base} ({str(error).splitlines()[0]})"
+        ) from None
+    if text is not None:
+        perplexity["with the adapter"] = perplexity_of(adapted, text)
+    merged = merge_adapter(adapted)
+    if text is not None:
+        perplexity["merged, zeros kept"] = perplexity_of(merged.model, text)
+    merged.perplexity = perplexity
+    with written_whole(out) as partial:
+        merged.model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return merged
+
+
+def held_out(
+    tokenizer: Any, dataset: str, config: str | None, split: str, text_column: str, blocks: int, block_size: int
+) -> Any:
+    """The first blocks of the last tenth of a text, or of a random tenth of documents."""
+    from lp_dist.data.text import load_text, pack
+
+    text = load_text(dataset, config, split, text_column, None, 0.1, seed=0)["eval"]
+    packed = pack(text, tokenizer, block_size, separate=not dataset.endswith((".txt", ".md")))
+    return packed.select(range(min(blocks, len(packed))))
+
+
+def perplexity_of(model: nn.Module, blocks: Any) -> float:
+    """exp of the cross-entropy per token, as Trainer evaluates it."""
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    args = TrainingArguments(
+        per_device_eval_batch_size=1,
+        report_to=[],
+        prediction_loss_only=True,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+    return math.exp(
+        min(
+            Trainer(model, args, eval_dataset=blocks, data_collator=default_data_collator).evaluate()["eval_loss"],
+            700.0,
+        )
+    )
+
+
+def show(merged: Merged, out: str | Path) -> None:
+    """What was kept, what a plain merge would have lost, and what the mask costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    kinds: dict[str, list[MergedLayer]] = {}
+    for name, layer in merged.layers.items():
+        kinds.setdefault(kind_of(name), []).append(layer)
+    table = Table(title="The adapter, merged with the zeros kept")
+    for column in ("layer", "weights", "zeros", "share", "by a plain merge", "ΔW² left out"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for kind, layers in kinds.items():
+        elements, zeros, revived = (
+            sum(getattr(layer, key) for layer in layers) for key in ("elements", "zeros", "revived")
+        )
+        table.add_row(
+            kind,
+            f"{elements:,}",
+            f"{zeros:,}",
+            f"{zeros / elements:.2%}",
+            f"{(zeros - revived) / elements:.2%}",
+            f"{sum(layer.lost for layer in layers) / max(sum(layer.change for layer in layers), 1e-300):.1%}",
+        )
+    console.print(table)
+    if merged.perplexity:
+        console.print(
+            "Perplexity on held-out text: "
+            + ", ".join(f"{what} {value:.2f}" for what, value in merged.perplexity.items())
+            + ".",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(
+        f"{merged.left_out:.1%} of the adapter's change fell on zeros and was left out. Saved to {out}; loads with"
+        " from_pretrained.",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

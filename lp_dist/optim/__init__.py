@@ -1,0 +1,1 @@
+"""The update: the equation, the optimizers and the kernels."""

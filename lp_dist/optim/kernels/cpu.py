@@ -1,0 +1,170 @@
+"""The fused step on a CPU: builds `step.cpp` with the system's C++ compiler on first use, and calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lp_dist.optim.decay import SNAP
+from lp_dist.optim.kernels.dispatch import Unavailable, Work
+from lp_dist.optim.nm import parse
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("step.cpp")
+# No -ffast-math: nan and inf mean something here. Without contraction a value doesn't depend on how its loop was made
+# into vectors.
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+)
+_OF_PROCESSOR = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+}
+_BASES = {"adamw": 0, "sgd": 1, "lion": 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_library: Any = None
+
+
+def prepare() -> None:
+    """Builds the step, or finds it built.
+
+    Raises:
+        Unavailable: there is no compiler, it fails, or the processor is too old.
+    """
+    global _library
+    if _library is None:
+        _library = ctypes.CDLL(str(_built()))
+        _library.lp_dist_step.argtypes = [
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+        ]
+        _library.lp_dist_step.restype = None
+
+
+def _built() -> Path:
+    flags = (*_FLAGS, *_for_this_processor())
+    name = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16] + ".so"
+    directory = Path(
+        os.environ.get("LP_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist"
+    )
+    if (directory / name).exists():
+        return directory / name
+    compiler = _compiler()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=directory)
+    except OSError as error:
+        directory = Path(tempfile.mkdtemp())  # built anew by each process, then
+        scratch = tempfile.mkdtemp(dir=directory)
+        logger.warning(
+            "the fused step can't be kept, and is built by every process: %s. Set LP_DIST_CACHE to a folder that can"
+            " be written",
+            error,
+        )
+    logger.info("building the fused step for this processor with %s; this is done once", compiler)
+    start = time.perf_counter()
+    command = [compiler, *flags, str(_SOURCE), "-o", str(Path(scratch) / name)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise Unavailable(f"'{' '.join(command)}' failed: {done.stderr.strip()[:600]}")
+        # Ranks that start together each build their own, and the last one to finish stays: no lock, so none is left
+        # behind to wait for.
+        os.replace(Path(scratch) / name, directory / name)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"'{' '.join(command)}' failed: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    logger.info("built the fused step in %.1f s: %s", time.perf_counter() - start, directory / name)
+    return directory / name
+
+
+def _for_this_processor() -> tuple[str, ...]:
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ()  # NEON and its fma are in every one
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _OF_PROCESSOR:
+        raise Unavailable(f"the processor has {capability} and no AVX2")
+    return _OF_PROCESSOR[capability]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise Unavailable("there is no C++ compiler (CXX, c++, g++ or clang++); install g++")
+
+
+def step(base: str, work: Work) -> None:
+    """See `dispatch.step`. Allocates some numbers for each row, and nothing that grows with the tensors."""
+    table, numbers = array("q"), array("d")
+    for i, (values, rows) in enumerate(work):
+        betas = values.get("betas", (0.0, 0.0))
+        n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
+        numbers.extend(
+            map(
+                float,
+                (
+                    values["lr"],
+                    *betas,
+                    values.get("eps", 0.0),
+                    values.get("momentum", 0.0),
+                    values.get("nesterov", False),
+                    values["maximize"],
+                    values["weight_decay"],
+                    values["p"],
+                    values["l2"],
+                    values.get("precondition", 0.0),
+                    values["cutoff"],
+                    values.get("floor", 0.0),
+                    SNAP,
+                    values.get("latent", False),
+                    n,
+                    m,
+                    values.get("ranked", False),
+                ),
+            )
+        )
+        for row in rows:
+            weights, grads = row[0], row[1]
+            m = row[2].data_ptr() if len(row) > 3 else 0
+            v = row[3].data_ptr() if len(row) > 4 else 0
+            table.extend(
+                (
+                    weights.data_ptr(),
+                    grads.data_ptr(),
+                    m,
+                    v,
+                    weights.numel(),
+                    _TYPES[weights.dtype],
+                    _TYPES[grads.dtype],
+                    i,
+                    int(row[-1]),
+                )
+            )
+    rows, values = table.buffer_info()[0], numbers.buffer_info()[0]
+    _library.lp_dist_step(_BASES[base], len(table) // 9, rows, values, torch.get_num_threads())

@@ -1,0 +1,104 @@
+"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `gpu` is
+Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lp_dist.optim.batching import Row
+
+LARGEST_GAMMA = 8.0  # the power's exponent is exact up to here; (√v̂+ε)^γ has left fp32's range long before
+_WEIGHTS = (torch.float32, torch.bfloat16)
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+_MODULES = {"cpu": "lp_dist.optim.kernels.cpu", "cuda": "lp_dist.optim.kernels.triton"}
+
+Work = list[tuple[Mapping[str, Any], list[Row]]]
+
+
+class Unavailable(Exception):
+    """The fused step can't run on a kind of device here; its message says why."""
+
+
+@cache
+def _module(device_type: str) -> ModuleType | Unavailable:
+    if device_type not in _MODULES:
+        return Unavailable(f"there is none for {device_type} tensors, only for {' and '.join(_MODULES)}")
+    try:
+        module = importlib.import_module(_MODULES[device_type])
+        module.prepare()
+    except ImportError as error:
+        return Unavailable(f"it needs triton there ({error})")
+    except Unavailable as error:
+        return error
+    return module
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the fused step can't run on tensors of `device`; None if it can. The first call for the CPU builds it."""
+    found = _module(device.type)
+    return str(found) if isinstance(found, Unavailable) else None
+
+
+def refusal(row: Row, blocks: bool = False) -> str | None:
+    """What keeps a row from the fused step; None if nothing does. blocks: it has a pattern's."""
+    weights, grads = row[0], row[1]
+    dtype, alike = weights.dtype, weights.is_contiguous() and grads.is_contiguous()
+    if dtype not in _WEIGHTS:
+        return f"weights of {dtype}; it takes float32 and bfloat16"
+    if grads.dtype not in _GRADIENTS:
+        return f"gradients of {grads.dtype}; it takes float32, bfloat16 and float16"
+    for state in row[2:-1]:
+        if state.dtype is not dtype:
+            return f"state of {state.dtype} for weights of {dtype}; it takes both in one dtype"
+        alike = alike and state.is_contiguous()
+    if blocks and not weights.is_contiguous():
+        return (
+            f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride"
+            f" {weights.stride()})"
+        )
+    if not alike and not _laid_out_alike(row[:-1]):
+        return (
+            f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)},"
+            f" stride {weights.stride()})"
+        )
+    return None
+
+
+def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors fill memory without gaps and in the same order, as channels-last ones do: then they can be
+    walked flat.
+    """
+    first = tensors[0]
+    order = sorted(range(first.ndim), key=lambda i: (-first.stride(i), i))
+    return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
+
+
+def step(device_type: str, base: str, work: Work) -> None:
+    """One step of `base` ("adamw", "sgd", "lion") for rows on one kind of device, each list of them with the values
+    that hold for it.
+
+    Every row has passed `refusal`, and the device is not `unavailable`. Weights and state are changed in place.
+    """
+    _module(device_type).step(base, work)
+
+
+def pull(device_type: str, base: str, values: Mapping[str, Any], row: Row) -> Tensor:
+    """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block.
+    The row is used up.
+    """
+    weights, grads, *states, count = row
+    weights = weights.float()
+    step(
+        device_type,
+        base,
+        [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])],
+    )
+    return weights

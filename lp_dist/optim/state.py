@@ -1,0 +1,38 @@
+"""What an optimizer's state tells: how many steps were taken, and whether a parameter that decays is all zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
+COUNT = "lp_decay_step"
+
+
+def steps_taken(live: Optimizer) -> int:
+    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0
+    before the first.
+    """
+    counts = [state[key] for state in live.state.values() for key in ("step", COUNT) if key in state]
+    on_device = [count for count in counts if isinstance(count, Tensor) and count.device.type != "cpu"]
+    if on_device:  # a fused base keeps them there: one wait for all of them
+        counts = [count for count in counts if not (isinstance(count, Tensor) and count.device.type != "cpu")]
+        counts.append(torch.stack([count.reshape(()).float() for count in on_device]).max())
+    return max(map(int, counts), default=0)
+
+
+def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
+    """Raises ValueError if the parameter is to decay by its group's values and could never move."""
+    if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
+        return
+    # Only what is whole here is judged: a 1-D tensor may be a flat shard that holds nothing but an engine's padding on
+    # this rank, and of a DTensor the local part says nothing. `param_groups` and `attach` look over all ranks.
+    if param.ndim >= 2 and param.numel() and not hasattr(param, "to_local") and not bool(param.any()):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so"
+            " it could never move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself),"
+            " or initialise it"
+        )

@@ -1,0 +1,1 @@
+"""Where a parameter lies: the one place that knows DeepSpeed, FSDP2 and DTensor."""

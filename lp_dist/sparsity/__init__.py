@@ -1,0 +1,1 @@
+"""Which weights count, and how many of them are zero, over all ranks."""

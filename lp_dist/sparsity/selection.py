@@ -1,0 +1,169 @@
+"""Which parameters decay: by module type first, by name second, decided on the model before it is sharded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lp_dist.sharding.collectives import summed
+from lp_dist.sharding.shards import full_shape, local_piece
+
+logger = logging.getLogger(__name__)
+
+_MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+# Known by name of class, as importing transformers for an isinstance would cost seconds: GPT-2's linear layer.
+_MATRIX_CLASS_NAMES = ("Conv1D",)
+_HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+# A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear) decays when it is a matrix
+# and no part of its name says that it is one of these.
+_NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token")
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    include_embeddings: bool = False,
+    names: Iterable[str] | None = None,
+    **overrides: Any,
+) -> list[dict[str, Any]]:
+    """Two groups for any of our optimizers: the trainable matrices with λ, everything else without decay.
+
+    Args:
+        model: before DeepSpeed, DDP or FSDP2 wraps it.
+        weight_decay: λ of the decayed group.
+        include_embeddings: decay embeddings and the output head too.
+        names: decay exactly these, as of `model.named_parameters()`, instead of what the rules choose.
+        **overrides: further group keys, for both groups (lr, p, precondition, ...).
+    Returns:
+        `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`, without a group
+        that would be empty; each trainable parameter is in exactly one, a tied one once.
+    Raises:
+        ValueError: nothing is left to decay, or one of `names` is not a trainable parameter.
+    """
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    decayed = decayed_names(model, include_embeddings=include_embeddings) if names is None else set(names)
+    unknown = sorted(decayed - {name for name, _ in trainable})
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} names are not trainable parameters of {type(model).__name__}, such as {unknown[0]!r}; "
+            "pass names as model.named_parameters() gives them"
+        )
+    groups = [
+        {**overrides, "params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
+        {**overrides, "params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
+    """Names (as of `model.named_parameters()`) of the trainable parameters that `param_groups` decays: `matrix_names`
+    without those that are all zeros now.
+
+    Raises:
+        ValueError: there is none.
+    """
+    params = dict(model.named_parameters())
+    candidates = matrix_names(model, include_embeddings=include_embeddings)
+    trainable = sorted(name for name in candidates if params[name].requires_grad)
+    zeros = _all_zero([(name, params[name]) for name in trainable])
+    chosen = set(trainable) - set(zeros)
+    if zeros:
+        logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
+    if not chosen and _adapters(model):
+        raise ValueError(
+            f"only adapters are trained in {type(model).__name__}, and they never decay: a sparse adapter makes no"
+            " sparse model. Unfreeze the matrices that are to become sparse (requires_grad_(True) on"
+            " *.base_layer.weight), or train the adapter on a model that is sparse already and merge it by"
+            " lp_dist.merge_adapter, which keeps the zeros"
+        )
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable matrix that could decay; its parameters are frozen, all zeros,"
+            " or of modules that are not linear, convolution or attention layers. Unfreeze some, or build the param"
+            " groups by hand"
+        )
+    return chosen
+
+
+def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
+    """Names of the matrices of linear, convolution and attention modules, by rules that look at no value: no biases,
+    norms, embeddings, output heads (a switch includes these two), nor anything of peft's adapters: LoRA's B starts at
+    zero, and a sparse A makes nothing sparse.
+    """
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, _EMBEDDING_MODULES) for p in m.parameters(recurse=False)
+    }
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    adapters = _adapters(model)
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), module)
+    names = set()
+    for name, param in model.named_parameters():  # yields a tied parameter once, under its first name
+        if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}":
+            continue
+        if id(param) in embeddings or id(param) in heads or any(part in _HEAD_NAMES for part in name.split(".")):
+            if include_embeddings and len(full_shape(param)) >= 2:
+                names.add(name)
+        elif _is_matrix(name, param, owners[id(param)]):
+            names.add(name)
+    return names
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """The parameters that peft put beside the layers that it wraps, by the mark of all its tuners."""
+    return {
+        id(param)
+        for module in model.modules()
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
+        for name, param in module.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+
+
+def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
+    if len(full_shape(param)) < 2:
+        return False
+    if isinstance(owner, _MATRIX_MODULES) or type(owner).__name__ in _MATRIX_CLASS_NAMES:
+        return not name.endswith(("bias_k", "bias_v"))  # nn.MultiheadAttention keeps these as (1, 1, embed_dim)
+    kind = type(owner).__name__.lower()
+    return not ("norm" in kind or "embed" in kind) and named_like_a_matrix(name, full_shape(param))
+
+
+def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
+    """Whether a parameter of an unknown kind of module is taken for a matrix: by its shape, and as its name says
+    nothing else.
+    """
+    return (
+        len(tuple(shape)) >= 2
+        and not any(part in name for part in _NOT_MATRIX_NAMES)
+        and not any(part in _HEAD_NAMES for part in name.split("."))
+    )
+
+
+def _all_zero(named: list[tuple[str, Tensor]]) -> list[str]:
+    """Those that are all zeros; with FSDP2 over all ranks, since a rank's own part says nothing about the whole."""
+    sharded = any(hasattr(param, "to_local") for _, param in named)
+    counts = []
+    for _, param in named:
+        if param.is_meta or param.numel() == 0:  # not here: on the meta device, or partitioned by ZeRO-3
+            counts.append(1)
+        else:
+            counts.append(
+                int(
+                    torch.count_nonzero(local_piece(param).share)
+                    if hasattr(param, "to_local")
+                    else param.detach().any()
+                )
+            )
+    if sharded:
+        counts = summed(torch.tensor(counts)).tolist()
+    return [name for (name, _), count in zip(named, counts) if not count]

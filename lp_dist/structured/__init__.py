@@ -1,0 +1,1 @@
+"""Groups of weights that are pruned together: channels, attention heads, or what a user describes."""

@@ -1,0 +1,1 @@
+"""A sparsity instead of a λ."""
