@@ -20,9 +20,10 @@ from lp_dist import GroupDecay, LpAdamW, LpSGD, SparsityTarget, add_lp_decay, at
 from lp_dist.attachment import attach as attach_module
 from lp_dist.errors import UsageError
 from lp_dist.sharding.deepspeed import in_checkpoints
+from lp_dist.structured.budget import required_costs
 from lp_dist.structured.groups import Groups, Member
 from lp_dist.structured.naming import groups_of, structure
-from lp_dist.targets.group_controller import _needs
+from lp_dist.targets.group_controller import group_budget
 
 
 def saved(*what) -> list:
@@ -248,7 +249,7 @@ def test_weights_that_are_loaded_alone_begin_anew():
 
 def test_ranks_compare_what_does_not_differ_between_processes(monkeypatch):
     told = []
-    monkeypatch.setattr(attach_module, "agree", told.append)
+    monkeypatch.setattr(attach_module, "assert_same_on_all_ranks", told.append)
     Run(target_of(curve=lambda u: u), total=TOTAL)
     assert told and "0x" not in str(told) and "0.weight wide" in str(told)
 
@@ -279,9 +280,9 @@ def test_a_budget_is_met_by_the_finest_groups(wanted):
     target = SparsityTarget(None, budget=everything - round(wanted * there), groups=["kv_groups", "channels"])
     if wanted > 0.9:
         with pytest.raises(UsageError, match="must stay; ask for a budget of [0-9,]+ at least"):
-            _needs(target, sets, everything)
+            required_costs(group_budget(target), sets, everything)
         return
-    needs = _needs(target, sets, everything)
+    needs = required_costs(group_budget(target), sets, everything)
     assert round(wanted * there) <= sum(needs.values()) <= round(wanted * there) + 30 * 1728
     assert {needs["0 kv_groups"]} == {round(3 * wanted) * 368_640.0} and len(set(needs.values())) <= 2
     assert len({needs[f"{i} channels"] for i in range(30)}) == 1

@@ -23,9 +23,10 @@ from lp_dist.checkpoints.hf_names import Published, in_dtype, made_on_meta, mode
 from lp_dist.errors import UsageError
 from lp_dist.export.widths import Widths
 from lp_dist.sparsity.measure import layer_of
+from lp_dist.structured.budget import groups_to_prune
 from lp_dist.structured.groups import Groups, Member
 from lp_dist.structured.naming import recognised, structure
-from lp_dist.targets.group_controller import deaths
+from lp_dist.targets.group_controller import group_budget
 from lp_dist.targets.target import SparsityTarget
 
 _CHANNELS, _HEADS = "feed-forward channels", "attention heads"
@@ -169,8 +170,8 @@ def foreseen(cls: Any, settings: Any, target: SparsityTarget) -> list[Removed]:
     model = made_on_meta(cls, settings, "its configuration")
     found, _ = recognised(model)
     dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in found.values() for groups in kind}
-    for label, number in deaths(
-        target, structure(model, target.groups), sum(param.numel() for param in model.parameters())
+    for label, number in groups_to_prune(
+        group_budget(target), structure(model, target.groups), sum(param.numel() for param in model.parameters())
     ).items():
         if label in dead:  # else they are of the user's own
             dead[label][:number] = True

@@ -21,6 +21,7 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard
+from lp_dist.structured.budget import GroupBudget, group_costs, required_costs, scope_of, shares_to_prune
 from lp_dist.structured.group_decay import Force, Grouped
 from lp_dist.structured.groups import Groups
 from lp_dist.targets.controller import Planned
@@ -69,7 +70,9 @@ class GroupControl(Planned):
         window = self.start, self.end, total
         self._plan(bool(gamma), slow=p > 0.5)
         refuse_window(target, optimizer, set(self.lr_group.values()), window, self.start, lr_scheduler)
-        self.needs, self.costs = _needs(target, sets, everything), _costs(target, sets)
+        self.budget = group_budget(target)
+        self.needs = required_costs(self.budget, sets, everything)
+        self.costs = group_costs(self.budget, sets)
         self.dead: Tensor | None = None  # which groups have died by the last threshold, or before it
         if self.end - self.start < 2 * target.interval:
             raise UsageError(
@@ -87,7 +90,7 @@ class GroupControl(Planned):
         """Of each set the share of its groups that is to die; where several have one threshold, the share of all of
         them.
         """
-        return _shares(self.target, self.sets, self.needs)
+        return shares_to_prune(self.budget, self.sets, self.needs)
 
     # -- what runs ------------------------------------------------------------
 
@@ -227,12 +230,12 @@ class GroupControl(Planned):
         found: dict[str, list[Tensor]] = {}
         first = 0
         for groups in self.sets:
-            found.setdefault(_scope(self.target, groups), []).append(torch.arange(first, first + groups.count))
+            found.setdefault(scope_of(self.budget, groups), []).append(torch.arange(first, first + groups.count))
             first += groups.count
         return {scope: torch.cat(which) for scope, which in found.items() if self.needs[scope]}
 
     def _labels(self, scope: str) -> list[str]:
-        return [groups.label for groups in self.sets if _scope(self.target, groups) == scope]
+        return [groups.label for groups in self.sets if scope_of(self.budget, groups) == scope]
 
     def _log(self, t: int, squares: Tensor) -> None:
         scopes = self._scopes()
@@ -317,126 +320,6 @@ def _unpacked(digits: str, count: int) -> Tensor:
     return (octets[:, None] & _BITS).ne(0).flatten()[:count]
 
 
-def _scope(target: SparsityTarget, groups: Groups) -> str:
-    """Which threshold a set of groups has: its own; or that of its kind; or, where parameters count and not groups,
-    that of all.
-    """
-    by_size = target.budget is not None or target.of == "all"
-    return groups.label if target.scope == "layer" else "all" if by_size else groups.kind
-
-
-def _costs(target: SparsityTarget, sets: list[Groups]) -> Tensor:
-    """What each group counts for: its parameters, or one."""
-    by_size = target.budget is not None or target.of == "all"
-    return torch.cat(
-        [torch.full((groups.count,), float(groups.elements if by_size else 1), dtype=torch.float64) for groups in sets]
-    )
-
-
-def deaths(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, int]:
-    """{label: how many of a set's groups are to die}; where several have one threshold, as many of each as would be
-    alike. Raises UsageError as `GroupControl`.
-    """
-    return {
-        groups.label: round(share * groups.count)
-        for groups, share in _shares(target, sets, _needs(target, sets, everything))
-    }
-
-
-def _totals(target: SparsityTarget, sets: list[Groups]) -> dict[str, float]:
-    """What all groups of each scope count for."""
-    all_: dict[str, float] = {}
-    for groups, cost in zip(sets, _costs(target, sets).split([groups.count for groups in sets])):
-        all_[_scope(target, groups)] = all_.get(_scope(target, groups), 0.0) + float(cost.sum())
-    return all_
-
-
-def _shares(target: SparsityTarget, sets: list[Groups], needs: dict[str, float]) -> list[tuple[Groups, float]]:
-    all_ = _totals(target, sets)
-    return [(groups, needs[_scope(target, groups)] / all_[_scope(target, groups)]) for groups in sets]
-
-
-def _needs(target: SparsityTarget, sets: list[Groups], everything: int) -> dict[str, float]:
-    """What is to die of each scope, in its costs; raises UsageError where there is not as much."""
-    all_ = _totals(target, sets)
-    if target.budget is None and target.of == "decayed":
-        needs = {scope: float(round(target.sparsity * count)) for scope, count in all_.items()}
-        scope = next((scope for scope, need in needs.items() if not 1 <= need < all_[scope]), None)
-        if scope is not None:
-            raise UsageError(
-                f"sparsity={target.sparsity:g} of the {all_[scope]:.0f} {scope} is"
-                f" {'none' if needs[scope] < 1 else 'all'} of them; ask for {'more' if needs[scope] < 1 else 'less'}"
-                + (
-                    ", or for one threshold for all layers (scope='global', --group_scope global)"
-                    if target.scope == "layer"
-                    else ""
-                )
-            )
-        return needs
-    dims: dict[str, set[int]] = {}
-    for member in (member for groups in sets for member in groups.members):
-        dims.setdefault(member.name, set()).add(member.dim)
-    twice = next((name for name, of in dims.items() if len(of) > 1), None)
-    if twice is not None:
-        raise UsageError(
-            f"the weights of {twice} are in two groups each, by row and by column, so that parameters would be counted"
-            " twice; ask for a share of the groups (of='decayed'), or for one of the two kinds"
-        )
-    wanted = everything - target.budget if target.budget is not None else target.sparsity * everything
-    if wanted <= 0:
-        raise UsageError(
-            f"budget={target.budget:,} is no fewer parameters than the model has, which is {everything:,}; ask for"
-            " fewer"
-        )
-    # One group of every scope stays, the largest.
-    there = sum(groups.count * groups.elements for groups in sets)
-    most = (
-        sum((groups.count - 1) * groups.elements for groups in sets)
-        if target.scope == "layer"
-        else there - max(groups.elements for groups in sets)
-    )
-    needs = {"all": float(math.ceil(wanted))} if target.scope == "global" else _spread(sets, wanted)
-    if wanted > most or sum(needs.values()) < wanted - 1e-6:
-        asked = (
-            f"budget={target.budget:,}"
-            if target.budget is not None
-            else f"sparsity={target.sparsity:g} of all {everything:,} parameters"
-        )
-        least = (
-            f"a budget of {everything - most:,} at least"
-            if target.budget is not None
-            else f"less than {most / everything:.3f} of all"
-        )
-        raise UsageError(
-            f"{asked} can't be reached: {there:,} parameters are in these groups, of which {there - most:,} must stay;"
-            f" ask for {least}, or name more groups"
-        )
-    return needs
-
-
-def _spread(sets: list[Groups], wanted: float) -> dict[str, float]:
-    """The parameters that each set is to lose, so that they are `wanted` or little more: of every kind the same share,
-    the one with the largest groups first, rounded to what its sets can lose alike, and the finer ones make up for it.
-    """
-    needs: dict[str, float] = {}
-    kinds: dict[str, list[Groups]] = {}
-    for groups in sets:
-        kinds.setdefault(groups.kind, []).append(groups)
-    order = sorted(kinds.values(), key=lambda of: -max(groups.elements for groups in of))
-    for i, of in enumerate(order):
-        left = sum(groups.count * groups.elements for more in order[i:] for groups in more)
-        finer = sum((groups.count - 1) * groups.elements for more in order[i + 1 :] for groups in more)
-        share = wanted / left
-        rounded = {groups.label: round(share * groups.count) for groups in of} if finer else {}
-        if (
-            not finer
-            or wanted - sum(min(rounded[groups.label], groups.count - 1) * groups.elements for groups in of) > finer
-        ):
-            rounded = {
-                groups.label: math.ceil(share * groups.count - 1e-9) for groups in of
-            }  # the last one, or else too much would be left to those after it
-        for groups in of:
-            needs[groups.label] = float(min(rounded[groups.label], groups.count - 1) * groups.elements)
-            wanted -= needs[groups.label]
-        wanted = max(wanted, 0.0)
-    return needs
+def group_budget(target: SparsityTarget) -> GroupBudget:
+    """How much of the groups a target prunes."""
+    return GroupBudget(target.sparsity, target.budget, target.of, target.scope)
