@@ -15,13 +15,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from helpers.paths import ROOT
+
 torch.set_num_threads(
     1
     # as the ranks have: how MKL adds up a product depends on the number of threads, and results are compared bit for
     # bit
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+OF_RANKS = {"run_ranks", "run_program", "cpu_op"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts ranks and what is the GPU's; the marks are told in pyproject.toml."""
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder == "distributed" or OF_RANKS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("distributed")
+        if folder == "gpu":
+            item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +133,7 @@ def run_ranks(tmp_path, cpu_op):
 _SEVERAL = """
 import json, sys
 import torch
-from lp_dist import arguments, finetune
+from lp_dist.training import arguments, finetune
 
 for words in json.loads(sys.argv[1]):
     finetune.run(*arguments.parse(words))
@@ -185,11 +198,11 @@ def _rank(fn, rank: int, world_size: int, directory: Path, environment: dict[str
 @pytest.fixture(scope="module")
 def gpu_module():
     """The GPU's step; where there is no GPU, in Triton's interpreter."""
-    import gpu_cases
+    from helpers.gpu import DEVICE
 
     ours = ("lp_dist.optim.kernels.triton", "lp_dist.optim.kernels.triton_kernel")
     with pytest.MonkeyPatch.context() as patch:
-        if gpu_cases.DEVICE == "cpu":  # read where the kernel is defined
+        if DEVICE == "cpu":  # read where the kernel is defined
             patch.setenv("TRITON_INTERPRET", "1")
         for name in ours:
             sys.modules.pop(name, None)
@@ -207,7 +220,7 @@ def gpu(gpu_module):
 
 @pytest.fixture
 def launches(gpu, monkeypatch):
-    from gpu_cases import Launches
+    from helpers.gpu import Launches
 
     monkeypatch.setattr(gpu, "lp_step", Launches(gpu.lp_step))
     return gpu.lp_step

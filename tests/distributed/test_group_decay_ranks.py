@@ -1,0 +1,231 @@
+"""Groups of weights on shards: under every engine they come to the weights of one process, bit for bit, and die in the
+masters and in the model alike.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.engines import Engine, ended, gathered, quiet
+from helpers.snapshots import pieces_of, snapshot, whole
+from helpers.target_runs import Case, engine_of, trained
+from lp_dist import GroupDecay, SparsityTarget, attach
+from lp_dist.attachment.attachment import Attachment
+from lp_dist.structured.naming import groups_of
+
+STEPS = 24
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
+
+
+@dataclass(frozen=True)
+class Grouped(Case):
+    """What is asked: "λ", "target", or "both" targets, one after the other. Dtypes as of `Case`."""
+
+    asked_for: str = "target"
+    interval: int = 1
+    precondition: float = 1.0
+
+
+def sets_of(model: torch.nn.Module) -> list:
+    """163 channels whose layers have a norm between them, so that they are the user's word; 101 of the next two, of
+    which the last has biases; in one matrix both rows and columns are of groups. All of odd widths: groups lie on two
+    ranks, and shards end inside of rows.
+    """
+    return groups_of(model, outputs="0", inputs="3", kind="first") + groups_of(
+        model, outputs="3", inputs="5", kind="second"
+    )
+
+
+def attached_to(engine: Engine, case: Grouped, **values: Any) -> Attachment:
+    from lp_dist.sharding.engines import unwrap
+
+    others = (
+        {}
+        if hasattr(engine.handle, "load_checkpoint")
+        else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    )
+    sets = sets_of(unwrap(engine.handle))
+    if case.asked_for == "λ":
+        return attach(
+            engine.handle,
+            groups=GroupDecay(sets, 0.5, precondition=case.precondition, interval=case.interval),
+            **others,
+        )
+    target = SparsityTarget(
+        0.3, groups=sets, precondition=case.precondition, interval=case.interval, every=2, end=10, start=2
+    )
+    if case.asked_for == "both":
+        target = [target, SparsityTarget(0.7, start=10, end=20, every=2)]
+    return attach(engine.handle, target=target, total_steps=case.steps, **others)
+
+
+RUNS = [
+    Grouped(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma)
+    for i, engine in enumerate(ENGINES)
+    for asked, interval, gamma in [
+        [("λ", 1, 0.0), ("target", 1, 1.0)],
+        [("target", 2, 0.5), ("both", 1, 1.0)],
+        [("λ", 3, 1.0), ("target", 1, 0.0)],
+    ][i % 3]
+]
+MIXED = [
+    Grouped(engine, steps=STEPS, asked_for="target", dtype="bf16")
+    for engine in ("zero1", "zero2", "zero3", "bf16_optimizer")
+]
+
+
+def followed(case: Grouped) -> dict[str, Any]:
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    trained(engine, found, case, 0, STEPS)
+    found.finish()
+    # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
+    squares = found.grouped.squares.clone() if found.grouped._squares is not None else None
+    told = {
+        "pieces": pieces_of(found),
+        "model": gathered(engine),
+        "state": json.dumps(found.state_dict()),
+        "squares": squares,
+    }
+    ended(engine)
+    return told
+
+
+@cache
+def alone(case: Grouped) -> dict[str, Any]:
+    return followed(replace(case, engine="plain", dtype="fp32"))
+
+
+def resumed(case: Grouped, directory: Path) -> tuple[list[str], int]:
+    """What differs between a run that was stopped in the window and one that was not, and how much was compared."""
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    trained(engine, found, case, 0, STEPS)
+    wanted = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
+    ended(engine)
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    trained(engine, found, case, 0, 7)
+    engine.save(directory, "stop")
+    state = found.state_dict()
+    ended(engine)
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    engine.load(directory, "stop")
+    if not hasattr(engine.handle, "load_checkpoint"):
+        found.load_state_dict(state)
+    trained(engine, found, case, 7, STEPS)
+    got = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
+    ended(engine)
+    return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
+
+
+def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
+    """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights
+    that are there, and not as before.
+    """
+    engine = engine_of(case)
+    trained(engine, SimpleNamespace(after_step=lambda: None), case, 0, 3)
+    engine.save(directory, "before")
+    trained(engine, found := attached_to(engine, case), case, 3, 6)  # the next step's norms are under way
+    before = found.grouped.squares.clone()
+    engine.handle.load_checkpoint(directory, tag="before", load_optimizer_states=False)
+    found.grouped.measure()
+    got = found.grouped.squares.clone()
+    found.grouped.forget()
+    found.grouped.measure()
+    told = got.equal(found.grouped.squares), before.equal(got)
+    ended(engine)
+    return told
+
+
+RESUMED = [
+    Grouped(engine, steps=STEPS, asked_for=asked, interval=3)
+    for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))
+]
+
+
+def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+    quiet()
+    told: dict[str, Any] = {case: followed(case) for case in (RUNS + MIXED if world_size == 2 else [])}
+    reductions: list[int] = []
+    if world_size == 2:
+        told["resumed"] = {case: resumed(case, directory / case.engine.replace(" ", "-")) for case in RESUMED}
+        told["went back"] = went_back(Grouped("zero2", steps=STEPS, asked_for="λ"), directory / "back")
+        told["reductions"] = reductions_of(Grouped("zero3", steps=STEPS, asked_for="λ"), reductions)
+    return told
+
+
+def reductions_of(case: Grouped, seen: list[int]) -> list[int]:
+    """Sizes of what our code reduces over 5 steps of ZeRO-3, whose optimizer steps its tensors in many calls."""
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    reduce = torch.distributed.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lp_dist.structured.group_decay.torch.distributed.all_reduce",
+            lambda tensor, **more: (seen.append(tensor.numel()), reduce(tensor, **more))[1],
+        )
+        trained(engine, found, case, 0, 5)
+        found.finish()
+    ended(engine)
+    return [numel for numel in seen if numel == 163 + 101 + 1]
+
+
+_told: list[dict[Any, Any]] = []
+
+
+@pytest.fixture
+def told(run_ranks, tmp_path_factory) -> list[dict[Any, Any]]:
+    if not _told:
+        _told.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("groups")))
+    return _told
+
+
+def test_every_engine_comes_to_the_weights_of_one_process(told):
+    for case in RUNS:
+        wanted = whole([{"pieces": alone(case)["pieces"]}])
+        masters = whole([{"pieces": rank[case]["pieces"]} for rank in told])
+        for name, weights in wanted.items():
+            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
+        assert all(rank[case]["state"] == alone(case)["state"] for rank in told), case
+
+
+def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(told):
+    for case in (case for case in RUNS + MIXED if case.asked_for != "λ"):
+        masters, model = whole([{"pieces": rank[case]["pieces"]} for rank in told]), told[0][case]["model"]
+        for name, weights in model.items():
+            assert (weights.flatten() == 0).equal(masters[name].flatten() == 0), f"{case}: {name}"
+        gone = (model["0.weight"] == 0).all(1), (model["3.weight"] == 0).all(1)
+        assert [int(which.sum()) for which in gone] == [49, 30], case
+        assert (
+            not model["0.bias"][gone[0]].any()
+            and not model["3.weight"][:, gone[0]].any()
+            and not model["5.weight"][:, gone[1]].any()
+        ), case
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(told):
+    for rank in told:
+        for case, (differs, compared) in rank["resumed"].items():
+            assert not differs and compared > 15, case
+
+
+def test_weights_that_an_engine_has_loaded_are_measured_anew(told):
+    """Where nothing else tells of it: with the optimizer's states its own hook does."""
+    assert all(rank["went back"] == (True, False) for rank in told)
+
+
+def test_a_step_costs_one_reduction_of_as_many_numbers_as_there_are_groups(told):
+    """And one more is under way for the next step. (In the first step nothing is measured: there are no second moments
+    yet.)
+    """
+    assert told[0]["reductions"] == [163 + 101 + 1] * 5

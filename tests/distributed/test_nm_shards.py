@@ -1,0 +1,267 @@
+"""Blocks of a pattern that lie on several ranks: every engine comes to the same bits as one process, and to the
+pattern, also when resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.engines import Engine, gathered, make, quiet
+from helpers.snapshots import whole
+from helpers.target_runs import BF16
+from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups
+from lp_dist.attachment.attach import Attachment
+from lp_dist.optim.nm import parse, spans
+from lp_dist.sparsity import quantiles
+
+STEPS, STOP, SAMPLE = 14, 6, 512
+# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's
+# looks take some of the blocks.
+SIZES = {"2:4": ((60, 51), (20, 7), (12, 9), (4, 1), (28, 1)), "4:8": ((72, 41), (40, 7), (24, 9), (8, 1), (40, 1))}
+
+
+class Side(nn.Sequential):
+    """Layers side by side, each with its part of the inputs, so that their sizes may be odd."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([layer(inputs[:, : layer.in_features]) for layer in self], dim=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """engine: a kind of `engines_under_test.make`. how: to a target ("global", "layer") or "by hand", with a λ. dtype:
+    by DeepSpeed's config.
+    """
+
+    engine: str
+    pattern: str = "2:4"
+    how: str = "global"
+    dtype: str = "fp32"
+    world: int = 2
+
+    @property
+    def divides(self) -> bool:
+        return self.engine not in ("ddp", "fsdp2", "plain")
+
+
+CASES = [
+    Case("ddp"),
+    Case("fsdp2"),
+    Case("zero1"),
+    Case("zero2"),
+    Case("zero3"),
+    Case("zero2", "4:8", "layer"),
+    Case("zero3", "4:8", "layer"),
+    Case("zero3", how="by hand"),
+    Case("bf16_optimizer", dtype="bf16"),
+]
+THREE = [Case("zero2", world=3), Case("zero3", "4:8", "layer", world=3), Case("fsdp2", world=3)]
+RESUMED = [Case("fsdp2"), Case("zero1"), Case("zero3")]
+
+
+def model_of(pattern: str) -> Side:
+    """Weights that bf16 holds exactly, so there are equal ones, and so that all dtypes start alike."""
+    torch.manual_seed(0)
+    model = Side(*(nn.Linear(*size, bias=i == 0) for i, size in enumerate(SIZES[pattern])))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.bfloat16())
+    return model
+
+
+def engine_of(case: Case) -> Engine:
+    def optimizer_of(model: nn.Module) -> Any:
+        if case.how == "by hand":  # foreach has an arithmetic of its own
+            return LpAdamW(
+                param_groups(model, 0.5), lr=5e-3, precondition=0.5, pattern=case.pattern, implementation="foreach"
+            )
+        if case.how == "layer":
+            return LpLion(param_groups(model, 0.0), lr=1e-3, p=0.0)
+        return LpAdamW(param_groups(model, 0.0), lr=5e-3)
+
+    return make(
+        case.engine,
+        model_of(case.pattern),
+        optimizer_of,
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, STEPS),
+        **(BF16 if case.dtype == "bf16" and case.engine.startswith("zero") else {}),
+    )
+
+
+def attached_to(engine: Engine, case: Case) -> Attachment:
+    others = (
+        {}
+        if hasattr(engine.handle, "load_checkpoint")
+        else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    )
+    if case.how == "by hand":
+        return attach(engine.handle, **others)
+    return attach(
+        engine.handle,
+        target=SparsityTarget(pattern=case.pattern, scope=case.how, every=2),
+        total_steps=STEPS,
+        **others,
+    )
+
+
+def loss_of(engine: Engine, case: Case, step: int, rank: int) -> Tensor:
+    """Of which the gradients are small whole numbers whatever the weights are, so that averages over 1, 2 or 3 ranks
+    are exact in any dtype.
+    """
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    outputs = sum(size[1] for size in SIZES[case.pattern])
+    inputs, slopes = (
+        torch.randint(-1, 2, (4, n), generator=generator).float() for n in (SIZES[case.pattern][0][0], outputs)
+    )
+    found = engine(inputs.to(next(engine.handle.parameters()).dtype))
+    return (found.float() * (6 * slopes / 64)).sum()
+
+
+def trained(engine: Engine, found: Attachment, case: Case, start: int, until: int) -> None:
+    for step in range(start, until):
+        if case.engine == "plain":
+            for rank in range(case.world - 1):
+                (loss_of(engine, case, step, rank) / case.world).backward()
+            engine.step(loss_of(engine, case, step, case.world - 1) / case.world)
+        else:
+            engine.step(loss_of(engine, case, step, torch.distributed.get_rank()))
+        found.after_step()
+
+
+def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
+    return [
+        (f"{key} of {shard.name}", shard.start, values.flatten().clone())
+        for shard in found.shards
+        if shard.length
+        for key, values in {"master": shard.piece.values, **shard.state}.items()
+    ]
+
+
+def told_of(engine: Engine, found: Attachment, case: Case) -> dict[str, Any]:
+    m = parse(case.pattern)[1]
+    ends = [
+        (shard.name, shard.start + at)
+        for shard in found.shards
+        if shard.length and shard.name.endswith("weight")
+        for head, middle in [spans(shard.start, shard.length, m)]
+        for at, length in ((0, head), (head + middle, shard.length - head - middle))
+        if length
+    ]
+    told = {
+        "pieces": pieces_of(found),
+        "model": gathered(engine),
+        "state": json.dumps(found.state_dict()),
+        "ends": ends,
+    }
+    if hasattr(engine.handle, "destroy"):
+        engine.handle.destroy()
+    return told
+
+
+def followed(case: Case) -> dict[str, Any]:
+    assert quantiles._SAMPLE == SAMPLE
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    trained(engine, found, case, 0, STEPS)
+    return told_of(engine, found, case)
+
+
+@cache
+def alone(pattern: str, how: str, world: int) -> dict[str, Any]:
+    return followed(Case("plain", pattern, how, world=world))
+
+
+def resumed(case: Case, directory: Path) -> dict[str, Any]:
+    """Saved in the middle of the window, and gone on with by new objects."""
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    trained(engine, found, case, 0, STOP)
+    engine.save(directory, case.engine)
+    state = json.loads(json.dumps(found.state_dict()))
+    engine = engine_of(case)
+    found = attached_to(engine, case)
+    engine.load(directory, case.engine)
+    if not hasattr(engine.handle, "load_checkpoint"):
+        found.load_state_dict(state)
+    trained(engine, found, case, STOP, STEPS)
+    return told_of(engine, found, case)
+
+
+def on_ranks(rank: int, world_size: int, directory: Path) -> dict[str, dict[Case, dict[str, Any]]]:
+    quiet()
+    quantiles._SAMPLE = SAMPLE
+    told = {"runs": {case: followed(case) for case in (CASES if world_size == 2 else THREE)}}
+    return told | {"resumed": {case: resumed(case, directory) for case in RESUMED if world_size == 2}}
+
+
+_told: dict[int, list[Any]] = {}
+
+
+@pytest.fixture
+def told(run_ranks, tmp_path, tmp_path_factory):
+    """`told(world)` → by rank what `on_ranks` tells, run once."""
+
+    def of(world: int) -> list[Any]:
+        if world not in _told:
+            for left in tmp_path.iterdir():  # where the next ranks could meet the last ones
+                left.unlink()
+            _told[world] = run_ranks(on_ranks, world, tmp_path_factory.mktemp("checkpoints"))
+        return _told[world]
+
+    return of
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_are_one_process_bit_for_bit(told, world, monkeypatch):
+    monkeypatch.setattr(quantiles, "_SAMPLE", SAMPLE)
+    ranks = told(world)
+    for case, _run in ranks[0]["runs"].items():
+        one = alone(case.pattern, case.how, world)
+        mine, wanted = whole([rank["runs"][case] for rank in ranks]), whole([one])
+        assert mine.keys() == wanted.keys() and len(mine) >= 12, case
+        differs = [key for key in mine if not mine[key].equal(wanted[key])]
+        assert not differs, f"{case}: {differs}"
+        assert all(rank["runs"][case]["state"] == one["state"] for rank in ranks), case
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_some_blocks_do_lie_on_several_ranks(told, world):
+    ranks, names = told(world), set()
+    for case in ranks[0]["runs"]:
+        ends = [end for rank in ranks for end in rank["runs"][case]["ends"]]
+        assert bool(ends) == case.divides, case
+        names |= {name for name, _ in ends} if case.engine == "zero3" else set()
+        if world == 3 and case.pattern == "4:8":
+            assert len([name for name, _ in ends if name == "3.weight"]) == 3, "a block on three ranks"
+    assert names >= ({"0.weight", "1.weight", "2.weight", "3.weight"} if world == 2 else {"1.weight", "3.weight"})
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_block_ends_in_the_pattern_in_masters_and_copies(told, world):
+    ranks = told(world)
+    for case, run in ranks[0]["runs"].items():
+        n, m = parse(case.pattern)
+        masters = whole([rank["runs"][case] for rank in ranks])
+        for name, weight in run["model"].items():
+            master = masters[f"master of {name}"]
+            assert (weight.flatten() == 0).equal(master == 0), (case, name)
+            if name.endswith("weight") and case.how != "by hand":
+                assert ((master.view(-1, m) != 0).sum(1) == n).all(), (case, name)
+        assert case.how != "by hand" or (masters["master of 0.weight"] == 0).float().mean() > 0.1, "it decays"
+
+
+def test_resumed_in_the_middle_of_the_window_it_goes_on_bit_for_bit(told):
+    for rank in told(2):
+        for case, run in rank["resumed"].items():
+            wanted = rank["runs"][case]
+            assert run["state"] == wanted["state"] and len(run["pieces"]) == len(wanted["pieces"]), case
+            for (what, start, values), (other, begins, theirs) in zip(run["pieces"], wanted["pieces"]):
+                assert (what, start) == (other, begins) and values.equal(theirs), (case, what)

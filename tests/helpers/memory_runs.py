@@ -1,0 +1,276 @@
+"""Shared by the tests: every engine on two ranks, its bytes alive and its bytes sent."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lp_dist import LpAdamW, measure_histogram, measure_sparsity, param_groups
+
+RANKS, WIDTH, LAYERS = 2, 64, 40
+LARGEST = WIDTH * WIDTH
+PARAMETERS = LAYERS * LARGEST + LAYERS // 8 * WIDTH
+
+
+class Allocated:
+    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes live at the mark, and `a.peak["x"]`, the most
+    until the next.
+    """
+
+    def __enter__(self) -> Allocated:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        self.mark("start")
+        return self
+
+    def mark(self, name: str) -> None:
+        with torch.profiler.record_function(f"mark {name}"):
+            pass
+
+    def __exit__(self, *error) -> None:
+        self._profile.__exit__(*error)
+        self.at, self.peak = {}, {}
+        blocks, live, mark = {}, 0, "start"
+        for event in self._events():
+            if event["name"] != "[memory]":
+                mark = event["name"][len("mark ") :]
+                self.at[mark] = self.peak[mark] = live
+                continue
+            # By address: a block from before counts nothing when it is freed, and one that another thread freed (gloo
+            # does that), which is not seen, is known to be gone when its address is given out again.
+            live -= blocks.pop(event["args"]["Addr"], 0)
+            if event["args"]["Bytes"] > 0:
+                blocks[event["args"]["Addr"]] = event["args"]["Bytes"]
+                live += event["args"]["Bytes"]
+            self.peak[mark] = max(self.peak.get(mark, 0), live)
+
+    def _events(self) -> list[dict]:
+        with tempfile.TemporaryDirectory() as directory:
+            self._profile.export_chrome_trace(f"{directory}/trace.json")
+            events = json.loads(Path(f"{directory}/trace.json").read_text())["traceEvents"]
+        return sorted(
+            (e for e in events if e["name"] == "[memory]" or e["name"].startswith("mark ")), key=lambda e: e["ts"]
+        )
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective, whoever calls it: `calls` has its name and (elements, bytes per element) of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[tuple[int, int]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented  # come back with what the DTensor makes of it
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append((func.__name__.split(".")[0], [(t.numel(), t.element_size()) for t in tensors_in(args)]))
+        return func(*args, **(kwargs or {}))
+
+    def sent(self) -> int:
+        """Bytes that a rank sends, by ring algorithms. A KeyError is a collective that nobody has thought of."""
+        passes = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+        return sum(
+            round(passes[name] * max(sizes)[0] * sizes[0][1] * (RANKS - 1) / RANKS) for name, sizes in self.calls
+        )
+
+
+def tensors_in(args):
+    if isinstance(args, torch.Tensor):
+        yield args
+    elif isinstance(args, (list, tuple)):
+        for arg in args:
+            yield from tensors_in(arg)
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of the storages on this rank, each counted once."""
+    local = (
+        t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None and t.device.type != "meta"
+    )
+    return sum({s.data_ptr(): s.nbytes() for s in (t.detach().untyped_storage() for t in local)}.values())
+
+
+def alive() -> list[torch.Tensor]:
+    """All tensors that Python knows of since `gc.freeze`, and the gradients of those."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return found + [t.grad for t in found if t.is_leaf]
+
+
+# -- on the ranks -------------------------------------------------------------
+
+
+def model_of() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=i == 0) for i in range(8))) for _ in range(LAYERS // 8))
+    )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return bytes_of(v for state in optimizer.state.values() for k, v in state.items() if k != "step")
+
+
+def deepspeed_run(stage: int, dtype: str, offload: bool, base=LpAdamW):
+    import deepspeed
+
+    model = model_of()
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": LARGEST,
+        "allgather_bucket_size": LARGEST,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": False},
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+    optimizer = base(param_groups(model, 0.1), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    flats = (
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
+
+    def held() -> dict[str, int]:
+        return dict(
+            model=bytes_of(p.ds_tensor if stage == 3 else p for p in model.parameters()),
+            masters=bytes_of(flats),
+            optimizer_state=state_bytes(optimizer),
+        )
+
+    x = torch.randn(2, WIDTH, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return engine, lambda: engine(x).float().square().mean(), engine.backward, engine.step, held
+
+
+def torch_run(stage: int | str, dtype: str, offload: bool):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    model = model_of()
+    engine = nn.parallel.DistributedDataParallel(model, init_sync=False) if stage == 0 else model
+    if stage == "fsdp2":
+        for module in (*model, model):
+            fully_shard(
+                module,
+                mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None),
+                offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
+            )
+    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-3)
+    x = torch.randn(2, WIDTH)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=stage == 0 and dtype == "bf16"):
+            return engine(x).float().square().mean()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def held() -> dict[str, int]:
+        return dict(model=0, masters=bytes_of(model.parameters()), optimizer_state=state_bytes(optimizer))
+
+    return engine, loss, torch.Tensor.backward, step, held
+
+
+def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int]:
+    """Steps to warm up, one under the profiler, one under the watch for collectives. `beside`: bytes of all but what
+    `held` names.
+    """
+    # DDP makes its buckets anew in the second forward; and accumulating, it has gradients beside the copies that
+    # autocast makes.
+    times = 2 if stage == 0 else 1
+    gc.collect()
+    gc.freeze()  # what is there already is no concern of `alive`
+    allocated, inner, step_of_ours = Allocated(), Collectives(), LpAdamW.step
+
+    def watched(self, closure=None):
+        allocated.mark("inner")
+        with inner:
+            return step_of_ours(self, closure)
+
+    with allocated:
+        engine, loss, backward, step, held = make(stage, dtype, offload)
+        allocated.mark("made")
+        for _ in range(times):
+            backward(loss())
+            step()
+        LpAdamW.step = watched
+        try:
+            at_rest = bytes_of(alive())
+            allocated.mark("rest")
+            for _ in range(times):
+                backward(loss())
+            before_step = bytes_of(alive())
+            allocated.mark("step")
+            step()
+        finally:
+            LpAdamW.step = step_of_ours
+    own, at, peak = held(), allocated.at, allocated.peak
+    # gloo may free what it takes on a thread that the profiler does not see. So only spans without gathers are read,
+    # on top of what is alive when they begin; the buckets of DDP, of which Python knows nothing, as they were made.
+    if stage in (3, "fsdp2"):
+        most = before_step + peak["step"] - at["step"]
+    else:
+        buckets = at["made"] - own["masters"] if stage == 0 else 0
+        most = at_rest + buckets + max(peak["rest"], peak["step"]) - at["rest"]
+    with Collectives() as seen:
+        backward(loss())
+        step()
+    with Collectives() as counting:
+        counted = len(measure_sparsity(engine).counts)
+    with Collectives() as binning:
+        measure_histogram(engine)
+    if make is deepspeed_run:
+        engine.destroy()
+    return dict(
+        own,
+        beside=most - sum(own.values()),
+        sent=seen.sent(),
+        calls_of_inner_step=len(inner.calls),
+        counted=counted,
+        sent_to_count=counting.sent(),
+        calls_to_count=len(counting.calls),
+        sent_to_bin=binning.sent(),
+    )
+
+
+def with_adamw() -> dict[str, int]:
+    _engine, loss, backward, step, held = deepspeed_run(2, "bf16", False, torch.optim.AdamW)
+    with Collectives() as seen:
+        backward(loss())
+        step()
+    return dict(held(), sent=seen.sent())
+
+
+# torch's own first: ZeRO-3 puts a linear function of its own into torch, which keeps no copy for backward under
+# autocast.
+CELLS = [
+    (0, "bf16", False),
+    (0, "fp32", False),
+    ("fsdp2", "bf16", False),
+    ("fsdp2", "fp32", False),
+    ("fsdp2", "fp32", True),
+]
+CELLS += [(stage, dtype, offload) for stage in (1, 2, 3) for dtype in ("bf16", "fp32") for offload in (False, True)]
+
+
+def on_a_rank(rank: int, world_size: int) -> dict:
+    logging.disable(logging.WARNING)
+    result = {cell: measured(torch_run if cell[0] in (0, "fsdp2") else deepspeed_run, *cell) for cell in CELLS}
+    return {**result, "AdamW": with_adamw()}

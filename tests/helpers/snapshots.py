@@ -1,0 +1,50 @@
+"""Shared by the tests: all that a run goes on with, bit for bit, on a rank and put together from all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.engines import Engine, gathered
+from lp_dist.attachment.attach import Attachment
+
+
+def as_bytes(value: Any) -> Any:
+    """A tensor bit for bit, by which 0 and -0 differ and nan equals itself."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to_local() if hasattr(value, "to_local") else value.detach()
+    return str(value.dtype), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(engine: Engine, found: Attachment) -> dict[str, Any]:
+    """All that a run goes on with, on this rank: weights, masters, states, step counts, groups, learning rates.
+
+    But not the padding: under ZeRO-3 it is whatever the memory held before.
+    """
+    taken = {name: as_bytes(weight) for name, weight in gathered(engine).items()}
+    for shard in found.shards:
+        taken |= {
+            f"master of {shard.name}": as_bytes(shard.piece.values),
+            **{f"{key} of {shard.name}": as_bytes(value) for key, value in shard.state.items()},
+        }
+    for i, state in enumerate(found.optimizer.state.values()):
+        taken |= {f"{key} of tensor {i}": as_bytes(value) if key == "step" else "" for key, value in state.items()}
+    for i, group in enumerate(found.optimizer.param_groups):
+        taken |= {f"{key} of group {i}": value for key, value in group.items() if key != "params"}
+    return taken | {"scheduler": str(engine.lr_scheduler.state_dict())}
+
+
+def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Masters and moments put together from the ranks' pieces, flat, by what they are of."""
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for rank in ranks:
+        for what, start, part in rank["pieces"]:
+            pieces.setdefault(what, {})[start] = part
+    return {what: torch.cat([parts[start] for start in sorted(parts)]) for what, parts in sorted(pieces.items())}
+
+
+def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
+    return [(shard.name, shard.start, shard.piece.values.flatten().clone()) for shard in found.shards if shard.length]

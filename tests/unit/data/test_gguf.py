@@ -1,0 +1,80 @@
+"""GGUF files become plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from lp_dist.data import gguf
+
+
+def gguf_file(path: Path, tokenizer: Path, layers: int = 2, hidden: int = 64, wide: int = 96) -> None:
+    """A small Llama in Q4_1, the format of the demo's file."""
+    from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+    told, writer = json.loads(tokenizer.read_text())["model"], GGUFWriter(path, "llama")
+    tokens, merges = sorted(told["vocab"], key=told["vocab"].get), [" ".join(pair) for pair in told["merges"]]
+    for add, value in (
+        (writer.add_context_length, 128),
+        (writer.add_embedding_length, hidden),
+        (writer.add_block_count, layers),
+        (writer.add_feed_forward_length, wide),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_rope_dimension_count, hidden // 4),
+        (writer.add_vocab_size, len(tokens)),
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_token_list, tokens),
+        (writer.add_token_merges, merges),
+        (writer.add_token_types, [1] * len(tokens)),
+        (writer.add_bos_token_id, 0),
+        (writer.add_eos_token_id, 0),
+    ):
+        add(value)
+    layer = {
+        "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden // 2, hidden),
+        "attn_v": (hidden // 2, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (wide, hidden),
+        "ffn_up": (wide, hidden),
+        "ffn_down": (hidden, wide),
+    }
+    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,)} | {
+        f"blk.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()
+    }
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+        kind = GGMLQuantizationType.Q4_1 if len(shape) == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tiny_model, tmp_path, monkeypatch):
+    """Against gguf's own dequantisation of a tensor. (The demo does so with a published file.)"""
+    from gguf import GGUFReader, dequantize
+
+    source = tmp_path / "small.gguf"
+    gguf_file(source, tiny_model / "tokenizer.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = gguf.dequantised(str(source))
+    assert gguf.dequantised(str(source)) == directory  # made once
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+    tensor = next(t for t in GGUFReader(source).tensors if t.name == "blk.1.ffn_up.weight")
+    wanted = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    assert (
+        torch.equal(load_file(directory / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], wanted)
+        and wanted.any()
+    )
+    text, tokenizers = "The for statement", [AutoTokenizer.from_pretrained(place) for place in (directory, tiny_model)]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]

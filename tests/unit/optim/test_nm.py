@@ -1,0 +1,283 @@
+"""N:M steps: against the oracle in every implementation, on any cut of a parameter, and what has no blocks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from helpers import reference
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
+from lp_dist.optim import nm
+from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.optim.kernels import dispatch
+from lp_dist.optim.nm import CHOICES, Straddling
+from lp_dist.optim.parameter_map import Segment
+
+ORACLES = {LpAdamW: reference.adamw_step, LpSGD: reference.sgd_step, LpLion: reference.lion_step}
+CASES = {
+    "adamw": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    "adamw gamma": (LpAdamW, {"lr": 0.02, "weight_decay": 0.1, "precondition": 1.0, "betas": (0.8, 0.9)}),
+    "adamw gamma 1.5, p = -1, cutoff": (
+        LpAdamW,
+        {"lr": 0.02, "weight_decay": 0.01, "p": -1.0, "precondition": 1.5, "cutoff": 0.3, "l2": 0.2},
+    ),
+    "adamw odd gamma, cutoff, floor": (
+        LpAdamW,
+        {
+            "lr": 0.02,
+            "weight_decay": 0.1,
+            "p": 0.8,
+            "precondition": 0.37,
+            "cutoff": 0.3,
+            "floor": 0.02,
+            "maximize": True,
+        },
+    ),
+    "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "p": 0.0}),
+    "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2, "p": 1.0, "cutoff": 0.6, "floor": 0.05}),
+}
+all_cases = pytest.mark.parametrize(("cls", "values"), CASES.values(), ids=CASES)
+both = pytest.mark.parametrize("pattern", CHOICES)
+ROWS, INPUTS = 5, 64  # more than one block of 256 of the fused step
+
+
+def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    """With zeros, of which some are spared, and with blocks of equal weights, of which the earlier are."""
+    w = torch.randn(ROWS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3
+    w[1, :16] = 0.25
+    w[2, 1:40:3] = 0.0
+    w[3, 1:16] = 0.0
+    return w.to(dtype)
+
+
+def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = True) -> Tensor:
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
+    if equal:
+        g[1, :16] = 0.1  # so equal weights are ranked by their places alone, in the first step at least
+    return g
+
+
+@all_cases
+@both
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+def test_equals_the_oracle(cls, values, pattern, implementation):
+    dtype = torch.float32 if implementation == "fused" else torch.float64
+    param = nn.Parameter(weights_of(dtype))
+    optimizer = cls([param], pattern=pattern, implementation=implementation, **values)
+    weights, state = param.detach().double().flatten().tolist(), None
+    for step in range(1 if dtype is torch.float32 else 8):  # in single precision a later one may find another order
+        param.grad = gradient(step).to(dtype)
+        weights, state = ORACLES[cls](
+            weights, param.grad.double().flatten().tolist(), state, pattern=CHOICES[pattern], **values
+        )
+        optimizer.step()
+    tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 2e-13}
+    torch.testing.assert_close(
+        param.detach().double().flatten(), torch.tensor(weights, dtype=torch.float64), **tolerance
+    )
+
+
+@all_cases
+def test_fused_and_foreach_spare_the_same_for_many_steps(cls, values):
+    ends = []
+    for implementation in ("foreach", "fused"):
+        param = nn.Parameter(weights_of())
+        optimizer = cls([param], pattern="2:4", implementation=implementation, **values)
+        for step in range(30):
+            param.grad = gradient(step, equal=False).float()
+            optimizer.step()
+        ends.append(param.detach())
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+    assert (ends[0] == 0).equal(ends[1] == 0)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_what_is_not_spared_dies_and_the_pattern_is_left(implementation):
+    for pattern, (n, m) in CHOICES.items():
+        param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
+        optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
+        largest = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
+        for step in range(3):
+            param.grad = gradient(step).float() * 1e-3
+            optimizer.step()
+        alive = param.view(-1, m) != 0
+        assert (alive.sum(1) == n).all() and alive.nonzero()[:, 1].view(-1, n).equal(largest)
+
+
+@pytest.mark.parametrize("phase", [OFF, FROZEN, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_where_nothing_decays_it_changes_nothing(phase, implementation):
+    ends = []
+    for pattern in (None, "2:4"):
+        param = nn.Parameter(weights_of())
+        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.1, pattern=pattern, implementation=implementation)
+        optimizer.param_groups[0].update(phase)
+        for step in range(3):
+            param.grad = gradient(step).float()
+            optimizer.step()
+        ends.append(param.detach())
+    assert ends[0].equal(ends[1])
+
+
+@pytest.mark.parametrize("implementation", ["foreach", None])
+def test_blocks_are_the_matrix_own_however_it_lies_in_memory(implementation):
+    ends = []
+    for lies in (lambda t: t.contiguous(), lambda t: t.t().contiguous().t()):
+        param = nn.Parameter(lies(weights_of()))
+        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.2, pattern="2:4", implementation=implementation)
+        for step in range(5):
+            param.grad = lies(gradient(step).float())
+            optimizer.step()
+        ends.append(param.detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+    assert (ends[0] == 0).equal(ends[1] == 0) and (ends[0] == 0).float().mean() > 0.04
+
+
+# -- cut by shards ------------------------------------------------------------
+
+
+class Ranks:
+    """Stands in for the maximum over ranks: each call of one rank waits for the calls of the others, which are made
+    first.
+    """
+
+    def __init__(self) -> None:
+        self.tables: list[Tensor] = []
+
+    def __call__(self, table: Tensor) -> Tensor:
+        self.tables.append(table)
+        return torch.stack(self.tables).amax(0)
+
+
+# γ = 1.5 is a pow, which torch rounds in a vector otherwise than in the rest after it; the fused step rounds every
+# weight alike
+@pytest.mark.parametrize(
+    ("implementation", "cls", "values"),
+    [
+        *(
+            (implementation, *CASES[case])
+            for case in ("adamw gamma", "sgd", "lion")
+            for implementation in ("foreach", "fused")
+        ),
+        *(("fused", *CASES[case]) for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw odd gamma, cutoff, floor")),
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(CHOICES)))
+@settings(max_examples=10, deadline=None)
+def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, values, cuts, pattern):
+    """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
+    whole = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
+    one = cls(whole, pattern=pattern, implementation=implementation, **values)
+    lengths, edges = whole[0].numel(), sorted({0, *cuts, 320})
+    flats = []
+    for begin, end in zip(edges, edges[1:]):
+        flat = nn.Parameter(torch.cat([w.detach().flatten()[begin:end] for w in whole]))
+        flats.append(
+            (
+                flat,
+                [Segment(name, i * (end - begin), end - begin, begin, whole[i].shape) for i, name in enumerate("ab")],
+            )
+        )
+    optimizers = []
+    for flat, segments in flats:
+        optimizers.append(cls([flat], pattern=pattern, implementation=implementation, **values))
+        optimizers[-1].segments.replace({flat: segments})
+    starts = {name: [edge for edge in edges[1:-1] if edge % 8] for name in "ab"}
+    starts = {name: edges for name, edges in starts.items() if edges}
+    for step in range(3):
+        for i, w in enumerate(whole):
+            w.grad = gradient(step + 50 * i).float()
+        one.step()
+        # Every rank's table is needed by all: the first round only fills it, on copies
+        tables = Ranks()
+        for dry in (True, False):
+            for (flat, segments), optimizer in zip(flats, optimizers):
+                optimizer.segments.straddling = Straddling(starts, {flat: ["a", "b"]}, tables)
+                flat.grad = torch.cat(
+                    [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(whole, segments)]
+                )
+                before = flat.detach().clone(), {key: t.clone() for key, t in optimizer.state[flat].items()}
+                optimizer.step()
+                if dry:
+                    flat.data.copy_(before[0])
+                    if before[1]:
+                        optimizer.state[flat].update(before[1])
+                    else:
+                        optimizer.state.pop(flat)
+    for i, w in enumerate(whole):
+        pieces = [flat.detach()[s[i].offset : s[i].offset + s[i].length] for flat, s in flats]
+        assert w.detach().flatten().equal(torch.cat(pieces)), (edges, pattern)
+    assert lengths == 320
+
+
+# -- what it is not for -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "1:4"}, "pattern='1:4' must be one of 2:4, 4:8"),
+        ({"pattern": 2}, "pattern=2 must be"),
+        ({"pattern": "1:1"}, "pattern='1:1' must be"),
+        ({"pattern": "2:4", "p": 2.0}, r"pattern='2:4' needs p < 2, not p=2.0"),
+        ({"pattern": "2:4", "latent": True, "cutoff": 1.0}, "can't be together"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        LpAdamW([nn.Parameter(torch.ones(4, 8))], weight_decay=0.1, **values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (8,),
+            (
+                r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\), and blocks are those"
+                r" of a matrix.*Leave it out"
+            ),
+        ),
+        ((4, 6), "its 6 inputs are no multiple of 4"),
+        ((2, 4, 4), "blocks are those of a matrix"),
+    ],
+)
+def test_what_has_no_blocks_is_refused_where_it_decays(shape, message):
+    param = nn.Parameter(torch.ones(shape))
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        LpAdamW([param], lr=0.1, weight_decay=0.1, pattern="2:4").step()
+    LpAdamW([param], lr=0.1, weight_decay=0.0, pattern="2:4").step()
+
+
+def test_other_optimizers_have_none():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(4, 8))], lr=0.1)
+    optimizer.param_groups[0]["pattern"] = "2:4"
+    with pytest.raises(ValueError, match="pattern='2:4' is for LpAdamW, LpSGD and LpLion"):
+        add_lp_decay(optimizer)
+
+
+def test_ranks_and_pulls_are_those_of_the_step():
+    """The numbers that are told to other ranks: αλ/x, of bf16 weights those of their fp32 values."""
+    w, g = torch.tensor([0.5, -0.25, 0.0, 2.0]).bfloat16(), torch.tensor([1.0, 0.5, 1.0, 0.1]).bfloat16()
+    values = {
+        "lr": 0.1,
+        "betas": (0.0, 0.0),
+        "eps": 0.0,
+        "maximize": False,
+        "weight_decay": 0.2,
+        "p": 0.0,
+        "l2": 0.0,
+        "precondition": 1.0,
+        "cutoff": math.inf,
+        "pattern": "2:4",
+    }
+    pull = dispatch.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
+    torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
+    keys = nm.keys_of(pull, smallest=True)
+    assert keys.argsort(descending=True).tolist() == [3, 0, 1, 2]

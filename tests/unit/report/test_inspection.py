@@ -1,0 +1,403 @@
+"""What `lp-dist inspect` says of a model is what is in it: zeros, dead rows and columns, channels and heads without
+effect, 2:4 blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from lp_dist.cli import app
+from lp_dist.report.inspection import inspect
+from lp_dist.sparsity.measure import layer_of
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """12 layers, so that the order of names matters; grouped-query attention; the head tied to the embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=10,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 2:
+                param[torch.rand(param.shape, generator=generator) < 0.4] = 0.0
+        kill(model)
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+def kill(model) -> None:
+    """In layer 1 channel 0 by its column, 1 by its up row, 2 by its gate row; in layer 2 head 1 by its columns, heads
+    2 and 3 by their values.
+    """
+    feed, attention = model.model.layers[1].mlp, model.model.layers[2].self_attn
+    feed.down_proj.weight[:, 0] = feed.up_proj.weight[1] = feed.gate_proj.weight[2] = 0.0
+    attention.o_proj.weight[:, 4:8] = attention.v_proj.weight[4:] = 0.0
+
+
+def test_every_tensor_is_counted_once_and_in_the_order_of_the_model(llama):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(llama)
+    found = inspect(llama)
+    assert [tensor.name for tensor in found.tensors] == [name for name, _ in model.named_parameters()]
+    for tensor, (name, param) in zip(found.tensors, model.named_parameters()):
+        assert (tensor.zeros, tensor.elements, tensor.shape, tensor.dtype) == (
+            int((param == 0).sum()),
+            param.numel(),
+            list(param.shape),
+            "float32",
+        )
+        assert tensor.counted == name.endswith("_proj.weight")
+    decayed = [param for name, param in model.named_parameters() if name.endswith("_proj.weight")]
+    assert found.total() == (
+        sum(int((param == 0).sum()) for param in decayed),
+        sum(param.numel() for param in decayed),
+    )
+    assert found.total(counted_alone=False)[1] == sum(param.numel() for param in model.parameters())
+    assert list(found.grouped("layer")) == list(range(12))
+    assert list(found.grouped("kind")) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_dead_rows_columns_and_blocks_against_plain_loops(llama):
+    from transformers import LlamaForCausalLM
+
+    params = dict(LlamaForCausalLM.from_pretrained(llama).named_parameters())
+    for tensor in inspect(llama).tensors:
+        matrix = params[tensor.name].tolist()
+        if not isinstance(matrix[0], list):
+            assert tensor.dead_rows is tensor.dead_columns is tensor.blocks is tensor.conforming is None
+            continue
+        assert tensor.dead_rows == sum(all(weight == 0 for weight in row) for row in matrix)
+        assert tensor.dead_columns == sum(all(weight == 0 for weight in column) for column in zip(*matrix))
+        blocks = [
+            row[i : i + 4] for row in matrix for i in range(0, len(row) - 3, 4)
+        ]  # what is left of a row of 10 is no block
+        assert (tensor.blocks, tensor.conforming) == (len(blocks), sum(block.count(0) >= 2 for block in blocks))
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(24).view(2, 12)).logits
+
+
+def test_dead_channels_and_heads_have_no_effect_and_others_have(llama):
+    from transformers import LlamaForCausalLM
+
+    found = inspect(llama)
+    assert found.channels["model.layers.1.mlp"] == [3, 10] and found.channels["model.layers.3.mlp"][1] == 10
+    assert found.heads["model.layers.2.self_attn"] == [3, 4] and found.heads["model.layers.3.self_attn"] == [0, 4]
+    assert len(found.channels) == len(found.heads) == 12
+
+    model = LlamaForCausalLM.from_pretrained(llama)
+    before = logits(model)
+    feed, attention = model.model.layers[1].mlp, model.model.layers[2].self_attn
+    with torch.no_grad():  # whatever else the dead ones have may change
+        feed.up_proj.weight[0], feed.gate_proj.weight[1], feed.down_proj.weight[:, 2] = 5.0, 5.0, 5.0
+        attention.q_proj.weight[4:8], attention.o_proj.weight[:, 8:] = 5.0, 5.0
+    assert torch.equal(logits(model), before)
+    with torch.no_grad():
+        feed.down_proj.weight[:, 3] += 1.0
+    assert not torch.equal(logits(model), before)
+
+
+def test_a_bias_keeps_a_channel_alive(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=10,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            mlp_bias=True,
+            attention_bias=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    feed, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    with torch.no_grad():
+        feed.up_proj.weight[1] = attention.v_proj.weight[:4] = 0.0
+        feed.up_proj.bias[1] = attention.v_proj.bias[3] = 1.0
+    model.save_pretrained(tmp_path / "alive")
+    with torch.no_grad():
+        feed.up_proj.bias[1] = attention.v_proj.bias[:] = 0.0
+    model.save_pretrained(tmp_path / "dead")
+    alive, dead = inspect(tmp_path / "alive"), inspect(tmp_path / "dead")
+    assert alive.channels["model.layers.0.mlp"] == [0, 10] and dead.channels["model.layers.0.mlp"] == [1, 10]
+    assert alive.heads["model.layers.0.self_attn"] == [0, 4] and dead.heads["model.layers.0.self_attn"] == [1, 4]
+
+
+@pytest.mark.parametrize("act, dead", [("silu", 1), ("sigmoid", 0)])
+def test_a_gate_that_is_open_at_zero_kills_nothing(tmp_path, act, dead):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=10,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            hidden_act=act,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    model.model.layers[0].mlp.gate_proj.weight.data[1] = 0.0
+    model.save_pretrained(tmp_path)
+    assert inspect(tmp_path).channels["model.layers.0.mlp"] == [dead, 10]
+    before = logits(model)
+    model.model.layers[0].mlp.up_proj.weight.data[1] = 5.0
+    assert torch.equal(logits(model), before) == bool(dead)
+
+
+def test_gpt2_stores_its_matrices_the_other_way(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0))
+    layer = model.transformer.h[0]
+    with torch.no_grad():
+        layer.mlp.c_fc.weight[3] = 0.0  # an input of 16
+        layer.mlp.c_fc.weight[:, 5:7] = 0.0  # two outputs of 64, which their biases may keep alive
+        layer.mlp.c_proj.weight[9] = 0.0  # a channel
+        layer.attn.c_proj.weight[4:8] = 0.0  # a head
+    model.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    fc = next(tensor for tensor in found.tensors if tensor.name == "transformer.h.0.mlp.c_fc.weight")
+    assert (fc.dead_rows, fc.dead_columns, fc.counted) == (2, 1, True)
+    assert found.channels == {"transformer.h.0.mlp": [1, 64], "transformer.h.1.mlp": [0, 64]}
+    assert found.heads == {"transformer.h.0.attn": [1, 4], "transformer.h.1.attn": [0, 4]}
+
+
+# Of the first layer: weights and biases of one head of values; and of two channels, one of either of the two rows that
+# are multiplied.
+SILENT = {
+    "phi3": (
+        lambda layer: [layer.self_attn.qkv_proj.weight[56:]],
+        lambda layer: [layer.mlp.gate_up_proj.weight[5], layer.mlp.gate_up_proj.weight[48 + 9]],
+    ),
+    "qwen2": (
+        lambda layer: [layer.self_attn.v_proj.weight[8:], layer.self_attn.v_proj.bias[8:]],
+        lambda layer: [layer.mlp.gate_proj.weight[5], layer.mlp.up_proj.weight[9]],
+    ),
+    "gpt2": (lambda layer: [layer.attn.c_attn.weight[:, 88:], layer.attn.c_attn.bias[88:]], lambda layer: []),
+    "opt": (lambda layer: [layer.self_attn.v_proj.weight[24:], layer.self_attn.v_proj.bias[24:]], lambda layer: []),
+    "bert": (
+        lambda layer: [layer.attention.self.value.weight[24:], layer.attention.self.value.bias[24:]],
+        lambda layer: [],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", [*SILENT, "gpt_neox"])
+def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
+    from helpers.families import FAMILIES, model_of, slots
+    from lp_dist.structured.naming import structure
+
+    model, (width, heads, shared) = model_of(family), FAMILIES[family][1]
+    found = {kind: structure(model, kind)[0] for kind in ("channels", "heads")}
+    values, ups = SILENT.get(family, (lambda layer: [], lambda layer: []))
+    layer = model.get_submodule(re.match(r".*?\.0(?=\.|$)", found["channels"].name)[0])
+    dead = {
+        "channels": [2, *([5, 9] if ups(layer) else [])],
+        "heads": [0, *range(heads - heads // shared, heads if values(layer) else 0)],
+    }
+    for slot in (*values(layer), *ups(layer)):
+        slot.data.zero_()
+    for kind, first in (("channels", 2), ("heads", 0)):
+        for slot in slots(model, found[kind], first, reads=True):
+            slot.zero_()
+    model.save_pretrained(tmp_path)
+    told = inspect(tmp_path)
+    assert told.channels[found["channels"].name] == [len(dead["channels"]), width]
+    assert told.heads[found["heads"].name] == [len(dead["heads"]), heads]
+    assert [sum(counts[0] for counts in of.values()) for of in (told.channels, told.heads)] == [
+        len(dead["channels"]),
+        len(dead["heads"]),
+    ]
+    before = logits(model)
+    for kind, groups in dead.items():
+        for group in groups[1:]:
+            for slot in slots(model, found[kind], group, reads=True):
+                slot.add_(1.0)
+    assert torch.equal(logits(model), before)
+
+
+def test_gpt2_as_it_is_on_the_hub_without_a_prefix(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from helpers.model_directories import rewritten
+
+    GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=16, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path)
+    rewritten(
+        tmp_path,
+        lambda tensors: [
+            tensors["transformer.h.0.mlp.c_proj.weight"][3].zero_(),
+            tensors["transformer.h.0.attn.c_proj.weight"][:4].zero_(),
+        ],
+    )
+    whole = inspect(tmp_path)
+    rewritten(
+        tmp_path,
+        lambda tensors: [
+            tensors.update({name.removeprefix("transformer."): tensors.pop(name)}) for name in [*tensors]
+        ],
+    )
+    bare = inspect(tmp_path)
+    assert bare.channels == whole.channels == {"transformer.h.0.mlp": [1, 64]} and bare.heads == whole.heads == {
+        "transformer.h.0.attn": [1, 4]
+    }
+    assert [replace(t, name="") for t in bare.tensors] == [replace(t, name="") for t in whole.tensors]
+
+
+def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from lp_dist import measure_sparsity
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim > 2:
+                param.view(-1)[::3] = 0.0
+    model.save_pretrained(tmp_path)
+    counted, found = measure_sparsity(model), inspect(tmp_path)
+    assert found.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
+    assert {"w1", "w2", "w3"} <= set(found.grouped("kind"))
+
+
+def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
+    """A script's checkpoint of torch.distributed.checkpoint, with the model under a key of its own and its tied head
+    twice.
+    """
+    import torch.distributed.checkpoint as dcp
+    from transformers import LlamaForCausalLM
+
+    dcp.save({"model": LlamaForCausalLM.from_pretrained(llama).state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    engines, published = inspect(tmp_path), inspect(llama)
+    assert (
+        engines.tensors == published.tensors
+        and engines.channels == published.channels
+        and engines.heads == published.heads
+    )
+
+
+def test_without_a_config_names_decide(llama, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    bare, whole = inspect(tmp_path), inspect(llama)
+    assert {tensor.name for tensor in bare.tensors if tensor.counted} == {
+        tensor.name for tensor in whole.tensors if tensor.counted
+    }
+    assert bare.total() == whole.total() and bare.channels == bare.heads == {}
+    assert list(bare.grouped("layer")) == list(range(12))
+
+
+def test_a_tensor_is_gone_before_the_next_is_read(llama, monkeypatch):
+    import weakref
+
+    from lp_dist.checkpoints.files import Place
+
+    read, alive, most = Place.read, [], []
+
+    def watched(place: Place) -> Tensor:
+        most.append(sum(reference() is not None for reference in alive))
+        tensor = read(place)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Place, "read", watched)
+    inspect(llama)
+    assert len(most) > 50 and max(most) == 0
+
+
+def test_the_command(llama, tmp_path):
+    result = CliRunner().invoke(app, ["inspect", str(llama), "--json"])
+    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    assert (
+        found["sparsity"] == inspect(llama).total()[0] / inspect(llama).total()[1]
+        and len(found["tensors"]) == 1 + 12 * 9 + 1
+    )
+    text = CliRunner().invoke(app, ["inspect", str(llama)]).stdout
+    for words in ("q_proj", "of 48 attention heads", "3 of 120 feed-forward", "weights that decay are exactly zero"):
+        assert words in text, text
+    missing = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing")])
+    assert missing.exit_code != 0 and "lp-dist: error" in str(missing.exception or missing.output)
+
+
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("model.layers.3.mlp.up_proj.weight", 3),
+        ("transformer.h.11.attn.c_attn.weight", 11),
+        ("0.weight", 0),
+        ("lm_head.weight", None),
+        ("model.layers.2.experts.7.w1.weight", 2),
+        ("conv2d.weight", None),
+    ],
+)
+def test_layers_are_the_first_number_in_a_name(name, layer):
+    assert layer_of(name) == layer
+
+
+def test_the_page_has_the_map_and_the_numbers_and_loads_nothing(llama, tmp_path):
+    result = CliRunner().invoke(app, ["inspect", str(llama), "--page", str(tmp_path / "zeros.html")])
+    assert result.exit_code == 0 and result.stdout.strip().splitlines()[-1] == str(tmp_path / "zeros.html")
+    page, found = (tmp_path / "zeros.html").read_text(), inspect(llama)
+    zeros, elements = found.total()
+    for words in (
+        f"{zeros / elements:.2%}",
+        f"{zeros:,} of {elements:,} weights that decay",
+        "Where they lie",
+        "3 of 120",
+        "3 of 48",
+        "<svg",
+        "q_proj",
+    ):
+        assert words in page, words
+    dead = sum(tensor.dead_rows or 0 for tensor in found.tensors if tensor.counted)
+    assert f"{dead:,} of {sum(tensor.rows or 0 for tensor in found.tensors if tensor.counted):,}" in page
+    assert "<script" not in page and "src=" not in page and "How to load it" not in page
+    refused = CliRunner().invoke(app, ["inspect", str(llama), "--page", str(tmp_path / "nowhere" / "zeros.html")])
+    assert refused.exit_code != 0 and "can't write" in str(refused.exception or refused.output)

@@ -1,0 +1,128 @@
+"""Which weights stand and fall together, of every family of models: zeroing a group by the book must be the same as
+cutting it out.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.families import FAMILIES, Own, model_of, slots
+from lp_dist.errors import UsageError
+from lp_dist.structured.naming import KINDS, groups_of, structure
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
+    """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing,
+    and its elements are all there.
+    """
+    model, expected = model_of(family), FAMILIES[family][1][list(KINDS).index(kind)]
+    if not expected:
+        with pytest.raises(
+            UsageError,
+            match=f"recognised in {type(model).__name__}. Looked for: .* Describe them by lp_dist.groups_of",
+        ):
+            structure(model, kind)
+        return
+    found, tokens = structure(model, kind), torch.arange(24).view(2, 12) % 61
+    assert [groups.count for groups in found] == [expected, expected]
+    grouped = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
+    for groups in found:
+        group = groups.count - 1
+        own, readers = slots(model, groups, group, False), slots(model, groups, group, True)
+        assert sum(slot.numel() for slot in (*own, *readers)) == groups.elements
+
+        def noise(of=own) -> torch.Tensor:
+            with torch.no_grad():
+                before = [slot.clone() for slot in of]
+                for slot in of:
+                    slot.add_(torch.randn(slot.shape))
+                logits = model(tokens).logits
+                for slot, old in zip(of, before):
+                    slot.copy_(old)
+            return logits
+
+        plain = model(tokens).logits
+        for slot in own:  # each of them counts, but the bias of keys, which softmax takes out
+            changed = (noise([slot]) - plain).abs().max() > 1e-5
+            assert changed or slot.ndim == 1
+        for slot in readers:
+            slot.zero_()
+        torch.testing.assert_close(noise(), model(tokens).logits, rtol=0, atol=1e-6)
+        if (
+            not grouped
+            # nothing else of its layer belongs to it: with its own zero as well, gradients there are zero, so nothing
+            # brings it back
+        ):
+            for slot in own:
+                slot.zero_()
+            model.zero_grad()
+            model(tokens).logits.square().mean().backward()
+            grads = {name: param.grad for name, param in model.named_parameters()}
+            for member in groups.members:
+                slot = grads[member.name].narrow(member.dim, member.start + group * member.width, member.width)
+                assert not slot.any(), member
+
+
+def test_own_groups_are_described_by_patterns():
+    model = nn.Sequential(Own(), Own())
+    found = groups_of(model, outputs=["*.left", "*.right"], inputs="*.back", along="*.slope.weight", kind="channels")
+    assert [(groups.label, groups.count, groups.elements) for groups in found] == [
+        ("0 channels", 6, 2 * (4 + 1) + 4 + 1),
+        ("1 channels", 6, 15),
+    ]
+    assert {(member.name, member.dim, member.stop, member.reads) for member in found[1].members} == {
+        ("1.left.weight", 0, 6, False),
+        ("1.left.bias", 0, 6, False),
+        ("1.right.weight", 0, 6, False),
+        ("1.right.bias", 0, 6, False),
+        ("1.slope.weight", 0, 6, False),
+        ("1.back.weight", 1, 6, True),
+    }
+    assert structure(model, found) == found
+    pairs = groups_of(model, outputs="*.left", width=2)
+    assert [(groups.count, groups.elements) for groups in pairs] == [(3, 10)] * 2
+    one = groups_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), outputs="0", inputs="2")
+    assert [(groups.name, groups.count, groups.elements, len(groups.members)) for groups in one] == [
+        ("0.weight", 6, 7, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(outputs="*.up"), r"'\*.up' matches no linear layer of Sequential; names look like '0.back'"),
+        (dict(along="*.up"), r"matches no vector of Sequential; names look like"),
+        (dict(outputs="*t"), r"'\*t' matches two of the same layer \(0.left, 0.right\)"),
+        (dict(outputs=["*.left", "*.back"]), "the groups of 0 are 4 and 6 wide, and width=1"),
+        (dict(outputs="*.left", width=4), "the groups of 0 are 6 wide, and width=4"),
+        ({}, "no patterns are given"),
+    ],
+)
+def test_patterns_that_say_no_groups_are_refused(arguments, says):
+    with pytest.raises(UsageError, match=says):
+        groups_of(nn.Sequential(Own(), Own()), **arguments)
+
+
+def test_groups_that_share_weights_and_unknown_ones_are_refused():
+    model = model_of("llama")
+    with pytest.raises(
+        UsageError, match="q_proj.weight belongs to .* kv_groups and to .* heads as well; leave one of them out"
+    ):
+        structure(model, ["heads", "kv_groups"])
+    with pytest.raises(
+        UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"
+    ):
+        structure(model, "neurons")
+    with pytest.raises(UsageError, match="no groups are named"):
+        structure(model, [])
+    assert len(structure(model, ["channels", "kv_groups"])) == 4
+
+
+def test_adapters_must_be_merged_first():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(UsageError, match="q_proj has an adapter beside it, .* merge the adapter first"):
+        structure(peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])), "channels")

@@ -1,0 +1,252 @@
+"""The learning rates ahead are those that really come, and asking for them changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import accelerate.state
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from deepspeed.runtime import lr_schedules as ds
+from torch.optim import lr_scheduler as lr
+from transformers import get_scheduler
+
+from lp_dist import LpAdamW
+from lp_dist.targets.lr_lookahead import rates_ahead
+
+TOTAL = 30
+
+
+def hf(kind: str, **kwargs):
+    return lambda o: get_scheduler(
+        kind, o, num_warmup_steps=5, num_training_steps=TOTAL, scheduler_specific_kwargs=kwargs
+    )
+
+
+HF = {
+    f"transformers {kind}": hf(kind, **kwargs)
+    for kind, kwargs in {
+        "linear": {},
+        "cosine": {},
+        "cosine_with_restarts": {"num_cycles": 2},
+        "polynomial": {"lr_end": 1e-3, "power": 2.0},
+        "constant": {},
+        "constant_with_warmup": {},
+        "inverse_sqrt": {},
+        "cosine_with_min_lr": {"min_lr": 1e-3},
+        "cosine_warmup_with_min_lr": {"min_lr": 1e-3},
+        "warmup_stable_decay": {"num_decay_steps": 10},
+    }.items()
+}
+TORCH = {
+    "LambdaLR": lambda o: lr.LambdaLR(o, [lambda step: 0.9**step, lambda step: 1.0 / (1 + step)]),
+    "MultiplicativeLR": lambda o: lr.MultiplicativeLR(o, lambda step: 1.0 - step / 100),
+    "CosineAnnealingLR": lambda o: lr.CosineAnnealingLR(o, TOTAL, eta_min=1e-4),
+    "CosineAnnealingWarmRestarts": lambda o: lr.CosineAnnealingWarmRestarts(o, 4, T_mult=2),
+    "OneCycleLR": lambda o: lr.OneCycleLR(o, [0.5, 0.7], total_steps=TOTAL + 1),
+    "CyclicLR": lambda o: lr.CyclicLR(o, [1e-3, 2e-3], [0.1, 0.2], step_size_up=7, cycle_momentum=False),
+    "CyclicLR with momentum": lambda o: lr.CyclicLR(o, 1e-3, 0.1, step_size_up=5, mode="exp_range", gamma=0.99),
+    "StepLR": lambda o: lr.StepLR(o, 4, 0.5),
+    "MultiStepLR": lambda o: lr.MultiStepLR(o, [3, 14, 15], 0.3),
+    "ExponentialLR": lambda o: lr.ExponentialLR(o, 0.9),
+    "LinearLR": lambda o: lr.LinearLR(o, 0.1, 1.0, 17),
+    "ConstantLR": lambda o: lr.ConstantLR(o, 0.3, 9),
+    "PolynomialLR": lambda o: lr.PolynomialLR(o, TOTAL, 1.5),
+    "SequentialLR": lambda o: lr.SequentialLR(
+        o, [lr.LinearLR(o, 0.1, 1.0, 8), lr.CosineAnnealingLR(o, 20), lr.ExponentialLR(o, 0.8)], [8, 20]
+    ),
+    "ChainedScheduler": lambda o: lr.ChainedScheduler([lr.StepLR(o, 5, 0.5), lr.ExponentialLR(o, 0.95)], optimizer=o),
+    "ChainedScheduler of a SequentialLR": lambda o: lr.ChainedScheduler(
+        [lr.SequentialLR(o, [lr.ConstantLR(o, 0.5, 100), lr.ExponentialLR(o, 0.9)], [9]), lr.StepLR(o, 6, 0.5)]
+    ),
+}
+DEEPSPEED = {
+    "WarmupLR": lambda o: ds.WarmupLR(o, 0.0, [0.1, 0.3], warmup_num_steps=10),
+    "WarmupLR, linear": lambda o: ds.WarmupLR(o, 0.01, 0.1, warmup_num_steps=10, warmup_type="linear"),
+    "WarmupDecayLR": lambda o: ds.WarmupDecayLR(o, TOTAL, 0.0, [0.1, 0.3], warmup_num_steps=10),
+    "WarmupCosineLR": lambda o: ds.WarmupCosineLR(o, TOTAL, warmup_num_steps=8),
+    "OneCycle": lambda o: ds.OneCycle(o, 0.01, 0.2, decay_lr_rate=0.1, cycle_first_step_size=9, decay_step_size=2),
+    "OneCycle without momentum": lambda o: ds.OneCycle(
+        o, 0.01, 0.2, cycle_first_step_size=6, cycle_second_step_size=11, cycle_momentum=False
+    ),
+    "LRRangeTest": lambda o: ds.LRRangeTest(o, 0.01, lr_range_test_step_size=5),
+}
+SCHEDULERS = {**TORCH, **HF, **{f"DeepSpeed {name}": make for name, make in DEEPSPEED.items()}}
+
+
+def made(tensor: bool = False, cls: type = LpAdamW) -> torch.optim.Optimizer:
+    """Two groups with rates of their own, which have taken no step."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(2))], "lr": torch.tensor(rate) if tensor else rate}
+        for rate in (0.1, 0.3)
+    ]
+    return cls(groups, lr=0.1, **({"momentum": 0.9} if cls is torch.optim.SGD else {}))
+
+
+def rates_of(optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def stepped(optimizer, scheduler, steps: int) -> list[list[float]]:
+    """The rates of the next steps, by taking them."""
+    rates = []
+    for _ in range(steps):
+        rates.append(rates_of(optimizer))
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def told(caplog) -> list[str]:
+    """What lp_dist said; DeepSpeed's schedules say much themselves."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("lp_dist")]
+
+
+def frozen(optimizer, scheduler) -> tuple:
+    """All that could have been touched, as of now."""
+    groups = [{**group, "params": [id(param) for param in group["params"]]} for group in optimizer.param_groups]
+    return copy.deepcopy(groups), repr(scheduler.state_dict()), sorted(vars(scheduler)), optimizer.step
+
+
+@pytest.mark.parametrize("before", [0, 1, 11])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_rates_ahead_are_those_that_come(name, before, caplog):
+    optimizer = made(cls=torch.optim.SGD if "with momentum" in name else LpAdamW)
+    scheduler = SCHEDULERS[name](optimizer)
+    stepped(optimizer, scheduler, before)
+    was = frozen(optimizer, scheduler)
+    ahead = rates_ahead(scheduler, optimizer, TOTAL - before)
+    assert frozen(optimizer, scheduler) == was, "asking has changed the scheduler, or what it steps"
+    assert told(caplog) == [], "they are known, so nothing is to be told"
+    assert ahead == stepped(optimizer, scheduler, TOTAL - before)
+    assert name == "transformers constant" or len({rates[0] for rates in ahead}) > 1 or before == 11, (
+        "a schedule that never changes tests nothing"
+    )
+
+
+@pytest.mark.parametrize("name", ["transformers cosine", "LinearLR", "ExponentialLR", "OneCycleLR", "SequentialLR"])
+def test_a_tensor_as_learning_rate_stays_the_same_tensor(name):
+    optimizer = made(tensor=True)
+    scheduler = SCHEDULERS[name](optimizer)
+    stepped(optimizer, scheduler, 3)
+    tensors, values = [group["lr"] for group in optimizer.param_groups], rates_of(optimizer)
+    ahead = rates_ahead(scheduler, optimizer, 12)
+    assert (
+        all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors))
+        and rates_of(optimizer) == values
+    )
+    for one, other in zip(ahead, stepped(optimizer, scheduler, 12), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-7), "but for fp32's rounding in the tensor"
+
+
+@pytest.mark.parametrize("name", ["transformers cosine", "SequentialLR", "ChainedScheduler of a SequentialLR"])
+def test_a_scheduler_of_a_wrapper_steps_what_it_wraps(name):
+    """As one that was made after accelerator.prepare: its optimizer is Accelerate's, and ours is inside."""
+    optimizer = made()
+    wrapper = Accelerator(cpu=True).prepare(optimizer)
+    scheduler = SCHEDULERS[name](wrapper)
+    assert scheduler.optimizer is wrapper is not optimizer
+
+    def refused(memo):
+        raise RuntimeError("an engine's optimizer holds the masters, and would be copied with them")
+
+    wrapper.__deepcopy__ = refused
+    ahead = rates_ahead(scheduler, optimizer, 12)
+    assert ahead == stepped(wrapper, scheduler, 12) and len({rates[0] for rates in ahead}) > 1
+
+
+def test_how_many_rates_there_are():
+    optimizer = made()
+    scheduler = lr.ExponentialLR(optimizer, 0.5)
+    for wanted in (0, 1, 2, 5):
+        for one in (scheduler, None):
+            ahead = rates_ahead(one, optimizer, wanted)
+            assert len(ahead) == wanted and ahead[:1] == [[0.1, 0.3]][:wanted], (
+                f"{wanted} rates, the present one first"
+            )
+    assert rates_ahead(scheduler, optimizer, 3) == [[0.1, 0.3], [0.05, 0.15], [0.025, 0.075]]
+
+
+def test_beyond_its_end_a_schedule_stays_where_it_ended(caplog):
+    """OneCycleLR raises there; a run that is asked for one look too far must not fall back on today's rates."""
+    optimizer = made()
+    scheduler = lr.OneCycleLR(optimizer, 0.5, total_steps=10)
+    stepped(optimizer, scheduler, 4)
+    ahead = rates_ahead(scheduler, optimizer, 20)
+    known = [*stepped(optimizer, scheduler, 6), rates_of(optimizer)]
+    with pytest.raises(ValueError, match="Tried to step 11 times"):
+        scheduler.step()
+    assert ahead == known + [known[-1]] * 13
+    assert told(caplog) == []
+
+
+def test_without_a_scheduler_the_rates_stay(caplog):
+    assert rates_ahead(None, made(), 4) == [[0.1, 0.3]] * 4
+    assert told(caplog) == []
+
+
+class Broken(lr.LambdaLR):
+    """As a scheduler with a file or a lock in it."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle")
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda o: lr.ReduceLROnPlateau(o), ["ReduceLROnPlateau", "metrics"]),
+        (lambda o: get_scheduler("reduce_lr_on_plateau", o), ["ReduceLROnPlateau", "metrics"]),
+        (lambda o: Broken(o, lambda step: 1.0), ["Broken", "cannot pickle"]),
+        (lambda o: AcceleratedScheduler(lr.ReduceLROnPlateau(o), o, step_with_optimizer=False), ["ReduceLROnPlateau"]),
+    ],
+)
+def test_what_cannot_be_known_is_told_and_taken_to_stay(make, words, caplog):
+    optimizer = made()
+    scheduler = make(optimizer)
+    assert rates_ahead(scheduler, optimizer, 5) == [[0.1, 0.3]] * 5
+    (message,) = told(caplog)
+    assert all(
+        word in message for word in [*words, "learning rates ahead are not known", "corrected at every interval"]
+    ), message
+    assert rates_of(optimizer) == [0.1, 0.3]
+
+
+@pytest.mark.parametrize("more, calls", [({}, 2), ({"split_batches": True}, 1), ({"step_with_optimizer": False}, 1)])
+@pytest.mark.parametrize("make", [SCHEDULERS["transformers linear"], TORCH["OneCycleLR"], TORCH["SequentialLR"]])
+def test_accelerates_wrapper_steps_once_for_each_process(make, more, calls, monkeypatch):
+    """Two of them, as its state would say; and its wrapper is stepped for real."""
+    for module in (accelerate.state, accelerate.scheduler):
+        monkeypatch.setattr(module, "AcceleratorState", lambda: SimpleNamespace(num_processes=2))
+        monkeypatch.setattr(module, "GradientState", lambda: SimpleNamespace(sync_gradients=True))
+    optimizer = made()
+    optimizer.step_was_skipped = False  # as of Accelerate's wrapper
+    inner = make(optimizer)
+    scheduler = AcceleratedScheduler(inner, optimizer, **more)
+    stepped(optimizer, scheduler, 3)
+    was = inner.last_epoch
+    ahead = rates_ahead(scheduler, optimizer, 10)
+    assert was == 3 * calls == inner.last_epoch
+    assert ahead == stepped(optimizer, scheduler, 10)
+    alone = made()
+    assert ahead == stepped(alone, make(alone), TOTAL)[3 * calls :: calls][:10], (
+        "the schedule of one process, every so many"
+    )
+
+
+def test_one_cycle_at_its_end_is_no_surprise(caplog):
+    """It refuses to be stepped further; the rate after its last step stays."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ValueError):
+        scheduler.step()
+    assert rates_ahead(scheduler, optimizer, 3) == [[optimizer.param_groups[0]["lr"]]] * 3 and not caplog.text

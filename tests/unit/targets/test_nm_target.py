@@ -1,0 +1,234 @@
+"""A SparsityTarget with a pattern: every block ends in it, by decay, along its plan; and what can't have one is
+refused before the run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, model_of
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
+from lp_dist.optim.nm import CHOICES
+
+
+def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
+    """Non-zero weights of each block."""
+    return (weight.detach().reshape(-1, m) != 0).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "make", "lr", "form"),
+    [
+        ("2:4", LpAdamW, 3e-3, {}),
+        ("4:8", LpAdamW, 3e-3, {"scope": "layer", "p": 0.0, "precondition": 0.5}),
+        ("2:4", LpAdamW, 3e-3, {"cap": None}),
+        ("2:4", LpAdamW, 3e-3, {"grace": 0.0, "memory": 0.0, "sparsity": 0.5}),
+        ("4:8", LpLion, 3e-4, {"p": 0.0}),
+        ("2:4", lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, {"scope": "layer"}),
+    ],
+)
+def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, lr, form):
+    n, m = CHOICES[pattern]
+    run = Run(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
+    params = dict(run.model.named_parameters())
+    for name in MATRICES:
+        assert (alive(params[name], m) == n).all(), name
+    assert all((param != 0).all() for name, param in params.items() if name not in MATRICES)
+    control = run.attached.control
+    assert (
+        control.target.sparsity == (m - n) / m == control.closed["after"] and control.closed["by_threshold"] < 0.01
+    ), control.closed
+    last = 0.0
+    for step, logs in run.history[:-1]:
+        assert logs["lp/plan"] == pytest.approx(0.5 * (1 - (1 - (step - START) / (CLOSING - START)) ** 3))
+        if step > control.grace_ends:  # what has faded dies
+            continue
+        assert last - 0.01 <= logs["lp/faded"] <= logs["lp/plan"] + 0.01, (step, logs)
+        assert logs["lp/faded"] >= 0.5 * control.plan(max(step - 10, START)) - 0.01, (step, logs)
+        last = logs["lp/faded"]
+    assert last > 0.45
+
+
+def test_survivors_feel_no_decay_and_train_on_while_zeros_stay():
+    run = Run(SparsityTarget(pattern="2:4")).to(END)
+    dead, there = {name: run.weights()[name] == 0 for name in MATRICES}, run.weights()
+    run.to(TOTAL)
+    for name, zeros in dead.items():
+        now = run.weights()[name]
+        assert (now == 0).equal(zeros) and (now != there[name])[~zeros].float().mean() > 0.99
+    # As many weights survive as without blocks, and they are no smaller: none of them was pulled down
+    plain = Run(SparsityTarget(0.5, memory=0)).to(TOTAL)
+    size = [sum(float(weights[name].abs().sum()) for name in MATRICES) for weights in (run.weights(), plain.weights())]
+    assert 0.85 < size[0] / size[1] < 1.05, size
+
+
+@pytest.mark.parametrize("pattern", CHOICES)
+def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
+    """By hand: the quantile of x over the weights that are not the largest of their block, at the plan's share of all
+    weights.
+    """
+    n, m = CHOICES[pattern]
+    run, horizon = Run(SparsityTarget(pattern=pattern, scope="layer", p=0.0, every=4, curve="linear")).to(14), 4
+    share = 0.5 * (14 + horizon - START) / (CLOSING - START)
+    rates, found = 0.0, {name: run.optimizer.segments.values(name) for name in MATRICES}
+    xs = {}
+    for name, param in run.model.named_parameters():
+        if name in MATRICES:
+            denom = (run.optimizer.state[param]["exp_avg_sq"].double() / (1 - 0.999**run.taken)).sqrt() + 1e-8
+            blocks = (param.detach().double() ** 2 * denom).view(-1, m)
+            xs[name] = float(
+                blocks.sort().values[:, : m - n].flatten().sort().values[round(share * param.numel()) - 1]
+            )
+    for _ in range(horizon):
+        rates += run.optimizer.param_groups[0]["lr"]
+        run.step()
+    for name, values in found.items():
+        assert values["cutoff"] == pytest.approx(xs[name], rel=3e-4) and values["weight_decay"] == pytest.approx(
+            xs[name] / (2 * rates), rel=3e-4
+        )
+        assert values["floor"] == pytest.approx(0.1 * xs[name], rel=3e-4)
+
+
+def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
+    monkeypatch.setattr("lp_dist.sparsity.quantiles._SAMPLE", 2000)
+    run = Run(SparsityTarget(pattern="2:4")).to(START)
+    blocks = run.model[0].weight.detach().view(-1, 4)
+    sample = run.attached.control._parts(whole=False, elements={"all": sum(MATRICES.values())})[0]
+    ((_, _, x),) = sample.x()
+    found = [(blocks == block).all(1).nonzero().item() for block in sample.weights.view(-1, 4)]
+    assert 200 < len(found) < 400 and len({place % 16 for place in found}) == 16
+    assert (x.view(-1, 4) == math.inf).sum(1).tolist() == [2] * len(found)
+
+
+@given(
+    values=st.lists(
+        st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.5, -0.5, 1e-30])), min_size=48, max_size=48
+    ),
+    pattern=st.sampled_from(list(CHOICES)),
+    slope=st.floats(0.0, 2.0),
+    grace=st.sampled_from([0.0, 0.1]),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_weights_end_in_the_pattern(values, pattern, slope, grace):
+    n, m = CHOICES[pattern]
+    weight = torch.tensor(values).view(6, 8)
+    if not weight.any():
+        return
+    model = nn.Sequential(nn.Linear(8, 6, bias=False))
+    model[0].weight.data.copy_(weight)
+    run = Run(SparsityTarget(pattern=pattern, grace=grace), model=model, total=14, attached=False)
+    run.step = lambda: stepped(run, slope)
+    run.attach()
+    run.to(14)
+    assert (alive(model[0].weight, m) <= n).all() and model[0].weight.isfinite().all()
+
+
+def stepped(run: Run, slope: float) -> None:
+    generator = torch.Generator().manual_seed(run.taken)
+    run.model[0].weight.grad = slope * torch.randn(6, 8, generator=generator)
+    run.optimizer.step()
+    run.scheduler.step()
+    run.taken += 1
+
+
+def test_zeros_that_were_there_count_where_they_are_not_spared():
+    """Half of the weights are zero, and no block is 2:4: that is no sparsity of this kind yet. What is in the pattern
+    already stays in it.
+    """
+    model = model_of()
+    with torch.no_grad():
+        model[0].weight[:80] = 0.0
+        model[2].weight.view(-1, 4)[:, 1:3] = 0.0
+    run = Run(SparsityTarget(pattern="2:4", scope="layer", grace=0.0), model=model).to(START)
+    assert run.attached.control.before == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.0}
+    run.to(TOTAL)
+    assert (alive(model[2].weight, 4) == 2).all() and all((alive(model[i].weight, 4) <= 2).all() for i in (0, 4))
+
+
+# -- what can't be ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, ["sparsity=None", "or a pattern"]),
+        ({"pattern": "1:4"}, ["pattern='1:4'", "2:4, 4:8"]),
+        ({"pattern": "2:4", "sparsity": 0.6}, ["sparsity=0.6 contradicts pattern='2:4', which is 0.5"]),
+        ({"pattern": "2:4", "memory": 8}, ["memory=8", "set memory=0"]),
+        ({"pattern": "2:4", "of": "all"}, ["of='all'", "use of='decayed'"]),
+    ],
+)
+def test_bad_values_are_refused_by_the_target_itself(values, words):
+    with pytest.raises(ValueError) as caught:
+        SparsityTarget(**values)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+class Conv1D(nn.Module):
+    """GPT-2's: its weight is [inputs, outputs]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (
+            lambda: Conv1D(),
+            [
+                "1.weight can't have pattern='2:4'",
+                "a module of the kind Conv1D",
+                "{'1.weight': {'weight_decay': 0.0}}",
+            ],
+        ),
+        (lambda: nn.Linear(64, 62, bias=False), ["2.weight can't have", "its 62 inputs are no multiple of 4"]),
+        (lambda: nn.Conv1d(1, 1, 4), ["1.weight can't have", "it has the shape (1, 1, 4)"]),
+    ],
+)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_has_no_blocks_is_refused_before_the_run(layer, words, by_hand):
+    made = layer()
+    model = nn.Sequential(nn.Linear(64, 64), made, nn.Linear(62 if isinstance(made, nn.Linear) else 64, 8, bias=False))
+    make = (lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.1, pattern="2:4")) if by_hand else LpAdamW
+    leaves_out = {"overrides": {"*.bias": {"weight_decay": 0.0}}} if by_hand else {}
+    with pytest.raises(ValueError) as caught:
+        Run(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model, **leaves_out)
+    assert all(word in str(caught.value) for word in words), caught.value
+    if not by_hand and not isinstance(made, nn.Conv1d):
+        run = Run(
+            SparsityTarget(pattern="2:4"), model=model, overrides={words[0].split()[0]: {"weight_decay": 0.0}}
+        )  # as it says
+        assert len(run.attached.decayed) == 2
+
+
+def test_other_optimizers_have_none():
+    def hooked(params, lr):
+        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+        add_lp_decay(optimizer)
+        return optimizer
+
+    with pytest.raises(ValueError, match="pattern='2:4' is for LpAdamW, LpSGD and LpLion"):
+        Run(SparsityTarget(pattern="2:4"), make=hooked)
+
+
+def test_a_transposed_matrix_is_refused():
+    model = model_of()
+    model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
+    with pytest.raises(ValueError, match="2.weight can't have pattern='2:4': it does not lie in memory row by row"):
+        Run(SparsityTarget(pattern="2:4"), model=model)
+
+
+def test_the_target_is_described_for_checkpoints():
+    described = SparsityTarget(pattern="4:8").described()
+    assert described["pattern"] == "4:8" and described["sparsity"] == 0.5 and not math.isnan(described["sparsity"])

@@ -1,0 +1,375 @@
+"""A target is reached: exactly, along its plan, with every base, and around its window nothing but the base optimizer
+acts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
+
+CAPPED, UNCAPPED, PRECONDITIONED = (
+    {"grace": 0.0},
+    {"cap": None, "grace": 0.0},
+    {"cap": None, "precondition": 1.0, "grace": 0.0},
+)
+
+
+def hooked(cls, **kwargs):
+    """A base of torch's own with `add_lp_decay`."""
+
+    def make(params, lr):
+        optimizer = cls(params, lr=lr, weight_decay=0.0, **kwargs)
+        add_lp_decay(optimizer)
+        return optimizer
+
+    return make
+
+
+def plain_adamw(params, lr):
+    """Which test_cpu_kernel.py and test_optimizers.py hold to be torch's AdamW, bit for bit."""
+    return LpAdamW(params, lr=lr, weight_decay=0.0)
+
+
+# -- the sparsity -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "p, sparsity, form",
+    [
+        (-1.0, 0.3, CAPPED),
+        (-1.0, 0.9, UNCAPPED),
+        (0.0, 0.3, PRECONDITIONED),
+        (0.0, 0.9, CAPPED),
+        (0.5, 0.3, UNCAPPED),
+        (0.5, 0.9, PRECONDITIONED),
+        (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}),
+        (0.8, 0.3, CAPPED),
+        (0.8, 0.9, PRECONDITIONED),
+        (1.0, 0.3, {"cap": 2.0, "grace": 0.0}),
+        (1.0, 0.9, CAPPED),
+    ],
+)
+def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
+    run = Run(layerwise(sparsity, p=p, memory=0.0, **form)).to(TOTAL)
+    for name, zeros in run.zeros().items():
+        assert abs(zeros - sparsity * MATRICES[name]) <= 1, (
+            f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
+        )
+    assert all((param != 0).all() for name, param in run.model.named_parameters() if name not in MATRICES), (
+        "biases are no part of it"
+    )
+
+    # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 looks of 2
+    # steps for p <= 0.5, and with a cap of 1 at most 6 whatever p is. Without a cap at p near 1 a large part is left
+    # to the last threshold.
+    control, last = run.attached.control, 0.0
+    behind = 10 if p <= 0.5 else 12 if form is CAPPED else 30
+    for step, logs in run.history[:-1]:
+        plan, measured = logs["lp/plan"], logs["lp/measured"]
+        assert plan == pytest.approx(sparsity * (1 - (1 - (step - START) / (CLOSING - START)) ** 3)), (
+            f"the cubic plan at step {step}"
+        )
+        assert last <= measured <= plan + 1e-3, f"at step {step} {measured:.4f} are zeros, and {plan:.4f} were planned"
+        assert measured >= sparsity * control.plan(max(step - behind, START)), (
+            f"at step {step} only {measured:.4f} are zeros; planned {plan:.4f}"
+        )
+        last = measured
+    closed = control.closed
+    assert (
+        closed["after"] == pytest.approx(sparsity, abs=1e-4)
+        and closed["by_threshold"] == closed["after"] - closed["before"] >= 0
+    )
+    if form is CAPPED:
+        assert closed["by_threshold"] <= 0.012, (
+            f"{closed['by_threshold']:.2%} were left to the last threshold; decay should have done it"
+        )
+
+
+@pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
+def test_a_global_target_is_one_threshold(p, sparsity, form):
+    run = Run(SparsityTarget(sparsity, p=p, **form)).to(CLOSING)
+    zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
+    assert zeros == round(sparsity * elements)
+    shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
+    assert max(shares) > min(shares) + 0.05, (
+        f"{shares}: tensors of different scale must differ, else it was no global threshold"
+    )
+    values = [run.optimizer.segments.values(name) for name in MATRICES]
+    assert all(one == values[0] for one in values), "one λ and one cutoff for all"
+    survivors = run.zeros()
+    run.to(TOTAL)
+    assert run.zeros() == survivors
+
+
+@pytest.mark.parametrize(
+    "make, lr, p",
+    [
+        (hooked(torch.optim.AdamW), 3e-3, 0.5),
+        (hooked(torch.optim.SGD, momentum=0.9), 0.05, 0.0),
+        (hooked(torch.optim.Adafactor), 3e-3, 0.5),
+        (lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, 0.5),
+        (LpLion, 3e-4, 0.0),
+    ],
+    ids=["AdamW", "SGD", "Adafactor", "LpSGD", "LpLion"],
+)
+def test_every_base_reaches_it(make, lr, p):
+    run = Run(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
+    assert run.zeros() == {name: round(0.7 * elements) for name, elements in MATRICES.items()}
+    assert run.attached.control.closed["by_threshold"] < 0.03, "it is the decay that does it"
+
+
+@pytest.mark.parametrize(
+    "every, look, form",
+    [
+        (4, 10, {"memory": 0.0}),
+        (4, 14, {"cap": None}),
+        (3, 9, {"precondition": 1.0, "cap": 3.0}),
+        (10, 36, {}),
+        (4, 10, {}),
+        (3, 18, {"precondition": 1.0, "memory": 0.25}),
+    ],
+)
+def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
+    """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or
+    the last threshold.
+    """
+    run, horizon = Run(layerwise(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
+    share = 0.6 * (look + horizon - START) / (CLOSING - START)
+    control, beta2 = run.attached.control, 0.999
+    found = {name: run.optimizer.segments.values(name) for name in MATRICES}
+    x = {}
+    for name, param in run.model.named_parameters():
+        if name in MATRICES:
+            v = run.optimizer.state[param]["exp_avg_sq"].double()
+            denom = (v / (1 - beta2**run.taken)).sqrt() + 1e-8 if "precondition" in form else 1.0
+            weight = torch.where(param == 0, run.optimizer.state[param]["exp_avg"], param)  # where it is latent
+            x[name] = float(
+                (weight.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1]
+            )
+    rates, latent = 0.0, control.target.memory > 0
+    for _ in range(horizon):
+        rates += run.optimizer.param_groups[0]["lr"]
+        run.step()
+    if latent:  # as long as that many windows
+        rates *= control.target.memory * (END - START) / horizon
+    for name, values in found.items():
+        assert values["weight_decay"] == pytest.approx(x[name] / (2 * rates), rel=3e-4), f"λ of {name}"
+        assert values.get("latent", False) == latent
+        assert values["cutoff"] == pytest.approx(
+            x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4
+        )
+    lambdas = sorted(values["weight_decay"] for values in found.values())
+    assert [run.attached.logs[f"lp/lambda_{key}"] for key in ("min", "median", "max")] == lambdas
+
+
+@pytest.mark.parametrize(
+    "p, sparsity, form",
+    [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})],
+)
+def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
+    form = {"memory": 0.0, **form}
+    run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
+    control, grace = run.attached.control, form.get("grace", 0.1)
+    assert control.grace_ends == END - 8
+    last = 0.0
+    for step, logs in run.history[:-1]:
+        faded = logs["lp/faded"]
+        if step <= control.grace_ends:
+            assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
+            assert last - 0.01 <= faded <= logs["lp/plan"] + 0.01, f"at step {step}"
+            assert faded >= sparsity * control.plan(max(step - 16, START)) - 0.01, (
+                f"at step {step} only {faded:.4f} have faded"
+            )
+        else:
+            assert logs["lp/measured"] >= last - 0.01 or step <= control.grace_ends + 4
+        last = faded
+    assert last > 0.9 * sparsity
+    assert control.closed["after"] == pytest.approx(sparsity, abs=1e-4) and control.closed["by_threshold"] <= 0.012
+
+    again = Run(layerwise(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
+    for name in MATRICES:
+        values = again.optimizer.segments.values(name)
+        assert values["floor"] == pytest.approx(grace * values["cutoff"], rel=1e-6) and values["floor"] > 0
+    assert all(
+        again.optimizer.segments.values(name)["floor"] == 0.0 for name in MATRICES if again.to(control.grace_ends + 2)
+    )
+
+
+@pytest.mark.parametrize("grace", [0.1, 0.0])
+def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
+    """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
+    run = Run(layerwise(0.5, p=0.5, memory=0.0, grace=grace, every=12), lr=1e-2)
+    weight = run.model[0].weight
+    weight.data[0, :2] = 1e-3
+
+    def gradient(grad):
+        grad = grad.clone()
+        grad[0, 0] = -1.0 if run.taken >= 14 else 0.0
+        grad[0, 1] = -1.0 if run.taken >= 36 else 0.0
+        return grad
+
+    weight.register_hook(gradient)
+    run.to(14)
+    assert weight[0, :2].abs().max() < (1e-4 if grace else 1e-12)
+    run.to(TOTAL)
+    assert (weight[0, 0] != 0) == (grace > 0) and weight[0, 1] == 0
+    assert run.zeros() == {name: round(0.5 * elements) for name, elements in MATRICES.items()}
+
+
+# -- around the window --------------------------------------------------------
+
+
+def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
+    run, base = Run(layerwise(0.5, p=0.0)), Run(None, make=plain_adamw, attached=False)
+    for _ in range(START):
+        base.step()
+    assert same(run.to(START).weights(), base.weights())
+    run.to(START + 1), base.step()
+    assert not same(run.weights(), base.weights()), "from the start on it decays"
+
+
+def base_from(run: Run) -> Run:
+    """AdamW without decay, from where `run` is."""
+    base = Run(None, make=plain_adamw, attached=False)
+    base.model.load_state_dict(run.model.state_dict())
+    base.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))  # else both would have one state
+    for group in base.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    base.scheduler.load_state_dict(run.scheduler.state_dict())
+    base.taken = run.taken
+    return base
+
+
+@pytest.mark.parametrize("form", [CAPPED, PRECONDITIONED])
+def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
+    """Bit for bit, from the last threshold on, with a mask put over the base's weights by hand after each step."""
+    run = Run(layerwise(0.5, **form)).to(CLOSING)
+    base, closed = base_from(run), run.weights()
+    dead = {name: param == 0 for name, param in closed.items()}
+    while run.taken < TOTAL:
+        run.to(run.taken + 1), base.step()
+        for name, param in base.model.named_parameters():
+            param.data[dead[name]] = 0.0
+        assert same(run.weights(), base.weights()), f"after {run.taken} steps"
+    assert all(
+        (run.weights()[name][~dead[name]] != closed[name][~dead[name]]).float().mean() > 0.99 for name in dead
+    ), "survivors train"
+
+
+def test_without_freeze_everything_trains_on_as_by_the_base():
+    run = Run(layerwise(0.5, freeze=False)).to(END)
+    assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
+    base = base_from(run)
+    while run.taken < TOTAL:
+        run.to(run.taken + 1), base.step()
+    assert same(run.weights(), base.weights())
+    assert sum(run.zeros().values()) < 0.01 * sum(MATRICES.values()), "zeros come back"
+
+
+# -- what a step is -----------------------------------------------------------
+
+
+def test_calls_between_optimizer_steps_change_nothing():
+    """As after each micro-batch of an accumulation, twice after a step, and where a scaler left the step out."""
+    once, often = Run(layerwise(0.6)), Run(layerwise(0.6))
+    while often.taken < TOTAL:
+        once.to(once.taken + 1)
+        for _ in range(often.taken % 3):
+            backward(often.model, 1000 + often.taken)  # its gradients are thrown away, and no step is taken
+            often.attached.after_step()
+        often.to(often.taken + 1)
+        often.attached.after_step()
+        assert once.attached.state_dict() == often.attached.state_dict(), f"after {once.taken} steps"
+    assert same(once.weights(), often.weights())
+
+
+# -- which parameters ---------------------------------------------------------
+
+
+def test_what_an_override_leaves_out_stays_dense_and_others_can_have_a_p_of_their_own():
+    run = Run(layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(
+        TOTAL
+    )
+    assert run.attached.decayed == {"0.weight", "4.weight"}
+    assert run.zeros() == {"0.weight": 8192, "2.weight": 0, "4.weight": round(0.8 * 512)}
+
+
+def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
+    model = model_of()
+    nn.init.zeros_(model[2].weight)
+    model[4].weight.requires_grad_(False)
+    caplog.set_level("INFO", "lp_dist")
+    run = Run(layerwise(0.5), model=model)
+    assert run.attached.decayed == {"0.weight"}
+    assert "no decay for 1 parameters that start at zero (zero absorbs), such as 2.weight" in caplog.text
+    run.to(TOTAL)
+    assert run.zeros() == {
+        "0.weight": 5120,
+        "2.weight": 0,
+        "4.weight": 0,
+    }, "what started at zero trains like anything else"
+
+
+def test_names_that_are_given_decay_instead():
+    run = Run(layerwise(0.5), names=["2.weight", "0.bias"]).to(TOTAL)
+    assert run.zeros() == {"0.weight": 0, "2.weight": 5120, "4.weight": 0}
+    assert int((run.model[0].bias == 0).sum()) == 80
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_share_of_all_parameters(scope):
+    run = Run(SparsityTarget(0.8, of="all", scope=scope)).to(TOTAL)
+    everything = sum(param.numel() for param in run.model.parameters())
+    assert abs(sum(run.zeros().values()) - 0.8 * everything) <= len(MATRICES)
+    assert run.attached.logs["lp/target"] == pytest.approx(0.8 * everything / sum(MATRICES.values()))
+
+
+# -- what else can be said ----------------------------------------------------
+
+
+def test_a_curve_of_ones_own():
+    run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, every=1)).to(TOTAL)
+    assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
+    middle = (CLOSING - START) / 2 + START
+    assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, (
+        "nothing was planned to die"
+    )
+    assert {logs["lp/plan"] for step, logs in run.history if step < middle} == {0.0}
+
+
+def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
+    caplog.set_level("INFO", "lp_dist")
+    run = Run(layerwise(0.5, every=10)).to(TOTAL)
+    assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
+    assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
+    assert "50.00% zeros of 20992 weights from optimizer step 6 to 42 of 60, a look every 10" in caplog.text
+    assert "50.00% after the last threshold" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "total, given, every",
+    [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)],
+)
+def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, every):
+    model = model_of()
+    optimizer = LpAdamW(model.parameters())
+    assert attach(model, optimizer, target=SparsityTarget(0.5, every=given), total_steps=total).control.every == every
+
+
+def test_dead_channels_are_logged():
+    model = model_of()
+    with torch.no_grad():
+        model[0].weight[:10] *= 1e-6
+        model[0].weight[150] = 0.0
+    run = Run(layerwise(0.5, start=0, end=12, memory=0.0), model=model, lr=1e-5, total=12)
+    assert run.attached.logs["lp/dead_channels"] == pytest.approx(1 / 232)
+    run.to(12)
+    dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)
+    assert dead >= 10 and run.attached.logs["lp/dead_channels"] == pytest.approx(dead / 232)
