@@ -5,18 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank, and how many ranks there are; (0, 1) without a process group."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def reduction_device() -> torch.device:
-    """Where a tensor must lie to be reduced over the ranks: NCCL takes none on the CPU, and gloo is for the CPU."""
+    """The device on which a tensor must lie to be reduced over the ranks.
+
+    NCCL accepts no CPU tensor, and gloo is meant for the CPU.
+    """
     if torch.accelerator.is_available() and torch.distributed.get_backend() != "gloo":
-        return torch.accelerator.current_accelerator()
+        device = torch.accelerator.current_accelerator()
+        if device is not None:
+            return device
     return torch.device("cpu")
 
 
-def summed(counts: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks of a small tensor of integers; every rank must call it. The tensor itself where there is
-    one process.
+def all_reduce_sum(counts: Tensor) -> Tensor:
+    """Sums a small tensor elementwise over all ranks. Collective: every rank must call it.
+
+    Args:
+        counts: int64, any shape, the same on every rank.
+    Returns:
+        The sum, of the same shape, on `reduction_device()`. Without a process group it is `counts` itself.
     """
     if torch.distributed.is_initialized() and counts.numel():
         counts = counts.to(reduction_device())
@@ -24,36 +41,54 @@ def summed(counts: torch.Tensor) -> torch.Tensor:
     return counts
 
 
-def largest(numbers: torch.Tensor) -> torch.Tensor:
-    """The elementwise maximum over all ranks of a small tensor of integers, on the CPU; every rank must call it."""
+def all_reduce_max(numbers: Tensor) -> Tensor:
+    """Takes the elementwise maximum of a small tensor over all ranks. Collective: every rank must call it.
+
+    Args:
+        numbers: int64, any shape, the same on every rank.
+    Returns:
+        The maximum, of the same shape, on the CPU.
+    """
     if torch.distributed.is_initialized() and numbers.numel():
         numbers = numbers.to(reduction_device())
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
     return numbers.cpu()
 
 
-def everyones(told: Any) -> list[Any]:
-    """What each rank tells, by rank; every rank must call it. Small things that pickle."""
-    if not torch.distributed.is_initialized():
-        return [told]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, told)
-    return everyone
+def all_gather_objects(value: Any) -> list[Any]:
+    """Gathers one object from each rank. Collective: every rank must call it.
 
-
-def agree(told: dict[str, Any] | Exception) -> None:
-    """Raises RuntimeError, on every rank, if ranks disagree on what the optimizer is to do, or if another one
-    failed.
+    Args:
+        value: small, and it can be pickled.
+    Returns:
+        The values of all ranks, by rank.
     """
-    everyone = everyones(str(told) if isinstance(told, Exception) else told)
-    if isinstance(told, Exception):
-        return  # its own error says more
-    for rank, other in enumerate(everyone):
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def assert_same_on_all_ranks(settings: dict[str, Any] | Exception) -> None:
+    """Checks that all ranks give the optimizer the same settings. Collective: every rank must call it.
+
+    Args:
+        settings: what this rank is going to do, or the error with which it failed. A rank that failed must call this
+            too, so that the others do not wait for it.
+    Raises:
+        RuntimeError: the ranks disagree, or another rank failed. All ranks raise it, except those that failed: they
+            have an error of their own to raise.
+    """
+    per_rank = all_gather_objects(str(settings) if isinstance(settings, Exception) else settings)
+    if isinstance(settings, Exception):
+        return  # the caller raises it, and it says more
+    for rank, other in enumerate(per_rank):
         if isinstance(other, str):
             raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
-        for key in sorted(set(everyone[0]) | set(other)):
-            if everyone[0].get(key) != other.get(key):
+        for key in sorted(set(per_rank[0]) | set(other)):
+            if per_rank[0].get(key) != other.get(key):
                 raise RuntimeError(
-                    f"ranks disagree: {key} is {everyone[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
+                    f"ranks disagree: {key} is {per_rank[0].get(key)!r} on rank 0 and {other.get(key)!r} on rank "
                     f"{rank}; start every rank with the same script and config"
                 )

@@ -1,4 +1,7 @@
-"""What DeepSpeed does to an optimizer, and how it must be set up."""
+"""DeepSpeed: where its optimizers keep the shards, what it does to an optimizer, and how it must be set up.
+
+Its private attributes are touched here alone, and only in the versions with which they were tested.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lp_dist.errors import UsageError
-from lp_dist.sharding.engines import is_deepspeed, live_optimizer, wrapper_of
+from lp_dist.sharding.collectives import rank_and_world_size
+from lp_dist.sharding.engines import inner_optimizer, is_deepspeed, wrapper_of
+from lp_dist.sharding.location import Locator, ShardLocation
 
 TESTED_DEEPSPEED = "0.19"
-
-
-# DeepSpeed's optimizers around ours that were tested, exactly these: a subclass may step by another one.
+# DeepSpeed's optimizers around ours that were tested. Exactly these: a subclass may step by another optimizer.
 TESTED_WRAPPERS = (
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
@@ -26,56 +30,64 @@ TESTED_WRAPPERS = (
 )
 
 
+_ROUND_ROBIN = (
+    '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
+    " than the named would decay; remove it from zero_optimization"
+)
+
+
 def foreign_steppers(optimizer: Any) -> list[str]:
-    """What else would step some of the weights: DeepSpeed features that bring an optimizer of their own."""
+    """Names of the DeepSpeed features around `optimizer` that would step weights by an optimizer of their own."""
     wrapper = wrapper_of(optimizer)
-    found = [] if wrapper is None or type(wrapper).__name__ in TESTED_WRAPPERS else [type(wrapper).__name__]
+    steppers = [] if wrapper is None or type(wrapper).__name__ in TESTED_WRAPPERS else [type(wrapper).__name__]
     if hasattr(wrapper, "backup_optimizer"):
-        found.append("offload_optimizer.ratio < 1")
+        steppers.append("offload_optimizer.ratio < 1")
     if getattr(wrapper, "zenflow", False):
-        found.append("zenflow")
-    return found
+        steppers.append("zenflow")
+    return steppers
 
 
 def is_wrapped(optimizer: Any) -> bool:
-    """Whether DeepSpeed's own optimizer stands between, so that its loaders write the groups."""
+    """Whether one of DeepSpeed's optimizers wraps it, so that DeepSpeed's loaders write into the param groups."""
     return wrapper_of(optimizer) is not None
 
 
 def undo_dry_step(optimizer: Any) -> None:
-    """Takes back the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 has the state allocated: it decays
-    the masters.
+    """Undoes the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 allocates the optimizer's state.
 
-    Known by its traces: step 1, and moments that are all zero. The model's own copy still has the weights from before
-    it.
+    That step decays the fp32 masters, while the model's own copy keeps the weights from before it. The step is
+    recognised by a step count of 1 and moments that are all zero. Anything else is left alone.
     """
-    wrapper, live = wrapper_of(optimizer), live_optimizer(optimizer)
+    wrapper, inner = wrapper_of(optimizer), inner_optimizer(optimizer)
     if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
         return
     pairs = [
         pair for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups) for pair in zip(params, masters)
     ]
     for _, master in pairs:
-        for key, value in live.state.get(master, {}).items():
+        for key, value in inner.state.get(master, {}).items():
             if (int(value) != 1) if key == "step" else isinstance(value, Tensor) and bool(value.any()):
                 return
     for param, master in pairs:
         master.data.copy_(param.detach())
-        live.state.pop(master, None)
+        inner.state.pop(master, None)
 
 
 def update_copies(optimizer: Any) -> None:
     """Writes the fp32 masters into the copies of the weights that DeepSpeed computes with, as it does after a step.
-    Collective.
+
+    Collective under ZeRO. Does nothing where no DeepSpeed optimizer wraps `optimizer`.
     """
     wrapper = wrapper_of(optimizer)
-    if hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, BF16_Optimizer
+    # ZeRO 1 and 2, BF16_Optimizer
+    if hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
     elif type(wrapper).__name__ == "FP16_UnfusedOptimizer":
         for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups):
             for param, master in zip(params, masters):
                 param.data.copy_(master.data)
-    elif wrapper is not None:  # ZeRO-3
+    # ZeRO-3
+    elif wrapper is not None:
         for i in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(i)
         if wrapper.persistent_parameters:
@@ -83,53 +95,77 @@ def update_copies(optimizer: Any) -> None:
         wrapper.invalidate_secondary_tensor()
 
 
+@dataclass(eq=False)
+class _SaveCheckpoint:
+    """An engine's `save_checkpoint` that adds our state to the client state, where there is any."""
+
+    original: Callable[..., Any]
+    state: Callable[[], Any]
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.original, updated=())
+
+    def __call__(self, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
+        state = self.state()
+        client_state = {**(client_state or {}), **({} if state is None else {"lp_dist": state})}
+        return self.original(save_dir, tag, client_state, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class _LoadCheckpoint:
+    """An engine's `load_checkpoint` that restores our state afterwards."""
+
+    original: Callable[..., Any]
+    restore: Callable[[Any], None]
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.original, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = self.original(*args, **kwargs)
+        arguments = {**dict(zip(_LOAD_ARGUMENTS, args)), **kwargs}
+        # DeepSpeed returns the client state even if only the weights were requested.
+        weights_only = arguments.get("load_module_only", False) or not arguments.get("load_optimizer_states", True)
+        self.restore(None if weights_only else (client_state or {}).get("lp_dist"))
+        return path, client_state
+
+
+# The positional arguments of an engine's `load_checkpoint`.
+_LOAD_ARGUMENTS = (
+    "load_dir",
+    "tag",
+    "load_module_strict",
+    "load_optimizer_states",
+    "load_lr_scheduler_states",
+    "load_module_only",
+)
+
+
 def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any], None]) -> None:
-    """Has a DeepSpeed engine save `state()` with every checkpoint, in its client state, if that is not None; and calls
-    `restore`, with what a checkpoint had of it, whenever one was loaded. Its loaders write into the param groups: the
-    one of universal checkpoints copies group 0's values into all groups at stage 3."""
+    """Makes a DeepSpeed engine save our state in the client state of its checkpoints, and restore it from there.
+
+    Restoring matters even without a state, since DeepSpeed's loaders write into the param groups. The one of universal
+    checkpoints copies the values of group 0 into all groups at stage 3. Does nothing for other models. A second call
+    replaces the first.
+
+    Args:
+        engine: the wrapped model.
+        state: called at each save; None saves nothing.
+        restore: called after each load with the state of the checkpoint. It gets None if there is none, or if only the
+            weights were loaded.
+    """
     if not is_deepspeed(engine) or not hasattr(engine, "load_checkpoint"):
         return
-    load = getattr(engine.load_checkpoint, "without_lp_dist", engine.load_checkpoint)
-    save = getattr(engine.save_checkpoint, "without_lp_dist", engine.save_checkpoint)
-
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        path, client = load(*args, **kwargs)
-        given = {
-            **dict(
-                zip(
-                    (
-                        "load_dir",
-                        "tag",
-                        "load_module_strict",
-                        "load_optimizer_states",
-                        "load_lr_scheduler_states",
-                        "load_module_only",
-                    ),
-                    args,
-                )
-            ),
-            **kwargs,
-        }
-        # Where the weights alone are asked for the engine gives the client state all the same.
-        anew = given.get("load_module_only", False) or not given.get("load_optimizer_states", True)
-        restore(None if anew else (client or {}).get("lp_dist"))
-        return path, client
-
-    @functools.wraps(save)
-    def save_checkpoint(save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
-        mine = state()
-        return save(
-            save_dir, tag, {**(client_state or {}), **({} if mine is None else {"lp_dist": mine})}, *args, **kwargs
-        )
-
-    load_checkpoint.without_lp_dist, save_checkpoint.without_lp_dist = load, save
-    engine.load_checkpoint, engine.save_checkpoint = load_checkpoint, save_checkpoint
+    load, save = engine.load_checkpoint, engine.save_checkpoint
+    engine.load_checkpoint = _LoadCheckpoint(load.original if isinstance(load, _LoadCheckpoint) else load, restore)
+    engine.save_checkpoint = _SaveCheckpoint(save.original if isinstance(save, _SaveCheckpoint) else save, state)
 
 
 def check_deepspeed_version() -> None:
-    """Raises RuntimeError if the installed DeepSpeed is not of a tested series: its private attributes may mean
-    something else.
+    """Checks that the installed DeepSpeed is of a tested series; in another one its private attributes may differ.
+
+    Raises:
+        RuntimeError: it is not.
     """
     version = importlib.metadata.version("deepspeed")
     if not version.startswith(TESTED_DEEPSPEED + "."):
@@ -140,10 +176,12 @@ def check_deepspeed_version() -> None:
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:
-    """Refuses what would step part of the weights by another optimizer, or save no usable weights.
+    """Refuses a DeepSpeed config that steps weights by another optimizer, or saves no usable weights.
 
+    Args:
+        config: the DeepSpeed config, as read from its JSON file.
     Raises:
-        UsageError: names the key of the DeepSpeed config and what to set it to.
+        UsageError: names the key of the config, and what to set it to.
     """
     zero = config.get("zero_optimization", {})
     offload = zero.get("offload_optimizer") or {}
@@ -161,14 +199,11 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             f"offload_optimizer.ratio={offload['ratio']} lets another optimizer step a part of the weights, without Lp"
             " decay; set it to 1.0"
         )
-    for key, where in (("zenflow", zero), ("super_offload", offload)):
-        if where.get(key):
+    for key, section in (("zenflow", zero), ("super_offload", offload)):
+        if section.get(key):
             raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
     if zero.get("round_robin_gradients"):
-        raise UsageError(
-            '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
-            " than the named would decay; remove it from zero_optimization"
-        )
+        raise UsageError(_ROUND_ROBIN)
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UsageError(
             'under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable'
@@ -177,10 +212,10 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
 
 
 def join_deepspeed() -> None:
-    """Makes DeepSpeed's communicator take over the ranks that have met already.
+    """Makes DeepSpeed's communicator use the process group that torch has initialised already.
 
-    Without it, when Trainer runs with use_cpu, ZeRO-3's `zero.Init` takes the world for one process and refuses the
-    batch size.
+    Without this, ZeRO-3's `zero.Init` assumes a single process when Trainer runs with use_cpu, and refuses the batch
+    size.
     """
     import deepspeed
 
@@ -190,16 +225,142 @@ def join_deepspeed() -> None:
 
 @contextmanager
 def zero_init_disabled() -> Iterator[None]:
-    """Loads a model whole although Transformers has a ZeRO-3 config at hand, which would partition it."""
+    """Within it Transformers loads a model without partitioning it, even if a ZeRO-3 config is active."""
     from transformers.integrations import deepspeed as integration
 
     config = integration.deepspeed_config() if integration.is_deepspeed_zero3_enabled() else None
     if config is None:
         yield
         return
-    reference = integration._hf_deepspeed_config_weak_ref
+    reference: Any = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         integration.set_hf_deepspeed_config(reference())
+
+
+def zero3_shape(param: Any) -> torch.Size | None:
+    """Shape of a parameter before ZeRO-3 partitioned it, after which its own shape is (0,). None if ZeRO-3 did not."""
+    return getattr(param, "ds_shape", None)
+
+
+def zero3_partition(param: Any) -> tuple[Tensor, int] | None:
+    """This rank's part of the model's own copy under ZeRO-3: a flat view without padding, and its first element.
+
+    None if ZeRO-3 has not partitioned the parameter.
+    """
+    if not hasattr(param, "ds_tensor"):
+        return None
+    values = param.ds_tensor.detach().view(-1)
+    start = param.ds_tensor.ds_numel * torch.distributed.get_rank(param.ds_process_group)
+    # The parts of the last ranks end in padding, up to a multiple of the world size.
+    return values[: max(0, min(values.numel(), param.ds_numel - start))], start
+
+
+def read_from_nvme(param: Tensor) -> Tensor:
+    """The fp32 masters of a parameter on this rank, flat and with padding, which NVMe offload has swapped out."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    return safe_get_local_fp32_param(param)
+
+
+def shard_locator(wrapper: Any) -> Locator:
+    """Gives the function that locates a parameter in what a DeepSpeed optimizer steps on this rank.
+
+    Args:
+        wrapper: DeepSpeed's optimizer.
+    Raises:
+        RuntimeError: a class of optimizer, or a version of DeepSpeed, that was not tested.
+    """
+    name = type(wrapper).__name__
+    if name not in LOCATORS:
+        raise RuntimeError(
+            f"lp_dist does not know the shards of DeepSpeed's {name}, only those of ZeRO 0 to 3 and BF16_Optimizer;"
+            " remove what asks for it from the DeepSpeed config"
+        )
+    check_deepspeed_version()
+    return LOCATORS[name](wrapper)
+
+
+def _locate_copy(wrapper: Any) -> Locator:
+    """ZeRO-0 in 16 bits: every rank has an fp32 copy of each parameter."""
+    copies = {
+        id(param): (i, master)
+        for i, (params, masters) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_groups))
+        for param, master in zip(params, masters)
+    }
+
+    def locate(param: Tensor) -> ShardLocation | None:
+        if id(param) not in copies:
+            return None
+        group, master = copies[id(param)]
+        return ShardLocation(0, master, 0, master.numel(), group, *rank_and_world_size())
+
+    return locate
+
+
+def _locate_fragment(wrapper: Any) -> Locator:
+    """ZeRO-1, 2 and BF16_Optimizer: one flat fp32 shard per group.
+
+    `_hp_mapping` on each parameter tells which of its elements lie in it.
+    """
+    bf16 = type(wrapper).__name__ == "BF16_Optimizer"
+    if getattr(wrapper, "round_robin_gradients", False):
+        # DeepSpeed 0.19.8 lays the parameters out in another order than the one in which it writes down where they
+        # are. Its universal checkpoints and safe_get_full_fp32_param return other parameters' values as well.
+        raise RuntimeError(_ROUND_ROBIN)
+    flats = wrapper.fp32_groups_flat_partition if bf16 else wrapper.single_partition_of_fp32_groups
+    groups = {
+        id(param): i
+        for i, params in enumerate(wrapper.bf16_groups if bf16 else wrapper.bit16_groups)
+        for param in params
+    }
+
+    def locate(param: Any) -> ShardLocation | None:
+        if id(param) not in groups:
+            return None
+        group, mapping = groups[id(param)], param._hp_mapping
+        if mapping is None:
+            return ShardLocation(0, flats[group], 0, 0, group)
+        return ShardLocation(
+            start=mapping.lp_fragment_address.start,
+            tensor=flats[group],
+            offset=mapping.hp_fragment_address.start,
+            length=mapping.hp_fragment_address.numel,
+            group=group,
+        )
+
+    return locate
+
+
+def _locate_sub_group(wrapper: Any) -> Locator:
+    """ZeRO-3: a flat fp32 shard per sub-group.
+
+    Every parameter has an equal part in it on every rank, the last one padded.
+    """
+
+    def locate(param: Any) -> ShardLocation | None:
+        position = wrapper.grad_position.get(wrapper.get_param_id(param))
+        if position is None:
+            return None
+        sub_group, offset, padded_length = position
+        start = padded_length * torch.distributed.get_rank(param.ds_process_group)
+        return ShardLocation(
+            start=start,
+            tensor=wrapper.fp32_partitioned_groups_flat[sub_group],
+            offset=offset,
+            length=max(0, min(padded_length, param.ds_numel - start)),
+            group=wrapper.sub_group_to_group_id[sub_group],
+        )
+
+    return locate
+
+
+# By the class of DeepSpeed's optimizer.
+LOCATORS: dict[str, Callable[[Any], Locator]] = {
+    "FP16_UnfusedOptimizer": _locate_copy,
+    "DeepSpeedZeroOptimizer": _locate_fragment,
+    "BF16_Optimizer": _locate_fragment,
+    "DeepSpeedZeroOptimizer_Stage3": _locate_sub_group,
+}

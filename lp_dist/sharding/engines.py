@@ -1,5 +1,4 @@
-"""What wraps a model and its optimizer: which one really steps, what an engine does to it, and how an engine must be
-set up.
+"""What wraps a model, its optimizer and its learning-rate scheduler, and what lies inside of the wrappers.
 
 Engines are recognised by the names of their classes, so that none has to be imported.
 """
@@ -12,24 +11,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-def is_deepspeed(thing: Any) -> bool:
-    """Whether it is an object of a class of DeepSpeed's, or of one made from it."""
-    return any(cls.__module__.startswith("deepspeed.") for cls in type(thing).__mro__)
+def is_deepspeed(instance: Any) -> bool:
+    """Whether `instance` is of one of DeepSpeed's classes, or of a subclass of one."""
+    return any(cls.__module__.startswith("deepspeed.") for cls in type(instance).__mro__)
 
 
 def wrapper_of(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer around the live one; None if there is none. Its own optimizers (CPUAdam) wrap nothing."""
+    """DeepSpeed's optimizer around the inner one; None without one. DeepSpeed's CPUAdam and its like wrap nothing."""
     while hasattr(optimizer, "optimizer"):
-        if is_deepspeed(optimizer) and not isinstance(optimizer, nn.Module):  # that would be the engine
+        # A module would be the engine.
+        if is_deepspeed(optimizer) and not isinstance(optimizer, nn.Module):
             return optimizer
         optimizer = optimizer.optimizer
     return None
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The user's own module inside DDP, a DeepSpeed engine and torch.compile. (A model may have a child of its own
-    called `module`.)
-    """
+    """The user's own module inside DDP, a DeepSpeed engine and torch.compile."""
+    # The types are checked, since a model may have a child of its own called `module`.
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_deepspeed(model):
             model = model.module
@@ -40,8 +39,16 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def optimizer_of(model: Any, optimizer: Any) -> Any:
-    """What to look into: a DeepSpeed engine's own optimizer, whatever is handed over with it (the one that it was made
-    from steps no parameter of the model any more), else `optimizer`. Raises ValueError where there is none."""
+    """The optimizer that belongs to the model: a DeepSpeed engine's own one, else `optimizer`.
+
+    The optimizer from which a DeepSpeed engine was made steps no parameter of the model any more.
+
+    Args:
+        model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
+        optimizer: ignored for a DeepSpeed engine; may be None there.
+    Raises:
+        ValueError: `optimizer` is None, and the model is no DeepSpeed engine.
+    """
     if is_deepspeed(model) and isinstance(model, nn.Module):
         return model.optimizer
     if optimizer is None:
@@ -49,8 +56,12 @@ def optimizer_of(model: Any, optimizer: Any) -> Any:
     return optimizer
 
 
-def live_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed; of an engine, its own."""
+def inner_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that really steps, inside the wrappers of Accelerate and DeepSpeed.
+
+    Args:
+        optimizer: an optimizer, a wrapper of one, or a DeepSpeed engine.
+    """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
@@ -62,8 +73,12 @@ def inner_scheduler(lr_scheduler: Any) -> Any:
 
 
 def scheduler_steps(lr_scheduler: Any) -> int:
-    """How often the inner scheduler is stepped in one optimizer step: Accelerate's wrapper does so once for each
-    process. (Its wrapper for DeepSpeed, a subclass, leaves that to the engine, which does so once.)"""
+    """How often the inner scheduler is stepped in one optimizer step.
+
+    Accelerate's wrapper steps it once for each process. Its wrapper for DeepSpeed leaves that to the engine, which
+    steps it once.
+    """
+    # By the exact name, since the wrapper for DeepSpeed is a subclass.
     if (
         type(lr_scheduler).__name__ != "AcceleratedScheduler"
         or not lr_scheduler.step_with_optimizer

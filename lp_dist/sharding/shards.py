@@ -1,30 +1,34 @@
-"""What of a parameter lies on this rank, and where in the tensors that its optimizer steps. Nothing is gathered.
+"""Which part of a parameter lies on this rank, and where in the tensors that its optimizer steps. Nothing is gathered.
 
-DeepSpeed's private attributes are touched here and in `engines.py` alone, and only in the versions with which they
-were tested.
+Plain tensors and DTensors are located here. `deepspeed.py` gives the locator for DeepSpeed's optimizers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist.sharding.collectives import summed
-from lp_dist.sharding.deepspeed import check_deepspeed_version
-from lp_dist.sharding.engines import live_optimizer, optimizer_of, unwrap, wrapper_of
+from lp_dist.optim.batching import count_zeros, to_local
+from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
+from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
+from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
+from lp_dist.sharding.location import Locator, ShardLocation
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of a parameter on this rank, without padding.
+class LocalShard:
+    """The values of a parameter on this rank, without padding.
 
-    values: a view, flat where it is contiguous. start: its first element in the whole parameter, taken flat; None if
-    it is no contiguous range of it. replica, replicas: of how many ranks that hold the same piece this is which one.
+    Args:
+        values: a view; flat where the shard is contiguous.
+        start: the first element of the shard in the parameter, taken flat. None if it is no contiguous range.
+        replica: the number of this copy among the ranks that hold the same shard.
+        replicas: how many ranks hold the same shard.
     """
 
     values: Tensor
@@ -33,8 +37,12 @@ class Piece:
     replicas: int = 1
 
     @property
-    def share(self) -> Tensor:
-        """What of it this rank counts: of a piece that several ranks hold, each takes an equal slice."""
+    def counted(self) -> Tensor:
+        """The values that this rank counts, so that all ranks together count each value once.
+
+        Ranks that hold the same shard take an equal part each. A shard that is not contiguous is counted by the first
+        of them alone.
+        """
         numel = self.values.numel()
         if not self.values.is_contiguous():
             return self.values if self.replica == 0 else self.values.new_empty(0)
@@ -43,8 +51,8 @@ class Piece:
         ]
 
     @property
-    def first(self) -> int | None:
-        """The first element of `share` in the whole parameter, taken flat; None as for `start`."""
+    def counted_start(self) -> int | None:
+        """The first element of `counted` in the parameter, taken flat; None as for `start`."""
         return None if self.start is None else self.start + self.values.numel() * self.replica // self.replicas
 
 
@@ -53,13 +61,17 @@ class Shard:
     """Where one trainable parameter lies in what this rank's optimizer steps.
 
     Args:
-        name: as of the unwrapped model's `named_parameters()`. param: the model's own parameter.
-        shape: of the whole parameter. start: as of `Piece`.
-        tensor: what the optimizer steps: a flat fp32 shard of many parameters, an fp32 master copy, a DTensor, or the
-            parameter.
-        offset, length: where the piece lies in its local part, taken flat; the length is 0 if nothing of it is on this
-            rank.
-        group: index of its param group. state_of: gives the optimizer's state of `tensor`.
+        name: as of the unwrapped model's `named_parameters()`.
+        param: the model's own parameter.
+        shape: of the parameter before sharding.
+        start: see `ShardLocation`.
+        tensor: see `ShardLocation`.
+        offset: see `ShardLocation`.
+        length: see `ShardLocation`.
+        group: see `ShardLocation`.
+        state_of: returns the optimizer's state of `tensor`.
+        replica: see `ShardLocation`.
+        replicas: see `ShardLocation`.
     """
 
     name: str
@@ -77,28 +89,25 @@ class Shard:
     @property
     def is_on_disk(self) -> bool:
         """Whether NVMe offload has swapped it out."""
-        return not hasattr(self.tensor, "to_local") and self.length > self.tensor.numel()
+        return not is_dtensor(self.tensor) and self.length > self.tensor.numel()
 
     @property
-    def piece(self) -> Piece:
-        """The master values, a view to read and write. Under NVMe offload they are read from the disk, and are a
-        copy.
-        """
+    def local(self) -> LocalShard:
+        """The master values: a view to read and write. Under NVMe offload it is a copy that was read from the disk."""
         if self.is_on_disk:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            values = safe_get_local_fp32_param(self.param)[: self.length].clone()
+            values = read_from_nvme(self.param)[: self.length].clone()
         else:
-            values = self._part(self.tensor.detach())
-        return Piece(values, self.start, self.replica, self.replicas)
+            values = self._view(self.tensor.detach())
+        return LocalShard(values, self.start, self.replica, self.replicas)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Views of the state tensors (exp_avg, ...) of the piece; empty before the first step, and while they are
-        swapped out.
+        """Views of the state tensors (exp_avg, ...) of the shard, by key.
+
+        Empty before the first step, and while NVMe offload has swapped them out.
         """
         return {
-            key: self._part(value)
+            key: self._view(value)
             for key, value in self.state_of(self.tensor).items()
             if key != "step"
             and isinstance(value, Tensor)
@@ -106,79 +115,84 @@ class Shard:
             and self.tensor.numel() >= self.length
         }
 
-    def _part(self, tensor: Tensor) -> Tensor:
-        data = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    def _view(self, tensor: Tensor) -> Tensor:
+        data = to_local(tensor)
         if not data.is_contiguous():
-            return data  # then the piece is all of it
+            # It holds this shard and nothing else.
+            return data
         return data.view(-1)[self.offset : self.offset + self.length]
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank has a part (FSDP2)."""
+    return hasattr(tensor, "to_local")
+
+
 def full_shape(param: Tensor) -> torch.Size:
-    """Shape of the whole parameter. Under zero.Init its own is (0,), and the real one is DeepSpeed's `ds_shape`."""
-    return getattr(param, "ds_shape", param.shape)
+    """Shape of the parameter before sharding, whatever shards it."""
+    shape = zero3_shape(param)
+    return param.shape if shape is None else shape
 
 
-def local_piece(param: Tensor) -> Piece:
-    """The model's own copy of `param` on this rank, whatever holds it: nothing, DDP, ZeRO 1 to 3, FSDP2."""
+def local_shard(param: Tensor) -> LocalShard:
+    """The model's own copy of `param` on this rank: plain, or under DDP, ZeRO 1 to 3, FSDP2."""
+    partition = zero3_partition(param)
+    if partition is not None:
+        return LocalShard(*partition)
     data = param.detach()
-    if hasattr(
-        param, "ds_tensor"
-    ):  # ZeRO-3: a flat piece; the last ranks' ends in padding up to a multiple of the world size
-        piece = param.ds_tensor.detach().view(-1)
-        start = param.ds_tensor.ds_numel * torch.distributed.get_rank(param.ds_process_group)
-        return Piece(piece[: max(0, min(piece.numel(), param.ds_numel - start))], start)
-    if hasattr(data, "to_local"):
-        start, replica, replicas = _dtensor_place(data)
-        return Piece(data.to_local(), start, replica, replicas)
-    return Piece(data, 0, *_ranks())
+    if is_dtensor(data):
+        return LocalShard(to_local(data), *_dtensor_location(data))
+    return LocalShard(data, 0, *rank_and_world_size())
 
 
-def shards(model: Any, optimizer: Any = None) -> list[Shard]:
-    """Where every trainable parameter lies in what this rank's optimizer steps, in the order of `named_parameters()`.
+def locate_shards(model: Any, optimizer: Any = None) -> list[Shard]:
+    """Locates every trainable parameter in what this rank's optimizer steps.
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
-        optimizer: ours, or Accelerate's or DeepSpeed's wrapper of it; a DeepSpeed engine has its own.
-    A parameter that no group holds is left out, a tied one comes once.
-
+        optimizer: ours, or the wrapper of it by Accelerate or DeepSpeed. None for a DeepSpeed engine, which has its
+            own one.
+    Returns:
+        The shards in the order of `named_parameters()`. A parameter that is in no param group is left out. A tied one
+        comes once.
     Raises:
-        RuntimeError: an engine or a version of it that was not tested.
+        ValueError: there is no optimizer.
+        RuntimeError: an engine, or a version of it, that was not tested.
     """
     optimizer = optimizer_of(model, optimizer)
-    wrapper, live = wrapper_of(optimizer), live_optimizer(optimizer)
-    kind = type(wrapper).__name__ if wrapper is not None else ""
-    if kind not in _LOCATORS:
-        raise RuntimeError(
-            f"lp_dist does not know the shards of DeepSpeed's {kind}, only those of ZeRO 0 to 3 and BF16_Optimizer;"
-            " remove what asks for it from the DeepSpeed config"
-        )
-    if wrapper is not None:
-        check_deepspeed_version()
-    locate = _LOCATORS[kind](wrapper, live)
-    found = []
+    wrapper, inner = wrapper_of(optimizer), inner_optimizer(optimizer)
+    locate = _plain_locator(inner) if wrapper is None else shard_locator(wrapper)
+
+    def state_of(tensor: Tensor) -> dict[str, Any]:
+        return inner.state.get(tensor, {})
+
+    shards = []
     for name, param in unwrap(model).named_parameters():
-        place = locate(param) if param.requires_grad else None
-        if place is not None:
-            found.append(
-                Shard(name, param, full_shape(param), state_of=lambda tensor: live.state.get(tensor, {}), **place)
-            )
-    return found
+        location = locate(param) if param.requires_grad else None
+        if location is not None:
+            shards.append(Shard(name, param, full_shape(param), state_of=state_of, **location._asdict()))
+    return shards
 
 
-def all_zero(candidates: list[Shard]) -> list[str]:
-    """Names of those whose parameter is all zeros over all ranks; one small reduction."""
-    counts = torch.tensor([int(torch.count_nonzero(local_piece(shard.param).share)) for shard in candidates])
-    return [shard.name for shard, count in zip(candidates, summed(counts).tolist()) if not count]
+def all_zero_names(shards: list[Shard]) -> list[str]:
+    """Names of the parameters that are all zeros over all ranks. Collective: one small reduction."""
+    nonzero = []
+    for shard in shards:
+        values = local_shard(shard.param).counted
+        nonzero.append(values.numel() - int(count_zeros(values)))
+    counts = all_reduce_sum(torch.tensor(nonzero)).tolist()
+    return [shard.name for shard, count in zip(shards, counts) if not count]
 
 
-def _ranks() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+class _DTensorLocation(NamedTuple):
+    """See `LocalShard`."""
+
+    start: int | None
+    replica: int
+    replicas: int
 
 
-def _dtensor_place(data: Tensor) -> tuple[int | None, int, int]:
-    """First element of the local part in the whole, which replica this rank has, and of how many."""
+def _dtensor_location(data: Any) -> _DTensorLocation:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
@@ -187,123 +201,26 @@ def _dtensor_place(data: Tensor) -> tuple[int | None, int, int]:
         if placement.is_replicate():
             replica, replicas = replica * mesh.size(i) + coordinate[i], replicas * mesh.size(i)
     dims = [placement.dim for placement in data.placements if placement.is_shard()]
-    if len(dims) > 1 or dims not in ([], [0]):  # rows of a matrix in several strips
-        return None, replica, replicas
+    # Rows of a matrix that are split over several ranks: the shard is no contiguous range.
+    if len(dims) > 1 or dims not in ([], [0]):
+        return _DTensorLocation(None, replica, replicas)
     _, offset = compute_local_shape_and_global_offset(data.shape, mesh, data.placements)
     row = data.numel() // max(1, data.shape[0]) if data.ndim else 1
-    return (offset[0] * row if data.ndim else 0), replica, replicas
+    return _DTensorLocation(offset[0] * row if data.ndim else 0, replica, replicas)
 
 
-# Each locator is made from DeepSpeed's optimizer and the live one, and gives a parameter's place as arguments of
-# Shard.
-
-
-def _locate_whole(_: Any, live: Optimizer) -> Callable[[Tensor], dict | None]:
+def _plain_locator(optimizer: Optimizer) -> Locator:
     """Plain, DDP, FSDP2, ZeRO-0 in fp32: the optimizer steps the parameters themselves."""
-    groups = {id(param): i for i, group in enumerate(live.param_groups) for param in group["params"]}
+    groups = {id(param): i for i, group in enumerate(optimizer.param_groups) for param in group["params"]}
 
-    def locate(param: Tensor) -> dict | None:
+    def locate(param: Tensor) -> ShardLocation | None:
         if id(param) not in groups:
             return None
-        if hasattr(param, "to_local"):
-            start, replica, replicas = _dtensor_place(param)
-            length = param.detach().to_local().numel()
+        if is_dtensor(param):
+            start, replica, replicas = _dtensor_location(param)
+            length = to_local(param.detach()).numel()
         else:
-            (start, length), (replica, replicas) = (0, param.numel()), _ranks()
-        return dict(
-            start=start,
-            tensor=param,
-            offset=0,
-            length=length,
-            group=groups[id(param)],
-            replica=replica,
-            replicas=replicas,
-        )
+            start, length, (replica, replicas) = 0, param.numel(), rank_and_world_size()
+        return ShardLocation(start, param, 0, length, groups[id(param)], replica, replicas)
 
     return locate
-
-
-def _locate_copy(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
-    """ZeRO-0 in 16 bits: a whole fp32 copy of each parameter, on every rank."""
-    copies = {
-        id(param): (i, master)
-        for i, (params, masters) in enumerate(zip(wrapper.fp16_groups, wrapper.fp32_groups))
-        for param, master in zip(params, masters)
-    }
-
-    def locate(param: Tensor) -> dict | None:
-        if id(param) not in copies:
-            return None
-        (group, master), (replica, replicas) = copies[id(param)], _ranks()
-        return dict(
-            start=0, tensor=master, offset=0, length=master.numel(), group=group, replica=replica, replicas=replicas
-        )
-
-    return locate
-
-
-def _locate_fragment(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
-    """ZeRO-1, 2 and BF16_Optimizer: one flat fp32 shard per group, and `_hp_mapping` on each parameter that has
-    elements in it.
-    """
-    bf16 = type(wrapper).__name__ == "BF16_Optimizer"
-    if getattr(wrapper, "round_robin_gradients", False):
-        # DeepSpeed 0.19.8 lays the parameters out in another order than the one in which it writes down where they
-        # are; its universal checkpoints and safe_get_full_fp32_param have other parameters' values as well.
-        raise RuntimeError(
-            '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
-            " than the named would decay; remove it from zero_optimization"
-        )
-    flats = wrapper.fp32_groups_flat_partition if bf16 else wrapper.single_partition_of_fp32_groups
-    groups = {
-        id(param): i
-        for i, params in enumerate(wrapper.bf16_groups if bf16 else wrapper.bit16_groups)
-        for param in params
-    }
-
-    def locate(param: Tensor) -> dict | None:
-        if id(param) not in groups:
-            return None
-        group, mapping = groups[id(param)], param._hp_mapping
-        if mapping is None:
-            return dict(start=0, tensor=flats[group], offset=0, length=0, group=group)
-        return dict(
-            start=mapping.lp_fragment_address.start,
-            tensor=flats[group],
-            offset=mapping.hp_fragment_address.start,
-            length=mapping.hp_fragment_address.numel,
-            group=group,
-        )
-
-    return locate
-
-
-def _locate_sub_group(wrapper: Any, _: Optimizer) -> Callable[[Tensor], dict | None]:
-    """ZeRO-3: a flat fp32 shard per sub-group, in which every parameter has an equal part on every rank, the last
-    padded.
-    """
-
-    def locate(param: Tensor) -> dict | None:
-        place = wrapper.grad_position.get(wrapper.get_param_id(param))
-        if place is None:
-            return None
-        sub_group, offset, padded = place
-        start = padded * torch.distributed.get_rank(param.ds_process_group)
-        return dict(
-            start=start,
-            tensor=wrapper.fp32_partitioned_groups_flat[sub_group],
-            offset=offset,
-            length=max(0, min(padded, param.ds_numel - start)),
-            group=wrapper.sub_group_to_group_id[sub_group],
-        )
-
-    return locate
-
-
-_LOCATORS = {
-    "": _locate_whole,
-    "FP16_UnfusedOptimizer": _locate_copy,
-    "DeepSpeedZeroOptimizer": _locate_fragment,
-    "BF16_Optimizer": _locate_fragment,
-    "DeepSpeedZeroOptimizer_Stage3": _locate_sub_group,
-}

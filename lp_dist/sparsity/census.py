@@ -3,66 +3,108 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lp_dist.optim import batching
-from lp_dist.sharding.collectives import summed
+from lp_dist.optim.batching import count_zeros
+from lp_dist.sharding.collectives import all_reduce_sum
 from lp_dist.sharding.shards import Shard
+
+
+class ZeroCount(NamedTuple):
+    """Exact zeros among some weights, and how many weights they are."""
+
+    zeros: int
+    elements: int
 
 
 @dataclass(frozen=True)
 class Census:
-    """counts: zeros and elements of each shard's parameter. dead, rows: rows (output channels of a linear layer) that
-    are all zeros, and all.
+    """What was counted over all ranks.
 
-    All over all ranks. Where a shard is no contiguous range of its parameter, no rows are known.
+    Args:
+        counts: of each shard's parameter.
+        dead_rows: rows (output channels of a linear layer) that are all zeros. Rows of a shard that is no contiguous
+            range of its parameter are not known, and do not count.
+        rows: dead or not.
     """
 
-    counts: list[tuple[int, int]]
-    dead: int
+    counts: list[ZeroCount]
+    dead_rows: int
     rows: int
 
 
 def census(shards: list[Shard]) -> Census:
-    """Counts in one pass over the weights, and two reductions: of two numbers a parameter, and of one a row."""
-    numel, by_row, alone = [], {}, {}  # non-zero weights: of each row, and of shards whose rows are not known
+    """Counts zeros and dead rows of the masters in one pass over the weights. Collective.
+
+    It takes two reductions: of two numbers a parameter, and of one number a row.
+
+    Args:
+        shards: of the parameters to count, the same ones on every rank.
+    """
+    numel: list[int] = []
+    # Non-zero weights: of each row, and of each shard whose rows are not known.
+    by_row: dict[int, Tensor] = {}
+    by_shard: dict[int, Tensor] = {}
     for i, shard in enumerate(shards):
-        piece = shard.piece
-        values = piece.share.reshape(-1)
+        local = shard.local
+        values = local.counted.reshape(-1)
         numel.append(values.numel())
-        if piece.first is None or not len(shard.shape):
-            alone[i] = values.numel() - batching.count_zeros(values)
+        if local.counted_start is None or not len(shard.shape):
+            by_shard[i] = values.numel() - count_zeros(values)
         else:
-            by_row[i] = _by_row(values, piece.first, shard.shape[0], shard.shape.numel() // max(1, shard.shape[0]))
-    alive = _on_host(list(by_row.values()), torch.int32)
-    nonzero = dict(zip(alone, _on_host([count.view(1) for count in alone.values()], torch.int64).tolist()))
-    nonzero |= {i: int(rows.sum()) for i, rows in zip(by_row, alive.split([len(rows) for rows in by_row.values()]))}
-    found = summed(torch.tensor([[n - nonzero[i], n] for i, n in enumerate(numel)], dtype=torch.int64).view(-1, 2))
-    every = summed(alive)
-    return Census([(zeros, elements) for zeros, elements in found.tolist()], int((every == 0).sum()), every.numel())
+            height = shard.shape[0]
+            width = shard.shape.numel() // max(1, height)
+            by_row[i] = _nonzero_by_row(values, local.counted_start, height, width)
+    row_counts = concatenate_on_host(list(by_row.values()), torch.int32)
+    shard_counts = concatenate_on_host([count.view(1) for count in by_shard.values()], torch.int64)
+    nonzero: dict[int, int] = dict(zip(by_shard, shard_counts.tolist()))
+    nonzero |= {
+        i: int(rows.sum()) for i, rows in zip(by_row, row_counts.split([len(rows) for rows in by_row.values()]))
+    }
+    counts = torch.tensor([[n - nonzero[i], n] for i, n in enumerate(numel)], dtype=torch.int64).view(-1, 2)
+    counts = all_reduce_sum(counts)
+    row_counts = all_reduce_sum(row_counts)
+    return Census(
+        [ZeroCount(zeros, elements) for zeros, elements in counts.tolist()],
+        int((row_counts == 0).sum()),
+        row_counts.numel(),
+    )
 
 
-def _on_host(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One after the other, by one wait; they may lie on several devices where some of the weights are offloaded."""
+def concatenate_on_host(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenates vectors on the CPU with one wait for the device.
+
+    Args:
+        tensors: vectors of `dtype`, on several devices where some of the weights are offloaded.
+        dtype: of the result if there are no tensors.
+    """
     return torch.cat([t.to(tensors[0].device) for t in tensors] or [torch.zeros(0, dtype=dtype)]).cpu()
 
 
-def _by_row(values: Tensor, start: int, height: int, width: int) -> Tensor:
-    """Non-zero weights of each of `height` rows, int32. values: a range of the parameter that begins at `start`, taken
-    flat.
+def _nonzero_by_row(values: Tensor, start: int, height: int, width: int) -> Tensor:
+    """Non-zero weights of each row of a matrix: int32 [height], on the device of `values`.
+
+    Args:
+        values: a range of the matrix, taken flat.
+        start: the first element of the range.
+        height: rows of the matrix.
+        width: elements of a row.
     """
 
-    def counted(some: Tensor) -> Tensor:
-        return some.view(torch.int8).view(-1, width).sum(1, dtype=torch.int32)
+    def count(nonzero: Tensor) -> Tensor:
+        return nonzero.view(torch.int8).view(-1, width).sum(1, dtype=torch.int32)
 
     if values.numel() == height * width and values.numel():
-        return counted(values.bool())  # a cast, several times as fast as a comparison
+        # A cast, several times as fast as a comparison.
+        return count(values.bool())
     rows = torch.zeros(height, dtype=torch.int32, device=values.device)
     if values.numel():
         first, last = start // width, (start + values.numel() - 1) // width
-        some = torch.zeros((last - first + 1) * width, dtype=torch.bool, device=values.device)  # whole rows
-        some[start - first * width :][: values.numel()].copy_(values)
-        rows[first : last + 1] = counted(some)
+        # The range, filled up to complete rows.
+        nonzero = torch.zeros((last - first + 1) * width, dtype=torch.bool, device=values.device)
+        nonzero[start - first * width :][: values.numel()].copy_(values)
+        rows[first : last + 1] = count(nonzero)
     return rows

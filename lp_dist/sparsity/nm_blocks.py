@@ -1,96 +1,129 @@
-"""N:M blocks on shards: which parameters have them, which blocks lie on several ranks, and what a target looks at of
-them.
-"""
+"""Slices of parameters with N:M blocks, for the quantiles of their saliency."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lp_dist.optim import nm
-from lp_dist.optim.nm import Straddling
+from lp_dist.optim.nm import BlockEntries, SplitBlocks
 from lp_dist.sharding.shards import Shard
-from lp_dist.sparsity.quantiles import Part, stride_of
+from lp_dist.sparsity.quantiles import ScoredSlice, sample_stride
 
 
-def parts(
+class _ShardEnd(NamedTuple):
+    """Entries of one split block, at the beginning or the end of a shard.
+
+    Args:
+        scope: of the shard.
+        shard: of the parameter.
+        start: the first entry in the parameter, taken flat.
+        stride: of the sample of blocks.
+        offset: the first entry in the shard.
+        length: entries.
+    """
+
+    scope: str
+    shard: Shard
+    start: int
+    stride: int
+    offset: int
+    length: int
+
+
+def scored_blocks(
     scoped: list[tuple[str, Shard]],
     values_of: Callable[[Shard], dict[str, Any]],
     pattern: str,
-    divided: Straddling | None,
-    whole: bool,
+    split_blocks: SplitBlocks | None,
+    all_local: bool,
     elements: dict[str, int] | None = None,
-) -> list[Part]:
-    """What a target looks at, in which the x of what is spared is inf. Collective where blocks lie on several ranks.
+) -> list[ScoredSlice]:
+    """Slices of all shards with a pattern, in which kept weights have a saliency of inf.
+
+    Collective if there are split blocks.
 
     Args:
-        scoped: scopes and shards, the same ones on every rank. divided: these blocks. whole: all that lies here, also
-            what another rank counts.
-        elements: of each scope, for samples of it (`stride_of`) by whole blocks, the same ones however the parameters
-            are sharded.
+        scoped: scopes and shards, the same ones on every rank.
+        values_of: gives the hyperparameters of a shard's parameter, see `ScoredSlice`.
+        pattern: "2:4" or "4:8".
+        split_blocks: the blocks that lie on several ranks; None if there are none.
+        all_local: all weights on this rank, also those that another rank counts.
+        elements: by scope, its weights over all ranks, to take a sample. It consists of complete blocks, and of the
+            same ones however the parameters are sharded.
     """
-    n, m = nm.parse(pattern)
-    found: list[Part] = []
-    ends: list[tuple[str, Shard, int, int, int]] = []  # scope, shard, stride, where in what lies here, how much
+    n, m = nm.parse_pattern(pattern)
+    slices: list[ScoredSlice] = []
+    ends: list[_ShardEnd] = []
     for scope, shard in scoped:
-        stride = stride_of(shard, elements[scope], m) if elements is not None else 1
-        head, middle = nm.spans(shard.start, shard.length, m)
-        found.append(
-            Part.of(
-                scope, shard, values_of(shard), take=_blocks(shard, head, middle, m, whole, stride), pattern=(n, m)
-            )
-        )
+        # `attach` has refused shards that are no contiguous range.
+        assert shard.start is not None
+        stride = sample_stride(shard, elements[scope], m) if elements is not None else 1
+        head, middle = nm.split_at_blocks(shard.start, shard.length, m)
+        take = _complete_blocks(shard, shard.start, head, middle, m, all_local, stride)
+        slices.append(ScoredSlice.from_shard(scope, shard, values_of(shard), take=take, pattern=(n, m)))
         ends += [
-            (scope, shard, stride, at, length)
-            for at, length in ((0, head), (head + middle, shard.length - head - middle))
+            _ShardEnd(scope, shard, shard.start + offset, stride, offset, length)
+            for offset, length in ((0, head), (head + middle, shard.length - head - middle))
             if length
         ]
-    if divided is None:
-        return found
-    mine = []
-    for scope, shard, _, at, length in ends:
-        ((_, _, x),) = Part.of(scope, shard, values_of(shard), take=_range(at, length)).x()
-        mine.append((shard.name, shard.start + at, nm.keys_of(x)))
-    for (scope, shard, stride, at, length), marks in zip(
-        ends, divided.spared({shard.name: (n, m) for _, shard in scoped}, mine)
-    ):
-        if (shard.start + at) // m % stride:  # an end lies in one block, which is not of the sample
+    if split_blocks is None:
+        return slices
+    entries = []
+    for end in ends:
+        take = _range(end.offset, end.length)
+        (tile,) = ScoredSlice.from_shard(end.scope, end.shard, values_of(end.shard), take=take).saliency()
+        entries.append(BlockEntries(end.shard.name, end.start, nm.ranking_keys(tile.saliency)))
+    patterns = {shard.name: (n, m) for _, shard in scoped}
+    for end, flags in zip(ends, split_blocks.kept(patterns, entries)):
+        # The entries of an end are of one block. It may be left out of the sample.
+        if end.start // m % end.stride:
             continue
-        for spared, some in groupby(range(length), marks.__getitem__):
-            here = list(some)
-            found.append(
-                Part.of(
-                    scope,
-                    shard,
-                    values_of(shard),
-                    take=_range(at + here[0], len(here)),
-                    pattern=(1, 1) if spared else None,
+        for kept, run in groupby(range(end.length), flags.__getitem__):
+            positions = list(run)
+            slices.append(
+                ScoredSlice.from_shard(
+                    end.scope,
+                    end.shard,
+                    values_of(end.shard),
+                    take=_range(end.offset + positions[0], len(positions)),
+                    pattern=(1, 1) if kept else None,
                 )
             )
-    return found
+    return slices
 
 
-def _range(at: int, length: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.reshape(-1)[at : at + length]
+def _range(offset: int, length: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.reshape(-1)[offset : offset + length]
 
 
-def _blocks(shard: Shard, head: int, middle: int, m: int, whole: bool, stride: int) -> Callable[[Tensor], Tensor]:
-    """Of what lies here, every so many of the whole blocks; of a piece that several ranks hold, each takes an equal
-    part unless it is `whole`.
+def _complete_blocks(
+    shard: Shard, start: int, head: int, middle: int, m: int, all_local: bool, stride: int
+) -> Callable[[Tensor], Tensor]:
+    """Selects the complete blocks of a shard, every `stride`-th of the parameter.
+
+    Of a shard that several ranks hold each takes an equal part, unless `all_local` is set.
+
+    Args:
+        shard: of the parameter.
+        start: the first element of the shard in the parameter, taken flat.
+        head: elements of the shard before its first complete block.
+        middle: elements in complete blocks.
+        m: elements of a block.
+        all_local: all complete blocks on this rank.
+        stride: of the sample of blocks.
     """
     blocks = middle // m
-    first, last = (
-        (0, blocks)
-        if whole
-        else (blocks * shard.replica // shard.replicas, blocks * (shard.replica + 1) // shard.replicas)
-    )
-    begins = (shard.start + head) // m + first
+    first, last = 0, blocks
+    if not all_local:
+        first, last = blocks * shard.replica // shard.replicas, blocks * (shard.replica + 1) // shard.replicas
+    number = (start + head) // m + first
 
     def take(tensor: Tensor) -> Tensor:
-        mine = tensor.reshape(-1)[head + first * m : head + last * m]
-        return mine if stride == 1 else mine.view(-1, m)[-begins % stride :: stride].reshape(-1)
+        selected = tensor.reshape(-1)[head + first * m : head + last * m]
+        return selected if stride == 1 else selected.view(-1, m)[-number % stride :: stride].reshape(-1)
 
     return take

@@ -1,250 +1,348 @@
-"""The weights that a target looks at: order statistics of x over all ranks, from sums of histograms and never from
-gathered weights.
-"""
+"""Quantiles of the saliency over all ranks, from sums of histograms and never from gathered weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lp_dist.optim import batching, decay, latent, nm
-from lp_dist.sharding.collectives import summed
-from lp_dist.sharding.shards import Piece, Shard
+from lp_dist.optim import batching, decay, nm
+from lp_dist.optim.latent import with_latents
+from lp_dist.sharding.collectives import all_reduce_sum
+from lp_dist.sharding.shards import LocalShard, Shard
 
-# A positive fp32 has 31 bits, and their order is that of the numbers: 11 of them, then 10, then 10 more.
+# A positive fp32 has 31 bits, and their order is that of the numbers. The passes read 11 of them, then 10, then 10.
 _BITS = (11, 10, 10)
-_INFINITY = 0x7F800000  # nan lies beyond it
-LARGEST = torch.finfo(torch.float32).max
-# Weights of a scope that are enough to see where its x lie: a share of them is that of all within 0.003 (one standard
-# deviation).
-_SAMPLE = 1 << 15
-_TOGETHER = 1 << 20  # weights of small parts that are joined at most, for about 50 bytes each while they are looked at
+# Nan has larger bits.
+_INFINITY = 0x7F800000
+MAX_SALIENCY = torch.finfo(torch.float32).max
+# Weights of a scope that are enough to estimate a quantile. The fraction of a sample below a threshold is that of all
+# weights within 0.003 (one standard deviation).
+SAMPLE_SIZE = 1 << 15
+# The most weights of small slices that are scored together. They take about 50 bytes each meanwhile.
+_JOINED_SIZE = 1 << 20
+
+
+class ScoredTile(NamedTuple):
+    """A tile of a `ScoredSlice`: its tensors are flat, and of equal length.
+
+    Args:
+        weights: a view if the slice is contiguous.
+        latents: a view if the slice is contiguous; None without latent weights.
+        saliency: fp32.
+    """
+
+    weights: Tensor
+    latents: Tensor | None
+    saliency: Tensor
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank looks at of one parameter.
+class ScoredSlice:
+    """Weights of one parameter on this rank, from which their saliency can be computed.
 
     Args:
-        scope: the name of what shares a threshold with it.
-        weights: the fp32 masters, a view; those that this rank counts, a sample of them, or all that lie here.
-        second: Adam's v of them where x is preconditioned, else None.
-        values: p, precondition, betas and eps that hold for it. step: Adam's.
-        memory: Adam's m of them where weights that are zero may be latent in it (see `latents.py`), else None.
-        pattern: N and M where they are whole blocks: the x of those that are spared is inf, and finite of all others.
-            None: no blocks.
+        scope: the name of the set of weights that share a threshold.
+        weights: the fp32 masters, a view; those that this rank counts, a sample of them, or all on this rank.
+        exp_avg_sq: Adam's second moment of them, if the saliency is preconditioned; else None.
+        values: the p, precondition, betas and eps of the parameter.
+        step: Adam's step count.
+        latents: Adam's first moment of them, if it holds the latent values of weights that are zero (see
+            `lp_dist.optim.latent`); else None.
+        pattern: N and M, if the weights are complete blocks of a pattern. Kept weights then have a saliency of inf,
+            and all others a finite one. (1, 1) keeps all. None: no blocks.
     """
 
     scope: str
     weights: Tensor
-    second: Tensor | None
+    exp_avg_sq: Tensor | None
     values: dict[str, Any]
     step: float
-    memory: Tensor | None = None
+    latents: Tensor | None = None
     pattern: tuple[int, int] | None = None
 
     @classmethod
-    def of(
+    def from_shard(
         cls,
         scope: str,
         shard: Shard,
         values: dict[str, Any],
-        whole: bool = False,
+        all_local: bool = False,
         stride: int = 1,
         latent: bool = False,
         take: Callable[[Tensor], Tensor] | None = None,
         pattern: tuple[int, int] | None = None,
-    ) -> Part:
-        """whole: all that lies on this rank, also what another rank counts. latent: zeros may hide weights. stride:
-        every so many weights of the parameter; they are the same ones however it is sharded (unless a shard is no
-        contiguous range of it). take: gives these from what lies here, instead of the two.
+    ) -> ScoredSlice:
+        """Takes the weights of a shard, and the optimizer's state of them.
+
+        Args:
+            scope: see `ScoredSlice`.
+            shard: of the parameter.
+            values: see `ScoredSlice`.
+            all_local: all weights on this rank, also those that another rank counts.
+            stride: take every `stride`-th weight of the parameter. These are the same weights however it is sharded,
+                unless a shard is no contiguous range of it.
+            latent: weights that are zero may be latent.
+            take: selects the weights from a tensor of the shard, instead of `all_local` and `stride`.
+            pattern: see `ScoredSlice`.
         """
 
-        def mine(tensor: Tensor) -> Tensor:
+        def select(tensor: Tensor) -> Tensor:
             if take is not None:
                 return take(tensor)
-            if whole:
+            if all_local:
                 return tensor
-            piece = Piece(tensor, shard.start, shard.replica, shard.replicas)
-            return piece.share if stride == 1 else piece.share.reshape(-1)[-(piece.first or 0) % stride :: stride]
+            local = LocalShard(tensor, shard.start, shard.replica, shard.replicas)
+            if stride == 1:
+                return local.counted
+            return local.counted.reshape(-1)[-(local.counted_start or 0) % stride :: stride]
 
-        weights, second, step = mine(shard.piece.values), None, 0.0
+        weights, exp_avg_sq, step = select(shard.local.values), None, 0.0
         state = shard.state if shard.length else {}
-        memory = mine(state["exp_avg"]) if latent and state else None
+        latents = select(state["exp_avg"]) if latent and state else None
         if values.get("precondition") and shard.length:
-            # Without a gradient so far there is no state, and √v̂ is 0
-            second, step = (
-                (mine(state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"]))
-                if state
-                else (torch.zeros_like(weights), 1.0)
-            )
-        return cls(scope, weights, second, values, step, memory, pattern)
+            if state:
+                exp_avg_sq, step = select(state["exp_avg_sq"]), float(shard.state_of(shard.tensor)["step"])
+            else:
+                # Without a gradient so far there is no state, and √v̂ is 0.
+                exp_avg_sq, step = torch.zeros_like(weights), 1.0
+        return cls(scope, weights, exp_avg_sq, values, step, latents, pattern)
 
-    def x(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """Slices of the weights and of the memory (views where they are contiguous) and their x, as the decay would
-        compute it now.
-        """
-        seconds, memories = (batching.pieces(t) if t is not None else None for t in (self.second, self.memory))
-        for i, weights in enumerate(batching.pieces(self.weights)):
-            memory = memories[i] if memories is not None else None
-            x = decay.resistance([latent.seen(weights, memory)], self.values["p"])
-            if seconds is not None:
+    def saliency(self) -> Iterator[ScoredTile]:
+        """Computes the saliency tile by tile, as the decay would compute it now."""
+        exp_avg_sq = None if self.exp_avg_sq is None else batching.tiles(self.exp_avg_sq)
+        latents = None if self.latents is None else batching.tiles(self.latents)
+        for i, w in enumerate(batching.tiles(self.weights)):
+            latent_w = None if latents is None else latents[i]
+            x = decay.saliency([with_latents(w, latent_w)], self.values["p"])
+            if exp_avg_sq is not None:
                 beta2 = float(self.values["betas"][1])
-                denom = (seconds[i].sqrt() / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
+                denom = (exp_avg_sq[i].sqrt() / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
                 decay.precondition_(x, [denom], self.values["precondition"])
-            found = x[0].float()
+            saliency = x[0].float()
             if self.pattern is not None:
-                nm.spare_([found.clamp_(max=LARGEST)], *self.pattern)
-            yield weights, memory, found
+                nm.keep_largest_([saliency.clamp_(max=MAX_SALIENCY)], *self.pattern)
+            yield ScoredTile(w, latent_w, saliency)
 
 
-def stride_of(shard: Shard, elements: int, block: int = 1) -> int:
-    """For `Part.of`: a sample of a scope of `elements` weights, evenly over the columns (or blocks of them) of each
-    parameter, since whole columns may be small."""
+def sample_stride(shard: Shard, elements: int, block: int = 1) -> int:
+    """The stride that samples a scope evenly over the columns of each parameter, since whole columns may be small.
+
+    Args:
+        shard: of a parameter in the scope.
+        elements: weights of the scope over all ranks.
+        block: take every so many blocks of this length instead of every so many weights.
+    Returns:
+        For `ScoredSlice.from_shard`.
+    """
     width = shard.shape[-1] // block if len(shard.shape) else 1
-    return next(stride for stride in range(max(1, elements // _SAMPLE), 0, -1) if math.gcd(stride, width) == 1)
+    return next(stride for stride in range(max(1, elements // SAMPLE_SIZE), 0, -1) if math.gcd(stride, width) == 1)
 
 
-def smallest(
-    parts: list[Part], ranks: dict[str, int], passes: int, elements: dict[str, int] | None = None
+def thresholds_at(
+    slices: list[ScoredSlice], ranks: dict[str, int], passes: int, elements: dict[str, int] | None = None
 ) -> dict[str, float]:
-    """For each scope the smallest threshold at or below which `ranks[scope]` weights have their x; 0.0 for a rank of
-    0.
+    """The threshold of each scope at or below which a given number of weights have their saliency.
 
-    elements: of each scope, where the parts are samples of it: a rank is then taken in proportion. Each pass reads the
-    weights once and sums one histogram over the ranks. After two the threshold is exact to a part in 8,192 and not
-    below the exact one; after three it is the exact one.
+    Each pass reads the weights once, and sums one histogram over the ranks. Collective.
+
+    Args:
+        slices: of the weights that this rank counts.
+        ranks: by scope, how many weights are to be at or below its threshold; the same on every rank.
+        passes: 2 or 3. After two passes a threshold is at most 1/8,192 of itself above the exact one, and not below
+            it. After three it is the smallest one, exactly.
+        elements: by scope, its weights over all ranks, if the slices are samples; `ranks` are then scaled down.
+    Returns:
+        By scope; 0.0 where its rank is 0.
     """
     scopes = list(ranks)
-    prefix, left, used = [0] * len(scopes), torch.tensor([ranks[scope] for scope in scopes]), 0
+    remaining = torch.tensor([ranks[scope] for scope in scopes])
+    # The first bits of each scope's threshold, as far as they are known, and how many these are.
+    prefixes, known_bits = [0] * len(scopes), 0
     for bits in _BITS[:passes]:
-        shift, width = 31 - used - bits, 1 << bits
+        shift, width = 31 - known_bits - bits, 1 << bits
         counts = torch.zeros(len(scopes), width, dtype=torch.int64)
-        for rows, x, which in _xs(parts, scopes, together=elements is not None):
-            pattern = x.view(torch.int32)
-            bins = (pattern >> shift) & (width - 1)
-            if which is not None:
-                bins = bins + width * which
-            if used:  # the numbers that begin as found so far
-                begun = torch.tensor([prefix[row] for row in rows], dtype=torch.int32)
-                bins = bins[(pattern >> (31 - used)) == (int(begun) if which is None else begun.to(x.device)[which])]
+        for rows, saliency, row_of in _scores(slices, scopes, join=elements is not None):
+            fp32_bits = saliency.view(torch.int32)
+            bins = (fp32_bits >> shift) & (width - 1)
+            if row_of is not None:
+                bins = bins + width * row_of
+            if known_bits:
+                # Only the numbers that begin with the known bits.
+                prefix = torch.tensor([prefixes[row] for row in rows], dtype=torch.int32)
+                expected = int(prefix) if row_of is None else prefix.to(saliency.device)[row_of]
+                bins = bins[(fp32_bits >> (31 - known_bits)) == expected]
             counts[rows] += torch.bincount(bins, minlength=len(rows) * width).view(len(rows), width).cpu()
-        below = summed(counts).cumsum(1).cpu()
-        if elements is not None and not used:
-            left = torch.tensor(
-                [round(ranks[scope] * seen / elements[scope]) for scope, seen in zip(scopes, below[:, -1].tolist())]
+        cumulative = all_reduce_sum(counts).cumsum(1).cpu()
+        if elements is not None and not known_bits:
+            sampled = cumulative[:, -1].tolist()
+            remaining = torch.tensor(
+                [round(ranks[scope] * count / elements[scope]) for scope, count in zip(scopes, sampled)]
             )
-        found = torch.searchsorted(below, left[:, None])
-        left = left - below.gather(1, (found - 1).clamp(0))[:, 0] * (found[:, 0] > 0)
-        prefix = [old << bits | bin_ for old, bin_ in zip(prefix, found[:, 0].tolist())]
-        used += bits
-    uppermost = [min((p + 1 << 31 - used) - 1, _INFINITY) for p in prefix]  # the largest number with these first bits
+        bin_of = torch.searchsorted(cumulative, remaining[:, None])
+        remaining = remaining - cumulative.gather(1, (bin_of - 1).clamp(0))[:, 0] * (bin_of[:, 0] > 0)
+        prefixes = [prefix << bits | bin_ for prefix, bin_ in zip(prefixes, bin_of[:, 0].tolist())]
+        known_bits += bits
+    # The largest number that begins with these bits.
+    uppermost = [min((prefix + 1 << 31 - known_bits) - 1, _INFINITY) for prefix in prefixes]
     thresholds = torch.tensor(uppermost, dtype=torch.int32).view(torch.float32).tolist()
     return {scope: value if ranks[scope] else 0.0 for scope, value in zip(scopes, thresholds)}
 
 
-def share_below(parts: list[Part], thresholds: dict[str, float]) -> dict[str, float]:
-    """For each scope the share of what its parts hold, over all ranks, with x at or below its threshold."""
+def fraction_at_or_below(slices: list[ScoredSlice], thresholds: dict[str, float]) -> dict[str, float]:
+    """The fraction of the weights of each scope with a saliency at or below its threshold, over all ranks.
+
+    Collective: one reduction.
+
+    Args:
+        slices: of the weights that this rank counts, or samples of them.
+        thresholds: by scope.
+    Returns:
+        By scope, 0 to 1.
+    """
     scopes = list(thresholds)
     counts = torch.zeros(len(scopes), 2, dtype=torch.int64)
-    for rows, x, which in _xs(parts, scopes, together=True):
-        which = torch.zeros_like(x, dtype=torch.int64) if which is None else which
-        limits = torch.tensor([thresholds[scopes[row]] for row in rows], device=x.device)
+    for rows, saliency, row_of in _scores(slices, scopes, join=True):
+        row_of = torch.zeros_like(saliency, dtype=torch.int64) if row_of is None else row_of
+        limits = torch.tensor([thresholds[scopes[row]] for row in rows], device=saliency.device)
+        below = row_of[saliency <= limits[row_of]]
         counts[rows] += torch.stack(
-            [torch.bincount(of, minlength=len(rows)) for of in (which[x <= limits[which]], which)], dim=1
+            [torch.bincount(numbers, minlength=len(rows)) for numbers in (below, row_of)], dim=1
         ).cpu()
-    return {scope: below / max(1, all_) for scope, (below, all_) in zip(scopes, summed(counts).tolist())}
+    return {scope: below / max(1, total) for scope, (below, total) in zip(scopes, all_reduce_sum(counts).tolist())}
 
 
-def _xs(parts: list[Part], scopes: list[str], together: bool) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-    """Numbers of scopes, x, and which of these scopes each x is of; None where there is one.
+class _Scores(NamedTuple):
+    """Saliencies of one or several scopes.
 
-    together: small parts are joined, as for samples: on an accelerator a call takes longer than the weights of many
-    parts. Else each part is taken as `zero_below` takes it, whose x are to be the same bits.
+    Args:
+        rows: numbers of these scopes.
+        saliency: fp32 [weights].
+        row_of: int64 [weights], the position in `rows` of each weight's scope. None if there is one scope.
+    """
+
+    rows: list[int]
+    saliency: Tensor
+    row_of: Tensor | None
+
+
+def _scores(slices: list[ScoredSlice], scopes: list[str], join: bool) -> Iterator[_Scores]:
+    """The saliencies of all slices.
+
+    Args:
+        slices: of any of the scopes.
+        scopes: their positions are the numbers of scopes.
+        join: score small slices together: on an accelerator a call takes longer than the weights of many of them. Not
+            joined, each slice is scored as `zero_at_or_below` does it, with the same bits.
     """
     number = {scope: i for i, scope in enumerate(scopes)}
-    for batch in _batches(parts) if together else ([part] for part in parts):
-        rows, lengths = [number[part.scope] for part in batch], [part.weights.numel() for part in batch]
-        one = batch[0]
+    for batch in _batches(slices) if join else ([scored] for scored in slices):
+        numbers, lengths = [number[scored.scope] for scored in batch], [scored.weights.numel() for scored in batch]
+        joined = batch[0]
         if len(batch) > 1:
-            weights, second, memory = (
-                torch.cat([t.reshape(-1) for t in ts]) if ts[0] is not None else None
-                for ts in zip(*((part.weights, part.second, part.memory) for part in batch))
+            joined = ScoredSlice(
+                joined.scope,
+                torch.cat([scored.weights.reshape(-1) for scored in batch]),
+                _joined(scored.exp_avg_sq for scored in batch),
+                joined.values,
+                joined.step,
+                _joined(scored.latents for scored in batch),
+                joined.pattern,
             )
-            one = Part(one.scope, weights, second, one.values, one.step, memory, one.pattern)
-        distinct = sorted(set(rows))
-        which = None
-        if len(distinct) > 1:  # then it is one slice
-            runs = torch.tensor([[distinct.index(row) for row in rows], lengths]).to(one.weights.device)
-            which = torch.repeat_interleave(*runs, output_size=sum(lengths))
-        yield from ((distinct, x, which) for _, _, x in one.x())
+        rows = sorted(set(numbers))
+        row_of = None
+        if len(rows) > 1:
+            # Slices are joined up to the size of a tile, so there is one tile.
+            repeats = torch.tensor([[rows.index(row) for row in numbers], lengths]).to(joined.weights.device)
+            row_of = torch.repeat_interleave(*repeats, output_size=sum(lengths))
+        yield from (_Scores(rows, tile.saliency, row_of) for tile in joined.saliency())
 
 
-def _batches(parts: list[Part]) -> Iterator[list[Part]]:
-    """Parts whose x is computed alike, as many as may be joined, or one that is more."""
-    kinds: dict[tuple, list[Part]] = {}
-    for part in parts:
-        if part.weights.numel():
-            values = tuple(str(part.values.get(key)) for key in ("p", "precondition", "betas", "eps"))
-            kinds.setdefault(
-                (
-                    part.weights.device,
-                    part.weights.dtype,
-                    *values,
-                    part.second is None,
-                    part.memory is None,
-                    part.step,
-                    part.pattern,
-                ),
-                [],
-            ).append(part)
+def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """The tensors in one, flat; None where there are none."""
+    present = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
+def _batches(slices: list[ScoredSlice]) -> Iterator[list[ScoredSlice]]:
+    """Slices whose saliency is computed alike: as many as may be joined, or a single larger one."""
+    kinds: dict[tuple[Any, ...], list[ScoredSlice]] = {}
+    for scored in slices:
+        if scored.weights.numel():
+            kind = (
+                scored.weights.device,
+                scored.weights.dtype,
+                *(str(scored.values.get(key)) for key in ("p", "precondition", "betas", "eps")),
+                scored.exp_avg_sq is None,
+                scored.latents is None,
+                scored.step,
+                scored.pattern,
+            )
+            kinds.setdefault(kind, []).append(scored)
     for alike in kinds.values():
-        batch: list[Part] = []
+        batch: list[ScoredSlice] = []
         size = 0
-        for part in alike:
-            if batch and size + part.weights.numel() > min(_TOGETHER, batching.limit(part.weights.device)):
+        for scored in alike:
+            most = min(_JOINED_SIZE, batching.tile_size(scored.weights.device))
+            if batch and size + scored.weights.numel() > most:
                 yield batch
                 batch, size = [], 0
-            batch.append(part)
-            size += part.weights.numel()
+            batch.append(scored)
+            size += scored.weights.numel()
         yield batch
 
 
 @torch.no_grad()
-def zero_below(parts: list[Part], thresholds: dict[str, float]) -> None:
-    """Sets the weights with x ≤ the threshold of their scope to zero, in place, and their memory if they have one: it
-    is no momentum of a zero.
+def zero_at_or_below(slices: list[ScoredSlice], thresholds: dict[str, float]) -> None:
+    """Sets weights to zero whose saliency is at or below the threshold of their scope, in place.
+
+    Their latent values, if there are any, become zero too: the first moment is no momentum of a weight that is zero.
+
+    Args:
+        slices: of all weights on this rank.
+        thresholds: by scope; 0.0 or less changes nothing.
+    Raises:
+        RuntimeError: the weights on this rank are not contiguous.
     """
-    for part in parts:
-        if thresholds[part.scope] > 0.0:
-            _check_contiguous(part)
-            for weights, memory, x in part.x():
-                dead = x <= thresholds[part.scope]
-                for tensor in (weights, memory) if memory is not None else (weights,):
-                    tensor.masked_fill_(dead, 0.0)
+    for scored in slices:
+        if thresholds[scored.scope] > 0.0:
+            _check_contiguous(scored)
+            for weights, latents, saliency in scored.saliency():
+                below = saliency <= thresholds[scored.scope]
+                for tensor in (weights, latents) if latents is not None else (weights,):
+                    tensor.masked_fill_(below, 0.0)
 
 
 @torch.no_grad()
-def settle(parts: list[Part], thresholds: dict[str, float]) -> None:
-    """Ends the hiding, in place: latent weights with x above the threshold of their scope are weights again, the
-    others are lost. The memory of all zeros is empty then."""
-    for part in parts:
-        if part.memory is None:  # nothing of it is latent, or on this rank
+def restore_latent(slices: list[ScoredSlice], thresholds: dict[str, float]) -> None:
+    """Writes latent weights back into the model, in place, if their saliency is above the threshold of their scope.
+
+    The other latent weights are lost. Adam's first moment is zero afterwards for all weights that were zero before.
+
+    Args:
+        slices: of all weights on this rank. Those without latents are left alone.
+        thresholds: by scope.
+    Raises:
+        RuntimeError: the weights on this rank are not contiguous.
+    """
+    for scored in slices:
+        # No weight of it is latent, or none is on this rank.
+        if scored.latents is None:
             continue
-        _check_contiguous(part)
-        for weights, memory, x in part.x():
-            hidden = weights == 0
-            weights.copy_(torch.where(hidden & (x > thresholds[part.scope]), memory, weights))
-            memory.masked_fill_(hidden, 0.0)
+        _check_contiguous(scored)
+        for weights, latents, saliency in scored.saliency():
+            assert latents is not None
+            was_latent = weights == 0
+            weights.copy_(torch.where(was_latent & (saliency > thresholds[scored.scope]), latents, weights))
+            latents.masked_fill_(was_latent, 0.0)
 
 
-def _check_contiguous(part: Part) -> None:
-    if not part.weights.is_contiguous():
+def _check_contiguous(scored: ScoredSlice) -> None:
+    if not scored.weights.is_contiguous():
         raise RuntimeError(
-            f"the part of {part.scope} on this rank is not contiguous: this way of sharding is not supported"
+            f"the part of {scored.scope} on this rank is not contiguous: this way of sharding is not supported"
         )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lp_dist.sharding.collectives import summed
-from lp_dist.sharding.shards import full_shape, local_piece
+from lp_dist.optim.batching import count_zeros
+from lp_dist.sharding.collectives import all_reduce_sum
+from lp_dist.sharding.shards import full_shape, is_dtensor, local_shard
 
 logger = logging.getLogger(__name__)
 
@@ -19,32 +20,32 @@ _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 # Known by name of class, as importing transformers for an isinstance would cost seconds: GPT-2's linear layer.
 _MATRIX_CLASS_NAMES = ("Conv1D",)
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
-# A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear) decays when it is a matrix
-# and no part of its name says that it is one of these.
+# A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear layer) decays if it is a
+# matrix and its name contains none of these.
 _NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token")
 
 
 def param_groups(
     model: nn.Module,
-    weight_decay: float,
+    weight_decay: float = 0.0,
     *,
     include_embeddings: bool = False,
     names: Iterable[str] | None = None,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
-    """Two groups for any of our optimizers: the trainable matrices with λ, everything else without decay.
+    """Makes two param groups for any of our optimizers: the trainable matrices with λ, all others without decay.
 
     Args:
         model: before DeepSpeed, DDP or FSDP2 wraps it.
-        weight_decay: λ of the decayed group.
-        include_embeddings: decay embeddings and the output head too.
+        weight_decay: λ of the matrices. A `SparsityTarget` chooses λ itself, and needs none here.
+        include_embeddings: also decay the embeddings and the output head.
         names: decay exactly these, as of `model.named_parameters()`, instead of what the rules choose.
-        **overrides: further group keys, for both groups (lr, p, precondition, ...).
+        **overrides: further group keys (lr, p, precondition, ...), for both groups.
     Returns:
-        `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`, without a group
-        that would be empty; each trainable parameter is in exactly one, a tied one once.
+        `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`. A group that would
+        be empty is left out. Each trainable parameter is in exactly one group, and a tied one comes once.
     Raises:
-        ValueError: nothing is left to decay, or one of `names` is not a trainable parameter.
+        ValueError: no parameter is left to decay, or one of `names` is not a trainable parameter.
     """
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     decayed = decayed_names(model, include_embeddings=include_embeddings) if names is None else set(names)
@@ -62,16 +63,22 @@ def param_groups(
 
 
 def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
-    """Names (as of `model.named_parameters()`) of the trainable parameters that `param_groups` decays: `matrix_names`
-    without those that are all zeros now.
+    """Names of the trainable parameters that `param_groups` decays.
 
+    They are those of `matrix_names`, without the ones that are all zeros now.
+
+    Args:
+        model: before DeepSpeed, DDP or FSDP2 wraps it.
+        include_embeddings: also the embeddings and the output head.
+    Returns:
+        Names as of `model.named_parameters()`.
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such parameter.
     """
     params = dict(model.named_parameters())
     candidates = matrix_names(model, include_embeddings=include_embeddings)
     trainable = sorted(name for name in candidates if params[name].requires_grad)
-    zeros = _all_zero([(name, params[name]) for name in trainable])
+    zeros = _all_zero_names([(name, params[name]) for name in trainable])
     chosen = set(trainable) - set(zeros)
     if zeros:
         logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
@@ -92,14 +99,23 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
 
 
 def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
-    """Names of the matrices of linear, convolution and attention modules, by rules that look at no value: no biases,
-    norms, embeddings, output heads (a switch includes these two), nor anything of peft's adapters: LoRA's B starts at
-    zero, and a sparse A makes nothing sparse.
+    """Names of the matrices of linear, convolution and attention modules. The rules look at no values.
+
+    Left out are biases, norms, embeddings, output heads, and all parameters of peft's adapters: LoRA's B starts at
+    zero, and a sparse A makes no weight of the model zero.
+
+    Args:
+        model: before or after it is sharded, but unwrapped.
+        include_embeddings: also the embeddings and the output head.
+    Returns:
+        Names as of `model.named_parameters()`.
     """
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, _EMBEDDING_MODULES) for p in m.parameters(recurse=False)
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # A method of the models of Transformers.
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     heads = {id(p) for p in head.parameters()} if head is not None else set()
     adapters = _adapters(model)
     owners: dict[int, nn.Module] = {}
@@ -107,10 +123,11 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), module)
     names = set()
-    for name, param in model.named_parameters():  # yields a tied parameter once, under its first name
+    # It yields a tied parameter once, under its first name.
+    for name, param in model.named_parameters():
         if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}":
             continue
-        if id(param) in embeddings or id(param) in heads or any(part in _HEAD_NAMES for part in name.split(".")):
+        if id(param) in embeddings or id(param) in heads or any(word in _HEAD_NAMES for word in name.split(".")):
             if include_embeddings and len(full_shape(param)) >= 2:
                 names.add(name)
         elif _is_matrix(name, param, owners[id(param)]):
@@ -119,7 +136,8 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
 
 
 def _adapters(model: nn.Module) -> set[int]:
-    """The parameters that peft put beside the layers that it wraps, by the mark of all its tuners."""
+    """The ids of the parameters that peft added to the layers that it wraps."""
+    # Layers of all of peft's tuners have these two attributes.
     return {
         id(param)
         for module in model.modules()
@@ -133,37 +151,36 @@ def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
     if len(full_shape(param)) < 2:
         return False
     if isinstance(owner, _MATRIX_MODULES) or type(owner).__name__ in _MATRIX_CLASS_NAMES:
-        return not name.endswith(("bias_k", "bias_v"))  # nn.MultiheadAttention keeps these as (1, 1, embed_dim)
+        # nn.MultiheadAttention keeps these as (1, 1, embed_dim).
+        return not name.endswith(("bias_k", "bias_v"))
     kind = type(owner).__name__.lower()
     return not ("norm" in kind or "embed" in kind) and named_like_a_matrix(name, full_shape(param))
 
 
 def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
-    """Whether a parameter of an unknown kind of module is taken for a matrix: by its shape, and as its name says
-    nothing else.
+    """Whether a parameter of an unknown kind of module counts as a matrix.
+
+    Args:
+        name: of the parameter.
+        shape: of the parameter before sharding; a matrix has at least two dimensions.
     """
     return (
         len(tuple(shape)) >= 2
-        and not any(part in name for part in _NOT_MATRIX_NAMES)
-        and not any(part in _HEAD_NAMES for part in name.split("."))
+        and not any(word in name for word in _NOT_MATRIX_NAMES)
+        and not any(word in _HEAD_NAMES for word in name.split("."))
     )
 
 
-def _all_zero(named: list[tuple[str, Tensor]]) -> list[str]:
-    """Those that are all zeros; with FSDP2 over all ranks, since a rank's own part says nothing about the whole."""
-    sharded = any(hasattr(param, "to_local") for _, param in named)
-    counts = []
+def _all_zero_names(named: list[tuple[str, Tensor]]) -> list[str]:
+    """Names of the parameters that are all zeros. Collective with FSDP2, where a rank has only a part of each."""
+    nonzero = []
     for _, param in named:
-        if param.is_meta or param.numel() == 0:  # not here: on the meta device, or partitioned by ZeRO-3
-            counts.append(1)
+        if param.is_meta or param.numel() == 0:
+            # The values are not known: on the meta device, or partitioned by ZeRO-3.
+            nonzero.append(1)
         else:
-            counts.append(
-                int(
-                    torch.count_nonzero(local_piece(param).share)
-                    if hasattr(param, "to_local")
-                    else param.detach().any()
-                )
-            )
-    if sharded:
-        counts = summed(torch.tensor(counts)).tolist()
-    return [name for (name, _), count in zip(named, counts) if not count]
+            values = local_shard(param).counted if is_dtensor(param) else param.detach()
+            nonzero.append(values.numel() - int(count_zeros(values)))
+    if any(is_dtensor(param) for _, param in named):
+        nonzero = all_reduce_sum(torch.tensor(nonzero)).tolist()
+    return [name for (name, _), count in zip(named, nonzero) if not count]

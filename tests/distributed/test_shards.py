@@ -1,6 +1,4 @@
-"""Where parameters lie on the shards of every engine: named, counted, and with values of their own. One group of ranks
-runs all engines.
-"""
+"""The shards of every engine: located, named, counted, and with overrides. One group of ranks runs all engines."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import nn
 from helpers.engines import ZERO, Engine, gathered, make
 from lp_dist import LpAdamW, attach, measure_histogram, measure_sparsity, param_groups
 from lp_dist.attachment.attach import steps_taken
-from lp_dist.sharding.shards import shards
+from lp_dist.sharding.shards import locate_shards
 
 DECAYED = {"0.weight", "2.weight", "3.weight", "4.weight"}
 OVERRIDES = {
@@ -65,38 +63,39 @@ def on_a_rank(rank: int, world_size: int) -> dict:
 
 
 def examine(engine: Engine, attached, optimizer) -> dict:
-    """What can be said of an engine's shards on this rank, for the assertions in the test proper."""
-    whole = gathered(engine)
+    """What this rank knows of an engine's shards; the test checks it."""
+    unsharded = gathered(engine)
     names = [shard.name for shard in attached.shards]
-    live = attached.optimizer
-    pieces = {
-        shard.name: (shard.start, shard.piece.values.float().flatten().clone(), shard.shape, set(shard.state))
+    shards = {
+        shard.name: (shard.start, shard.local.values.float().flatten().clone(), shard.shape, set(shard.state))
         for shard in attached.shards
     }
     segments = [
-        (segment, shard.tensor.numel()) for shard in attached.shards for segment in live.segments.of(shard.tensor)
+        (segment, shard.tensor.numel())
+        for shard in attached.shards
+        for segment in attached.optimizer.parameter_map.of(shard.tensor)
     ]
-    before = whole["0.weight"].clone()
+    before = unsharded["0.weight"].clone()
     counts, masters = (measure_sparsity(engine.handle, which, names=names).counts for which in (None, optimizer))
     histogram = measure_histogram(engine.handle, names=names)
-    # Written through the view, the master really changes: a second look finds it.
+    # A value written through the view changes the master, as locating it again shows.
     first = attached.shards[0]
     if first.length:
-        first.piece.values.view(-1)[0] = 0.25
-    again = next(shard for shard in shards(engine.handle, optimizer) if shard.name == first.name)
+        first.local.values.view(-1)[0] = 0.25
+    again = next(shard for shard in locate_shards(engine.handle, optimizer) if shard.name == first.name)
     return {
         "names": names,
         "decayed": set(attached.decayed),
-        "steps": steps_taken(live),
-        "pieces": pieces,
+        "steps": steps_taken(attached.optimizer),
+        "shards": shards,
         "before": before,
         "segments": segments,
-        "whole": {name: tensor.float() for name, tensor in whole.items()},
+        "unsharded": {name: tensor.float() for name, tensor in unsharded.items()},
         "counts": counts,
         "masters": masters,
         "histogram": histogram,
-        "written": not first.length or again.piece.values.view(-1)[0].item() == 0.25,
-        "overridden": live.segments.values("3.weight"),
+        "written": not first.length or again.local.values.view(-1)[0].item() == 0.25,
+        "overridden": attached.optimizer.parameter_map.values("3.weight"),
     }
 
 
@@ -136,7 +135,7 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
             assert result["steps"] == STEPS and result["written"], where
             assert result["overridden"] == {"cutoff": 0.5, "l2": 0.1, "weight_decay": 0.4}, where
             assert result["counts"] == results[0]["counts"] == result["masters"], where
-            for name, tensor in result["whole"].items():
+            for name, tensor in result["unsharded"].items():
                 if (
                     "bf16" in kind
                 ):  # other gradients; that these are right is test_matrix.py's. The overrides show all the same.
@@ -147,8 +146,8 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
                     tensor, wanted[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{where}: {name}: {m}"
                 )
                 assert torch.equal(tensor == 0, wanted[name] == 0), where
-            for name, (start, values, shape, states) in result["pieces"].items():
-                inside = result["whole"][name].flatten()[start : start + values.numel()]
+            for name, (start, values, shape, states) in result["shards"].items():
+                inside = result["unsharded"][name].flatten()[start : start + values.numel()]
                 torch.testing.assert_close(
                     values.to(dtype_of(kind)).float(), inside, rtol=0, atol=0, msg=lambda m: f"{where}: {name}: {m}"
                 )
@@ -159,19 +158,19 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
                     and segment.start + segment.length <= segment.shape.numel()
                 ), where
         for name in trainable:
-            counted, full = results[0]["counts"][name], results[0]["whole"][name]
+            counted, full = results[0]["counts"][name], results[0]["unsharded"][name]
             assert counted == (int((full == 0).sum()), full.numel()), (kind, name)
-            covered = sorted((r["pieces"][name][0], r["pieces"][name][1].numel()) for r in results)
+            covered = sorted((r["shards"][name][0], r["shards"][name][1].numel()) for r in results)
             if kind == "ddp" or kind.startswith("zero0"):
                 assert covered == [(0, full.numel())] * world_size, (kind, name)
-            else:  # disjoint, and together the whole: nothing twice, nothing left out, no padding
-                nonempty = [piece for piece in covered if piece[1]]
+            else:  # disjoint, and complete: nothing twice, nothing left out, no padding
+                nonempty = [(start, length) for start, length in covered if length]
                 ends = [0] + [start + length for start, length in nonempty]
                 assert [start for start, _ in nonempty] + [full.numel()] == ends, (kind, name, covered)
         histogram = results[0]["histogram"]
         for name in trainable:
             check_histogram(histogram, name, results[0]["counts"][name])
-    sizes = {kind: [r["pieces"]["4.weight"][1].numel() for r in (rank[kind] for rank in ranks)] for kind in ranks[0]}
+    sizes = {kind: [r["shards"]["4.weight"][1].numel() for r in (rank[kind] for rank in ranks)] for kind in ranks[0]}
     assert (
         0 in sizes["fsdp2"] and 0 in sizes["zero2"]
     )  # ranks without elements of a parameter are among what was tested
@@ -195,20 +194,20 @@ class Tied(nn.Module):
 
 
 def tied(rank: int, world_size: int) -> dict:
-    found = {}
+    results = {}
     for kind in ("ddp", "zero1", "zero2", "zero3"):
         engine = make(kind, Tied(), lambda model: LpAdamW(param_groups(model, 0.1), lr=1e-2, precondition=0.0))
         attached = attach(engine.handle, engine.optimizer if kind == "ddp" else None)
         for _ in range(2):
             engine.step(engine(torch.arange(7)).square().mean())
         names = [shard.name for shard in attached.shards]
-        found[kind] = (
+        results[kind] = (
             names,
             sorted(attached.decayed),
             measure_sparsity(engine.handle, names=names).elements,
             gathered(engine)["embed.weight"],
         )
-    return found
+    return results
 
 
 def test_a_tied_parameter_comes_once(run_ranks):

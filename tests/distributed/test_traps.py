@@ -14,7 +14,7 @@ from helpers.engines import deepspeed_config, gathered, make
 from lp_dist import LpAdamW, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import steps_taken
 from lp_dist.sharding.deepspeed import check_deepspeed_config
-from lp_dist.sharding.shards import shards
+from lp_dist.sharding.shards import locate_shards
 from lp_dist.sparsity.selection import matrix_names
 
 
@@ -54,12 +54,12 @@ def trap_5(rank: int) -> dict:
     seen = {}
     for kind in ("zero1", "zero3"):
         engine = make(kind, model_of(), optimizer_of)
-        live, calls = engine.optimizer, []
-        step = live.step
-        live.step = lambda: (calls.append([len(group["params"]) for group in live.param_groups]), step())[1]
+        optimizer, calls = engine.optimizer, []
+        step = optimizer.step
+        optimizer.step = lambda: (calls.append([len(group["params"]) for group in optimizer.param_groups]), step())[1]
         attach(engine.handle)
         train(engine)
-        seen[kind] = (calls, steps_taken(live))
+        seen[kind] = (calls, steps_taken(optimizer))
     return seen
 
 
@@ -70,7 +70,7 @@ def trap_6(rank: int) -> dict:
     attach(engine.handle)
     everything = [name for name, _ in model_of().named_parameters()]
     counts = measure_sparsity(engine.handle, engine.handle.optimizer, names=everything)
-    flats = {id(shard.tensor): shard.tensor for shard in shards(engine.handle)}.values()
+    flats = {id(shard.tensor): shard.tensor for shard in locate_shards(engine.handle)}.values()
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config("zero3")):
         sharded = model_of()
     return {
@@ -113,7 +113,7 @@ def trap_8(rank: int) -> dict:
         else:
             for shard in attached.shards:
                 if shard.name == "0.weight" and shard.length:
-                    shard.piece.values.zero_()
+                    shard.local.values.zero_()
         train(engine, 1, torch.bfloat16)
         outcome[through] = int((gathered(engine)["0.weight"] == 0).sum())
     return outcome
@@ -153,60 +153,60 @@ def on_a_rank(rank: int, world_size: int) -> dict:
     return {name: trap(rank) for name, trap in TRAPS.items()}
 
 
-_found: list[dict] = []
+_per_rank: list[dict] = []
 
 
 @pytest.fixture
-def found(run_ranks) -> list[dict]:
+def per_rank(run_ranks) -> list[dict]:
     """What each trap did on each of three ranks; run once for the whole file."""
-    if not _found:
-        _found.extend(run_ranks(on_a_rank, 3))
-    return _found
+    if not _per_rank:
+        _per_rank.extend(run_ranks(on_a_rank, 3))
+    return _per_rank
 
 
-def test_trap_2_deepspeed_wants_leave_for_an_untested_optimizer(found):
-    for rank in found:
+def test_trap_2_deepspeed_wants_leave_for_an_untested_optimizer(per_rank):
+    for rank in per_rank:
         assert '"zero_allow_untested_optimizer": true' in rank["trap_2"]
 
 
-def test_trap_5_step_is_called_once_per_group_or_sub_group(found):
-    for rank in found:
+def test_trap_5_step_is_called_once_per_group_or_sub_group(per_rank):
+    for rank in per_rank:
         calls, steps = rank["trap_5"]["zero1"]
         assert calls == [[1]] * 6 and steps == 3  # one-group lists, twice a step
         calls, steps = rank["trap_5"]["zero3"]
         assert len(calls) > 6 and all(sorted(call) == [0, 1] for call in calls) and steps == 3
 
 
-def test_trap_6_padding_does_not_count_and_shapes_are_the_whole_ones(found):
+def test_trap_6_padding_does_not_count_and_shapes_are_the_whole_ones(per_rank):
     elements = sum(param.numel() for param in model_of().parameters())
-    assert sum(rank["trap_6"]["in flat shards"] for rank in found) > elements  # there is padding
-    for rank in found:
+    assert sum(rank["trap_6"]["in flat shards"] for rank in per_rank) > elements  # there is padding
+    for rank in per_rank:
         assert rank["trap_6"]["elements"] == elements
         assert rank["trap_6"]["ndim"] == {1} and rank["trap_6"]["names"] == sorted(matrix_names(model_of()))
 
 
-def test_trap_7_a_statistic_of_a_whole_tensor_is_not_taken_on_a_shard(found):
-    assert sorted(rank["trap_7"]["local"] for rank in found) == [0, 0, 3]
-    for rank in found:
+def test_trap_7_a_statistic_of_a_whole_tensor_is_not_taken_on_a_shard(per_rank):
+    assert sorted(rank["trap_7"]["local"] for rank in per_rank) == [0, 0, 3]
+    for rank in per_rank:
         assert rank["trap_7"]["decays"] == ["0.weight", "2.weight", "3.weight", "4.weight"]
 
 
-def test_trap_8_zeros_are_written_through_the_master_weights(found):
-    for rank in found:
+def test_trap_8_zeros_are_written_through_the_master_weights(per_rank):
+    for rank in per_rank:
         assert rank["trap_8"]["model"] < 5  # the master came back over it
         assert rank["trap_8"]["master"] == 63  # zero absorbs
 
 
-def test_trap_9_empty_groups_are_dropped_and_the_others_keep_their_values(found):
-    for rank in found:
+def test_trap_9_empty_groups_are_dropped_and_the_others_keep_their_values(per_rank):
+    for rank in per_rank:
         assert rank["trap_9"] == {
             "groups": [(0.1, 0.5), (0.0, 0.5)],
             "decayed": ["0.weight", "2.weight", "3.weight", "4.weight"],
         }
 
 
-def test_trap_10_an_optimizer_made_before_sharding_is_refused(found):
-    for rank in found:
+def test_trap_10_an_optimizer_made_before_sharding_is_refused(per_rank):
+    for rank in per_rank:
         assert "steps none of the model's trainable parameters" in rank["trap_10"] and "fully_shard" in rank["trap_10"]
 
 

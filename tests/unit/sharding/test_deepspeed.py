@@ -1,16 +1,14 @@
-"""What lp_dist knows of DeepSpeed: configs that it refuses, wrappers whose shards it finds, and state that goes along
-in the engine's checkpoints.
-"""
+"""DeepSpeed without ranks: refused configs, tested wrappers, and our state in the engine's checkpoints."""
 
 from __future__ import annotations
 
 import pytest
 
-from lp_dist.sharding.deepspeed import check_deepspeed_config, in_checkpoints
+from lp_dist.sharding.deepspeed import LOCATORS, TESTED_WRAPPERS, check_deepspeed_config, in_checkpoints
 
 
-def test_weights_that_are_loaded_alone_begin_anew():
-    """DeepSpeed gives the client state whatever is loaded."""
+def test_no_state_is_restored_where_only_the_weights_are_loaded():
+    """DeepSpeed returns the client state whatever is loaded."""
 
     class Engine:
         def load_checkpoint(
@@ -27,21 +25,41 @@ def test_weights_that_are_loaded_alone_begin_anew():
         def save_checkpoint(self, save_dir, tag=None, client_state=None):
             return True
 
-    engine, seen = Engine(), []
+    engine, restored = Engine(), []
     Engine.__module__ = "deepspeed.runtime.engine"
     Engine.__name__ = "DeepSpeedEngine"
-    in_checkpoints(engine, dict, seen.append)
+    in_checkpoints(engine, dict, restored.append)
     engine.load_checkpoint("x")
     engine.load_checkpoint("x", load_module_only=True)
     engine.load_checkpoint("x", None, True, False)
-    assert seen == ["state", None, None]
+    assert restored == ["state", None, None]
 
 
-def test_every_wrapper_that_is_let_in_has_its_shards_located():
-    from lp_dist.sharding import deepspeed
-    from lp_dist.sharding import shards as room
+def test_a_second_attach_replaces_the_first_in_an_engines_checkpoints():
+    saved, restored = [], []
 
-    assert set(room._LOCATORS) == {"", *deepspeed.TESTED_WRAPPERS}
+    class Engine:
+        __module__ = "deepspeed.runtime.engine"
+
+        def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True):
+            """Saves."""
+            saved.append((save_dir, tag, client_state, save_latest))
+            return True
+
+        def load_checkpoint(self, load_dir, tag=None):
+            return load_dir, {"lp_dist": "state", "user": 1}
+
+    engine = Engine()
+    in_checkpoints(engine, lambda: "first", lambda state: restored.append(("first", state)))
+    in_checkpoints(engine, lambda: "second", lambda state: restored.append(("second", state)))
+    assert engine.save_checkpoint("x", client_state={"user": 1}, save_latest=False)
+    assert saved == [("x", None, {"user": 1, "lp_dist": "second"}, False)]
+    assert engine.load_checkpoint("x") == ("x", {"lp_dist": "state", "user": 1})
+    assert restored == [("second", "state")]
+    assert engine.save_checkpoint.__name__ == "save_checkpoint" and engine.save_checkpoint.__doc__ == "Saves."
+    in_checkpoints(engine, lambda: None, restored.append)
+    engine.save_checkpoint("y")
+    assert saved[-1] == ("y", None, {}, True)
 
 
 GOOD = {
@@ -55,7 +73,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    "change, part",
+    "change, message",
     [
         ({"optimizer": {"type": "AdamW"}}, '"optimizer" section'),
         ({"zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
@@ -70,8 +88,12 @@ GOOD = {
     ],
     ids=["section", "trap1", "trap3-ratio", "trap3-zenflow", "trap3-super_offload", "round robin", "trap14"],
 )
-def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(change, part):
+def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(change, message):
     check_deepspeed_config(GOOD)
     with pytest.raises(ValueError) as caught:
         check_deepspeed_config({**GOOD, **change})
-    assert part in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_every_tested_wrapper_has_a_locator():
+    assert set(LOCATORS) == set(TESTED_WRAPPERS)

@@ -24,10 +24,10 @@ from lp_dist.sparsity.measure import Sparsity, kind_of
     ],
     ids=lambda values: str(tuple(values.shape)),
 )
-def test_zeros_are_counted_over_all_slices(values, most, monkeypatch):
-    monkeypatch.setitem(batching._SLICE, "cpu", most)
-    found = batching.count_zeros(values)
-    assert int(found) == int((values == 0).sum()) and found.dtype == torch.int64 and found.ndim == 0
+def test_zeros_are_counted_over_all_tiles(values, most, monkeypatch):
+    monkeypatch.setitem(batching.TILE_SIZE, "cpu", most)
+    count = batching.count_zeros(values)
+    assert int(count) == int((values == 0).sum()) and count.dtype == torch.int64 and count.ndim == 0
 
 
 def test_counts_are_those_of_the_weights():

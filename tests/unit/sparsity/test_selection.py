@@ -163,6 +163,14 @@ def test_groups_carry_lambda_and_the_overrides_and_none_is_empty():
     )  # DeepSpeed drops empty groups, which shifts indices
 
 
+def test_a_target_needs_no_lambda_in_the_groups():
+    decayed, rest = param_groups(model := llama())
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.0, 0.0)
+    names = {id(param): name for name, param in model.named_parameters()}
+    assert {names[id(param)] for param in decayed["params"]} == LLAMA
+    assert_claimed_once(model, [decayed, rest])
+
+
 def test_nothing_to_decay_is_an_error_that_says_why():
     with pytest.raises(ValueError, match="no trainable matrix"):
         param_groups(nn.LayerNorm(4), 0.1)

@@ -1,0 +1,35 @@
+"""Where a parameter lies in a tensor that the optimizer steps: what the locator of every engine returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ShardLocation(NamedTuple):
+    """Where one parameter lies in what this rank's optimizer steps.
+
+    Args:
+        start: the first element of the shard in the parameter, taken flat. None if the shard is no contiguous range.
+        tensor: what the optimizer steps: a flat fp32 shard of many parameters, an fp32 master copy, a DTensor, or the
+            parameter itself.
+        offset: the first element of the shard in the local part of `tensor`, taken flat.
+        length: elements of the shard without padding; 0 if this rank has none.
+        group: index of the param group.
+        replica: the number of this copy among the ranks that hold the same shard.
+        replicas: how many ranks hold the same shard.
+    """
+
+    start: int | None
+    tensor: Tensor
+    offset: int
+    length: int
+    group: int
+    replica: int = 0
+    replicas: int = 1
+
+
+# Takes a parameter of the model; None where the optimizer does not step it.
+Locator = Callable[[Tensor], ShardLocation | None]
