@@ -1,9 +1,10 @@
-"""The compact form, for storage and transfer: of each tensor with many zeros a bit for every weight, and the weights
-that are not zero.
+"""The bitmask form, for storage and transfer: a bit for every weight, and the weights that are not zero.
 
-Safetensors files in which `NAME` became `NAME.bitmask` (uint8, eight weights to a byte, the first in the highest bit)
-and `NAME.values` (its dtype, in their order); the shapes of all are in a file's metadata, in the order of the
-checkpoint. A weight of -0.0 counts as a value, so every tensor comes back bit for bit. `lp-dist export` reads it.
+The format is our own, in safetensors files. A tensor with many zeros is stored as `NAME.bitmask` (uint8, eight weights
+to a byte, the first in the highest bit, as numpy's packbits) and `NAME.values` (its dtype, in the order of the
+weights). Other tensors are stored as they are. The entry `lp_dist.bitmask` of a file's metadata is a JSON object
+{name: shape} of all its tensors, in the order of the checkpoint. A weight of -0.0 counts as a value, so every tensor
+comes back bit for bit. `lp-dist export --bitmask` writes this form, and `lp-dist export` reads it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ import torch
 from torch import Tensor
 
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_numbered
-from lp_dist.checkpoints.files import Place, safetensors
+from lp_dist.checkpoints.files import TensorLocation, safetensors
 
-KEY = "lp_dist.compact"  # of the metadata
-_NAME = re.compile(r"compact(-\d+-of-\d+)?\.safetensors")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FORM = "bitmask form"
+METADATA_KEY = "lp_dist.bitmask"
+_FILE_NAME = re.compile(r"bitmask(-\d+-of-\d+)?\.safetensors")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Bitmask and values of a tensor; None where they are not smaller than it."""
-    bits = tensor.contiguous().view(-1).view(_BITS[tensor.dtype.itemsize]).numpy()
+    """Bitmask and values of a tensor.
+
+    Args:
+        tensor: any shape and dtype, on the CPU.
+    Returns:
+        (ceil(elements / 8),) uint8, and (elements that are not zero,) in the tensor's dtype; None where they are not
+        smaller than the tensor.
+    """
+    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.dtype.itemsize]).numpy()
     mask = bits != 0
     if math.ceil(len(bits) / 8) + np.count_nonzero(mask) * tensor.dtype.itemsize >= tensor.nbytes:
         return None
@@ -37,36 +46,34 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def unpack(bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that `pack` took apart, bit for bit."""
+    """The tensor of this shape that `pack` was given, bit for bit."""
     mask = np.unpackbits(bitmask.numpy(), count=math.prod(shape)).view(bool)
-    bits = torch.zeros(len(mask), dtype=_BITS[values.dtype.itemsize])
+    bits = torch.zeros(len(mask), dtype=_INTEGERS[values.dtype.itemsize])
     bits.numpy()[mask] = values.view(bits.dtype).numpy()
     return bits.view(values.dtype).view(shape)
 
 
 def find(path: Path) -> Checkpoint | None:
-    """The model in compact form in this directory; None if there is none."""
-    files = [file for file in sorted(path.glob("compact*.safetensors")) if _NAME.fullmatch(file.name)]
+    """The model in bitmask form in this directory; None if there is none."""
+    files = [file for file in sorted(path.glob("bitmask*.safetensors")) if _FILE_NAME.fullmatch(file.name)]
     check_numbered(path, [file.name for file in files])
     entries = {name: entry for file in files for name, entry in _entries(file).items()}
-    return (
-        Checkpoint(path, "compact form", entries, stored=sum(file.stat().st_size for file in files))
-        if entries
-        else None
-    )
+    if not entries:
+        return None
+    return Checkpoint(path, FORM, entries, bytes_on_disk=sum(file.stat().st_size for file in files))
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    places, metadata = safetensors(file)
+    locations, metadata = safetensors(file)
     entries = {}
-    for name, shape in json.loads(metadata.get(KEY, "{}")).items():
-        if name in places:
-            entries[name] = Entry(tuple(shape), places[name].dtype, places[name].read)
+    for name, shape in json.loads(metadata.get(METADATA_KEY, "{}")).items():
+        if name in locations:
+            entries[name] = Entry(tuple(shape), locations[name].dtype, locations[name].read)
         else:
-            bitmask, values = places[f"{name}.bitmask"], places[f"{name}.values"]
-            entries[name] = Entry(tuple(shape), values.dtype, partial(_unpacked, bitmask, values, tuple(shape)))
+            bitmask, values = locations[f"{name}.bitmask"], locations[f"{name}.values"]
+            entries[name] = Entry(tuple(shape), values.dtype, partial(_read, bitmask, values, tuple(shape)))
     return entries
 
 
-def _unpacked(bitmask: Place, values: Place, shape: tuple[int, ...]) -> Tensor:
+def _read(bitmask: TensorLocation, values: TensorLocation, shape: tuple[int, ...]) -> Tensor:
     return unpack(bitmask.read(), values.read(), shape)

@@ -1,4 +1,8 @@
-"""Checkpoints of torch.distributed.checkpoint, as FSDP2 writes them, of any number of ranks."""
+"""Checkpoints of torch.distributed.checkpoint, as FSDP2 writes them, of any number of ranks.
+
+The format is torch's (`torch/distributed/checkpoint/metadata.py` and `filesystem.py`): `.metadata` is a pickled index
+of tensors and of the byte ranges of the ranks' `*.distcp` files that hold them. torch itself reads it here.
+"""
 
 from __future__ import annotations
 
@@ -16,52 +20,60 @@ from torch import Tensor
 from lp_dist.checkpoints.entries import Checkpoint, Entry, unwrapped
 from lp_dist.errors import UsageError
 
-_ACCELERATE = "pytorch_model_fsdp_0"  # Accelerate's folder of the model's weights, in its and Trainer's checkpoints
-_OPTIMIZER = re.compile(r"(^|\.)optim\w*\.")  # what scripts call it beside the model, in one checkpoint of both
+# Accelerate's folder of the model's weights, in its own checkpoints and in Trainer's.
+_ACCELERATE = "pytorch_model_fsdp_0"
+# What scripts call the optimizer that they save beside the model, in one checkpoint of both.
+_OPTIMIZER = re.compile(r"(^|\.)optim\w*\.")
 
 
 def find(path: Path) -> Checkpoint | None:
-    """The distributed checkpoint in this directory; None if there is none."""
-    places = [place for place in (path, path / _ACCELERATE) if (place / ".metadata").is_file()]
-    if not places:
+    """The distributed checkpoint in this directory; None if there is none.
+
+    Raises:
+        UsageError: it is not complete, or holds no weights of a model.
+    """
+    directory = next((folder for folder in (path, path / _ACCELERATE) if (folder / ".metadata").is_file()), None)
+    if directory is None:
         return None
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    reader = _Reader(places[0])
+    reader = _Reader(directory)
     try:
         index = reader.read_metadata()
     except (pickle.UnpicklingError, EOFError) as error:
         raise UsageError(
-            f"{places[0] / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
+            f"{directory / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
         ) from None
-    _check_files(places[0], index.storage_data)
+    _check_files(directory, index.storage_data)
     tensors = {
-        key: saved for key, saved in index.state_dict_metadata.items() if isinstance(saved, TensorStorageMetadata)
+        key: metadata
+        for key, metadata in index.state_dict_metadata.items()
+        if isinstance(metadata, TensorStorageMetadata)
     }
     entries = {
-        unwrapped(key): Entry(tuple(saved.size), saved.properties.dtype, partial(_tensor, reader, key, saved))
-        for key, saved in tensors.items()
+        unwrapped(key): Entry(tuple(metadata.size), metadata.properties.dtype, partial(_tensor, reader, key, metadata))
+        for key, metadata in tensors.items()
         if not _OPTIMIZER.search(key)
     }
     if not entries:
         raise UsageError(
-            f"{places[0]} holds no weights of a model, only {len(tensors)} tensors of an optimizer; name the directory"
+            f"{directory} holds no weights of a model, only {len(tensors)} tensors of an optimizer; name the directory"
             " of the model's checkpoint"
         )
-    return Checkpoint(places[0], "torch.distributed.checkpoint", entries, live=True)
+    return Checkpoint(directory, "torch.distributed.checkpoint", entries, runtime_names=True)
 
 
-def _check_files(place: Path, stored: dict[Any, Any]) -> None:
-    """torch finds out only when it reads the tensor."""
+def _check_files(directory: Path, storage_data: dict[Any, Any]) -> None:
+    """Raises UsageError where a file is too short, which torch finds out only when it reads the tensor."""
     ends: dict[str, int] = {}
-    for piece in stored.values():
-        ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    for storage in storage_data.values():
+        ends[storage.relative_path] = max(ends.get(storage.relative_path, 0), storage.offset + storage.length)
     for name, end in sorted(ends.items()):
-        size = (place / name).stat().st_size if (place / name).is_file() else 0
+        size = (directory / name).stat().st_size if (directory / name).is_file() else 0
         if size < end:
             raise UsageError(
-                f"{place / name} has {size:,} of the {end:,} bytes that .metadata knows of; copy the checkpoint anew,"
-                " from every node"
+                f"{directory / name} has {size:,} of the {end:,} bytes that .metadata knows of; copy the checkpoint"
+                " anew, from every node"
             )
 
 
@@ -74,11 +86,10 @@ class _Reader(dcp.FileSystemReader):
         return self._index
 
 
-def _tensor(reader: _Reader, key: str, saved: Any) -> Tensor:
-    wanted = {key: torch.empty(saved.size, dtype=saved.properties.dtype)}
+def _tensor(reader: _Reader, key: str, metadata: Any) -> Tensor:
+    state = {key: torch.empty(metadata.size, dtype=metadata.properties.dtype)}
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-        )  # as it is to be
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return wanted[key]
+        # One process reads the checkpoint, on purpose.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state[key]

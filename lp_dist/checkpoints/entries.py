@@ -1,4 +1,4 @@
-"""What every form of checkpoint is read as: names, shapes and dtypes at once, each tensor when it is asked for."""
+"""A checkpoint of any form: names, shapes and dtypes are read at once, each tensor when it is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. read(): the whole of it, on the CPU, in `dtype`, new and contiguous."""
+    """One tensor of a checkpoint.
+
+    Args:
+        shape: of the full tensor.
+        dtype: as it is stored.
+        read: reads the full tensor: on the CPU, in `dtype`, new and contiguous.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,42 +46,51 @@ class Checkpoint:
     """A model on disk.
 
     Args:
-        path: where its weights lie. form: what it is, in words.
-        entries: by name, in the order in which they lie there.
-        live: names and tensors are those of the model in memory, as an engine saves them, and not those of a published
-            checkpoint. (transformers keeps some models' weights otherwise in memory, such as all experts of a layer in
-            one tensor.)
-        tied: names that an engine knows as other names of a tensor: {name: the one that has an entry}.
-        stored: bytes of it on disk, where they are not those of its tensors.
+        path: the directory of its weights.
+        form: the kind of checkpoint, in words.
+        entries: {name: tensor}, in the order of the files.
+        runtime_names: whether names and tensors are those of the model in memory, as engines save them, or those that
+            `from_pretrained` reads. transformers keeps some models' weights in another form in memory, such as all
+            experts of a layer in one tensor.
+        tied: {another name of a tensor: the name that has an entry}, as an engine stores them.
+        bytes_on_disk: None: those of its tensors.
     """
 
     path: Path
     form: str
     entries: dict[str, Entry]
-    live: bool = False
+    runtime_names: bool = False
     tied: dict[str, str] = field(default_factory=dict)
-    stored: int | None = None
+    bytes_on_disk: int | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values()) if self.stored is None else self.stored
+        """Bytes on disk."""
+        return (
+            sum(entry.nbytes for entry in self.entries.values()) if self.bytes_on_disk is None else self.bytes_on_disk
+        )
 
     def directory_of(self, file: str) -> Path | None:
-        """Where `file` (config.json, ...) lies: beside the weights, or above an engine's checkpoint, where Trainer
-        writes it.
+        """The directory that has `file` (config.json, ...): that of the weights, or one or two above an engine's
+        checkpoint, where Trainer writes it. None: there is none.
         """
-        above = self.path.resolve().parents[:2] if self.live else ()
-        return next((place for place in (self.path, *above) if (place / file).is_file()), None)
+        parents = self.path.resolve().parents[:2] if self.runtime_names else ()
+        return next((directory for directory in (self.path, *parents) if (directory / file).is_file()), None)
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name in the user's own model, without what torch.compile and the wrappers of FSDP and
-    checkpointing put into it.
+    """A parameter's name in the user's model, without what torch.compile and the wrappers of FSDP and activation
+    checkpointing add to it.
     """
     return _WRAPPERS.sub("", name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: it is no JSON.
+    """
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -83,15 +98,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_numbered(path: Path, files: list[str]) -> None:
-    """Files of a set that no index lists are all there, by the number in their names.
+    """Checks that all files of a set that no index lists are there, by the numbers in their names.
 
     Raises:
         UsageError: some are missing.
     """
     for file in files:
-        wanted = re.search(r"-of-(\d+)\.", file)
-        if wanted and int(wanted[1]) != sum(wanted[0] in other for other in files):
+        total = re.search(r"-of-(\d+)\.", file)
+        if total and int(total[1]) != sum(total[0] in other for other in files):
             raise UsageError(
-                f"{path} has {file}, but not all {int(wanted[1])} files of its set; copy or download the checkpoint"
+                f"{path} has {file}, but not all {int(total[1])} files of its set; copy or download the checkpoint"
                 " anew"
             )

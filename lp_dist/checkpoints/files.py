@@ -1,7 +1,12 @@
 """Files of safetensors and of torch.save, of which one tensor is read at a time, by plain reads.
 
-Both libraries would map the whole file, privately: that counts against limits of memory, and Linux refuses it for a
-file larger than the machine's memory (as a rank's optimizer states of a large model can be).
+safetensors (https://huggingface.co/docs/safetensors, "Format"): eight bytes with the length of a JSON header, the
+header with dtype, shape and byte range of each tensor, then the tensors. torch.save (`torch/serialization.py`): a zip
+file without compression, with a pickle and a record for each storage; the offset of a record's data follows from the
+local file header of the zip format (PKWARE's APPNOTE, 4.3.7).
+
+Both libraries would map the whole file, privately. That counts against limits of memory, and Linux refuses it for a
+file larger than the machine's memory, as a rank's optimizer states of a large model can be.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from lp_dist.errors import UsageError
 
-# No 8-bit floats: they are no weights without the scales that some other tensor holds.
+# No 8-bit floats: without the scales, which another tensor holds, they are no weights.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,8 +43,15 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in a file, row by row."""
+class TensorLocation:
+    """Where a tensor lies in a file, row by row.
+
+    Args:
+        file: that holds it.
+        offset: of its first byte.
+        dtype: of its elements.
+        shape: of the tensor.
+    """
 
     file: Path
     offset: int
@@ -47,28 +59,35 @@ class Place:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            UsageError: the file ends within it.
+        """
         count = math.prod(self.shape) * self.dtype.itemsize
-        read = np.fromfile(self.file, np.uint8, count, offset=self.offset)
-        if len(read) < count:
+        octets = np.fromfile(self.file, np.uint8, count, offset=self.offset)
+        if len(octets) < count:
             raise UsageError(f"{self.file} ends within a tensor: was it changed meanwhile? Copy it anew")
         return (
-            torch.from_numpy(read).view(self.dtype).view(self.shape)
+            torch.from_numpy(octets).view(self.dtype).view(self.shape)
             if count
             else torch.empty(self.shape, dtype=self.dtype)
         )
 
 
-def safetensors(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
-    """Where its tensors lie, in their order in the file, and the file's metadata.
+def safetensors(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
+    """The index of a safetensors file.
 
+    Returns:
+        {name: location}, in the order of the file, and its metadata.
     Raises:
-        UsageError: it is not complete, or has tensors of a dtype that is not known here.
+        UsageError: it is not complete, or has tensors of a dtype that is not supported.
     """
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(opened.read(length)) if length < size else {}
+            header = json.loads(stream.read(length)) if length < size else {}
         except ValueError:
             header = {}
     metadata = header.pop("__metadata__", {})
@@ -76,7 +95,7 @@ def safetensors(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
     end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != end:
         raise UsageError(
-            f"{file} is no complete safetensors file: it has {size:,} bytes, and its header tells of {end:,}; copy or"
+            f"{file} is no complete safetensors file: it has {size:,} bytes, and its header describes {end:,}; copy or"
             " download it anew"
         )
     unknown = {tensor["dtype"] for tensor in header.values()} - _DTYPES.keys()
@@ -84,21 +103,25 @@ def safetensors(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
         raise UsageError(
             f"{file} holds tensors of dtype {min(unknown)}, which lp_dist does not read; dequantise the model first"
         )
-    ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {
-        name: Place(file, start + of["data_offsets"][0], _DTYPES[of["dtype"]], tuple(of["shape"]))
-        for name, of in ordered
-    }, metadata
+    in_file_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    locations = {
+        name: TensorLocation(file, start + tensor["data_offsets"][0], _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
+        for name, tensor in in_file_order
+    }
+    return locations, metadata
 
 
-class Pickled:
-    """A file of torch.save. content: what was saved, with tensors on the meta device, which `read` reads, and slices
-    of them.
+class TorchFile:
+    """A file of torch.save.
+
+    Attributes:
+        content: the saved object, with tensors on the meta device. `read` reads these, and slices of them.
 
     Args:
-        trusted: it may hold any objects, whose code is run.
+        file: its path.
+        trusted: whether it may hold any objects. Their code is run.
     Raises:
-        UsageError: it is not complete, or needs modules that are not there.
+        UsageError: it is not complete, or needs modules that can't be imported.
     """
 
     def __init__(self, file: Path, trusted: bool) -> None:
@@ -115,28 +138,35 @@ class Pickled:
             ) from None
 
     def read(self, tensor: Tensor) -> Tensor:
+        """Reads a tensor of `content`, or a slice of one.
+
+        Raises:
+            UsageError: torch does not tell where the tensor lies in the file.
+        """
         if not tensor.numel():
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         storage = tensor.untyped_storage()
         start = getattr(storage, "_checkpoint_offset", None)
-        if self._records.get(start) != storage.nbytes():  # found by torch without looking, from how it writes files
+        # torch computes the offset from how it writes files, without a look at this one.
+        if self._records.get(start) != storage.nbytes():
             raise UsageError(
                 f"torch {torch.__version__} does not tell where {self.file} has its tensors; take a newer torch (2.13"
                 " does), and save the file anew if it was not torch.save that wrote it"
             )
+        assert start is not None
         if tensor.is_contiguous():
-            return Place(
-                self.file, start + tensor.storage_offset() * tensor.dtype.itemsize, tensor.dtype, tuple(tensor.shape)
-            ).read()
-        whole = Place(self.file, start, tensor.dtype, (storage.nbytes() // tensor.dtype.itemsize,)).read()
-        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
+            offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+            return TensorLocation(self.file, offset, tensor.dtype, tuple(tensor.shape)).read()
+        length = storage.nbytes() // tensor.dtype.itemsize
+        values = TensorLocation(self.file, start, tensor.dtype, (length,)).read()
+        return values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).contiguous()
 
     @cached_property
-    def _records(self) -> dict[int, int]:
-        """Where the file's records begin: {offset: length}."""
-        found = {}
-        with zipfile.ZipFile(self.file) as listed, self.file.open("rb") as opened:
-            for record in (record for record in listed.infolist() if record.compress_type == zipfile.ZIP_STORED):
-                opened.seek(record.header_offset + 26)
-                found[record.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4)))] = record.file_size
-        return found
+    def _records(self) -> dict[int | None, int]:
+        """{offset of a record's data: its length}, of the records without compression."""
+        records: dict[int | None, int] = {}
+        with zipfile.ZipFile(self.file) as archive, self.file.open("rb") as stream:
+            for record in (record for record in archive.infolist() if record.compress_type == zipfile.ZIP_STORED):
+                stream.seek(record.header_offset + 26)
+                records[record.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))] = record.file_size
+        return records

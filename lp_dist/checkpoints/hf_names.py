@@ -1,5 +1,8 @@
-"""From the tensors of a checkpoint to those of a published model: under the names, and in the pieces, in which
-`from_pretrained` looks for them.
+"""From the tensors of a checkpoint to Hugging Face names: the names and forms in which `from_pretrained` looks for
+weights.
+
+An engine saves a model as it is in memory. transformers (`transformers/core_model_loading.py`, from version 5) keeps
+some models' weights in another form in memory than on disk, and converts them back when it saves them.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ from lp_dist.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Published:
-    """A tensor of a checkpoint, or a few, and what becomes of it: mostly one tensor of the same name. read() → {name:
-    tensor}; shapes: of these.
+class HfTensor:
+    """A tensor under its Hugging Face name, or a few tensors that are read together.
+
+    Args:
+        nbytes: of what is read.
+        shapes: {Hugging Face name: shape}.
+        read: reads them, {Hugging Face name: tensor}.
     """
 
     nbytes: int
@@ -28,20 +35,22 @@ class Published:
     read: Callable[[], dict[str, Tensor]]
 
 
-def published(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool = False) -> list[Published]:
-    """What to write, in the order of the checkpoint.
+def hf_tensors(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool = False) -> list[HfTensor]:
+    """The checkpoint's tensors under Hugging Face names, in the order of the checkpoint.
 
     Args:
+        checkpoint: of any form.
         config: directory of the model's config.json, which says what an engine's checkpoint must hold.
+        trust_remote_code: run code that comes with the model.
     Raises:
-        UsageError: an engine's checkpoint is not of that model, or has not all of it.
+        UsageError: an engine's checkpoint is not of that model, or lacks some of its tensors.
     """
-    if not checkpoint.live:
-        twice = _twice(checkpoint, config, trust_remote_code)
+    if not checkpoint.runtime_names:
+        duplicates = _tied_duplicates(checkpoint, config, trust_remote_code)
         return [
-            Published(entry.nbytes, {name: entry.shape}, partial(_same, name, entry))
+            HfTensor(entry.nbytes, {name: entry.shape}, partial(_read_unchanged, name, entry))
             for name, entry in checkpoint.entries.items()
-            if name not in twice
+            if name not in duplicates
         ]
     if config is None:
         raise UsageError(
@@ -49,66 +58,73 @@ def published(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bo
             " give the model's directory or hub id: --config MODEL"
         )
     model = meta_model(config, trust_remote_code)
-    return _reverted(model, of_model(checkpoint, model))
+    return _reverted(model, model_entries(checkpoint, model))
 
 
-def _twice(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool) -> set[str]:
-    """Tied tensors that were written under both of their names (as ZeRO-3 makes Trainer do with the output head), bit
-    for bit the same.
+def _tied_duplicates(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool) -> set[str]:
+    """The second names of tied tensors that were saved under both names, bit for bit the same.
+
+    ZeRO-3 makes Trainer save the output head twice.
     """
     try:
         model = meta_model(config, trust_remote_code) if config is not None else nn.Module()
-    except UsageError:  # what is published already needs no class that reads it
+    except UsageError:
+        # These names need no class that reads them.
         return set()
     first: dict[int, str] = {}
     return {
         name
         for name, param in model.named_parameters(remove_duplicate=False)
         if first.setdefault(id(param), name) != name
-        and _alike(checkpoint.entries.get(name), checkpoint.entries.get(first[id(param)]))
+        and _equal_bits(checkpoint.entries.get(name), checkpoint.entries.get(first[id(param)]))
     }
 
 
-def _alike(one: Entry | None, other: Entry | None) -> bool:
-    if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+def _equal_bits(entry: Entry | None, other: Entry | None) -> bool:
+    if entry is None or other is None or (entry.shape, entry.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(bits(one.read()), bits(other.read()))
+    return torch.equal(as_bytes(entry.read()), as_bytes(other.read()))
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """A tensor by its bytes: -0 is not 0, and nan equals itself."""
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor by its bytes, (bytes,) uint8. In it -0 is not 0, and nan equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A floating-point tensor in this dtype; any other, and where it is None, the tensor itself."""
+    """A floating-point tensor in this dtype. Other tensors, and all where it is None, are returned as they are."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _same(name: str, entry: Entry) -> dict[str, Tensor]:
+def _read_unchanged(name: str, entry: Entry) -> dict[str, Tensor]:
     return {name: entry.read()}
 
 
 def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """The model's class, and its configuration.
 
+    Args:
+        config: directory of its config.json.
+        trust_remote_code: run code that comes with the model.
     Raises:
-        UsageError: transformers does not know it.
+        UsageError: transformers does not know the model.
     """
     import transformers
 
     try:
         settings = transformers.AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config's class raises what it likes
+    except Exception as error:  # the class of a config may raise anything
         raise UsageError(
-            f"transformers {transformers.__version__} does not read {config}/config.json ({_line(error)}); give the"
-            " directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
+            f"transformers {transformers.__version__} does not read {config}/config.json ({_first_line(error)}); give"
+            " the directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
             " with it"
         ) from error
     name = (settings.architectures or [None])[0]
-    own = getattr(settings, "auto_map", {}) if trust_remote_code else {}
+    auto_map = getattr(settings, "auto_map", {}) if trust_remote_code else {}
     cls = getattr(
-        transformers, next((auto for auto, code in own.items() if str(code).endswith(f".{name}")), str(name)), None
+        transformers,
+        next((auto for auto, code in auto_map.items() if str(code).endswith(f".{name}")), str(name)),
+        None,
     )
     if cls is None:
         raise UsageError(
@@ -120,13 +136,19 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
 
 
 def meta_model(config: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The model without its weights: names and shapes, on the meta device."""
-    return made_on_meta(*model_class(config, trust_remote_code), f"{config}/config.json")
+    """The model without its weights, on the meta device. Arguments and errors are those of `model_class`."""
+    return build_on_meta(*model_class(config, trust_remote_code), f"{config}/config.json")
 
 
-def made_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
-    """A model of this class without its weights. source: where its configuration is from, for the UsageError where it
-    can't be made.
+def build_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
+    """A model without its weights, on the meta device.
+
+    Args:
+        cls: as of `model_class`.
+        settings: as of `model_class`.
+        source: where its configuration is from, for the message.
+    Raises:
+        UsageError: the class can't be made from this configuration.
     """
     try:
         with torch.device("meta"):
@@ -135,37 +157,40 @@ def made_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
                 if hasattr(cls, "from_config")
                 else cls._from_config(settings)
             )
-    except Exception as error:  # so does a model's, on a config that is not its own or for want of a package
+    except Exception as error:  # so may the class of a model, on another model's config or where a package is missing
         raise UsageError(
-            f"{cls.__name__} can't be made from {source} ({_line(error)}); give the config of the model that was"
+            f"{cls.__name__} can't be made from {source} ({_first_line(error)}); give the config of the model that was"
             " trained: --config MODEL"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
+def model_entries(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
     """The checkpoint's entries under the model's own names, tied ones once.
 
+    Args:
+        checkpoint: of an engine.
+        model: on any device.
     Raises:
-        UsageError: one is missing, of another shape, or not of this model.
+        UsageError: an entry is missing, has another shape, or is not of this model.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = _prefix(checkpoint, wanted)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = _prefix(checkpoint, expected)
     params = dict(model.named_parameters(remove_duplicate=False))
     names_of: dict[int, list[str]] = {}
     for name, param in params.items():
         names_of.setdefault(id(param), []).append(name)
-    found: dict[str, Entry] = {}
-    for name, shape in wanted.items():
+    entries: dict[str, Entry] = {}
+    for name, shape in expected.items():
         names = names_of[id(params[name])] if name in params else [name]
         if name != names[0]:
             continue
-        known = [prefix + alias for alias in names]
-        known += [checkpoint.tied[alias] for alias in known if alias in checkpoint.tied]
-        entry = next((checkpoint.entries[alias] for alias in known if alias in checkpoint.entries), None)
+        aliases = [prefix + alias for alias in names]
+        aliases += [checkpoint.tied[alias] for alias in aliases if alias in checkpoint.tied]
+        entry = next((checkpoint.entries[alias] for alias in aliases if alias in checkpoint.entries), None)
         if entry is None:
             raise UsageError(
                 f"{checkpoint.path} ({checkpoint.form}) has no {prefix + name}, which {type(model).__name__} needs; "
@@ -176,59 +201,66 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
                 f"{name} has the shape {list(entry.shape)} in {checkpoint.path}, and {list(shape)} by the model's"
                 f" config.json; {_advice(checkpoint)}"
             )
-        found[name] = entry
-    # What stands beside the model in a script's checkpoint is the script's own.
+        entries[name] = entry
+    # Tensors without the prefix are what a script saved beside the model.
     foreign = sorted(
-        name for name in checkpoint.entries if name.startswith(prefix) and name.removeprefix(prefix) not in wanted
+        name for name in checkpoint.entries if name.startswith(prefix) and name.removeprefix(prefix) not in expected
     )
     if foreign:
         raise UsageError(
             f"{len(foreign)} tensors in {checkpoint.path} are not of {type(model).__name__}, such as {foreign[0]}; "
             f"{_advice(checkpoint)}"
         )
-    return found
+    return entries
 
 
-def names_in(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """{name of a parameter: its name among published tensors}, of those that have the same shape in both. (What was
-    saved without the model's head, as GPT-2 on the hub, has not its prefix; others are saved under other names than
-    they have in memory.)
+def hf_names(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """The Hugging Face names of a model's parameters, of those that have the same shape in both.
 
-    Args: shapes: of the published tensors, by name.
+    What was saved without the model's head, as GPT-2 on the hub, lacks the prefix. Other models are saved under other
+    names than they have in memory.
+
+    Args:
+        model: on any device.
+        shapes: {Hugging Face name: shape}, of the checkpoint.
+    Returns:
+        {name of the parameter: Hugging Face name}.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
     for name, param in model.named_parameters():
-        known = next(
+        hf_name = next(
             (alias for alias in (name, name.removeprefix(prefix), prefix + name) if alias in shapes), None
         ) or _saved_name(model, name, param)
-        if shapes.get(known) == tuple(param.shape):
-            names[name] = known
+        if shapes.get(hf_name) == tuple(param.shape):
+            names[name] = hf_name
     return names
 
 
 def _saved_name(model: nn.Module, name: str, param: Tensor) -> str:
-    """Under which transformers saves a parameter, as `_reverted`; its own where it is no tensor of its own there."""
+    """The name under which transformers saves a parameter, as `_reverted`; the parameter's own name where it is not
+    saved as one tensor.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         saved = list(
             revert_weight_conversion(model, {name: torch.empty(param.shape, dtype=param.dtype, device="meta")})
         )
-    except Exception:  # whatever a conversion raises that lacks its other tensors
+    except Exception:  # a conversion that lacks its other tensors may raise anything
         saved = []
     return saved[0] if len(saved) == 1 else name
 
 
-def _prefix(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> str:
-    """What stands before the model's names: nothing, or the name under which a script kept the model ("model.")."""
+def _prefix(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> str:
+    """What is before the model's names in the checkpoint: nothing, or the name of the model in a script ("model.")."""
 
-    def fits(prefix: str) -> int:
-        return sum(prefix + name in checkpoint.entries for name in wanted)
+    def matches(prefix: str) -> int:
+        return sum(prefix + name in checkpoint.entries for name in expected)
 
-    first = next(iter(wanted))
+    first = next(iter(expected))
     candidates = {""} | {name.removesuffix(first) for name in checkpoint.entries if name.endswith("." + first)}
-    return max(sorted(candidates, key=len), key=fits)
+    return max(sorted(candidates, key=len), key=matches)
 
 
 def _advice(checkpoint: Checkpoint) -> str:
@@ -239,12 +271,14 @@ def _advice(checkpoint: Checkpoint) -> str:
     return "give the config of the model that was trained: --config MODEL"
 
 
-def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[Published]:
-    """transformers joins or splits some models' weights while it loads them (a layer's experts into one tensor), and
-    takes that back when it saves them; here that is done for as few tensors at a time as it can be done for.
+def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[HfTensor]:
+    """The tensors as transformers saves them, converted back for as few tensors at a time as possible.
+
+    transformers joins or splits some models' weights while it loads them (a layer's experts into one tensor), and
+    converts them back when it saves them.
 
     Raises:
-        UsageError: for no few of them it comes to the same as for all.
+        UsageError: the conversion of a few tensors at a time gives others than that of all.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -255,38 +289,40 @@ def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[Published]:
         return revert_weight_conversion(model, {name: entries[name].read() for name in names})
 
     metas = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
-    groups: dict[str, list[str]] = {}  # those that go into one published tensor, by its name
+    sources: dict[str, list[str]] = {}  # {Hugging Face name: the tensors that it is made of}
     try:
         for name, meta in metas.items():
-            groups.setdefault(min(shapes({name: meta}))[0], []).append(name)
-        apart = [shapes({name: metas[name] for name in names}) for names in groups.values()]
-    except Exception:  # whatever a conversion raises that lacks its other tensors
-        apart = []
-    if sorted(shape for group in apart for shape in group) != sorted(shapes(metas)):
+            sources.setdefault(min(shapes({name: meta}))[0], []).append(name)
+        converted = [shapes({name: metas[name] for name in names}) for names in sources.values()]
+    except Exception:  # a conversion that lacks its other tensors may raise anything
+        converted = []
+    if sorted(shape for results in converted for shape in results) != sorted(shapes(metas)):
         raise UsageError(
-            f"{type(model).__name__}'s weights are published in another form than in memory, which can't be made of a"
-            " few tensors at a time; export from the training itself: trainer.save_model()"
+            f"{type(model).__name__}'s weights are saved in another form than in memory, which can't be made of a few"
+            " tensors at a time; export from the training itself: trainer.save_model()"
         )
     return [
-        Published(sum(entries[name].nbytes for name in names), dict(made), partial(read, names))
-        for names, made in zip(groups.values(), apart)
+        HfTensor(sum(entries[name].nbytes for name in names), dict(results), partial(read, names))
+        for names, results in zip(sources.values(), converted)
     ]
 
 
-def loadable(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json of the model in `dtype`, and without what a loader would take for compressed weights (vLLM refuses a
-    `sparsity_config`).
+def loadable_config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The model's config.json for plain weights, without what a loader would take for compressed weights (vLLM refuses
+    a `sparsity_config`).
 
-    dtype: None leaves it as it is.
+    Args:
+        config: the model's config.json.
+        dtype: what it says of the weights; None leaves that as it is.
     """
     name = str(dtype).removeprefix("torch.")
 
-    def rewritten(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
+    def rewritten(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
         return {
-            key: name if dtype and key in ("dtype", "torch_dtype") else rewritten(value)
-            for key, value in part.items()
+            key: name if dtype and key in ("dtype", "torch_dtype") else rewritten(entry)
+            for key, entry in value.items()
             if key not in ("sparsity_config", "compression_config", "quantization_config")
         }
 

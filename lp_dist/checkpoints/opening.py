@@ -1,5 +1,5 @@
-"""Weights on disk, read one tensor at a time: Hugging Face directories, DeepSpeed's and torch's distributed
-checkpoints, and our compact form.
+"""Opens a checkpoint of any form: Hugging Face directories, DeepSpeed's and torch's distributed checkpoints, and our
+bitmask form.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["Checkpoint", "Entry", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | Path, *, masters: bool = False) -> Checkpoint:
-    """Finds out what lies at `path`, and reads its index. No weight is read yet.
+    """Finds out what form the checkpoint at `path` has, and reads its index. No weight is read yet.
 
     Args:
-        path: a directory: of a Hugging Face model; of a Trainer's checkpoint; of a DeepSpeed checkpoint, ZeRO 0 to 3,
-            or a universal one, with its tags or of one tag; of `torch.distributed.checkpoint`; or of the compact form.
-        masters: where a directory holds a model's own weights and an engine's checkpoint besides, as Trainer writes
-            them under DeepSpeed: take the engine's fp32 master weights, and nothing else.
+        path: the directory of a Hugging Face model; of a Trainer's checkpoint; of a DeepSpeed checkpoint, ZeRO 0 to 3
+            or universal, with its tags or of one tag; of `torch.distributed.checkpoint`; or of the bitmask form.
+        masters: take the fp32 master weights of an engine's checkpoint, and nothing else, where the directory holds a
+            model's own weights as well. Trainer writes both under DeepSpeed.
     Raises:
         UsageError: it is none of these, not complete, or of a kind that can't be read (tensor parallel, quantized, an
             adapter alone).
@@ -31,14 +31,14 @@ def open_checkpoint(path: str | Path, *, masters: bool = False) -> Checkpoint:
             f"{path} is no directory; name that of a checkpoint"
             if path.exists()
             else (
-                f"there is no {path}; name the directory of a "
-                "checkpoint, and download what is on the hub first: hf download ID"
+                f"there is no {path}; name the directory of a checkpoint, and download what is on the hub first:"
+                " hf download ID"
             )
         )
     for find in (zero.find, distributed.find) if masters else (bitmask.find, plain.find, zero.find, distributed.find):
-        found = find(path)
-        if found is not None:
-            return found
+        checkpoint = find(path)
+        if checkpoint is not None:
+            return checkpoint
     steps = sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
     hint = f"; it holds checkpoints of a run, of which {steps[-1]} is the last" if steps else ""
     if masters:

@@ -1,4 +1,8 @@
-"""Directories that `from_pretrained` reads: safetensors, or torch's pickled files, sharded or not."""
+"""Directories that `from_pretrained` reads: safetensors, or torch's pickled files, sharded or not.
+
+The file names, and the index `*.index.json` with its `weight_map`, are those of transformers' `save_pretrained`
+(https://huggingface.co/docs/transformers/big_models, "Sharded checkpoints").
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,30 @@ from functools import partial
 from pathlib import Path
 
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_numbered, read_json, unwrapped
-from lp_dist.checkpoints.files import Pickled, safetensors
+from lp_dist.checkpoints.files import TorchFile, safetensors
 from lp_dist.errors import UsageError
 
-_WHOLE = ("model.safetensors", "pytorch_model.bin")  # in from_pretrained's order, each before its index
-_NO_MODEL = re.compile(r"adapter_|compact(-\d+-of-\d+)?\.safetensors$")
-_ACCELERATE = "pytorch_model_fsdp.bin"  # what Accelerate writes of FSDP, and Trainer under it
+_UNSHARDED = ("model.safetensors", "pytorch_model.bin")  # in from_pretrained's order, each before its index
+_NO_MODEL = re.compile(r"adapter_|bitmask(-\d+-of-\d+)?\.safetensors$")
+_ACCELERATE = "pytorch_model_fsdp.bin"  # what Accelerate, and Trainer with it, writes under FSDP
 
 
 def find(path: Path) -> Checkpoint | None:
-    """The model in this directory; None if there is none."""
+    """The model in this directory; None if there is none.
+
+    Raises:
+        UsageError: it is not complete, or quantized.
+    """
     _refuse_quantized(path)
-    for whole in _WHOLE:
-        if (path / whole).is_file():
-            return _read(path, [whole])
-        if (path / f"{whole}.index.json").is_file():
-            return _indexed(path, f"{whole}.index.json")
-    others = sorted(file.name for file in path.glob("*.safetensors") if not _NO_MODEL.match(file.name))
-    if others:
-        check_numbered(path, others)
-        return _read(path, others)
+    for name in _UNSHARDED:
+        if (path / name).is_file():
+            return _read(path, [name])
+        if (path / f"{name}.index.json").is_file():
+            return _indexed(path, f"{name}.index.json")
+    files = sorted(file.name for file in path.glob("*.safetensors") if not _NO_MODEL.match(file.name))
+    if files:
+        check_numbered(path, files)
+        return _read(path, files)
     return _read(path, [_ACCELERATE]) if (path / _ACCELERATE).is_file() else None
 
 
@@ -44,7 +52,7 @@ def _indexed(path: Path, index: str) -> Checkpoint | None:
 
 
 def _read(path: Path, files: list[str], names: Iterable[str] = ()) -> Checkpoint | None:
-    """names: what an index says that the files hold."""
+    """The model in these files. names: the tensors that an index lists."""
     entries: dict[str, Entry] = {}
     for file in files:
         entries.update(_safetensors(path / file) if file.endswith(".safetensors") else _pickle(path / file))
@@ -55,37 +63,39 @@ def _read(path: Path, files: list[str], names: Iterable[str] = ()) -> Checkpoint
             " the checkpoint anew"
         )
     if not entries or any(entry.shape == (0,) for entry in entries.values()):
-        return None  # ZeRO-3 without the gathering of weights leaves names alone, or the small ones of its tensors
+        # ZeRO-3 without the gathering of weights saves only names, or only small tensors.
+        return None
     return Checkpoint(
         path,
         "safetensors" if files[0].endswith(".safetensors") else "torch's pickled weights",
         entries,
-        live=_ACCELERATE in files,
+        runtime_names=_ACCELERATE in files,
     )
 
 
 def _safetensors(file: Path) -> dict[str, Entry]:
     return {
-        unwrapped(name): Entry(place.shape, place.dtype, place.read) for name, place in safetensors(file)[0].items()
+        unwrapped(name): Entry(location.shape, location.dtype, location.read)
+        for name, location in safetensors(file)[0].items()
     }
 
 
 def _pickle(file: Path) -> dict[str, Entry]:
-    pickled = Pickled(file, trusted=False)
-    tensors = pickled.content.items()
+    torch_file = TorchFile(file, trusted=False)
+    tensors = torch_file.content.items()
     return {
-        unwrapped(name): Entry(tuple(tensor.shape), tensor.dtype, partial(pickled.read, tensor))
+        unwrapped(name): Entry(tuple(tensor.shape), tensor.dtype, partial(torch_file.read, tensor))
         for name, tensor in tensors
     }
 
 
 def _refuse_quantized(path: Path) -> None:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    # compressed-tensors writes the last two; "dense" is a format in which tensors are what they are without it.
-    found = [config.get(key) for key in ("quantization_config", "compression_config", "sparsity_config")]
-    found = [part for part in found if part and part.get("format") != "dense"]
-    if found:
-        method = found[0].get("quant_method") or found[0].get("format") or "by a method of no name"
+    # compressed-tensors writes the last two. In its format "dense" tensors are as they are without it.
+    sections = [config.get(key) for key in ("quantization_config", "compression_config", "sparsity_config")]
+    sections = [section for section in sections if section and section.get("format") != "dense"]
+    if sections:
+        method = sections[0].get("quant_method") or sections[0].get("format") or "by an unnamed method"
         raise UsageError(
             f"{path} is quantized or compressed ({method}), so its tensors are no weights to count or convert; undo"
             " that first, with from_pretrained(...).dequantize() for instance"

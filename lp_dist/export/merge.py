@@ -1,9 +1,9 @@
-"""Merging an adapter into a sparse model without losing its zeros: `W + mask·ΔW` instead of `W + ΔW`, where the mask
-is W's own zeros.
+"""Merges an adapter into a sparse model without losing its zeros: `W + mask·ΔW` instead of `W + ΔW`. The mask is 0
+where W is zero.
 
-A plain merge gives nearly every weight of the layers that the adapter wraps a value (elsewhere 40 % of zeros became
-32.7 %). What the mask leaves out of the adapter is a loss, which is measured here: as the share of the adapter's
-change (of ‖ΔW‖²), and as perplexity where there is a text.
+A plain merge gives nearly every weight of the layers with an adapter a value (elsewhere 40 % of zeros became 32.7 %).
+The mask leaves out a part of the adapter. That loss is measured: as the fraction of the adapter's change (of ‖ΔW‖²),
+and as perplexity where there is a text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from lp_dist.errors import UsageError
-from lp_dist.export.output_directory import replaceable, written_whole
+from lp_dist.export.output_directory import atomic_directory, check_output_directory
+from lp_dist.report.console import print_table, say
 from lp_dist.sparsity.measure import kind_of
 
 
 @dataclass
 class MergedLayer:
-    """zeros: of the base. revived: how many of them a plain merge gives a value. change: ‖ΔW‖², and lost: what of it
-    falls on the zeros.
+    """What the merge did to one weight.
+
+    Args:
+        elements: of the weight.
+        zeros: of the base.
+        revived: how many of them a plain merge gives a value.
+        change: ‖ΔW‖².
+        lost: what of it falls on the zeros.
     """
 
     elements: int
@@ -35,9 +42,13 @@ class MergedLayer:
 
 
 @dataclass
-class Merged:
-    """model: the plain model, without adapters, all of it trainable. layers: of each merged weight, by its name in
-    that model.
+class MergeResult:
+    """A merged model.
+
+    Args:
+        model: the plain model, without adapters. All of it is trainable.
+        layers: {name of a merged weight in that model: what the merge did to it}.
+        perplexity: {model, in words: its perplexity}, where there was a text.
     """
 
     model: nn.Module
@@ -46,21 +57,21 @@ class Merged:
 
     @property
     def left_out(self) -> float:
-        """The share of the adapter's change, ‖ΔW‖² over all layers, that falls on zeros of the base."""
+        """The fraction of the adapter's change, ‖ΔW‖² over all layers, that falls on zeros of the base."""
         return sum(layer.lost for layer in self.layers.values()) / max(
             sum(layer.change for layer in self.layers.values()), 1e-300
         )
 
 
-def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> Merged:
-    """Merges peft's active adapter into the weights, and gives the plain model back.
+def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> MergeResult:
+    """Merges peft's active adapter into the weights, and returns the plain model.
 
-    Works for every adapter that peft can merge, layer by layer, by what its `merge` changes; beside the model one
-    layer's weights are held.
+    Works with every adapter that peft can merge, by what its `merge` changes. Beside the model, a copy of one layer's
+    weights is in memory at a time.
 
     Args:
         model: a `PeftModel`, in memory and not sharded. Its base is changed.
-        keep_zeros: weights of the base that are exactly zero stay so; False is peft's own merge, and measured as well.
+        keep_zeros: keep weights of the base that are exactly zero; False is peft's own merge, measured as well.
     Raises:
         UsageError: it has no adapter, is sharded, or its base is quantized.
     """
@@ -74,32 +85,34 @@ def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> Merged:
             f"{type(model).__name__} has no adapter's layers to merge; load one by"
             " peft.PeftModel.from_pretrained(model, adapter)"
         )
-    for name, module in layers:  # all of them before the first is changed
+    # All layers are checked before the first one is changed.
+    for name, module in layers:
         if getattr(module, "merged", False):
             raise UsageError(
                 f"{name} has its adapter merged already, so the zeros of its base are not known any more; call"
                 " model.unmerge_adapter() first"
             )
-        _check_whole(name, _weights(module))
-    found: dict[int, MergedLayer] = {}
+        _refuse_sharded_or_quantized(name, _weights(module))
+    merged: dict[int, MergedLayer] = {}
     for _, module in layers:
         weights = _weights(module)
         with torch.no_grad():
             before = [weight.detach().clone() for weight in weights]
             module.merge()
             for weight, old in zip(weights, before):
-                found[id(weight)] = _masked(weight, old, keep_zeros)
-    plain = model.unload().requires_grad_(True)  # peft leaves what it froze frozen
+                merged[id(weight)] = _restore_zeros(weight, old, keep_zeros)
+    # peft leaves the base frozen.
+    plain = model.unload().requires_grad_(True)
     names = {id(param): name for name, param in plain.named_parameters()}
-    return Merged(plain, {names[key]: layer for key, layer in found.items() if key in names})
+    return MergeResult(plain, {names[key]: layer for key, layer in merged.items() if key in names})
 
 
 def _weights(module: Any) -> list[Tensor]:
-    """The matrices that a layer of peft's wraps."""
+    """The matrices inside of a layer of peft."""
     return [weight for weight in module.get_base_layer().parameters() if weight.ndim >= 2]
 
 
-def _check_whole(name: str, weights: list[Tensor]) -> None:
+def _refuse_sharded_or_quantized(name: str, weights: list[Tensor]) -> None:
     for weight in weights:
         if not weight.is_floating_point():
             raise UsageError(
@@ -112,8 +125,8 @@ def _check_whole(name: str, weights: list[Tensor]) -> None:
             )
 
 
-def _masked(weight: Tensor, old: Tensor, keep_zeros: bool) -> MergedLayer:
-    """Puts the zeros of `old` back into `weight`, and says what that left out."""
+def _restore_zeros(weight: Tensor, old: Tensor, keep_zeros: bool) -> MergedLayer:
+    """Writes the zeros of `old` into `weight` if `keep_zeros`, and measures what that loses."""
     dead = old == 0
     square = (weight.float() - old.float()).square()
     layer = MergedLayer(
@@ -141,16 +154,22 @@ def merge(
     blocks: int = 32,
     block_size: int = 512,
     overwrite: bool = False,
-) -> Merged:
-    """`lp-dist merge`: reads a sparse model and an adapter, merges them with the zeros kept, and writes the model and
-    its tokenizer to `out`.
+) -> MergeResult:
+    """`lp-dist merge`: merges an adapter into a sparse model, and writes the model and its tokenizer to `out`.
 
     Args:
-        base: directory or hub id of the sparse model. It is held in memory whole.
+        base: directory or hub id of the sparse model. All of it is in memory.
         adapter: directory or hub id of what peft's `save_pretrained` wrote.
-        dataset: text by which perplexity is measured of the base, of base and adapter as they were trained, and of the
-            merged model; as of `load_text`: the first `blocks` blocks of `block_size` tokens of its last
-            part.
+        out: directory to write.
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
+        dataset: text by which the perplexity of the base, of the base with its adapter, and of the merged model is
+            measured; this and the next arguments are those of `load_text`. None: it is not measured.
+        dataset_config: of the data set.
+        dataset_split: of the data set; its last tenth is used.
+        text_column: of the data set.
+        blocks: how many blocks of tokens are used.
+        block_size: tokens of a block.
+        overwrite: replace an earlier output.
     Raises:
         UsageError: bad arguments, or an adapter that is not of this base.
     """
@@ -160,7 +179,7 @@ def merge(
         raise UsageError("lp-dist merge needs peft, which wrote the adapter: pip install peft") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = replaceable(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
+    out = check_output_directory(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
     try:
@@ -186,7 +205,7 @@ def merge(
     if text is not None:
         perplexity["merged, zeros kept"] = perplexity_of(merged.model, text)
     merged.perplexity = perplexity
-    with written_whole(out) as partial:
+    with atomic_directory(out) as partial:
         merged.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return merged
@@ -221,43 +240,35 @@ def perplexity_of(model: nn.Module, blocks: Any) -> float:
     )
 
 
-def show(merged: Merged, out: str | Path) -> None:
-    """What was kept, what a plain merge would have lost, and what the mask costs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+def show(merged: MergeResult, out: str | Path) -> None:
+    """Prints what was kept, what a plain merge would have lost, and what the mask costs."""
     kinds: dict[str, list[MergedLayer]] = {}
     for name, layer in merged.layers.items():
         kinds.setdefault(kind_of(name), []).append(layer)
-    table = Table(title="The adapter, merged with the zeros kept")
-    for column in ("layer", "weights", "zeros", "share", "by a plain merge", "ΔW² left out"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for kind, layers in kinds.items():
-        elements, zeros, revived = (
-            sum(getattr(layer, key) for layer in layers) for key in ("elements", "zeros", "revived")
-        )
-        table.add_row(
-            kind,
-            f"{elements:,}",
-            f"{zeros:,}",
-            f"{zeros / elements:.2%}",
-            f"{(zeros - revived) / elements:.2%}",
-            f"{sum(layer.lost for layer in layers) / max(sum(layer.change for layer in layers), 1e-300):.1%}",
-        )
-    console.print(table)
+    print_table(
+        "The adapter, merged with the zeros kept",
+        ("layer", "weights", "zeros", "share", "by a plain merge", "ΔW² left out"),
+        (_table_row(kind, layers) for kind, layers in kinds.items()),
+    )
     if merged.perplexity:
-        console.print(
-            "Perplexity on held-out text: "
-            + ", ".join(f"{what} {value:.2f}" for what, value in merged.perplexity.items())
-            + ".",
-            soft_wrap=True,
-            highlight=False,
-        )
-    console.print(
+        values = ", ".join(f"{model} {value:.2f}" for model, value in merged.perplexity.items())
+        say(f"Perplexity on held-out text: {values}.")
+    say(
         f"{merged.left_out:.1%} of the adapter's change fell on zeros and was left out. Saved to {out}; loads with"
-        " from_pretrained.",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        " from_pretrained."
+    )
+
+
+def _table_row(kind: str, layers: list[MergedLayer]) -> tuple[str, ...]:
+    elements = sum(layer.elements for layer in layers)
+    zeros = sum(layer.zeros for layer in layers)
+    revived = sum(layer.revived for layer in layers)
+    left_out = sum(layer.lost for layer in layers) / max(sum(layer.change for layer in layers), 1e-300)
+    return (
+        kind,
+        f"{elements:,}",
+        f"{zeros:,}",
+        f"{zeros / elements:.2%}",
+        f"{(zeros - revived) / elements:.2%}",
+        f"{left_out:.1%}",
     )

@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all."""
+"""Directories that are written whole or not at all: the one place for them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pathlib import Path
 
 from lp_dist.errors import DiffersError, UsageError
 
-_PARTS = ("additional_chat_templates",)  # directories that a model's own directory may have
+_MODEL_DIRECTORIES = ("additional_chat_templates",)  # that a model's own directory may have
 
 
-def replaceable(out: str | Path, overwrite: bool, *sources: Path) -> Path:
-    """`out` as an absolute path, once it is known that nothing would be lost there.
+def check_output_directory(out: str | Path, overwrite: bool, *sources: Path) -> Path:
+    """Checks that nothing is lost where `out` is written.
 
     Args:
-        sources: what is read meanwhile, which must not lie within it.
+        out: the directory to write.
+        overwrite: whether an earlier output there may be replaced.
+        sources: directories that are read meanwhile, which must not lie within `out`.
+    Returns:
+        `out` as an absolute path.
     Raises:
-        UsageError: it is a file, is not empty and may not be overwritten, has directories of its own, or holds a
-            source.
+        UsageError: it is a file, is not empty and may not be overwritten, has directories that no output has, or holds
+            a source.
     """
     out = Path(out).resolve()
     for source in sources:
-        for place in (out, _partial(out)):
-            if place in (source.resolve(), *source.resolve().parents):
+        for directory in (out, _partial(out)):
+            if directory in (source.resolve(), *source.resolve().parents):
                 raise UsageError(
-                    f"{place} is or holds {source}, which it is to be made from; choose another place for it"
+                    f"{directory} is or holds {source}, which it is to be made from; choose another place for it"
                 )
     if not out.exists():
         return out
@@ -34,19 +38,21 @@ def replaceable(out: str | Path, overwrite: bool, *sources: Path) -> Path:
         raise UsageError(f"{out} is a file; choose another place")
     if any(out.iterdir()) and not overwrite:
         raise UsageError(f"{out} exists and is not empty; choose another place, or replace it by --overwrite")
-    odd = [inner for inner in out.iterdir() if inner.is_dir() and inner.name not in _PARTS]
-    if odd:
+    unknown = [inner for inner in out.iterdir() if inner.is_dir() and inner.name not in _MODEL_DIRECTORIES]
+    if unknown:
         raise UsageError(
-            f"{out} is no earlier output, since it has a directory {odd[0].name}, which --overwrite would delete;"
+            f"{out} is no earlier output, since it has a directory {unknown[0].name}, which --overwrite would delete;"
             " choose another place"
         )
     return out
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A directory `out`.partial to write into, which takes the place of `out` at the end. After an error it is removed
-    and `out` is as it was; after a DiffersError it stays, to be looked at."""
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """A directory `out`.partial to write into, which replaces `out` at the end.
+
+    After an error it is removed, and `out` is as it was. After a DiffersError it stays, so that one can look at it.
+    """
     partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

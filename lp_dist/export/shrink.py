@@ -1,8 +1,8 @@
-"""`lp-dist export --shrink`: dead feed-forward channels and attention heads are left out, as far as config.json can
-say how many are left.
+"""`lp-dist export --shrink`: removes dead feed-forward channels and attention heads, as far as config.json can hold
+the new numbers.
 
-A group of weights (`structure.py`) is dead where everything that reads it is zero. It has no effect then: leaving it
-out takes zeros out of sums.
+A group of weights is dead where everything that reads it is zero. It has no effect then: its removal takes zeros out
+of sums.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lp_dist.checkpoints.entries import read_json
-from lp_dist.checkpoints.hf_names import Published, in_dtype, made_on_meta, model_class, names_in
+from lp_dist.checkpoints.hf_names import HfTensor, build_on_meta, hf_names, in_dtype, model_class
 from lp_dist.errors import UsageError
-from lp_dist.export.widths import Widths
+from lp_dist.export.widths import Cut, Edits, Widths
 from lp_dist.sparsity.measure import layer_of
 from lp_dist.structured.budget import groups_to_prune
-from lp_dist.structured.groups import Groups, Member
-from lp_dist.structured.naming import recognised, structure
+from lp_dist.structured.groups import Member, WeightGroups
+from lp_dist.structured.resolve import recognised_groups, resolve_groups
 from lp_dist.targets.group_controller import group_budget
 from lp_dist.targets.target import SparsityTarget
 
@@ -33,9 +33,16 @@ _CHANNELS, _HEADS = "feed-forward channels", "attention heads"
 
 
 @dataclass(frozen=True)
-class Removed:
-    """What became of groups whose number one entry of the config says. what: in words. dead, before, after: their
-    numbers in each part of the model. why: what keeps dead ones there; empty where all are gone."""
+class Removal:
+    """What was removed of the groups whose number one entry of the config holds.
+
+    Args:
+        what: the kind of groups, in words.
+        dead: how many are dead in each module.
+        before: how many there were in each module.
+        after: how many stay in each module.
+        why: why dead ones stay; empty where all are removed.
+    """
 
     what: str
     dead: list[int]
@@ -44,161 +51,180 @@ class Removed:
     why: str = ""
 
     @property
-    def gone(self) -> int:
+    def removed(self) -> int:
+        """How many are removed, over all modules."""
         return sum(self.before) - sum(self.after)
 
     def __str__(self) -> str:
-        told = f"{sum(self.dead):,} of {sum(self.before):,} {self.what} are dead"
-        if not self.gone:
-            return f"{told} and stay: {self.why}"
+        dead = f"{sum(self.dead):,} of {sum(self.before):,} {self.what} are dead"
+        if not self.removed:
+            return f"{dead} and stay: {self.why}"
         widths = " → ".join(
-            f"{min(of):,}" if len(set(of)) == 1 else f"{min(of):,} to {max(of):,}" for of in (self.before, self.after)
+            f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+            for counts in (self.before, self.after)
         )
         return (
-            f"{told}, {self.gone:,} are gone: {widths} in each of {len(self.before)}"
+            f"{dead}, {self.removed:,} are removed: {widths} in each of {len(self.before)}"
             f" layers{'; ' * bool(self.why)}{self.why}"
         )
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """A model without dead groups. kept: by published name and dimension, which indices stay (width,), of those that
-    lose some. readers: the dimensions of these at which only zeros go. config: its config.json. removed: what became
-    of each kind of groups.
+class ShrinkPlan:
+    """How to remove the dead groups of a model.
+
+    Args:
+        kept: {Hugging Face name: {dimension: (size,) bool, which indices stay}}, of tensors that lose some.
+        readers: the (name, dimension) of these at which only zeros may be removed.
+        config: config.json of the smaller model.
+        removals: what is removed of each kind of groups.
     """
 
     kept: dict[str, dict[int, Tensor]]
     readers: set[tuple[str, int]]
     config: dict[str, Any]
-    removed: list[Removed]
+    removals: list[Removal]
 
     @property
     def sums(self) -> list[int]:
         """How many terms the sums had that have fewer now, a number for each tensor."""
         return [
-            len(stays)
-            for name, dims in self.kept.items()
-            for dim, stays in dims.items()
-            if (name, dim) in self.readers
+            len(kept) for name, dims in self.kept.items() for dim, kept in dims.items() if (name, dim) in self.readers
         ]
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of this tensor, in its order."""
-        for dim, stays in self.kept.get(name, {}).items():
-            tensor = tensor.index_select(dim, stays.nonzero().flatten())
+        """What stays of the tensor of this name, in its order."""
+        for dim, kept in self.kept.get(name, {}).items():
+            tensor = tensor.index_select(dim, kept.nonzero().flatten())
         return tensor
 
     def takes_only_zeros(self, name: str, tensor: Tensor) -> bool:
-        """Whether what goes of this tensor and would be read is zero."""
-        gone = [
-            (dim, (~stays).nonzero().flatten())
-            for dim, stays in self.kept.get(name, {}).items()
+        """Whether all removed weights of this tensor that read channels or heads are zero."""
+        removed = [
+            (dim, (~kept).nonzero().flatten())
+            for dim, kept in self.kept.get(name, {}).items()
             if (name, dim) in self.readers
         ]
-        return not any(bool(tensor.index_select(dim, indices).any()) for dim, indices in gone)
+        return not any(bool(tensor.index_select(dim, indices).any()) for dim, indices in removed)
 
 
-def planned(
-    pieces: list[Published],
+def shrink_plan(
+    tensors: list[HfTensor],
     config: Path,
     dtype: torch.dtype | None = None,
     multiple: int = 1,
     trust_remote_code: bool = False,
-) -> Shrunk:
-    """Finds out what can go. Reads what reads channels and heads, one tensor at a time.
+) -> ShrinkPlan:
+    """Finds out what can be removed. Reads the weights that read channels and heads, one tensor at a time.
 
     Args:
-        pieces: the model's tensors (`published`), which may not fit into memory. config: directory of its config.json.
-        dtype: of the export; what is zero in it is dead. None: as they are.
-        multiple: the width of feed-forward layers is rounded up to it, as far as they had so many channels.
+        tensors: the model's (`hf_tensors`), which may not fit into memory.
+        config: directory of its config.json.
+        dtype: of the export; what is zero in it is dead. None: as stored.
+        multiple: the width of feed-forward layers is rounded up to it, at most to their width before.
+        trust_remote_code: run code that comes with the model.
     Raises:
-        UsageError: neither channels nor heads are recognised, none is dead, or none of the dead ones can go; says why.
+        UsageError: neither channels nor heads are recognised, none is dead, or none of the dead ones can be removed;
+            the message says why.
     """
     cls, settings = model_class(config, trust_remote_code)
-    model = made_on_meta(cls, settings, f"{config}/config.json")
-    found, reasons = recognised(model)
-    if not found:
+    model = build_on_meta(cls, settings, f"{config}/config.json")
+    recognised, reasons = recognised_groups(model)
+    if not recognised:
         raise UsageError(f"--shrink has nothing to look at: {'; '.join(reasons)}")
-    parts = [groups for kind in found.values() for groups in kind]
-    names = names_in(model, {name: shape for piece in pieces for name, shape in piece.shapes.items()})
-    known = [groups for groups in parts if all(member.name in names for member in groups.members)]
-    dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in parts} | _dead(
-        known, names, pieces, dtype
-    )
-    if not any(bool(one.any()) for one in dead.values()):
-        counts = [
-            (sum(groups.count for groups in known if groups.kind == kind), what)
-            for kind, what in (("channels", _CHANNELS), ("heads", _HEADS))
-        ]
-        none = " and ".join(f"{count:,} {what}" for count, what in counts if count)
-        why = (
-            f"of {none} of {cls.__name__} none is dead"
-            if none
-            else f"the checkpoint's tensors have other names than those of {cls.__name__}"
-        )
-        if none and len(known) < len(parts):
-            why += (
-                f" (and {len(parts) - len(known)} parts of it, such as"
-                f" {next(one.name for one in parts if one not in known)}, have other names in the checkpoint)"
-            )
-        raise UsageError(
-            f"--shrink finds nothing to remove: {why}. Single zeros are not enough: all that reads a channel or head"
-            ' must be zero, as a target for whole groups makes it: SparsityTarget(0.5, groups="channels"), or'
-            ' "kv_groups"'
-        )
+    sets = [groups for kind in recognised.values() for groups in kind]
+    names = hf_names(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()})
+    named = [groups for groups in sets if all(member.name in names for member in groups.members)]
+    dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in sets}
+    dead |= _dead(named, names, tensors, dtype)
+    if not any(bool(is_dead.any()) for is_dead in dead.values()):
+        raise UsageError(_nothing_is_dead(sets, named, cls.__name__))
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
-    removed = _channels(widths, found.get("channels", []), dead, multiple) + _heads(
-        widths, found.get("kv_groups", []), found.get("heads", []), dead
-    )
-    removed = [one for one in removed if any(one.dead)]
-    if not any(one.gone for one in removed):
-        raise UsageError(f"--shrink can remove nothing: {'; '.join(map(str, removed))}")
+    removals = _removals(widths, recognised, dead, multiple)
+    if not any(removal.removed for removal in removals):
+        raise UsageError(f"--shrink can remove nothing: {'; '.join(map(str, removals))}")
     kept: dict[str, dict[int, Tensor]] = {}
-    for (name, dim), stays in widths.kept.items():
-        if not stays.all():
-            kept.setdefault(names[name], {})[dim] = stays
-    readers = {(names[member.name], member.dim) for groups in known for member in groups.members if member.reads}
-    return Shrunk(kept, readers, widths.config, removed)
+    for (name, dim), indices in widths.kept.items():
+        if not indices.all():
+            kept.setdefault(names[name], {})[dim] = indices
+    readers = {(names[member.name], member.dim) for groups in named for member in groups.members if member.reads}
+    return ShrinkPlan(kept, readers, widths.config, removals)
 
 
-def foreseen(cls: Any, settings: Any, target: SparsityTarget) -> list[Removed]:
-    """What could be cut out after a run with this target of groups, by the model's configuration alone, if in every
-    layer the first ones died.
+def expected_removals(cls: Any, settings: Any, target: SparsityTarget) -> list[Removal]:
+    """What could be removed after a run with a target for groups, if in every layer the first ones were dead.
 
-    Args: cls, settings: of the model, as of `model_class`. Raises UsageError as `structure` and `attach` do.
+    Args:
+        cls: as of `model_class`.
+        settings: as of `model_class`.
+        target: with groups.
+    Raises:
+        UsageError: as of `resolve_groups` and `attach`.
     """
-    model = made_on_meta(cls, settings, "its configuration")
-    found, _ = recognised(model)
-    dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in found.values() for groups in kind}
-    for label, number in groups_to_prune(
-        group_budget(target), structure(model, target.groups), sum(param.numel() for param in model.parameters())
-    ).items():
-        if label in dead:  # else they are of the user's own
-            dead[label][:number] = True
-    for shared, queries in zip(found.get("kv_groups", []), found.get("heads", [])):
+    assert target.groups is not None
+    model = build_on_meta(cls, settings, "its configuration")
+    recognised, _ = recognised_groups(model)
+    dead = {
+        groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in recognised.values() for groups in kind
+    }
+    total_parameters = sum(param.numel() for param in model.parameters())
+    counts = groups_to_prune(group_budget(target), resolve_groups(model, target.groups), total_parameters)
+    for label, count in counts.items():
+        # Groups that the user described are not recognised, so they can't be removed.
+        if label in dead:
+            dead[label][:count] = True
+    for shared, queries in zip(recognised.get("kv_groups", []), recognised.get("heads", [])):
         dead[queries.label] |= dead[shared.label].repeat_interleave(queries.count // shared.count)
         dead[shared.label] |= dead[queries.label].view(shared.count, -1).all(dim=1)
-    widths = Widths(cls, settings, settings.to_dict(), model)
-    removed = _channels(widths, found.get("channels", []), dead, 1) + _heads(
-        widths, found.get("kv_groups", []), found.get("heads", []), dead
+    return _removals(Widths(cls, settings, settings.to_dict(), model), recognised, dead, multiple=1)
+
+
+def _removals(
+    widths: Widths, recognised: dict[str, list[WeightGroups]], dead: dict[str, Tensor], multiple: int
+) -> list[Removal]:
+    """Cuts `widths`, and says what was removed of the kinds of groups that have dead ones."""
+    removals = _channels(widths, recognised.get("channels", []), dead, multiple)
+    removals += _heads(widths, recognised.get("kv_groups", []), recognised.get("heads", []), dead)
+    return [removal for removal in removals if any(removal.dead)]
+
+
+def _nothing_is_dead(sets: list[WeightGroups], named: list[WeightGroups], cls: str) -> str:
+    """The message. named: those of the groups whose parameters are in the checkpoint."""
+    counts = [
+        (sum(groups.count for groups in named if groups.kind == kind), what)
+        for kind, what in (("channels", _CHANNELS), ("heads", _HEADS))
+    ]
+    checked = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    why = (
+        f"of {checked} of {cls} none is dead"
+        if checked
+        else f"the checkpoint's tensors have other names than those of {cls}"
     )
-    return [one for one in removed if any(one.dead)]
+    if checked and len(named) < len(sets):
+        why += (
+            f" (and {len(sets) - len(named)} parts of it, such as"
+            f" {next(groups.name for groups in sets if groups not in named)}, have other names in the checkpoint)"
+        )
+    return (
+        f"--shrink finds nothing to remove: {why}. Single zeros are not enough: all that reads a channel or head"
+        ' must be zero, as a target for whole groups makes it: SparsityTarget(0.5, groups="channels"), or'
+        ' "kv_groups"'
+    )
 
 
 def _dead(
-    parts: list[Groups], names: dict[str, str], pieces: list[Published], dtype: torch.dtype | None
+    sets: list[WeightGroups], names: dict[str, str], tensors: list[HfTensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """{label: which groups are read by zeros alone (count,)}."""
-    dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in parts}
+    """{label: (count,) bool, which groups are read by zeros alone}."""
+    dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in sets}
     readers: dict[str, list[tuple[str, Member]]] = {}
-    for groups in parts:
+    for groups in sets:
         for member in groups.members:
             if member.reads:
                 readers.setdefault(names[member.name], []).append((groups.label, member))
-    for piece in tqdm(
-        [piece for piece in pieces if readers.keys() & piece.shapes.keys()], desc="Looking for dead channels and heads"
-    ):
-        for name, tensor in piece.read().items():
+    reading = [tensor for tensor in tensors if readers.keys() & tensor.shapes.keys()]
+    for hf_tensor in tqdm(reading, desc="Looking for dead channels and heads"):
+        for name, tensor in hf_tensor.read().items():
             for label, member in readers.get(name, ()):
                 # Without a tensor of bools as large as the weights.
                 low, high = (
@@ -210,160 +236,208 @@ def _dead(
     return dead
 
 
-def _alike(parts: list[Groups], key: Callable[[Groups], Any]) -> list[list[Groups]]:
-    found: dict[Any, list[Groups]] = {}
-    for groups in parts:
-        found.setdefault(key(groups), []).append(groups)
-    return [*found.values()]
+def _grouped_by(sets: list[WeightGroups], key: Callable[[WeightGroups], Any]) -> list[list[WeightGroups]]:
+    grouped: dict[Any, list[WeightGroups]] = {}
+    for groups in sets:
+        grouped.setdefault(key(groups), []).append(groups)
+    return [*grouped.values()]
 
 
-def _alive(dead: dict[str, Tensor], groups: Groups) -> int:
+def _alive(dead: dict[str, Tensor], groups: WeightGroups) -> int:
     """How many must stay: one at least."""
     return max(1, groups.count - int(dead[groups.label].sum()))
 
 
-def _stays(dead: Tensor, width: int) -> Tensor:
-    """Which of the groups stay where so many do: all that are alive, and the first of the dead ones."""
-    stays = ~dead
-    stays[dead.nonzero().flatten()[: width - int(stays.sum())]] = True
-    return stays
+def _kept(dead: Tensor, count: int) -> Tensor:
+    """Which groups stay where `count` do: all that are not dead, and the first of the dead ones."""
+    kept = ~dead
+    kept[dead.nonzero().flatten()[: count - int(kept.sum())]] = True
+    return kept
 
 
-def _told(what: str, parts: list[Groups], dead: dict[str, Tensor], after: list[int], why: str) -> Removed:
-    removed = Removed(
-        what, [int(dead[groups.label].sum()) for groups in parts], [groups.count for groups in parts], after, why
-    )
-    return removed if removed.gone < sum(removed.dead) else replace(removed, why="")
+def _removal(
+    what: str, sets: list[WeightGroups], dead: dict[str, Tensor], after: list[int], why_dead_stay: str
+) -> Removal:
+    dead_counts = [int(dead[groups.label].sum()) for groups in sets]
+    removal = Removal(what, dead_counts, [groups.count for groups in sets], after, why_dead_stay)
+    return removal if removal.removed < sum(removal.dead) else replace(removal, why="")
+
+
+def _pattern_of(groups: WeightGroups) -> str:
+    """The module's name without its numbers. Encoder and decoder differ in it."""
+    return re.sub(r"\d+", "*", groups.name)
 
 
 # -- feed-forward channels ----------------------------------------------------
 
 
-def _channels(widths: Widths, parts: list[Groups], dead: dict[str, Tensor], multiple: int) -> list[Removed]:
-    removed, left = [], parts
-    to = {groups.label: min(groups.count, math.ceil(_alive(dead, groups) / multiple) * multiple) for groups in parts}
+def _channels(widths: Widths, sets: list[WeightGroups], dead: dict[str, Tensor], multiple: int) -> list[Removal]:
+    removals: list[Removal] = []
+    remaining = sets
+    width_of = {
+        groups.label: min(groups.count, math.ceil(_alive(dead, groups) / multiple) * multiple) for groups in sets
+    }
     rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
-    for alike in _alike(
-        parts, lambda groups: re.sub(r"\d+", "*", groups.name)
-    ):  # each layer with a width of its own, where the config has a list
-        cuts = [(groups, _stays(dead[groups.label], to[groups.label])) for groups in alike]
+    # Each layer gets a width of its own where the config has a list of widths.
+    for layers in _grouped_by(sets, _pattern_of):
+        cuts = [Cut(groups, _kept(dead[groups.label], width_of[groups.label])) for groups in layers]
         before, after = (
-            {layer_of(groups.name): width for groups, width in zip(alike, of)}
-            for of in ([groups.count for groups in alike], [to[groups.label] for groups in alike])
+            {layer_of(groups.name): width for groups, width in zip(layers, counts)}
+            for counts in ([groups.count for groups in layers], [width_of[groups.label] for groups in layers])
         )
         if (
             before != after
-            and len(before) == len(alike)
-            and any(widths.cut(cuts, edits(after)) for edits in widths.of_lists(before))
+            and len(before) == len(layers)
+            and any(widths.cut(cuts, edits(after)) for edits in widths.layer_list_edits(before))
         ):
-            removed.append(_told(_CHANNELS, alike, dead, [*after.values()], rounded.removeprefix(", ")))
-            left = [groups for groups in left if groups not in alike]
+            removals.append(_removal(_CHANNELS, layers, dead, [*after.values()], rounded.removeprefix(", ")))
+            remaining = [groups for groups in remaining if groups not in layers]
 
-    def one_width(alike: list[Groups], whole: bool) -> bool:
-        """Cuts these parts to the width of the one that needs most, and whether it could be done. whole: tells it also
-        if not.
-        """
-        most, before = max(alike, key=lambda groups: to[groups.label]), alike[0].count
-        width = to[most.label]
-        cuts = [(groups, _stays(dead[groups.label], width)) for groups in alike]
+    def cut_to_one_width(layers: list[WeightGroups], report_failure: bool) -> bool:
+        """Cuts these layers to the width of the one that needs most, and returns whether that was possible."""
+        widest, before = max(layers, key=lambda groups: width_of[groups.label]), layers[0].count
+        width = width_of[widest.label]
+        cuts = [Cut(groups, _kept(dead[groups.label], width)) for groups in layers]
         fits = width < before and any(
-            widths.cut(cuts, dict.fromkeys(places, width)) for places in widths.of_channels(before)
+            widths.cut(cuts, dict.fromkeys(paths, width)) for paths in widths.channel_entries(before)
         )
-        why = f"all layers have one width, and {most.name} needs {_alive(dead, most):,}{rounded}"
+        why = f"all layers have one width, and {widest.name} needs {_alive(dead, widest):,}{rounded}"
         if width < before and not fits:
             why = f"no entry of config.json, changed alone, makes them fewer than {before:,}"
-        if fits or whole:
-            removed.append(_told(_CHANNELS, alike, dead, [width if fits else before] * len(alike), why))
+        if fits or report_failure:
+            removals.append(_removal(_CHANNELS, layers, dead, [width if fits else before] * len(layers), why))
         return fits
 
-    for same in _alike(left, lambda groups: groups.count):
-        kinds = _alike(
-            same, lambda groups: re.sub(r"\d+", "*", groups.name)
-        )  # encoder and decoder may have keys of their own
-        rest = [groups for kind in kinds if len(kinds) == 1 or not one_width(kind, False) for groups in kind]
-        if rest:
-            one_width(rest, True)
-    return removed
+    for same_width in _grouped_by(remaining, lambda groups: groups.count):
+        # Encoder and decoder may have config entries of their own.
+        stacks = _grouped_by(same_width, _pattern_of)
+        uncut = [
+            groups
+            for stack in stacks
+            if len(stacks) == 1 or not cut_to_one_width(stack, report_failure=False)
+            for groups in stack
+        ]
+        if uncut:
+            cut_to_one_width(uncut, report_failure=True)
+    return removals
 
 
 # -- attention heads ----------------------------------------------------------
 
 
-def _heads(widths: Widths, shared: list[Groups], queries: list[Groups], dead: dict[str, Tensor]) -> list[Removed]:
-    """Heads of keys and values with the queries that read them; and where several do, as many of these of every head
-    of keys and values.
+def _heads(
+    widths: Widths, sets: list[WeightGroups], query_sets: list[WeightGroups], dead: dict[str, Tensor]
+) -> list[Removal]:
+    """Removes heads of keys and values with the queries that read them. Where several queries read a head of keys and
+    values, the same number of these is then removed from every such head.
     """
-    removed, of = [], {groups.name: groups for groups in queries}
-    for alike in _alike(shared, lambda groups: (groups.count, of[groups.name].count)):
-        before, heads = alike[0].count, of[alike[0].name].count
-        share = heads // before
-        places = [
-            *widths.of_heads(heads, before, next(member.width for member in alike[0].members if member.reads) // share)
-        ]
-        most = max(alike, key=lambda groups: _alive(dead, groups))
-        least = _alive(dead, most)
+    removals: list[Removal] = []
+    queries_of = {groups.name: groups for groups in query_sets}
+    for layers in _grouped_by(sets, lambda groups: (groups.count, queries_of[groups.name].count)):
+        before, heads = layers[0].count, queries_of[layers[0].name].count
+        ratio = heads // before
+        size = next(member.width for member in layers[0].members if member.reads) // ratio
+        head_edits = [*widths.head_edits(heads, before, size)]
+        fullest = max(layers, key=lambda groups: _alive(dead, groups))
+        fewest = _alive(dead, fullest)
 
-        def whole(few: int) -> list[tuple[Groups, Tensor]]:
-            return [(groups, _stays(dead[groups.label], few)) for groups in alike]
+        def shared_cuts(count: int, layers: list[WeightGroups] = layers) -> list[Cut]:
+            return [Cut(groups, _kept(dead[groups.label], count)) for groups in layers]
 
-        few, why = _fewest(
-            widths, range(least, before), whole, [lambda few, write=write: write(few * share, few) for write in places]
-        )
-        what = _HEADS if share == 1 else f"groups of {share} attention heads"
-        removed.append(
-            _told(what, alike, dead, [few] * len(alike), f"all layers have one number, {most.name} needs {least}{why}")
-        )
-        if share == 1:
-            continue
-        # What is dead beyond whole groups: (few, share) in each layer.
-        single = [
-            (of[groups.name], stay, dead[of[groups.name].label].view(before, share) & stay[:, None])
-            for groups, stay in whole(few)
-        ]
-        worst, lost = min(
-            ((groups, int(gone[stay].sum(dim=1).min())) for groups, stay, gone in single), key=lambda one: one[1]
-        )
-
-        def fewer(each: int) -> list[tuple[Groups, Tensor]]:
-            return [(groups, ~(gone & (gone.cumsum(dim=1) <= share - each)).flatten()) for groups, _, gone in single]
-
-        each, why = _fewest(
+        count, why = _fewest(
             widths,
-            range(max(1, share - lost), share),
-            fewer,
-            [lambda each, write=write: write(few * each, few) for write in places],
+            range(fewest, before),
+            shared_cuts,
+            [lambda count, edits=edits, ratio=ratio: edits(count * ratio, count) for edits in head_edits],
         )
-        counts = [int(gone.sum()) for _, _, gone in single], [few * share] * len(single), [few * each] * len(single)
-        why = f"every group must lose as many, and one of {worst.name} has {lost} dead ones{why}"
-        removed.append(Removed(f"{_HEADS} in groups that stay", *counts, why))
-    return removed
+        what = _HEADS if ratio == 1 else f"groups of {ratio} attention heads"
+        why = f"all layers have one number, {fullest.name} needs {fewest}{why}"
+        removals.append(_removal(what, layers, dead, [count] * len(layers), why))
+        if ratio > 1:
+            removals.append(_queries_within(widths, shared_cuts(count), count, queries_of, dead, head_edits))
+    return removals
+
+
+def _queries_within(
+    widths: Widths,
+    kept_shared: list[Cut],
+    count: int,
+    queries_of: dict[str, WeightGroups],
+    dead: dict[str, Tensor],
+    head_edits: list[Callable[[int, int], Edits]],
+) -> Removal:
+    """Removes dead query heads whose keys and values stay.
+
+    Args:
+        widths: the model, after the cut `kept_shared`.
+        kept_shared: which heads of keys and values stay.
+        count: how many of them stay in each layer.
+        queries_of: {module: its query heads}.
+        dead: {label: which groups are dead}.
+        head_edits: of the config entries.
+    """
+    ratio = queries_of[kept_shared[0].groups.name].count // kept_shared[0].groups.count
+    # Of each layer, (heads of keys and values, ratio) bool: the dead queries of those that stay.
+    layers = [
+        (
+            queries_of[groups.name],
+            kept,
+            dead[queries_of[groups.name].label].view(groups.count, ratio) & kept[:, None],
+        )
+        for groups, kept in kept_shared
+    ]
+    limiting, removable = min(
+        ((queries, int(dead_queries[kept].sum(dim=1).min())) for queries, kept, dead_queries in layers),
+        key=lambda item: item[1],
+    )
+
+    def query_cuts(per_head: int) -> list[Cut]:
+        return [
+            Cut(queries, ~(dead_queries & (dead_queries.cumsum(dim=1) <= ratio - per_head)).flatten())
+            for queries, _, dead_queries in layers
+        ]
+
+    per_head, why = _fewest(
+        widths,
+        range(max(1, ratio - removable), ratio),
+        query_cuts,
+        [lambda per_head, edits=edits: edits(count * per_head, count) for edits in head_edits],
+    )
+    return Removal(
+        f"{_HEADS} in groups that stay",
+        [int(dead_queries.sum()) for _, _, dead_queries in layers],
+        [count * ratio] * len(layers),
+        [count * per_head] * len(layers),
+        f"every group must lose as many, and one of {limiting.name} has {removable} dead ones{why}",
+    )
 
 
 def _fewest(
     widths: Widths,
     numbers: range,
-    cuts: Callable[[int], list[tuple[Groups, Tensor]]],
-    places: list[Callable[[int], Any]],
+    cuts: Callable[[int], list[Cut]],
+    edits: list[Callable[[int], Edits]],
 ) -> tuple[int, str]:
-    """The first of the numbers that the config can say, or the one after them; and why not an earlier one, as the end
-    of a sentence.
+    """Cuts to the first of the numbers that the config can hold.
+
+    Returns:
+        That number, or the one after all of them; and why it is not an earlier one, as the end of a sentence.
     """
-    another = False
-    for write in places:
+    makes_another_model = False
+    for edit in edits:
         for number in numbers:
-            taken = widths.cut(cuts(number), write(number))
+            taken = widths.cut(cuts(number), edit(number))
             if taken:
-                return number, (
-                    ""
-                    if number == numbers.start
-                    else f", and the model's configuration takes no number below {number}"
-                )
-            another |= taken is False
-            if another:  # so it would be for the next number
+                if number == numbers.start:
+                    return number, ""
+                return number, f", and the model's configuration takes no number below {number}"
+            makes_another_model |= taken is False
+            if makes_another_model:
+                # The next number would do the same.
                 break
     why = (
         "with fewer the config makes a model of other ones, not of these"
-        if another
+        if makes_another_model
         else "the model's configuration takes no smaller number"
     )
     return numbers.stop, f", and {why}" if numbers else ""

@@ -1,6 +1,4 @@
-"""`lp-dist export --verify`: the export is read back and held against the checkpoint it came from, weight by weight
-and by what it predicts.
-"""
+"""`lp-dist export --verify`: reads an export back and compares its weights and logits with those of its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,49 +11,53 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lp_dist.checkpoints.hf_names import bits, in_dtype, model_class, of_model, published
+from lp_dist.checkpoints.bitmask import FORM as BITMASK_FORM
+from lp_dist.checkpoints.hf_names import as_bytes, hf_tensors, in_dtype, model_class, model_entries
 from lp_dist.checkpoints.opening import Checkpoint, open_checkpoint
 from lp_dist.errors import DiffersError
-from lp_dist.export.shrink import Shrunk
+from lp_dist.export.shrink import ShrinkPlan
 
 
-def verify(
+def verify_export(
     source: Checkpoint,
     out: Path,
     *,
     config: Path | None = None,
     dtype: torch.dtype | None = None,
-    shrunk: Shrunk | None = None,
+    plan: ShrinkPlan | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compares the weights bit for bit, the zeros, and the logits of the two models on a few tokens.
 
-    The whole model is loaded, once at a time. The compact form has no `from_pretrained`, and only its weights are
+    The full model is loaded, one at a time. The bitmask form has no `from_pretrained`, so only its weights are
     compared.
 
     Args:
-        config: directory of the source's config.json. dtype: to which the export cast the floating-point weights.
-        shrunk: what was left out. What stays is compared, and that nothing is read of the rest; logits are computed in
-            float32 from the weights of that dtype, and may differ by rounding, since sums of fewer terms are added up
-            in another order.
+        source: the checkpoint.
+        out: directory of the export.
+        config: directory of the source's config.json.
+        dtype: to which the export cast the floating-point weights.
+        plan: what was removed. What stays is compared, and that nothing reads the rest. Logits are then computed in
+            float32, and may differ by rounding, since sums of fewer terms are added up in another order.
+        trust_remote_code: run code that comes with the model.
     Returns:
-        {"tensors": number of them, "zeros": of the export, "logits": how many were compared, None where the model does
-        not read tokens alone}, of a shrunk model {"difference": the largest one of logits, "rounding": and how large
-        rounding may make it} as well
+        {"tensors": number of tensors, "zeros": of the export, "logits": how many were compared}. "logits" is None
+        where the model does not read tokens alone. Of a smaller model also {"difference": the largest difference of
+        logits, "rounding": how large rounding may make it}.
     Raises:
         DiffersError: they differ; the message says where.
     """
-    again = open_checkpoint(out)
-    zeros = _compare_tensors(source, again, config, dtype, shrunk, trust_remote_code)
-    seen = {"tensors": len(again.entries), "zeros": zeros, "logits": None}
-    if again.form == "compact form" or config is None:
-        return seen
+    exported = open_checkpoint(out)
+    zeros = _compare_tensors(source, exported, config, dtype, plan, trust_remote_code)
+    result = {"tensors": len(exported.entries), "zeros": zeros, "logits": None}
+    if exported.form == BITMASK_FORM or config is None:
+        return result
     cls, _ = model_class(out, trust_remote_code)
-    loaded = next(entry.dtype for entry in again.entries.values() if entry.dtype.is_floating_point)
-    computed = loaded if shrunk is None else torch.float32
+    stored_dtype = next(entry.dtype for entry in exported.entries.values() if entry.dtype.is_floating_point)
+    compute_dtype = stored_dtype if plan is None else torch.float32
     model, loading = cls.from_pretrained(
         out,
-        dtype=computed,
+        dtype=compute_dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         trust_remote_code=trust_remote_code,
@@ -66,35 +68,36 @@ def verify(
                 f"from_pretrained of {out} has {len(loading[key])} {key.replace('_', ' ')}, such as"
                 f" {min(map(str, loading[key]))}"
             )
-    exported = _logits(model)
-    if exported is None:
-        return seen
+    exported_logits = _logits(model)
+    if exported_logits is None:
+        return result
     cls, (_, settings) = type(model), model_class(config, trust_remote_code)
-    if source.live:
-        model = model if shrunk is None else cls._from_config(settings, dtype=computed)
-        _fill(model, source, loaded)
+    if source.runtime_names:
+        model = model if plan is None else cls._from_config(settings, dtype=compute_dtype)
+        _fill(model, source, stored_dtype)
     else:
         del model
-        state = {name: in_dtype(entry.read(), loaded) for name, entry in source.entries.items()}
-        model = cls.from_pretrained(None, config=settings, state_dict=state, dtype=computed)
-    original = _logits(model)
-    if original is not None and shrunk is not None:
-        return {**seen, "logits": exported.numel(), **_alike(exported, original, shrunk, out, source)}
-    if original is None or not torch.equal(bits(exported), bits(original)):
+        state = {name: in_dtype(entry.read(), stored_dtype) for name, entry in source.entries.items()}
+        model = cls.from_pretrained(None, config=settings, state_dict=state, dtype=compute_dtype)
+    original_logits = _logits(model)
+    result["logits"] = exported_logits.numel()
+    if original_logits is not None and plan is not None:
+        return {**result, **_compare_logits(exported_logits, original_logits, plan, out, source)}
+    if original_logits is None or not torch.equal(as_bytes(exported_logits), as_bytes(original_logits)):
         raise DiffersError(f"the logits of {out} are not those of {source.path}")
-    return {**seen, "logits": exported.numel()}
+    return result
 
 
-def _alike(exported: Tensor, original: Tensor, shrunk: Shrunk, out: Path, source: Checkpoint) -> dict[str, float]:
-    """How far the logits are apart, and how far they may be. A sum of K terms is rounded by about √K·ε of its size, in
-    either order in another way; the n tensors that were cut add n such errors, which go with √n; and 8 leaves room for
-    what the rest of the model makes of them.
+def _compare_logits(
+    exported: Tensor, original: Tensor, plan: ShrinkPlan, out: Path, source: Checkpoint
+) -> dict[str, float]:
+    """How far the logits are apart, and how far rounding may bring them apart.
+
+    A sum of K terms has a rounding error of about √K·ε of its size, another one in each order. The n tensors that were
+    cut add n such errors, which grow with √n. The factor 8 allows for what the rest of the model makes of them.
     """
     rounding = (
-        8
-        * torch.finfo(original.dtype).eps
-        * math.sqrt(max(shrunk.sums) * len(shrunk.sums))
-        * float(original.abs().max())
+        8 * torch.finfo(original.dtype).eps * math.sqrt(max(plan.sums) * len(plan.sums)) * float(original.abs().max())
     )
     difference = float((exported - original).abs().max())
     if not difference <= rounding:
@@ -107,58 +110,59 @@ def _alike(exported: Tensor, original: Tensor, shrunk: Shrunk, out: Path, source
 
 def _compare_tensors(
     source: Checkpoint,
-    again: Checkpoint,
+    exported: Checkpoint,
     config: Path | None,
     dtype: torch.dtype | None,
-    shrunk: Shrunk | None,
+    plan: ShrinkPlan | None,
     trust_remote_code: bool,
 ) -> int:
-    left, zeros = dict(again.entries), 0
-    for name, wanted in _wanted(source, config, trust_remote_code):
-        entry = left.pop(name, None)
+    remaining, zeros = dict(exported.entries), 0
+    for name, tensor in _expected(source, config, trust_remote_code):
+        entry = remaining.pop(name, None)
         if entry is None:
-            raise DiffersError(f"{again.path} has no {name}")
-        found, cast = entry.read(), in_dtype(wanted, dtype)
-        if shrunk is not None:
-            if not shrunk.takes_only_zeros(name, cast):
+            raise DiffersError(f"{exported.path} has no {name}")
+        actual, expected = entry.read(), in_dtype(tensor, dtype)
+        if plan is not None:
+            if not plan.takes_only_zeros(name, expected):
                 raise DiffersError(
-                    f"{name} in {source.path} has other weights than zeros in what was left out of {again.path}"
+                    f"{name} in {source.path} has other weights than zeros in what was removed from {exported.path}"
                 )
-            cast = shrunk.cut(name, cast)
-        if (found.dtype, found.shape) != (cast.dtype, cast.shape) or not torch.equal(bits(cast), bits(found)):
-            raise DiffersError(f"{name} in {again.path} is not what {source.path} has")
-        zeros += int((found == 0).sum())
-    if left:
-        raise DiffersError(f"{again.path} has {min(left)}, which {source.path} has not")
+            expected = plan.cut(name, expected)
+        if (actual.dtype, actual.shape) != (expected.dtype, expected.shape) or not torch.equal(
+            as_bytes(expected), as_bytes(actual)
+        ):
+            raise DiffersError(f"{name} in {exported.path} is not what {source.path} has")
+        zeros += int((actual == 0).sum())
+    if remaining:
+        raise DiffersError(f"{exported.path} has {min(remaining)}, which {source.path} has not")
     return zeros
 
 
-def _wanted(source: Checkpoint, config: Path | None, trust_remote_code: bool) -> Iterator[tuple[str, Tensor]]:
-    for piece in tqdm(published(source, config, trust_remote_code), desc="Comparing"):
-        yield from piece.read().items()
+def _expected(source: Checkpoint, config: Path | None, trust_remote_code: bool) -> Iterator[tuple[str, Tensor]]:
+    for hf_tensor in tqdm(hf_tensors(source, config, trust_remote_code), desc="Comparing"):
+        yield from hf_tensor.read().items()
 
 
 def _fill(model: nn.Module, source: Checkpoint, dtype: torch.dtype) -> None:
-    """Puts the source's tensors into the model under their own names: a way that knows nothing of published ones."""
+    """Copies the source's tensors into the model by their names in memory, since the conversion to Hugging Face names
+    is what is checked.
+    """
     state = model.state_dict()
-    for name, entry in of_model(source, model).items():
+    for name, entry in model_entries(source, model).items():
         tensor = entry.read()
         state[name].copy_(tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor | None:
-    """What it says of a few tokens (the hidden states, where it has no head); None if it wants other things to say
-    something of.
-    """
+    """The logits of a few tokens, or the hidden states of a model without a head; None if it needs other inputs."""
     if model.main_input_name != "input_ids":
         return None
-    for param in (
-        model.parameters()
-    ):  # not where a file has them: how a product is added up depends on how its factors are aligned
+    # How a product is added up depends on the alignment of its factors, so weights must not lie where a file has them.
+    for param in model.parameters():
         param.data = param.data.clone()
     try:
-        said = model.eval()(**model.dummy_inputs)
-    except (TypeError, ValueError, AttributeError):  # whichever a model happens to raise for want of an image
+        output = model.eval()(**model.dummy_inputs)
+    except (TypeError, ValueError, AttributeError):  # what models raise that lack an image
         return None
-    return said["logits"] if "logits" in said else said[0]
+    return output["logits"] if "logits" in output else output[0]

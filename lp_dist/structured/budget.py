@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lp_dist.errors import UsageError
-from lp_dist.structured.groups import Groups
+from lp_dist.structured.groups import WeightGroups
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class GroupBudget:
         return f"sparsity={self.sparsity:g} of all {total_parameters:,} parameters"
 
 
-def scope_of(budget: GroupBudget, groups: Groups) -> str:
+def scope_of(budget: GroupBudget, groups: WeightGroups) -> str:
     """The name of the threshold that a set of groups shares: its label, its kind, or "all" where parameters count."""
     if budget.scope == "layer":
         return groups.label
     return "all" if budget.counts_parameters else groups.kind
 
 
-def group_costs(budget: GroupBudget, sets: list[Groups]) -> Tensor:
+def group_costs(budget: GroupBudget, sets: list[WeightGroups]) -> Tensor:
     """The cost of each group, the sets one after the other.
 
     Returns:
@@ -65,7 +65,7 @@ def group_costs(budget: GroupBudget, sets: list[Groups]) -> Tensor:
     )
 
 
-def groups_to_prune(budget: GroupBudget, sets: list[Groups], total_parameters: int) -> dict[str, int]:
+def groups_to_prune(budget: GroupBudget, sets: list[WeightGroups], total_parameters: int) -> dict[str, int]:
     """How many groups to prune in each set. Sets that share a threshold lose the same fraction.
 
     Args:
@@ -81,7 +81,9 @@ def groups_to_prune(budget: GroupBudget, sets: list[Groups], total_parameters: i
     return {groups.label: round(share * groups.count) for groups, share in shares_to_prune(budget, sets, required)}
 
 
-def shares_to_prune(budget: GroupBudget, sets: list[Groups], required: dict[str, float]) -> list[tuple[Groups, float]]:
+def shares_to_prune(
+    budget: GroupBudget, sets: list[WeightGroups], required: dict[str, float]
+) -> list[tuple[WeightGroups, float]]:
     """Each set with the fraction of its groups to prune. Sets that share a threshold have the same fraction.
 
     Args:
@@ -93,7 +95,7 @@ def shares_to_prune(budget: GroupBudget, sets: list[Groups], required: dict[str,
     return [(groups, required[scope_of(budget, groups)] / totals[scope_of(budget, groups)]) for groups in sets]
 
 
-def required_costs(budget: GroupBudget, sets: list[Groups], total_parameters: int) -> dict[str, float]:
+def required_costs(budget: GroupBudget, sets: list[WeightGroups], total_parameters: int) -> dict[str, float]:
     """The cost to prune in each scope.
 
     Args:
@@ -155,7 +157,7 @@ def required_costs(budget: GroupBudget, sets: list[Groups], total_parameters: in
     return required
 
 
-def _total_costs(budget: GroupBudget, sets: list[Groups]) -> dict[str, float]:
+def _total_costs(budget: GroupBudget, sets: list[WeightGroups]) -> dict[str, float]:
     """{scope: the cost of all its groups}."""
     totals: dict[str, float] = {}
     for groups, costs in zip(sets, group_costs(budget, sets).split([groups.count for groups in sets])):
@@ -164,7 +166,7 @@ def _total_costs(budget: GroupBudget, sets: list[Groups]) -> dict[str, float]:
     return totals
 
 
-def _refuse_overlaps(sets: list[Groups]) -> None:
+def _refuse_overlaps(sets: list[WeightGroups]) -> None:
     """Raises UsageError where weights of a parameter are in two groups, by row and by column."""
     dims: dict[str, set[int]] = {}
     for member in (member for groups in sets for member in groups.members):
@@ -177,14 +179,14 @@ def _refuse_overlaps(sets: list[Groups]) -> None:
         )
 
 
-def _spread_over_sets(sets: list[Groups], to_prune: float) -> dict[str, float]:
+def _spread_over_sets(sets: list[WeightGroups], to_prune: float) -> dict[str, float]:
     """{label: parameters that the set is to lose}, in all `to_prune` or a little more.
 
     Every kind loses the same fraction. The kind with the largest groups comes first, rounded to what its sets can lose
     alike, and kinds with smaller groups make up for the rounding.
     """
     required: dict[str, float] = {}
-    kinds: dict[str, list[Groups]] = {}
+    kinds: dict[str, list[WeightGroups]] = {}
     for groups in sets:
         kinds.setdefault(groups.kind, []).append(groups)
     by_size = sorted(kinds.values(), key=lambda same_kind: -max(groups.elements for groups in same_kind))

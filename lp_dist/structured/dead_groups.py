@@ -1,8 +1,7 @@
-"""Feed-forward channels and attention heads that can't have an effect any more, whatever the input is: found from dead
-rows and columns.
+"""Feed-forward channels and attention heads that have no effect, whatever the input is, found from zero rows and
+columns.
 
-Which they are is read from the model's modules (`structure.py`). What is not recognised there is left out, and not
-guessed.
+Which weights belong to them is read from the model's modules (`lp_dist.structured.recognition`).
 """
 
 from __future__ import annotations
@@ -13,93 +12,110 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from lp_dist.structured.groups import Groups, Member
+from lp_dist.structured.groups import Member, WeightGroups
 
 _VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")  # v_proj, value, v, wv
 
 
 def dead_channels(
-    model: nn.Module | None, parts: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]
+    model: nn.Module | None, channels: list[WeightGroups], rows: dict[str, Tensor], columns: dict[str, Tensor]
 ) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a channel is dead if what reads it is zero, or one of the two rows that a gated layer
-    multiplies, with its bias.
+    """How many channels of each module are dead.
 
-    (The row of a plain layer may be zero and its activation not: gelu(bias). So may that of a gate: sigmoid(0).)
-    Args: model: that the parts are of. parts: of the kind "channels". rows, columns: by parameter, which outputs and
-    which inputs are all zero.
+    A channel is dead if the column that reads it is zero, or one of the two rows that a gated layer multiplies, with
+    its bias. A zero row of a plain layer is not enough, since its activation may not be zero: gelu(bias). The same
+    goes for the row of a gate: sigmoid(0).
+
+    Args:
+        model: that the channels belong to.
+        channels: the groups of the kind "channels".
+        rows: {parameter: (outputs,) bool, which outputs are all zero}.
+        columns: {parameter: (inputs,) bool, which inputs are all zero}.
+    Returns:
+        {module: [dead, all]}.
     """
-    found = {}
-    for groups in parts:
+    counts = {}
+    for groups in channels:
         dead = _read_by_zeros(groups, rows, columns)
-        ups = _own_weights(groups)
-        for up in ups if len(ups) == 2 and _nothing_of_nothing(model.get_submodule(groups.name)) else ():
+        ups = _output_weights(groups)
+        for up in ups if len(ups) == 2 and _is_zero_at_zero(model.get_submodule(groups.name)) else ():
             dead = dead | _silent(groups, up, rows)
-        found[groups.name] = [int(dead.sum()), groups.count]
-    return found
+        counts[groups.name] = [int(dead.sum()), groups.count]
+    return counts
 
 
-def _nothing_of_nothing(module: nn.Module) -> bool:
-    """Whether the module's activation is 0 at 0, as far as it has one that can be asked."""
+def _is_zero_at_zero(module: nn.Module) -> bool:
+    """Whether the module's activation is 0 at 0, as far as it has one that can be called."""
     for name, act in {**vars(module), **dict(module.named_children())}.items():
         if "act" in name and callable(act):
-            with suppress(Exception):  # it takes more than one tensor
+            # Some take more than one tensor.
+            with suppress(Exception):
                 if act(torch.zeros(1)).any():
                     return False
     return True
 
 
 def dead_heads(
-    queries: list[Groups], shared: list[Groups], rows: dict[str, Tensor], columns: dict[str, Tensor]
+    queries: list[WeightGroups], shared: list[WeightGroups], rows: dict[str, Tensor], columns: dict[str, Tensor]
 ) -> dict[str, list[int]]:
-    """`{module: [dead, all]}`: a head is dead if what reads it is zero, or its values are, with their bias, where it
-    can be told which these are.
+    """How many attention heads of each module are dead.
 
-    Args: queries, shared: the same modules' parts of the kinds "heads" and "kv_groups". rows, columns: as of
-    `dead_channels`.
+    A head is dead if the columns that read it are zero, or its values are, with their bias, where it is known which
+    rows these are.
+
+    Args:
+        queries: the groups of the kind "heads".
+        shared: the groups of the kind "kv_groups" of the same modules.
+        rows: as of `dead_channels`.
+        columns: as of `dead_channels`.
+    Returns:
+        {module: [dead, all]}.
     """
-    found = {}
-    for groups, values_of in zip(queries, shared):
+    counts = {}
+    for groups, kv_groups in zip(queries, shared):
         dead = _read_by_zeros(groups, rows, columns)
-        values = _values(values_of)
+        values = _values(kv_groups)
         if values is not None:
-            dead = dead | _silent(values_of, values, rows).repeat_interleave(groups.count // values_of.count)
-        found[groups.name] = [int(dead.sum()), groups.count]
-    return found
+            dead = dead | _silent(kv_groups, values, rows).repeat_interleave(groups.count // kv_groups.count)
+        counts[groups.name] = [int(dead.sum()), groups.count]
+    return counts
 
 
-def _values(groups: Groups) -> Member | None:
-    """By its name, or as the last of three in one layer; None where they are not apart (as where queries, keys and
-    values lie head by head).
+def _values(groups: WeightGroups) -> Member | None:
+    """The values, by their name or as the last of three in one layer. None where they are not apart, as where queries,
+    keys and values lie head by head.
     """
-    own = _own_weights(groups)
-    named = [member for member in own if _VALUES.search(member.name)]
+    weights = _output_weights(groups)
+    named = [member for member in weights if _VALUES.search(member.name)]
     if len(named) == 1:
         return named[0]
     return (
-        max(own, key=lambda member: member.start)
-        if len(own) == 3 and len({member.name for member in own}) == 1
+        max(weights, key=lambda member: member.start)
+        if len(weights) == 3 and len({member.name for member in weights}) == 1
         else None
     )
 
 
-def _own_weights(groups: Groups) -> list[Member]:
+def _output_weights(groups: WeightGroups) -> list[Member]:
+    """The weights that make the groups' outputs, without biases."""
     return [member for member in groups.members if not member.reads and member.name.endswith(".weight")]
 
 
-def _silent(groups: Groups, weight: Member, rows: dict[str, Tensor]) -> Tensor:
-    """(count,) whether the group's outputs of this layer are always zero."""
+def _silent(groups: WeightGroups, weight: Member, rows: dict[str, Tensor]) -> Tensor:
+    """(count,) whether a group's outputs of this layer are always zero."""
     bias = weight.name.removesuffix("weight") + "bias"
-    parts = [weight, *(member for member in groups.members if member.name == bias and member.start == weight.start)]
-    return torch.stack([_zero(groups, member, rows) for member in parts]).all(dim=0)
+    members = [weight, *(member for member in groups.members if member.name == bias and member.start == weight.start)]
+    return torch.stack([_zero(groups, member, rows) for member in members]).all(dim=0)
 
 
-def _read_by_zeros(groups: Groups, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> Tensor:
+def _read_by_zeros(groups: WeightGroups, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> Tensor:
+    """(count,) whether all that reads a group is zero."""
     return torch.stack([_zero(groups, member, columns) for member in groups.members if member.reads]).all(dim=0)
 
 
-def _zero(groups: Groups, member: Member, lines: dict[str, Tensor]) -> Tensor:
-    """(count,) whether all the group's lines of this parameter are zero; none where the parameter is not known, or of
-    another width.
+def _zero(groups: WeightGroups, member: Member, lines: dict[str, Tensor]) -> Tensor:
+    """(count,) whether all rows (or columns) that a group has of this parameter are zero; false where the parameter
+    is unknown or has another width.
     """
     line = lines.get(member.name)
     if line is None or len(line) < member.stop:

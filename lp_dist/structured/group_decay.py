@@ -1,68 +1,88 @@
-"""The Lp decay of whole groups of weights (`structure.py`), around the step of any optimizer, on the shards that it
-steps.
+"""The Lp decay of whole groups of weights, around the step of any optimizer, on the shards that it steps.
 
-A group's weights are all divided by one number, and its norm takes the place of a single weight's magnitude:
+All weights of a group are divided by one number. The norm of the group takes the place of a single weight's
+magnitude:
 
     w_new = u / (1 + α·λ/x)        x = ‖w_old ⊙ (√v̂+ε)^(γ/(2−p))‖_2^(2−p)        over the weights of the group
 
-which is the step of `decay.py` for the penalty (λ/p)·Σ_g‖w_g‖^p, and for groups of one weight the same (γ = 0 is the
-plain form). The norms are those from before the step. A group may lie on several ranks: each adds up the squares of
-what it has, and one reduction of a vector of as many numbers as there are groups makes the norms of it. It begins when
-a step ends, and is waited for when the next one does, so that it hides behind forward and backward. Squares are added
-in double precision, so that the sums do not depend on how the weights are shared out, to one in some millions after
-rounding.
+This is the step of `lp_dist.optim.decay` for the penalty (λ/p)·Σ_g‖w_g‖^p. For groups of one weight it is the same
+step (γ = 0 is the plain form). x is the saliency of the group.
+
+The norms are those from before the step. A group may lie on several ranks: each rank adds up the squares of what it
+has, and one all-reduce of a vector with a number for each group gives the norms. The all-reduce starts when a step
+ends and is waited for in the next step, so that forward and backward hide it. Squares are added in double precision.
+The sums then do not depend on the sharding, except for one in some millions after rounding.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lp_dist.optim.decay import SNAP
+from lp_dist.optim.hooks import handle_of
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.shards import Shard
-from lp_dist.structured.groups import Groups
-from lp_dist.structured.placement import Place, blocks, places_of
+from lp_dist.structured.groups import WeightGroups
+from lp_dist.structured.placement import MatrixShard, matrix_shards, tiles
 
-_MOMENTA = ("exp_avg", "momentum_buffer")  # of a group that has died they would move it
+# State tensors that would move a group away from zero.
+_MOMENTA = ("exp_avg", "momentum_buffer")
 
 
 @dataclass(frozen=True)
-class Force:
-    """What acts on a set of groups, in the terms of `decay.py`; nothing does at first. floor: x is taken as at least
-    this.
+class DecaySettings:
+    """The decay of a set of groups. By default nothing decays.
+
+    Args:
+        weight_decay: λ.
+        cutoff: groups whose saliency is above it do not decay.
+        regrowth_below: groups whose saliency is below it decay no faster than at it.
     """
 
     weight_decay: float = 0.0
     cutoff: float = math.inf
-    floor: float = 0.0
+    regrowth_below: float = 0.0
 
 
-class Grouped:
-    """Decays groups in every step of an optimizer, from the moment it is made until `remove`. Every rank has one of
-    the same groups.
+class _KeptZero(NamedTuple):
+    """A tile of a parameter in which some rows (dim 0) or columns (dim 1) are written to zero in each step."""
+
+    shard: Shard
+    start: int
+    rows: int
+    columns: int
+    dim: int
+    indices: Tensor
+
+
+class GroupDecayHook:
+    """Decays groups in every step of an optimizer, until `remove`. Every rank has one, of the same groups.
 
     Args:
-        optimizer: the live one. sets: the groups. shards: of all parameters that it steps. p, precondition: of the
-            form above.
-        interval: optimizer steps between two decays. Each is then for the learning rates of all the steps since the
-            last one, and the norms are those before the last of them: cheaper by that factor, and less exact, since in
-            between what is to die is pulled back freely.
+        optimizer: the inner optimizer.
+        sets: the groups.
+        shards: of all parameters that it steps.
+        p: exponent of the penalty, below 2.
+        precondition: γ of the saliency; above 0 the optimizer needs second moments.
+        interval: optimizer steps between two decays. Each decay is for the learning rates of all steps since the last
+            one, with the norms from before the last of them. This is cheaper by that factor and less exact, since
+            gradients move the groups freely in between.
     Raises:
         UsageError: a group has weights that this optimizer does not step, or that lie on this rank in a way that is
-            not known.
+            not supported.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        sets: list[Groups],
+        sets: list[WeightGroups],
         shards: list[Shard],
         *,
         p: float = 0.5,
@@ -76,23 +96,25 @@ class Grouped:
             precondition,
             interval,
         )
-        self.forces = [Force() for _ in sets]
-        self.places = places_of(sets, shards)
-        device = self.places[0].shard.tensor.device
+        self.settings = [DecaySettings() for _ in sets]
+        self.matrices = matrix_shards(sets, shards)
+        device = self.matrices[0].shard.tensor.device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.counts = torch.tensor([groups.count for groups in sets])
-        self.sizes = self.each([float(groups.elements) for groups in sets], device)
-        self._held: dict[int, list[tuple[Shard, int, int, int, int, Tensor]]] = {}
-        # Where nothing that reads it is in a group, its weights have gradients at zero, by which a momentum would grow
-        # that a target of single weights takes for what it hides.
-        self._moving = _MOMENTA if any(not any(member.reads for member in groups.members) for groups in sets) else ()
+        self.sizes = self.per_group([float(groups.elements) for groups in sets], device)
+        self._kept_zero: dict[int, list[_KeptZero]] = {}  # by the tensor that the optimizer steps
+        # Groups without the weights that read them have gradients at zero. The momentum that would grow from these
+        # looks like a latent weight to a target of single weights, so it is set to zero as well.
+        self._zeroed_states = (
+            _MOMENTA if any(not any(member.reads for member in groups.members) for groups in sets) else ()
+        )
         self._squares: Tensor | None = None
         self._reduction: Any = None
-        self._fresh = False  # whether the squares are those of the weights as they are
-        self._open = False  # whether there was a step
-        self._stepped: set[int] = set()  # tensors that it has stepped
-        self._made: tuple[list[Force], list[Tensor]] | None = None
-        self._decays = False  # whether it decays in this step
+        self._up_to_date = False  # whether the squares are those of the weights as they are
+        self._in_step = False  # whether a step has begun
+        self._stepped: set[int] = set()  # tensors that were stepped since it began
+        self._cached_settings: tuple[list[DecaySettings], list[Tensor]] | None = None
+        self._decays = False  # whether this step decays
         self._snap = (
             SNAP
             * min((group["eps"] for group in optimizer.param_groups if precondition), default=1.0)
@@ -100,47 +122,52 @@ class Grouped:
         ) ** 2
         self._factors: dict[tuple[int, torch.device], Tensor] = {}
         self.steps = 0  # since the last decay
-        self.rates: dict[int, Any] = {}  # learning rates summed over them, by param group
-        self._counted: set[int] = set()  # param groups whose rate of this step is in there
-        # > 0 where AMP's GradScaler has a fused base leave out this step by itself; never looked at by the host
+        self.rates: dict[int, Any] = {}  # learning rates summed over these steps, by param group
+        self._summed_groups: set[int] = set()  # param groups whose learning rate of this step is in the sum
+        # Above 0 where AMP's GradScaler lets a fused optimizer skip this step by itself. The host never reads it.
         self._skipped: Tensor | None = None
-        self._group_of = {id(place.shard.tensor): place.shard.group for place in self.places}
-        self._groups = list(optimizer.param_groups)  # ZeRO-1 and 2 leave the optimizer one of them while it steps
+        self._param_group_of = {id(matrix.shard.tensor): matrix.shard.group for matrix in self.matrices}
+        # A copy, since ZeRO-1 and 2 leave the optimizer only one of its param groups while it steps.
+        self._param_groups = list(optimizer.param_groups)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(lambda _: self.forget()),
         ]
-        if hasattr(optimizer, "lp_decay"):
-            optimizer.lp_decay.begin_later()  # it may step parameters in its own hook
+        handle = handle_of(optimizer)
+        if handle is not None:
+            # Its own hook may step parameters.
+            handle.begin_later()
 
     def remove(self) -> None:
-        """Ends it."""
+        """Ends the decay."""
         for handle in self._handles:
             handle.remove()
 
     @property
     def active(self) -> bool:
         """Whether any group decays."""
-        return any(force.weight_decay > 0.0 for force in self.forces)
+        return any(settings.weight_decay > 0.0 for settings in self.settings)
 
     # -- norms ----------------------------------------------------------------
 
     def measure(self) -> None:
-        """Begins to add up the squares of the weights as they are now, unless that was done. Collective; `squares`
-        waits for it.
-        """
-        if self._fresh:
+        """Starts to add up the squares of the current weights, unless that was done. Collective; `squares` waits."""
+        if self._up_to_date:
             return
         self.forget()
-        self._squares, self._fresh = self._local_squares(), True
+        self._squares, self._up_to_date = self._local_squares(), True
         if torch.distributed.is_initialized():
             self._squares = self._squares.to(reduction_device())
             self._reduction = torch.distributed.all_reduce(self._squares, async_op=True)
 
     @property
     def squares(self) -> Tensor:
-        """Of each group ‖w ⊙ (√v̂+ε)^(γ/(2−p))‖² when it was measured last, in fp64, the sets one after the other."""
+        """‖w ⊙ (√v̂+ε)^(γ/(2−p))‖² of each group at the last `measure`, the sets one after the other.
+
+        Returns:
+            (number of groups,) fp64; fp32 on MPS.
+        """
         assert self._squares is not None
         if self._reduction is not None:
             self._reduction.wait()
@@ -148,38 +175,42 @@ class Grouped:
         return self._squares[:-1]
 
     def forget(self) -> None:
-        """The weights were changed: they are measured anew before they are needed."""
+        """Call it after the weights were changed from outside: the squares are then measured again."""
         if self._reduction is not None:
             self._reduction.wait()
-        self._reduction, self._fresh = None, False
+        self._reduction, self._up_to_date = None, False
 
     def _local_squares(self) -> Tensor:
+        """This rank's share of the squares, with a last element for weights of no group."""
         sums = {
-            place.shard.tensor.device: torch.zeros(
-                len(self.sizes) + 1, dtype=self.dtype, device=place.shard.tensor.device
+            matrix.shard.tensor.device: torch.zeros(
+                len(self.sizes) + 1, dtype=self.dtype, device=matrix.shard.tensor.device
             )
-            for place in self.places
+            for matrix in self.matrices
         }
-        for place in self.places:
-            piece, shard = place.shard.piece, place.shard
-            values, first = piece.share.reshape(-1), piece.first
-            for at, block, rows, columns in blocks(values, first, place.width):
+        for matrix in self.matrices:
+            shard, local = matrix.shard, matrix.shard.local
+            counted, first = local.counted.reshape(-1), local.counted_start
+            assert first is not None and local.start is not None
+            for tile in tiles(counted, first, matrix.row_length):
+                values = tile.values
                 if self.precondition:
-                    block = block * self._sensitivity(shard, first - piece.start + at, block)
-                squares = torch.square(block.to(self.dtype))
-                for dim, number in place.of.items():
-                    sums[values.device].index_add_(0, number[(rows, columns)[dim]], squares.sum(1 - dim))
-        first_sum, *others = sums.values()
-        return sum((other.to(first_sum.device) for other in others), first_sum)
+                    values = values * self._preconditioner(shard, first - local.start + tile.start, values)
+                squares = torch.square(values.to(self.dtype))
+                for dim, numbers in matrix.group_numbers.items():
+                    sums[counted.device].index_add_(0, numbers[(tile.rows, tile.columns)[dim]], squares.sum(1 - dim))
+        first_sum, *other_sums = sums.values()
+        return sum((other.to(first_sum.device) for other in other_sums), first_sum)
 
-    def _sensitivity(self, shard: Shard, start: int, block: Tensor) -> Tensor | float:
-        """(√v̂+ε)^(γ/(2−p)) of a block of its piece, which begins at the element `start` of it."""
-        group, state = self._groups[shard.group], shard.state
+    def _preconditioner(self, shard: Shard, start: int, values: Tensor) -> Tensor | float:
+        """(√v̂+ε)^(γ/(2−p)) of a tile of the local shard, which begins at its element `start`."""
+        group, state = self._param_groups[shard.group], shard.state
         exponent, eps = self.precondition / (2.0 - self.p), group["eps"]
-        if not state:  # without a gradient so far the loss is not sensitive to it
+        if not state:
+            # Without a gradient so far, v̂ is 0.
             return eps**exponent
         bias = (1 - float(group["betas"][1]) ** float(shard.state_of(shard.tensor)["step"])) ** 0.5
-        second = state["exp_avg_sq"].reshape(-1)[start : start + block.numel()].view_as(block)
+        second = state["exp_avg_sq"].reshape(-1)[start : start + values.numel()].view_as(values)
         # Not pow_, whose last bit on a CPU depends on where in a vector an element lies, so on the sharding; log and
         # exp have one code for all, and are faster.
         return (
@@ -193,39 +224,39 @@ class Grouped:
     # -- around a step --------------------------------------------------------
 
     def after_step(self) -> None:
-        """May be called when an engine's step is over: what the next one needs is measured now, and reduced behind
-        forward and backward.
+        """May be called after an engine's step: starts to measure for the next step, so that forward and backward hide
+        the all-reduce.
         """
         self._end()
         if self._acts() and self.steps + 1 >= self.interval:
             self.measure()
 
     def _acts(self) -> bool:
-        # Before the first step there are no second moments, and everything would seem to be without effect.
+        # Before the first step there are no second moments, so every saliency would be near zero.
         return self.active and not (self.precondition and not steps_taken(self.optimizer))
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """An engine may step its tensors in several calls. The first of them takes the norms for all."""
+        """Takes the norms in the first call of a step; an engine may step its tensors in several calls."""
         rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
-        if not self._open or rates.keys() & self._stepped:
+        if not self._in_step or rates.keys() & self._stepped:
             self._begin()
         self._skipped = getattr(optimizer, "found_inf", None)
         for tensor, rate in rates.items() if self.steps else ():
-            group = self._group_of.get(tensor)
-            if group is not None and group not in self._counted:
-                self._counted.add(group)
+            group = self._param_group_of.get(tensor)
+            if group is not None and group not in self._summed_groups:
+                self._summed_groups.add(group)
                 self.rates[group] = self.rates.get(group, 0.0) + (
                     rate if self._skipped is None else torch.where(self._skipped > 0, 0.0, rate)
                 )
 
     def _end(self) -> None:
         if self._decays:
-            self.rates = self._owed()
+            self.rates = self._skipped_rates()
             self._decays, self.steps = False, 0
 
-    def _owed(self) -> dict[int, Any]:
-        """The learning rates for which nothing has decayed when the step of a decay is over: those of all, where that
-        step was left out.
+    def _skipped_rates(self) -> dict[int, Any]:
+        """The summed learning rates that are still to be decayed for after a decay: all of them where the optimizer
+        skipped that step.
         """
         return (
             {}
@@ -234,10 +265,11 @@ class Grouped:
         )
 
     def _begin(self) -> None:
-        if len(self.optimizer.param_groups) == len(self._groups):
-            self._groups = list(self.optimizer.param_groups)  # loading a state makes new ones
+        if len(self.optimizer.param_groups) == len(self._param_groups):
+            # Loading a state makes new param groups.
+            self._param_groups = list(self.optimizer.param_groups)
         self._end()
-        self._open, self._stepped, self._factors, self._counted = True, set(), {}, set()
+        self._in_step, self._stepped, self._factors, self._summed_groups = True, set(), {}, set()
         if self._acts():
             self.steps += 1
             self._decays = self.steps >= self.interval
@@ -252,28 +284,32 @@ class Grouped:
         self._stepped |= stepped
         if not stepped:
             return
-        self._fresh = False
+        self._up_to_date = False
         if self._decays:
-            for place in self.places:
-                if id(place.shard.tensor) in stepped:
-                    self._scale(place, self._factor(place.shard, self._skipped))
-        for shard, at, rows, columns, dim, which in (
-            held for tensor in stepped for held in self._held.get(tensor, ())
-        ):
-            state = shard.state if self._moving else {}
-            for values in (shard.piece.values, *(state[name] for name in self._moving if name in state)):
-                values.reshape(-1)[at : at + rows * columns].view(rows, columns).index_fill_(dim, which, 0.0)
+            for matrix in self.matrices:
+                if id(matrix.shard.tensor) in stepped:
+                    self._scale(matrix, self._factor(matrix.shard, self._skipped))
+        for kept in (kept for tensor in stepped for kept in self._kept_zero.get(tensor, ())):
+            state = kept.shard.state if self._zeroed_states else {}
+            start, stop = kept.start, kept.start + kept.rows * kept.columns
+            for values in (kept.shard.local.values, *(state[name] for name in self._zeroed_states if name in state)):
+                tile = values.reshape(-1)[start:stop].view(kept.rows, kept.columns)
+                tile.index_fill_(kept.dim, kept.indices, 0.0)
 
     def _factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
-        """What the weights of each group are multiplied by, and 1 for those of none, on the shard's device."""
+        """What the weights of each group are multiplied by, with a last element 1 for weights of no group.
+
+        Returns:
+            (number of groups + 1,) on the shard's device.
+        """
         key = shard.group, shard.tensor.device
         if key not in self._factors:
-            strength, squares = self.rates[shard.group], self.squares
-            if isinstance(strength, Tensor):
-                strength = strength.to(squares.device)
-            weight_decay, cutoff, floor = self._values()
+            rate, squares = self.rates[shard.group], self.squares
+            if isinstance(rate, Tensor):
+                rate = rate.to(squares.device)
+            weight_decay, cutoff, regrowth_below = self._settings_per_group()
             x = squares.pow((2.0 - self.p) / 2.0)
-            factor = 1.0 / (1.0 + strength * weight_decay / torch.maximum(x, floor))
+            factor = 1.0 / (1.0 + rate * weight_decay / torch.maximum(x, regrowth_below))
             decays = (x <= cutoff) & (weight_decay > 0.0)
             factor = torch.where(decays, torch.where(squares <= self.sizes * self._snap, 0.0, factor), 1.0)
             if skipped is not None:
@@ -281,62 +317,78 @@ class Grouped:
             self._factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
         return self._factors[key]
 
-    def _values(self) -> list[Tensor]:
-        """λ, cutoff and floor of each group; made anew when one of them has changed."""
-        if self._made is None or self._made[0] != self.forces:
-            self._made = list(self.forces), [self.each(list(values)) for values in zip(*map(astuple, self.forces))]
-        return self._made[1]
+    def _settings_per_group(self) -> list[Tensor]:
+        """λ, cutoff and `regrowth_below` of each group; made anew when one of them has changed."""
+        if self._cached_settings is None or self._cached_settings[0] != self.settings:
+            columns = zip(*map(astuple, self.settings))
+            self._cached_settings = list(self.settings), [self.per_group(list(column)) for column in columns]
+        return self._cached_settings[1]
 
-    def _scale(self, place: Place, factors: Tensor, names: tuple[str, ...] = ()) -> None:
-        """Multiplies the weights, and the state of these names, by the factors of their groups, in place (all lie row
-        by row).
-        """
-        piece, state = place.shard.piece, place.shard.state if names else {}
-        for values in (piece.values, *(state[name] for name in names if name in state)):
-            for _, block, rows, columns in blocks(values.reshape(-1), piece.start, place.width):
-                for dim, number in place.of.items():
-                    some = factors[number[(rows, columns)[dim]]].to(block.dtype)
-                    block.mul_(some[:, None] if dim == 0 else some)
+    def _scale(self, matrix: MatrixShard, factors: Tensor, names: tuple[str, ...] = ()) -> None:
+        """Multiplies the weights, and the states of these names, by the factors of their groups, in place."""
+        local, state = matrix.shard.local, matrix.shard.state if names else {}
+        assert local.start is not None
+        for values in (local.values, *(state[name] for name in names if name in state)):
+            for tile in tiles(values.reshape(-1), local.start, matrix.row_length):
+                for dim, numbers in matrix.group_numbers.items():
+                    factor = factors[numbers[(tile.rows, tile.columns)[dim]]].to(values.dtype)
+                    tile.values.mul_(factor[:, None] if dim == 0 else factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types: where it stands between two decays."""
-        rates = self._owed() if self._decays else self.rates  # of a step that is over, and whose end nobody has told
+        """The state between two decays, in plain JSON types."""
+        # A step that decayed may be over without a call of `after_step`.
+        rates = self._skipped_rates() if self._decays else self.rates
         return {
             "steps": 0 if self._decays else self.steps,
             "rates": {str(i): float(rate) for i, rate in rates.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was; the weights are those that were loaded."""
+        """Continues from `state`. Call it after the weights were loaded."""
         self.steps, self.rates = state["steps"], {int(i): rate for i, rate in state["rates"].items()}
-        self._decays, self._open = False, False
+        self._decays, self._in_step = False, False
         self.forget()
 
-    # -- death ----------------------------------------------------------------
+    # -- pruning --------------------------------------------------------------
 
     @torch.no_grad()
-    def kill(self, dead: Tensor) -> None:
-        """Sets the groups for which `dead` (bool, one of each group) is true to zero, weights and momentum."""
+    def prune(self, dead: Tensor) -> None:
+        """Sets groups to zero, weights and momentum.
+
+        Args:
+            dead: (number of groups,) bool, which ones.
+        """
         factors = torch.cat([(~dead).to(self.dtype), torch.ones(1, dtype=self.dtype, device=dead.device)])
-        for place in self.places:
-            self._scale(place, factors.to(place.shard.tensor.device), _MOMENTA)
+        for matrix in self.matrices:
+            self._scale(matrix, factors.to(matrix.shard.tensor.device), _MOMENTA)
         self.forget()
 
-    def hold(self, dead: Tensor | None) -> None:
-        """Keeps these groups at zero from now on, at the cost of writing their zeros in each step; None: no group."""
-        self._held = {}
-        for place in self.places if dead is not None else ():
-            some = torch.cat([dead, dead.new_zeros(1)]).to(place.shard.tensor.device)
-            for at, block, rows, columns in blocks(
-                place.shard.piece.values.reshape(-1), place.shard.start, place.width, most=None
-            ):
-                for dim, number in place.of.items():
-                    which = torch.nonzero(some[number[(rows, columns)[dim]]])[:, 0]
-                    if len(which):
-                        self._held.setdefault(id(place.shard.tensor), []).append(
-                            (place.shard, at, *block.shape, dim, which)
+    def keep_zero(self, dead: Tensor | None) -> None:
+        """Keeps groups at zero from now on, at the cost of writing their zeros in each step.
+
+        Args:
+            dead: (number of groups,) bool, which ones; None: no group.
+        """
+        self._kept_zero = {}
+        if dead is None:
+            return
+        for matrix in self.matrices:
+            shard = matrix.shard
+            assert shard.start is not None
+            is_dead = torch.cat([dead, dead.new_zeros(1)]).to(shard.tensor.device)
+            values = shard.local.values.reshape(-1)
+            for tile in tiles(values, shard.start, matrix.row_length, max_elements=None):
+                for dim, numbers in matrix.group_numbers.items():
+                    indices = torch.nonzero(is_dead[numbers[(tile.rows, tile.columns)[dim]]])[:, 0]
+                    if len(indices):
+                        self._kept_zero.setdefault(id(shard.tensor), []).append(
+                            _KeptZero(shard, tile.start, tile.values.shape[0], tile.values.shape[1], dim, indices)
                         )
 
-    def each(self, values: list[float], device: torch.device | None = None) -> Tensor:
-        """A value of each set as one of each group."""
+    def per_group(self, values: list[float], device: torch.device | None = None) -> Tensor:
+        """A value of each set as one of each group.
+
+        Returns:
+            (number of groups,), in the dtype of `squares`.
+        """
         return torch.tensor(values, dtype=self.dtype).repeat_interleave(self.counts).to(device or self.sizes.device)

@@ -1,6 +1,7 @@
-"""Feed-forward channels and attention heads, recognised from a model's modules: from which layers are linear, how wide
-they are, and which of them stand together. Names decide only where shapes can't (which of four square layers is the
-last of an attention). What is not recognised is not guessed.
+"""Feed-forward channels and attention heads, recognised from a model's modules.
+
+They are recognised by which layers are linear, how wide these are, and which modules hold them. Names decide only
+where shapes can't, as which of four square layers is the last one of an attention. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -14,80 +15,90 @@ from torch import nn
 
 from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
-from lp_dist.structured.groups import Groups, Layer, layers_of, made_of, within
+from lp_dist.structured.groups import Layer, WeightGroups, layers_within, linear_layers, weight_groups
 
 logger = logging.getLogger(__name__)
 
 
-def channels(model: nn.Module) -> list[Groups]:
-    """Feed-forward channels of every layer: output i of the first linear layers (one, or two of a gated layer, or both
-    in one) with its bias, and input i of the last.
+def channels(model: nn.Module) -> list[WeightGroups]:
+    """The feed-forward channels of every layer of a model.
+
+    A channel is output i of the first linear layers, with its bias, and input i of the last one. There is one first
+    layer, or two of a gated feed-forward, or both in one.
 
     Raises:
-        UsageError: none is recognised; says what was looked for.
+        UsageError: none is recognised; the message says what was looked for.
     """
-    layers, widths = layers_of(model), _widths(model)
+    layers, widths = linear_layers(model), _widths(model)
     reasons = dict.fromkeys(_experts(model), "its experts are one tensor for all of them, which is not known")
-    attention = {layer.name for module in _attentions(model) for layer in within(layers, module)}
-    found: list[Groups] = []
+    attention = {layer.name for module in _attentions(model) for layer in layers_within(layers, module)}
+    sets: list[WeightGroups] = []
     taken = set(attention)
     for module in _stacked(model):
-        own = [layer for layer in within(layers, module) if layer.name not in taken]
-        match = _feed_forward(own, widths) or _square(type(model.get_submodule(module)).__name__, own, widths)
+        candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
+        match = _feed_forward(candidates, widths) or _square(
+            type(model.get_submodule(module)).__name__, candidates, widths
+        )
         if match is None:
             continue
         ups, down = match
-        odd = _as_wide(model, module, {down.inputs, ups[0].outputs}, {layer.name for layer in layers})
+        tied = _as_wide(model, module, {down.inputs, ups[0].outputs}, {layer.name for layer in layers})
         taken |= {layer.name for layer in (*ups, down)}
-        if getattr(
-            model.get_submodule(module), "activation_sparsity", 0
-        ):  # Gemma 3n: a threshold from mean and spread of all channels
+        if getattr(model.get_submodule(module), "activation_sparsity", 0):
+            # Gemma 3n: a threshold from mean and spread of all channels.
             reasons[module] = "its activation_sparsity ties the channels together"
             continue
-        if odd:
-            reasons[module] = f"{odd} is as wide as the channels, and ties them together"
+        if tied:
+            reasons[module] = f"{tied} is as wide as the channels, and ties them together"
             continue
         members = [
             member
             for up in ups
             for start in range(0, up.outputs, down.inputs)
-            for member in up.of_outputs(1, start, start + down.inputs)
+            for member in up.output_members(1, start, start + down.inputs)
         ]
-        found.append(made_of(model, module, "channels", down.inputs, [*members, *down.of_inputs()]))
-    looked = (
+        sets.append(weight_groups(model, module, "channels", down.inputs, [*members, *down.input_members()]))
+    criteria = (
         "two or three linear layers in one module of a layer stack, outside of attention, from the model's width H to"
         " I (one, two, or one to 2·I) and back from I to H, with nothing else between them that is as wide as I"
     )
-    return _sorted(model, found, "feed-forward channels", looked, reasons)
+    return _in_model_order(model, sets, "feed-forward channels", criteria, reasons)
 
 
-def heads(model: nn.Module) -> list[Groups]:
-    """Attention heads: a head's outputs of the queries and inputs of the last layer, and of keys and values as well
-    where each head has its own.
+def heads(model: nn.Module) -> list[WeightGroups]:
+    """The attention heads of every layer of a model.
 
-    With grouped queries (fewer keys than queries) keys and values stay, since other heads read them; `kv_groups` takes
-    them all.
-    Raises UsageError as `channels` does.
+    A head is its outputs of the queries and its inputs of the last layer, and its outputs of keys and values where
+    each head has its own. With grouped queries (fewer keys than queries) keys and values are in no group, since other
+    heads read them; `kv_groups` has them.
+
+    Raises:
+        UsageError: none is recognised; the message says what was looked for.
     """
     return _heads(model, "heads")
 
 
-def kv_groups(model: nn.Module) -> list[Groups]:
-    """Heads of keys and values with all the query heads that read them, and their inputs of the last layer. As `heads`
-    where each head has its own.
+def kv_groups(model: nn.Module) -> list[WeightGroups]:
+    """The heads of keys and values of every layer, with all query heads that read them and the inputs of these of the
+    last layer.
+
+    They are those of `heads` where each query head has its own keys and values.
+
+    Raises:
+        UsageError: none is recognised; the message says what was looked for.
     """
     return _heads(model, "kv_groups")
 
 
-# -- where to look ------------------------------------------------------------
+# -- modules that may hold groups ------------------------------------------------------------
 
 
 def _stacked(model: nn.Module) -> list[str]:
-    """Modules inside of a stack of layers (a number is in their name), the innermost first."""
+    """Modules inside of a stack of layers (their name has a number), the innermost first."""
     names = [
         name
         for name, module in model.named_modules()
-        if any(part.isdigit() for part in name.split("."))
+        if any(step.isdigit() for step in name.split("."))
         and next(module.children(), None) is not None
         and not isinstance(module, nn.ModuleList)
     ]
@@ -95,7 +106,7 @@ def _stacked(model: nn.Module) -> list[str]:
 
 
 def _attentions(model: nn.Module) -> list[str]:
-    """Modules that call themselves attention, the innermost first; without whole layers that do so
+    """Modules whose class is called attention, the innermost first; without decoder layers that are called so
     (JambaAttentionDecoderLayer).
     """
     kinds = {name: type(module).__name__.lower() for name, module in model.named_modules()}
@@ -119,20 +130,23 @@ def _experts(model: nn.Module) -> list[str]:
 
 
 def _widths(model: nn.Module) -> set[int]:
-    """How wide the model is between its layers; several where a model has several parts. Empty where neither a config
-    nor an embedding tells.
+    """The hidden size of the model; several where it has several towers. Empty where neither a config nor an embedding
+    has one.
     """
     config = getattr(model, "config", None)
     configs = (
-        [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))] if config is not None else []
+        [config, *(inner for inner in vars(config).values() if hasattr(inner, "to_dict"))]
+        if config is not None
+        else []
     )
-    widths = {getattr(one, key, None) for one in configs for key in ("hidden_size", "d_model")} - {None}
+    sizes = (getattr(inner, key, None) for inner in configs for key in ("hidden_size", "d_model"))
+    widths = {size for size in sizes if size is not None}
     return widths or {module.embedding_dim for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) -> str | None:
-    """A parameter in `module` that is no linear layer's and has a dimension of one of these widths, if there is one
-    outside of attention.
+    """A parameter in `module`, outside of attention and linear layers, that has a dimension of one of these widths;
+    None if there is none.
     """
     inner = [name for name in _attentions(model) if name.startswith(module + ".")]
     for name, param in model.named_parameters():
@@ -140,7 +154,7 @@ def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) 
         if (
             name.startswith(module + ".")
             and owner not in linear
-            and not any(name.startswith(one + ".") for one in inner)
+            and not any(name.startswith(attention + ".") for attention in inner)
         ) and widths & set(full_shape(param)):
             return name
     return None
@@ -151,11 +165,11 @@ def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) 
 _LAST_FORWARD = re.compile(r"\.(down[a-z_]*|c_proj|fc2|w2|wo|lin2|dense_4h_to_h)$")
 
 
-def _feed_forward(own: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
-    """The first layers and the last one, if these layers hold one feed-forward part and not several."""
+def _feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
+    """The first layers and the last one, if these layers are those of one feed-forward network."""
     matches = []
-    for down in own:
-        wide = [up for up in own if up.place < down.place and up.inputs == down.outputs != down.inputs]
+    for down in candidates:
+        wide = [up for up in candidates if up.position < down.position and up.inputs == down.outputs != down.inputs]
         ups = [up for up in wide if up.outputs == down.inputs] or [up for up in wide if up.outputs == 2 * down.inputs]
         fused = bool(ups) and ups[0].outputs == 2 * down.inputs
         if ups and len(ups) <= (1 if fused else 2) and (not widths or down.outputs in widths):
@@ -163,16 +177,18 @@ def _feed_forward(own: list[Layer], widths: set[int]) -> tuple[list[Layer], Laye
     return matches[0] if len(matches) == 1 else None
 
 
-def _square(kind: str, own: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
-    """The same where the channels are as many as the model is wide (as cutting can leave it), so that names must tell
-    which layer is the last one.
+def _square(kind: str, candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
+    """As `_feed_forward`, where there are as many channels as the model is wide (as removal can leave it). Names must
+    then tell which layer is the last one.
     """
-    *ups, down = own if len(own) in (2, 3) else [None]
-    if down is None or not re.search("mlp|ffn|feedforward", kind.lower()) or not _LAST_FORWARD.search(down.name):
+    if len(candidates) not in (2, 3):
+        return None
+    *ups, down = candidates
+    if not re.search("mlp|ffn|feedforward", kind.lower()) or not _LAST_FORWARD.search(down.name):
         return None
     return (
         (ups, down)
-        if {width for layer in own for width in (layer.inputs, layer.outputs)} == {down.inputs}
+        if {width for layer in candidates for width in (layer.inputs, layer.outputs)} == {down.inputs}
         and (not widths or down.inputs in widths)
         else None
     )
@@ -180,13 +196,9 @@ def _square(kind: str, own: list[Layer], widths: set[int]) -> tuple[list[Layer],
 
 # -- attention ----------------------------------------------------------------
 
-HEAD_SIZES = (
-    "head_dim",
-    "attention_head_size",
-    "head_size",
-    "key_value_proj_dim",
-)  # what modules call the size of a head
-# How one layer that makes queries, keys and values at once lays out its outputs; shapes can't tell.
+# What modules call the size of a head.
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+# How one layer that makes queries, keys and values at once lays out its outputs. Shapes can't tell.
 _ONE_AFTER_ANOTHER = ("GPT2Attention", "Phi3Attention")
 _HEAD_BY_HEAD = ("GPTNeoXAttention", "BloomAttention")
 _BORROWS = "has queries alone, and reads another layer's keys and values"
@@ -195,8 +207,16 @@ _LAST = re.compile(r"(^|\.)(o|wo|out|dense|c_proj|[a-z_]*(o_proj|out)[a-z_]*)$")
 
 @dataclass(frozen=True)
 class _Attention:
-    """size: of a head. heads, shared: numbers of heads of the queries, and of keys and values. queries, others: their
-    members; last: the inputs of the last layer.
+    """The linear layers of an attention.
+
+    Args:
+        size: of a head.
+        heads: number of query heads.
+        shared: number of heads of keys and values.
+        queries: the layers of the queries, each with the first of its outputs.
+        others: the layers of keys and values, each with the first of its outputs.
+        last: the layer that reads the heads.
+        by_head: whether one layer has queries, keys and values head by head.
     """
 
     size: int
@@ -208,62 +228,66 @@ class _Attention:
     by_head: bool = False
 
 
-def _heads(model: nn.Module, kind: str) -> list[Groups]:
-    layers, found, reasons = layers_of(model), [], {}
+def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
+    layers = linear_layers(model)
+    sets: list[WeightGroups] = []
+    reasons: dict[str, str] = {}
     taken: set[str] = set()
-    lent: list[str] = []  # modules of which keys and values are in a group
+    lent: list[str] = []  # modules whose keys and values are in a group
     for module in _attentions(model):
-        own = [layer for layer in within(layers, module) if layer.name not in taken]
-        if len(own) < 2 or any(layer.name in taken for layer in within(layers, module)):
+        candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
+        if len(candidates) < 2 or any(layer.name in taken for layer in layers_within(layers, module)):
             continue
-        attention = _attention(model, module, own)
+        attention = _attention(model, module, candidates)
         if isinstance(attention, str):
             reasons[module] = attention
             continue
-        taken |= {layer.name for layer in own}
-        whole = kind == "kv_groups" or attention.shared == attention.heads
-        lent += [module] * whole
-        count = attention.shared if whole else attention.heads
-        wide = attention.size * (attention.heads // count)  # of a group's queries, and of its inputs of the last layer
+        taken |= {layer.name for layer in candidates}
+        with_keys = kind == "kv_groups" or attention.shared == attention.heads
+        lent += [module] * with_keys
+        count = attention.shared if with_keys else attention.heads
+        # Of a group's queries, and of its inputs of the last layer.
+        width = attention.size * (attention.heads // count)
         members = []
         if attention.by_head:
-            members += attention.queries[0][0].of_outputs(3 * attention.size)
+            members += attention.queries[0][0].output_members(3 * attention.size)
         else:
             for layer, start in attention.queries:
-                members += layer.of_outputs(wide, start, start + attention.heads * attention.size)
-            for layer, start in attention.others if whole else []:
-                members += layer.of_outputs(attention.size, start, start + attention.shared * attention.size)
-        found.append(made_of(model, module, kind, count, [*members, *attention.last.of_inputs(wide)]))
+                members += layer.output_members(width, start, start + attention.heads * attention.size)
+            for layer, start in attention.others if with_keys else []:
+                members += layer.output_members(attention.size, start, start + attention.shared * attention.size)
+        sets.append(weight_groups(model, module, kind, count, [*members, *attention.last.input_members(width)]))
     borrows = next((module for module, reason in reasons.items() if reason == _BORROWS), None)
-    if borrows is not None:  # Gemma 3n's last layers: whose keys they read is in no shape
-        found = [groups for groups in found if groups.name not in lent]
+    if borrows is not None:
+        # Gemma 3n's last layers. Shapes do not tell whose keys they read.
+        sets = [groups for groups in sets if groups.name not in lent]
         reasons |= dict.fromkeys(lent, f"{borrows} {_BORROWS}, which may be its")
-    looked = (
+    criteria = (
         "modules whose class is called attention, with a head size (head_dim and the like), linear layers of queries,"
         " keys, values and a last one, or one for the first three in the layout of"
         f" {', '.join((*_ONE_AFTER_ANOTHER, *_HEAD_BY_HEAD))}, and nothing else that is as wide as the heads"
     )
-    return _sorted(model, found, "attention heads", looked, reasons)
+    return _in_model_order(model, sets, "attention heads", criteria, reasons)
 
 
-def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | str:
-    """What is in an attention module, or why it is not known."""
+def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
+    """The layers of an attention module, or why they are not recognised."""
     inside = model.get_submodule(module)
     size = next(
         (
             value
-            for part in inside.modules()
+            for submodule in inside.modules()
             for key in HEAD_SIZES
-            if isinstance(value := getattr(part, key, None), int)
+            if isinstance(value := getattr(submodule, key, None), int)
         ),
         None,
     )
     if size is None:
         return f"its modules have none of {', '.join(HEAD_SIZES)}"
-    if len(own) == 2:
-        if own[0].outputs == own[1].inputs and own[0].inputs == own[1].outputs:
+    if len(candidates) == 2:
+        if candidates[0].outputs == candidates[1].inputs and candidates[0].inputs == candidates[1].outputs:
             return _BORROWS
-        last, first = sorted(own, key=lambda layer: layer.outputs)
+        last, first = sorted(candidates, key=lambda layer: layer.outputs)
         heads, rest = divmod(last.inputs, size)
         shared = (first.outputs // size - heads) // 2
         if (
@@ -285,8 +309,8 @@ def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | 
             )
         else:
             return f"{first.name} makes queries, keys and values at once, in a layout that is not known of {kind}"
-    elif len(own) == 4:
-        *firsts, last = sorted(own, key=lambda layer: layer.place)
+    elif len(candidates) == 4:
+        *firsts, last = sorted(candidates, key=lambda layer: layer.position)
         if not _LAST.search(last.name):
             return (
                 f"the last of its four linear layers is called {last.name.rsplit('.', 1)[-1]}, as no last layer of an"
@@ -307,13 +331,15 @@ def _attention(model: nn.Module, module: str, own: list[Layer]) -> _Attention | 
             size, heads, shared, [(layer, 0) for layer in queries], [(layer, 0) for layer in others], last
         )
     else:
-        return f"{len(own)} linear layers ({', '.join(layer.name.rsplit('.', 1)[-1] for layer in own)})"
-    return _not_of_heads(model, module, attention, {layer.name for layer in own}) or attention
+        return f"{len(candidates)} linear layers ({', '.join(layer.name.rsplit('.', 1)[-1] for layer in candidates)})"
+    return _not_of_heads(model, module, attention, {layer.name for layer in candidates}) or attention
 
 
 def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: set[str]) -> str | None:
-    """Why what stands in the module besides its linear layers is not the same for all heads, or None. (What stands
-    beside the last layer in a module of its own, as BERT's norm does, comes after the heads.)"""
+    """Why a parameter of the module outside of its linear layers is not the same for all heads; None if all are.
+
+    Parameters beside the last layer, where it is in a module of its own (BERT's norm), come after the heads.
+    """
     widths = {
         attention.heads * attention.size,
         attention.shared * attention.size,
@@ -333,40 +359,52 @@ def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: 
                 return f"{name} is as wide as the heads, and ties them together"
             if "norm" not in type(model.get_submodule(owner)).__name__.lower() and shape.numel() > 1:
                 # gpt-oss's sinks, where there are as many heads as each is wide; DiffLlama's lambdas, by which one
-                # head is taken from another
+                # head is subtracted from another.
                 return f"it is not known what {name} does to the heads"
-    for name, part in model.get_submodule(module).named_modules():
-        if (
-            isinstance(part, nn.ModuleList) and next(part.parameters(), None) is not None
-        ):  # StableLM's norms, one for each head
-            return f"{module}.{name} is a list, and it is not known what is whose head's"
+    for name, submodule in model.get_submodule(module).named_modules():
+        # StableLM's norms, one for each head.
+        if isinstance(submodule, nn.ModuleList) and next(submodule.parameters(), None) is not None:
+            return f"{module}.{name} is a list, and it is not known which head uses which element"
     return None
 
 
-# -- what is found ------------------------------------------------------------
+# -- results ------------------------------------------------------------------
 
 
-def _sorted(model: Any, found: list[Groups], what: str, looked: str, reasons: dict[str, str]) -> list[Groups]:
-    """In the order of the model; raises UsageError where nothing was found. reasons: by module, why what looked like
-    one is none.
+def _in_model_order(
+    model: Any, sets: list[WeightGroups], what: str, criteria: str, reasons: dict[str, str]
+) -> list[WeightGroups]:
+    """Sorts the groups in the order of the model.
+
+    Args:
+        model: that they belong to.
+        sets: the groups.
+        what: the name of the kind in messages.
+        criteria: what was looked for.
+        reasons: {module: why it looked like a module of this kind and is none}.
+    Raises:
+        UsageError: there are no groups.
     """
-    whole = [groups.name for groups in found]
-    # What was found around a module, or is missing within it as well, says nothing new.
-    told = [
+    complete = [groups.name for groups in sets]
+    # A module inside of a recognised one, or around one with a reason of its own, adds nothing.
+    failures = [
         f"{name}: {reason}"
         for name, reason in reasons.items()
-        if not any(name.startswith(other + ".") for other in whole)
+        if not any(name.startswith(other + ".") for other in complete)
         and not any(other.startswith(name + ".") for other in reasons)
     ]
-    if not found:
-        why = f" Found: {'; '.join(told[:2])}." if told else ""
+    if not sets:
+        why = f" Found: {'; '.join(failures[:2])}." if failures else ""
         raise UsageError(
-            f"no {what} are recognised in {type(model).__name__}. Looked for: {looked}.{why} Describe them by"
+            f"no {what} are recognised in {type(model).__name__}. Looked for: {criteria}.{why} Describe them by"
             " lp_dist.groups_of(model, outputs=[...], inputs=[...])"
         )
-    if told:
+    if failures:
         logger.warning(
-            "no %s are recognised in %d parts of the model, which stay as they are: %s", what, len(told), told[0]
+            "no %s are recognised in %d parts of the model, which stay as they are: %s",
+            what,
+            len(failures),
+            failures[0],
         )
-    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(found, key=lambda groups: place[groups.name])
+    position = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(sets, key=lambda groups: position[groups.name])

@@ -16,21 +16,21 @@ from helpers.model_directories import FORMS, written
 
 RUNS = {
     "shards": {},
-    "compact": {"compacted": True},
+    "bitmask": {"bitmask": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "shrunk": {"shrunk": True},
+    "shrunk": {"shrink": True},
     "one file": {"shard_size": "1GB"},
 }
 CASES = [
-    "compact, plain",
+    "bitmask, plain",
     *(f"shards, {form}" for form in FORMS),
     "bfloat16, zero",
     "shrunk, dcp",
     *(f"one file, {form}" for form in FORMS),
 ]
-# What a case may need beside what the process had: so much, the compact form less, since an index of its weights would
+# What a case may need beside what the process had: so much, the bitmask form less, since an index of its weights would
 # be 8 bytes for each.
-ROOM = {case: 40_000_000 if case.startswith("compact") else 60_000_000 for case in CASES}
+ROOM = {case: 40_000_000 if case.startswith("bitmask") else 60_000_000 for case in CASES}
 # Every form is exported once before, in small, and torch's threads are started, so that what is loaded on the way and
 # their stacks do not count.
 PROGRAM = f"""
@@ -42,7 +42,7 @@ from lp_dist.export.writer import export
 small, large, out = map(Path, sys.argv[1:])
 for form in {FORMS}:
     export(small / form, out / "small" / form)
-export(small / "plain", out / "small" / "compact", compacted=True)
+export(small / "plain", out / "small" / "bitmask", bitmask=True)
 torch.ones(1_000_000).sum()
 held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 seen = {{}}

@@ -1,4 +1,4 @@
-"""The compact form: bitmask and values give back every tensor and every file bit for bit, and are as small as the
+"""The bitmask form: bitmask and values give back every tensor and every file bit for bit, and are as small as the
 zeros allow.
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.export_runs import llama
 from helpers.snapshots import as_bytes
-from lp_dist.checkpoints.bitmask import KEY, pack, unpack
+from lp_dist.checkpoints.bitmask import METADATA_KEY, pack, unpack
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
@@ -95,7 +95,7 @@ def model(tmp_path_factory) -> Path:
     """A directory as an export writes it, of which half of the weights are zero but those of its norms and of one
     matrix.
     """
-    source, out = tmp_path_factory.mktemp("compact") / "source", tmp_path_factory.mktemp("compact") / "model"
+    source, out = tmp_path_factory.mktemp("bitmask") / "source", tmp_path_factory.mktemp("bitmask") / "model"
     network = llama()
     for name, param in network.named_parameters():
         if "norm" not in name and "o_proj" not in name:
@@ -113,10 +113,10 @@ def files(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_every_file_is_the_same(model, size, dtype, tmp_path):
     first = export(model, tmp_path / "first", dtype=dtype, shard_size=size)
-    packed = export(tmp_path / "first", tmp_path / "packed", compacted=True, shard_size=size)
-    again = export(tmp_path / "packed", tmp_path / "again", shard_size=size, verified=True)
+    packed = export(tmp_path / "first", tmp_path / "packed", bitmask=True, shard_size=size)
+    again = export(tmp_path / "packed", tmp_path / "again", shard_size=size, verify=True)
     assert files(tmp_path / "first") == files(tmp_path / "again") and (len(first.files) > 1) == (size == "4KB")
-    assert packed.counts == first.counts and again.form == "compact form"
+    assert packed.counts == first.counts and again.form == "bitmask form"
     itemsize = 4 if dtype == "float32" else 2
     weights = load_file(model / "model.safetensors")
     wanted = sum(
@@ -131,14 +131,14 @@ def test_there_and_back_every_file_is_the_same(model, size, dtype, tmp_path):
         == sum((tmp_path / "packed" / name).stat().st_size for name in packed.files)
     )
     assert wanted < 0.65 * first.bytes_dense == 0.65 * packed.bytes_dense
-    assert [file.stem.startswith("compact") for file in sorted((tmp_path / "packed").glob("*.safetensors"))] == [
+    assert [file.stem.startswith("bitmask") for file in sorted((tmp_path / "packed").glob("*.safetensors"))] == [
         True
     ] * len(packed.files)
 
 
-def test_of_a_float32_model_a_bfloat16_compact_form_in_one_go(model, tmp_path):
-    done = export(model, tmp_path / "packed", dtype="bfloat16", compacted=True, verified=True)
-    assert done.verified == {
+def test_of_a_float32_model_a_bfloat16_bitmask_form_in_one_go(model, tmp_path):
+    done = export(model, tmp_path / "packed", dtype="bfloat16", bitmask=True, verify=True)
+    assert done.verification == {
         "tensors": len(done.counts),
         "zeros": sum(zeros for zeros, _ in done.counts.values()),
         "logits": None,
@@ -149,19 +149,19 @@ def test_of_a_float32_model_a_bfloat16_compact_form_in_one_go(model, tmp_path):
 
 
 def test_it_is_not_mistaken_for_a_model(model, tmp_path):
-    export(model, tmp_path / "packed", compacted=True)
+    export(model, tmp_path / "packed", bitmask=True)
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    with safe_open(tmp_path / "packed" / "compact.safetensors", framework="pt") as opened:
+    with safe_open(tmp_path / "packed" / "bitmask.safetensors", framework="pt") as opened:
         matrix = "model.layers.0.self_attn.q_proj.weight"
         assert {"model.norm.weight", f"{matrix}.bitmask", f"{matrix}.values"} <= set(
             opened.keys()
         ) and matrix not in set(opened.keys())
-        assert json.loads(opened.metadata()[KEY])["model.norm.weight"] == [21]
+        assert json.loads(opened.metadata()[METADATA_KEY])["model.norm.weight"] == [21]
 
 
 def test_a_missing_or_short_file_is_an_error(model, tmp_path):
-    export(model, tmp_path / "packed", compacted=True, shard_size="4KB")
+    export(model, tmp_path / "packed", bitmask=True, shard_size="4KB")
     names = sorted(file.name for file in (tmp_path / "packed").glob("*.safetensors"))
     for name in (names[0], names[-1]):
         shutil.copytree(tmp_path / "packed", tmp_path / f"without {name}")
@@ -173,9 +173,9 @@ def test_a_missing_or_short_file_is_an_error(model, tmp_path):
         open_checkpoint(tmp_path / "packed")
 
 
-def test_a_models_own_file_of_that_name_is_no_compact_form(model, tmp_path):
-    shutil.copyfile(model / "model.safetensors", tmp_path / "compact.safetensors")
+def test_a_models_own_file_of_that_name_is_no_bitmask_form(model, tmp_path):
+    shutil.copyfile(model / "model.safetensors", tmp_path / "bitmask.safetensors")
     with pytest.raises(UsageError, match="holds no weights"):
         open_checkpoint(tmp_path)
-    shutil.copyfile(model / "model.safetensors", tmp_path / "compact_model.safetensors")
+    shutil.copyfile(model / "model.safetensors", tmp_path / "bitmask_model.safetensors")
     assert open_checkpoint(tmp_path).form == "safetensors"

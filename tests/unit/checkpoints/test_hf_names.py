@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.export_runs import llama
 from helpers.snapshots import as_bytes
 from lp_dist.checkpoints.entries import Checkpoint, Entry
-from lp_dist.checkpoints.hf_names import loadable, published
+from lp_dist.checkpoints.hf_names import hf_tensors, loadable_config
 from lp_dist.errors import UsageError
 
 MOE = {
@@ -63,14 +63,14 @@ def live(tensors: dict[str, Tensor], **more: Any) -> Checkpoint:
         Path("somewhere"),
         "a test",
         {name: Entry(tuple(t.shape), t.dtype, t.clone) for name, t in tensors.items()},
-        live=True,
+        runtime_names=True,
         **more,
     )
 
 
 def written(checkpoint: Checkpoint, config: Path | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for piece in published(checkpoint, config):
+    for piece in hf_tensors(checkpoint, config):
         found |= piece.read()
     return found
 
@@ -112,7 +112,7 @@ def test_a_form_that_needs_all_tensors_at_once_is_refused(config, tensors, monke
 
     monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", revert)
     with pytest.raises(UsageError, match="LlamaForCausalLM's weights .* trainer.save_model"):
-        published(live(tensors), config)
+        hf_tensors(live(tensors), config)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "state.model."])
@@ -177,7 +177,7 @@ NORM = "model.norm.weight"
 def test_other_tensors_than_the_models_are_refused(change, parts, config, tensors):
     change(tensors)
     with pytest.raises(UsageError) as caught:
-        published(live(tensors), config)
+        hf_tensors(live(tensors), config)
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
@@ -203,7 +203,7 @@ def test_a_config_of_no_known_model_is_refused_for_an_engines_tensors_alone(text
         (tmp_path / "config.json").write_text(json.dumps(text))
     checkpoint = live(tensors)
     with pytest.raises(UsageError) as caught:
-        published(checkpoint, tmp_path if text is not None else None)
+        hf_tensors(checkpoint, tmp_path if text is not None else None)
     assert all(part in str(caught.value) for part in parts), caught.value
     plain = Checkpoint(checkpoint.path, checkpoint.form, checkpoint.entries)
     assert [*written(plain, tmp_path if text is not None else None)] == [*tensors]
@@ -227,14 +227,14 @@ def test_config_json_is_of_the_new_dtype_and_has_nothing_that_a_loader_trips_ove
         "compression_config": {},
         "quantization_config": {},
     }
-    assert loadable(config, torch.bfloat16) == {
+    assert loadable_config(config, torch.bfloat16) == {
         "dtype": "bfloat16",
         "architectures": ["A"],
         "text_config": {"torch_dtype": "bfloat16", "a": [1]},
     }
-    assert loadable(config, None) == {
+    assert loadable_config(config, None) == {
         "dtype": "float32",
         "architectures": ["A"],
         "text_config": {"torch_dtype": "float32", "a": [1]},
     }
-    assert loadable({}, torch.float16) == {"dtype": "float16"} and loadable({}, None) == {}
+    assert loadable_config({}, torch.float16) == {"dtype": "float16"} and loadable_config({}, None) == {}

@@ -15,8 +15,8 @@ import transformers
 from helpers.export_runs import SPARSE, llama
 from helpers.model_directories import changed, rewritten
 from lp_dist.checkpoints.opening import open_checkpoint
-from lp_dist.errors import UsageError
-from lp_dist.export.verify import DiffersError, verify
+from lp_dist.errors import DiffersError, UsageError
+from lp_dist.export.verify import verify_export
 from lp_dist.export.writer import export
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -61,10 +61,10 @@ def saved_alive(model: Any, directory: Path) -> Path:
 def test_it_passes_on_models_of_all_kinds_from_memory_and_published(name, dtype, tmp_path):
     torch.manual_seed(0)
     alive = saved_alive(MODELS[name](), tmp_path)
-    one = export(alive, tmp_path / "one", dtype=dtype, verified=True)
-    other = export(tmp_path / "published", tmp_path / "other", dtype=dtype, verified=True, shard_size="2KB")
-    assert one.verified == other.verified and (one.verified["logits"] is None) == ("other" in name)
-    assert one.verified["tensors"] == len(one.counts) == len(other.counts)
+    one = export(alive, tmp_path / "one", dtype=dtype, verify=True)
+    other = export(tmp_path / "published", tmp_path / "other", dtype=dtype, verify=True, shard_size="2KB")
+    assert one.verification == other.verification and (one.verification["logits"] is None) == ("other" in name)
+    assert one.verification["tensors"] == len(one.counts) == len(other.counts)
 
 
 @pytest.fixture
@@ -116,17 +116,17 @@ def one_bit_more(tensors: dict[str, torch.Tensor]) -> None:
 def test_it_tells_of_a_change_in_what_was_written(source, change, part, alive, tmp_path):
     checkpoint = open_checkpoint(tmp_path / source)
     out = export(tmp_path / source, tmp_path / "out").out
-    verify(checkpoint, out, config=tmp_path / source)
+    verify_export(checkpoint, out, config=tmp_path / source)
     change(out)
     with pytest.raises(DiffersError, match=part):
-        verify(checkpoint, out, config=tmp_path / source)
+        verify_export(checkpoint, out, config=tmp_path / source)
 
 
 def test_it_tells_of_a_config_by_which_the_same_weights_say_something_else(alive, tmp_path):
     out = export(tmp_path / "published", tmp_path / "out").out
     changed(out, rms_norm_eps=1.0)
     with pytest.raises(DiffersError, match="the logits of .* are not those of"):
-        verify(open_checkpoint(tmp_path / "published"), out, config=tmp_path / "published")
+        verify_export(open_checkpoint(tmp_path / "published"), out, config=tmp_path / "published")
 
 
 def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tmp_path, monkeypatch):
@@ -138,8 +138,8 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
     alive = saved_alive(MODELS["experts"](), tmp_path)
     right = hf_names._reverted
 
-    def swapped(*arguments: Any) -> list[hf_names.Published]:
-        def read(piece: hf_names.Published) -> dict[str, torch.Tensor]:
+    def swapped(*arguments: Any) -> list[hf_names.HfTensor]:
+        def read(piece: hf_names.HfTensor) -> dict[str, torch.Tensor]:
             tensors = piece.read()
             one, other = (
                 "model.layers.0.block_sparse_moe.experts.0.w2.weight",
@@ -151,7 +151,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
 
     monkeypatch.setattr(hf_names, "_reverted", swapped)
     with pytest.raises(DiffersError, match="the logits"):
-        export(alive, tmp_path / "out", verified=True)
+        export(alive, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
 
 
@@ -159,17 +159,17 @@ def test_what_differs_is_left_for_a_look_and_out_stays_as_it_was(alive, tmp_path
     out = export(alive, tmp_path / "out").out
     before = (out / "model.safetensors").read_bytes()
     monkeypatch.setattr(
-        "lp_dist.export.writer.loadable", lambda config, dtype: {**config, "tie_word_embeddings": False}
+        "lp_dist.export.writer.loadable_config", lambda config, dtype: {**config, "tie_word_embeddings": False}
     )
     with pytest.raises(DiffersError, match="out.partial has 1 missing keys"):
-        export(alive, out, dtype="bfloat16", verified=True, overwrite=True)
+        export(alive, out, dtype="bfloat16", verify=True, overwrite=True)
     assert (
         (out / "model.safetensors").read_bytes()
         == before
         != (tmp_path / "out.partial" / "model.safetensors").read_bytes()
     )
     monkeypatch.undo()
-    export(alive, out, dtype="bfloat16", verified=True, overwrite=True)
+    export(alive, out, dtype="bfloat16", verify=True, overwrite=True)
     assert (
         not (tmp_path / "out.partial").exists()
         and json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
@@ -184,6 +184,6 @@ def test_a_model_of_its_own_code_is_run_only_when_trusted(tmp_path, monkeypatch)
     changed(alive, model_type="own", architectures=["Own"], auto_map=code)
     with pytest.raises(UsageError, match="--trust-remote-code"):
         export(alive, tmp_path / "out")
-    done = export(alive, tmp_path / "out", verified=True, trust_remote_code=True)
-    assert done.verified["logits"] and (tmp_path / "out" / "modeling_own.py").exists()
-    assert export(tmp_path / "out", tmp_path / "again", verified=True, trust_remote_code=True).verified["logits"]
+    done = export(alive, tmp_path / "out", verify=True, trust_remote_code=True)
+    assert done.verification["logits"] and (tmp_path / "out" / "modeling_own.py").exists()
+    assert export(tmp_path / "out", tmp_path / "again", verify=True, trust_remote_code=True).verification["logits"]

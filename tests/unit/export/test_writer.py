@@ -113,16 +113,16 @@ def test_weights_without_a_model_are_exported_too(tmp_path):
         "double": torch.zeros(2, dtype=torch.float64),
     }
     save_file(tensors, tmp_path / "run" / "weights.safetensors")
-    done = export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", verified=True)
+    done = export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", verify=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     wanted = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
     assert {name: t.dtype for name, t in written.items()} == {name: t.dtype for name, t in wanted.items()}
     assert all(torch.equal(written[name], wanted[name]) for name in tensors) and written["w"].signbit()[0, 1]
-    assert done.counts["w"] == (2, 3) and done.counts["none"] == (0, 0) and done.verified["logits"] is None
+    assert done.counts["w"] == (2, 3) and done.counts["none"] == (0, 0) and done.verification["logits"] is None
 
 
 def test_shards_have_an_index_that_names_every_tensor(source, tmp_path):
-    done = export(source, tmp_path / "out", shard_size="40KB", verified=True)
+    done = export(source, tmp_path / "out", shard_size="40KB", verify=True)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     held = {name: list(load_file(tmp_path / "out" / name)) for name in done.files}
     assert len(done.files) > 5 and done.files[0] == f"model-00001-of-{len(done.files):05d}.safetensors"
@@ -157,7 +157,7 @@ def test_pickled_weights_sharded_or_not_with_shared_memory_views_and_names_of_to
         ),
     }
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in odd.items()}, source / "pytorch_model.bin")
-    export(source, tmp_path / "out", verified=True)
+    export(source, tmp_path / "out", verify=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == wanted.keys() and not [
         name for name in wanted if as_bytes(written[name]) != as_bytes(wanted[name])
@@ -173,7 +173,7 @@ def test_pickled_weights_sharded_or_not_with_shared_memory_views_and_names_of_to
 
 def test_a_tied_head_that_zero_3_made_trainer_write_twice_is_written_once(source, tmp_path):
     rewritten(source, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    assert "lm_head.weight" not in export(source, tmp_path / "out", verified=True).counts
+    assert "lm_head.weight" not in export(source, tmp_path / "out", verify=True).counts
 
 
 def test_names_of_torch_compile_are_taken_off(source, tmp_path):
@@ -188,7 +188,7 @@ def test_a_narrower_dtype_is_of_the_config_too_and_underflows_are_told(source, t
     rewritten(
         source, lambda tensors: tensors["model.norm.weight"].copy_(torch.tensor([1e-9] * 5 + [0.0] * 3 + [1.0] * 40))
     )
-    exact = export(source, tmp_path / "bfloat16", dtype="bfloat16", verified=True)
+    exact = export(source, tmp_path / "bfloat16", dtype="bfloat16", verify=True)
     lossy = export(source, tmp_path / "float16", dtype="float16")
     assert (exact.underflows, exact.counts["model.norm.weight"]) == (0, (3, 48))
     assert (lossy.underflows, lossy.counts["model.norm.weight"]) == (5, (8, 48))
@@ -206,7 +206,7 @@ def test_a_narrower_dtype_is_of_the_config_too_and_underflows_are_told(source, t
     "value, dtype, parts",
     [
         (7e4, "float16", ["model.norm.weight has a value of 70000, which float16 can't hold", "bfloat16"]),
-        (float("nan"), None, ["model.norm.weight has values that are not finite", "from before"]),
+        (float("nan"), None, ["model.norm.weight has values that are not finite", "export an earlier checkpoint"]),
         (float("inf"), "bfloat16", ["not finite"]),
     ],
 )
@@ -396,7 +396,7 @@ def test_bad_arguments(more, parts, model, tmp_path, monkeypatch):
 
 def test_accelerates_pickled_weights_of_fsdp_are_taken_as_an_engines(model, tmp_path):
     pickled("pytorch_model_fsdp.bin")(model)
-    assert open_checkpoint(model).live and export(model, tmp_path / "out", verified=True).verified["logits"]
+    assert open_checkpoint(model).runtime_names and export(model, tmp_path / "out", verify=True).verification["logits"]
 
 
 def run_cli(monkeypatch: Any, *words: str) -> Any:
@@ -428,13 +428,13 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
         and f"Saved to {out}; loads with from_pretrained." in told
     )
     assert "small for" not in told
-    assert run_cli(monkeypatch, str(out), str(tmp_path / "compact"), "--compact", "--shard-size", "20KB") == 0
+    assert run_cli(monkeypatch, str(out), str(tmp_path / "bitmask"), "--bitmask", "--shard-size", "20KB") == 0
     told = capsys.readouterr().out
-    size = sum(file.stat().st_size for file in (tmp_path / "compact").glob("compact-*"))
+    size = sum(file.stat().st_size for file in (tmp_path / "bitmask").glob("bitmask-*"))
     assert (
-        "compact form" in told
+        "bitmask form" in told
         and f"{size / (2 * numel):.1%}" in told
-        and f"lp-dist export {tmp_path / 'compact'} OUT gives" in told
+        and f"lp-dist export {tmp_path / 'bitmask'} OUT gives" in told
     )
     assert 0.5 < size / (2 * numel) < 0.65
 
@@ -448,7 +448,7 @@ def test_the_command_says_in_one_line_what_is_wrong(model, tmp_path, capsys, mon
     assert "1 of these were too small for the new dtype" in capsys.readouterr().out
     assert "--overwrite" in run_cli(monkeypatch, str(model), str(tmp_path / "out"))
     monkeypatch.setattr(
-        "lp_dist.export.writer._copy_along",
+        "lp_dist.export.writer._copy_model_files",
         lambda *_: (
             shutil.copyfile(model / "config.json", tmp_path / "out.partial" / "config.json")
             and changed(tmp_path / "out.partial", intermediate_size=95)

@@ -18,10 +18,11 @@ from helpers import reference
 from helpers.groups import flat, paired_model, pairs_of, saved, step
 from lp_dist import GroupDecay, LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 from lp_dist.errors import UsageError
-from lp_dist.sharding.shards import shards
-from lp_dist.structured.group_decay import Force, Grouped
-from lp_dist.structured.naming import groups_of, structure
-from lp_dist.structured.placement import blocks
+from lp_dist.optim.hooks import handle_of
+from lp_dist.sharding.shards import locate_shards
+from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
+from lp_dist.structured.placement import tiles
+from lp_dist.structured.resolve import groups_of, resolve_groups
 
 FORM = {"weight_decay": 0.3, "p": 0.5}
 
@@ -57,16 +58,16 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
     """Its step is that of a twin without groups, taken from the same weights and state."""
     model = paired_model()
     optimizer = BASES[base](model.parameters(), lr=0.02)
-    if not hasattr(optimizer, "lp_decay") and "Lp" not in type(optimizer).__name__:
-        grouped = Grouped(optimizer, pairs_of(model), shards(model, optimizer), p=FORM["p"])
-        grouped.forces = [Force(FORM["weight_decay"])]
+    if handle_of(optimizer) is None and "Lp" not in type(optimizer).__name__:
+        grouped = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), p=FORM["p"])
+        grouped.settings = [DecaySettings(FORM["weight_decay"])]
     else:
         grouped = attach(
             model,
             optimizer,
             names=["0.weight", "0.bias", "2.weight", "2.bias"],
             groups=GroupDecay(pairs_of(model), **FORM),
-        ).grouped
+        ).group_decay
     for number in range(4):
         twin = copy.deepcopy(model)
         other = BASES[base](twin.parameters(), lr=0.02)
@@ -97,7 +98,7 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
         {"p": -1.0, "precondition": 1.5},
         {"p": 0.5, "precondition": 1.0, "cutoff": 0.05},
         {"p": 1.0},
-        {"p": 0.0, "floor": 30.0},
+        {"p": 0.0, "regrowth_below": 30.0},
     ],
 )
 def test_the_forms_of_the_norm(form):
@@ -105,10 +106,10 @@ def test_the_forms_of_the_norm(form):
     model = paired_model()
     optimizer = LpAdamW(model.parameters(), lr=0.02)
     asked = GroupDecay(
-        pairs_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "floor"}
+        pairs_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "regrowth_below"}
     )
-    grouped = attach(model, optimizer, groups=asked).grouped
-    grouped.forces = [Force(0.05, asked.cutoff, form.get("floor", 0.0))]
+    grouped = attach(model, optimizer, groups=asked).group_decay
+    grouped.settings = [DecaySettings(0.05, asked.cutoff, form.get("regrowth_below", 0.0))]
     seen = set()
     for number in range(5):
         twin = copy.deepcopy(model)
@@ -146,14 +147,14 @@ def test_how_sensitive_the_loss_is_to_a_weight_does_not_depend_on_where_a_shard_
     model = paired_model(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     step(model, optimizer, 0)
-    grouped = Grouped(optimizer, pairs_of(model), shards(model, optimizer), precondition=1.0)
-    shard = next(place.shard for place in grouped.places if place.shard.name == "0.weight")
+    grouped = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), precondition=1.0)
+    shard = next(matrix.shard for matrix in grouped.matrices if matrix.shard.name == "0.weight")
     second = shard.state["exp_avg_sq"].copy_(torch.rand(384, generator=torch.Generator().manual_seed(1)).mul_(1e-6))
-    whole = grouped._sensitivity(shard, 0, second)
+    whole = grouped._preconditioner(shard, 0, second)
     wanted = ((second.double() / (1 - 0.999)).sqrt() + 1e-8) ** (2 / 3)
     torch.testing.assert_close(whole.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0.0)
     for start, length in itertools.product(range(70), (1, 2, 3, 5, 8, 13, 31, 64, 127, 301)):
-        assert grouped._sensitivity(shard, start, second[:length]).equal(whole[start : start + length]), (
+        assert grouped._preconditioner(shard, start, second[:length]).equal(whole[start : start + length]), (
             start,
             length,
         )
@@ -224,7 +225,7 @@ def test_every_so_many_steps_it_decays_for_the_learning_rates_of_all():
 def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
     values = torch.arange(start, start + length)
     seen = []
-    for at, block, rows, columns in blocks(values, start, width, most=most):
+    for at, block, rows, columns in tiles(values, start, width, max_elements=most):
         assert (
             block.shape == (rows.stop - rows.start, columns.stop - columns.start)
             and block.data_ptr() == values[at:].data_ptr()
@@ -236,7 +237,7 @@ def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
         assert most is None or len(block) == 1 or block.numel() <= most
         seen += block.flatten().tolist()
     assert seen == values.tolist()
-    assert most is not None or len(list(blocks(values, start, width, most=None))) <= 3
+    assert most is not None or len(list(tiles(values, start, width, max_elements=None))) <= 3
 
 
 def test_the_squares_are_the_same_however_the_weights_are_cut():
@@ -246,7 +247,7 @@ def test_the_squares_are_the_same_however_the_weights_are_cut():
     def squares(cuts: list[int]) -> torch.Tensor:
         sums = torch.zeros(64, dtype=torch.float64)
         for start, stop in zip([0, *cuts], [*cuts, len(values)]):
-            for _, block, rows, _ in blocks(values[start:stop], start, 37, most=100):
+            for _, block, rows, _ in tiles(values[start:stop], start, 37, max_elements=100):
                 sums[rows] += block.double().square().sum(1)
         return sums.sqrt().float()
 
@@ -258,15 +259,15 @@ def test_the_squares_are_the_same_however_the_weights_are_cut():
 def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
     model = paired_model(torch.float32)
     optimizer = LpAdamW(model.parameters(), lr=0.02)
-    grouped = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.0)).grouped
+    grouped = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.0)).group_decay
     step(model, optimizer, 0)
     dead = torch.tensor([False, True, False])
-    grouped.kill(dead)
+    grouped.prune(dead)
     for name in ("exp_avg", "weight"):
         for param in (model[0].weight, model[0].bias):
             values = param if name == "weight" else optimizer.state[param]["exp_avg"]
             assert not values[2:4].any() and values[:2].all() and values[4:].all()
-    grouped.hold(dead)
+    grouped.keep_zero(dead)
     twin = copy.deepcopy(model)
     other = LpAdamW(twin.parameters(), lr=0.02)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -277,7 +278,7 @@ def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
     model[0].bias.data[2] = 1.0  # from elsewhere: the next step puts it back
     step(model, optimizer, 2)
     assert not model[0].bias[2:4].any() and model[0].bias[:2].all()
-    grouped.hold(None)
+    grouped.keep_zero(None)
     model[0].bias.data[2] = 1.0
     step(model, optimizer, 3)
     assert model[0].bias[2]
@@ -431,7 +432,7 @@ def test_what_does_not_lie_row_by_row_is_refused():
 
 def test_a_kind_that_is_named_twice_is_refused():
     with pytest.raises(UsageError, match="0.weight pairs is named twice in groups"):
-        structure(paired_model(), pairs_of(paired_model()) * 2)
+        resolve_groups(paired_model(), pairs_of(paired_model()) * 2)
 
 
 @pytest.mark.parametrize("p, gamma", [(0.5, 1.0), (0.5, 3.0), (1.0, 2.0)])
@@ -450,9 +451,9 @@ def test_a_lambda_of_nothing_kills_nothing(p, gamma):
 def test_taking_the_decay_off_takes_that_of_groups_off_too():
     model = paired_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    add_lp_decay(optimizer, p=0.5)
+    handle = add_lp_decay(optimizer, p=0.5)
     attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.3))
-    optimizer.lp_decay.remove()
+    handle.remove()
     twin = copy.deepcopy(model)
     step(model, optimizer, 0)
     step(twin, torch.optim.SGD(twin.parameters(), lr=0.02), 0)

@@ -15,7 +15,7 @@ from helpers.families import GROUPED, SIZES, Own, model_of, slots
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
 from lp_dist.report.inspection import inspect
-from lp_dist.structured.naming import groups_of, structure
+from lp_dist.structured.resolve import groups_of, resolve_groups
 
 TOKENS = torch.arange(24).view(2, 12) % 61
 
@@ -39,7 +39,7 @@ TOKENS = torch.arange(24).view(2, 12) % 61
             "stablelm",
             {**GROUPED, "qk_layernorm": True},
             "kv_groups",
-            "q_layernorm.norms is a list, and it is not known what is whose head's",
+            "q_layernorm.norms is a list, and it is not known which head uses which element",
         ),
         (
             "gemma3n_text",
@@ -61,11 +61,11 @@ TOKENS = torch.arange(24).view(2, 12) % 61
 )
 def test_heads_that_hang_together_otherwise_are_refused(family, sizes, kind, says):
     with pytest.raises(UsageError, match=says):
-        structure(model_of(family, **sizes), kind)
+        resolve_groups(model_of(family, **sizes), kind)
 
 
 def test_queries_may_go_where_their_keys_are_read_by_another_layer():
-    found = structure(
+    found = resolve_groups(
         model_of(
             "gemma3n_text",
             **{
@@ -98,7 +98,7 @@ def test_a_layer_that_calls_itself_attention_has_channels_too():
         mamba_dt_rank=4,
     )
     assert "Attention" in type(model.model.layers[1]).__name__
-    assert [groups.name for groups in structure(model, "channels")] == [
+    assert [groups.name for groups in resolve_groups(model, "channels")] == [
         "model.layers.0.feed_forward",
         "model.layers.1.feed_forward",
     ]
@@ -113,7 +113,7 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
         "num_experts_per_tok": 2,
     }
     with caplog.at_level(logging.WARNING, "lp_dist"):
-        found = structure(model_of("qwen2_moe", **sizes), "channels")
+        found = resolve_groups(model_of("qwen2_moe", **sizes), "channels")
     assert [groups.name for groups in found] == [
         "model.layers.0.mlp.shared_expert",
         "model.layers.1.mlp.shared_expert",
@@ -136,7 +136,7 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
 def test_as_many_channels_as_the_model_is_wide_or_half(family, sizes):
     """A norm as wide as the model is as wide as two of its layers together, and ties nothing."""
     model = model_of(family, **sizes)
-    found = structure(model, "channels")
+    found = resolve_groups(model, "channels")
     assert [groups.count for groups in found] == [
         min(sizes.get(key, 99) for key in ("intermediate_size", "n_inner", "ffn_dim"))
     ] * 2
@@ -188,7 +188,7 @@ def test_towers_of_two_widths_and_names_of_their_own_in_the_file(tmp_path):
             eoi_token_index=61,
         )
     )
-    found = structure(model, "channels")
+    found = resolve_groups(model, "channels")
     assert sorted(groups.count for groups in found) == [40, 40, 48, 48]
     for groups in found:
         for i in range(groups.count // 2):
@@ -200,7 +200,7 @@ def test_towers_of_two_widths_and_names_of_their_own_in_the_file(tmp_path):
             "as in memory, so that this tests nothing"
         )
     assert {tuple(of) for of in inspect(tmp_path / "whole").channels.values()} == {(20, 40), (24, 48)}
-    export(tmp_path / "whole", tmp_path / "small", shrunk=True)
+    export(tmp_path / "whole", tmp_path / "small", shrink=True)
     small = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "small")
     assert small.config.text_config.intermediate_size == 24
     torch.testing.assert_close(
@@ -217,7 +217,7 @@ def test_a_part_with_a_configuration_of_its_own_is_as_wide_as_that_says():
     model.layers = nn.ModuleList(
         nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for width in (16, 24, 20)
     )
-    assert [groups.count for groups in structure(model, "channels")] == [
+    assert [groups.count for groups in resolve_groups(model, "channels")] == [
         32,
         48,
     ], "of a width that no configuration has it is none"
@@ -240,7 +240,7 @@ def test_encoder_and_decoder_of_one_width_are_cut_each_to_its_own(tmp_path):
     ).eval()
     model.model.encoder.layers[0].fc2.weight.data[:, :16] = 0
     model.save_pretrained(tmp_path / "whole")
-    export(tmp_path / "whole", tmp_path / "small", shrunk=True)
+    export(tmp_path / "whole", tmp_path / "small", shrink=True)
     small = BartForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
     assert (small.config.encoder_ffn_dim, small.config.decoder_ffn_dim) == (16, 32)
     torch.testing.assert_close(small(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers.families import FAMILIES, Own, model_of, slots
 from lp_dist.errors import UsageError
-from lp_dist.structured.naming import KINDS, groups_of, structure
+from lp_dist.structured.resolve import KINDS, groups_of, resolve_groups
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,9 +25,9 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             UsageError,
             match=f"recognised in {type(model).__name__}. Looked for: .* Describe them by lp_dist.groups_of",
         ):
-            structure(model, kind)
+            resolve_groups(model, kind)
         return
-    found, tokens = structure(model, kind), torch.arange(24).view(2, 12) % 61
+    found, tokens = resolve_groups(model, kind), torch.arange(24).view(2, 12) % 61
     assert [groups.count for groups in found] == [expected, expected]
     grouped = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
     for groups in found:
@@ -82,7 +82,7 @@ def test_own_groups_are_described_by_patterns():
         ("1.slope.weight", 0, 6, False),
         ("1.back.weight", 1, 6, True),
     }
-    assert structure(model, found) == found
+    assert resolve_groups(model, found) == found
     pairs = groups_of(model, outputs="*.left", width=2)
     assert [(groups.count, groups.elements) for groups in pairs] == [(3, 10)] * 2
     one = groups_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), outputs="0", inputs="2")
@@ -112,17 +112,17 @@ def test_groups_that_share_weights_and_unknown_ones_are_refused():
     with pytest.raises(
         UsageError, match="q_proj.weight belongs to .* kv_groups and to .* heads as well; leave one of them out"
     ):
-        structure(model, ["heads", "kv_groups"])
+        resolve_groups(model, ["heads", "kv_groups"])
     with pytest.raises(
         UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"
     ):
-        structure(model, "neurons")
+        resolve_groups(model, "neurons")
     with pytest.raises(UsageError, match="no groups are named"):
-        structure(model, [])
-    assert len(structure(model, ["channels", "kv_groups"])) == 4
+        resolve_groups(model, [])
+    assert len(resolve_groups(model, ["channels", "kv_groups"])) == 4
 
 
 def test_adapters_must_be_merged_first():
     peft = pytest.importorskip("peft")
     with pytest.raises(UsageError, match="q_proj has an adapter beside it, .* merge the adapter first"):
-        structure(peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])), "channels")
+        resolve_groups(peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])), "channels")
