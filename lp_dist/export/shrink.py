@@ -27,7 +27,7 @@ from lp_dist.structured.budget import groups_to_prune
 from lp_dist.structured.groups import Member, WeightGroups
 from lp_dist.structured.resolve import recognised_groups, resolve_groups
 from lp_dist.targets.group_controller import group_budget
-from lp_dist.targets.target import SparsityTarget
+from lp_dist.targets.target import GroupTarget
 
 _CHANNELS, _HEADS = "feed-forward channels", "attention heads"
 
@@ -151,17 +151,16 @@ def shrink_plan(
     return ShrinkPlan(kept, readers, widths.config, removals)
 
 
-def expected_removals(cls: Any, settings: Any, target: SparsityTarget) -> list[Removal]:
+def expected_removals(cls: Any, settings: Any, target: GroupTarget) -> list[Removal]:
     """What could be removed after a run with a target for groups, if in every layer the first ones were dead.
 
     Args:
         cls: as of `model_class`.
         settings: as of `model_class`.
-        target: with groups.
+        target: of the run.
     Raises:
         UsageError: as of `resolve_groups` and `attach`.
     """
-    assert target.groups is not None
     model = build_on_meta(cls, settings, "its configuration")
     recognised, _ = recognised_groups(model)
     dead = {
