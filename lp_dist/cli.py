@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -21,24 +22,27 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Decoupled Lp weight decay: sparse fine-tuning on any shards.",
+    help="Decoupled Lp weight decay: sparse fine-tuning, sharded or not.",
 )
 _Positive = Annotated[int, typer.Option(min=1)]
-# --shard_size as well as --shard-size, as it is in the training program.
+# Accept --shard_size as well as --shard-size, as `lp-dist finetune` has underscores.
 _UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user did wrong ends the command with one line, and no traceback. (Commands import what they need when
-    they run: torch takes seconds.)
+def _one_line_errors(command: Callable[..., None]) -> Iterator[None]:
+    """Bad input ends `command` with one line and no traceback. Arguments that the line names become its flags.
+
+    Commands import what they need when they run, as importing torch takes seconds.
     """
-    from lp_dist.errors import DiffersError, UsageError
+    from lp_dist.errors import DiffersError, UsageError, with_flags
 
     try:
         yield
     except (UsageError, DiffersError) as error:
-        sys.exit(f"lp-dist: error: {error}")
+        options = [param.name for param in signature(command).parameters.values() if param.default is not param.empty]
+        flags = {name: f"--{name.replace('_', '-')}" for name in options}
+        sys.exit(f"lp-dist: error: {with_flags(str(error), flags)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -51,14 +55,14 @@ def finetune(context: typer.Context) -> None:
 
 @app.command(context_settings=_UNDERSCORES)
 def report(run: str, out: str = "", png: Annotated[bool, typer.Option("--png")] = False) -> None:
-    """Draw the page of a finished run again, RUN/report.html; RUN is its output_dir.
+    """Draw the page of a finished run again, RUN/report.html. RUN is its output_dir. Prints the paths written.
 
-    --out: another file for it. --png: its figures as well, for papers, beside it. Prints what was written.
+    --out: another file for the page. --png: write its figures beside it as well, for papers.
     """
     from lp_dist.report import page
     from lp_dist.report.schema import read
 
-    with _one_line_errors():
+    with _one_line_errors(report):
         for path in page.write(read(run), Path(out or Path(run) / page.FILE), png):
             typer.echo(path)
 
@@ -71,25 +75,25 @@ def inspect(
     page: str = "",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Where the zeros of a model lie, by kind of layer and by layer: any checkpoint's directory, or a hub id.
+    """Count the zeros of a model by kind of layer and by layer. MODEL is any checkpoint's directory, or a hub id.
 
-    --json: everything, tensor by tensor. --page: an HTML file with a map of the zeros.
+    --json: all tensors, one by one. --page: an HTML file with a map of the zeros.
 
-    Dead rows and columns are all zeros. 2:4 blocks: four weights along the input of which two at least are zero, as
-    sparse tensor cores take them.
+    Dead rows and columns are all zero. 2:4: the percentage of blocks, of four weights along the input, of which two or
+    more are zero, as sparse tensor cores need it.
     """
     from lp_dist.report import inspection
 
-    with _one_line_errors():
-        found = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+    with _one_line_errors(inspect):
+        zeros = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
         if page:
             from lp_dist.report.page import build_inspection, write_text
 
-            typer.echo(write_text(Path(page), build_inspection(found.as_json())))
+            typer.echo(write_text(Path(page), build_inspection(zeros.as_json())))
         elif as_json:
-            typer.echo(json.dumps(found.as_json()))
+            typer.echo(json.dumps(zeros.as_json()))
         else:
-            inspection.show(found)
+            inspection.show(zeros)
 
 
 @app.command(context_settings=_UNDERSCORES)
@@ -100,7 +104,7 @@ def export(
     shard_size: str = "5GB",
     config: str | None = None,
     masters: Annotated[bool, typer.Option("--masters")] = False,
-    compact: Annotated[bool, typer.Option("--compact")] = False,
+    bitmask: Annotated[bool, typer.Option("--bitmask")] = False,
     shrink: Annotated[bool, typer.Option("--shrink")] = False,
     multiple: _Positive = 1,
     verify: Annotated[bool, typer.Option("--verify")] = False,
@@ -112,14 +116,14 @@ def export(
 
     --dtype: float32, bfloat16, float16; else as stored. --shard-size: of a file, and so much is in memory at a time.
     --config: directory or hub id of the model, where no config.json is with the checkpoint. --masters: an engine's
-    fp32 weights where a directory holds both. --compact: a bit for each weight and the weights that are not zero, for
+    fp32 weights where a directory holds both. --bitmask: a bit for each weight and the weights that are not zero, for
     storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and
     attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it
     back, compare weights, zeros and logits.
     """
     from lp_dist.export.writer import export as write
 
-    with _one_line_errors():
+    with _one_line_errors(export):
         write(
             run,
             out,
@@ -127,10 +131,10 @@ def export(
             shard_size=shard_size,
             config=config,
             masters=masters,
-            compacted=compact,
-            shrunk=shrink,
+            bitmask=bitmask,
+            shrink=shrink,
             multiple=multiple,
-            verified=verify,
+            verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         ).show()
@@ -155,10 +159,10 @@ def merge(
     Shows what the mask leaves out of the adapter, and with a --dataset (a file, or a hub id) the perplexity of the
     base, with the adapter, and merged.
     """
-    from lp_dist.export import merge
+    from lp_dist.export import merge as merging
 
-    with _one_line_errors():
-        merged = merge.merge(
+    with _one_line_errors(merge):
+        merged = merging.merge(
             base,
             adapter,
             out,
@@ -171,7 +175,7 @@ def merge(
             block_size=block_size,
             overwrite=overwrite,
         )
-        merge.show(merged, out)
+        merging.show(merged, out)
 
 
 bench = typer.Typer(
@@ -180,72 +184,81 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 
-@bench.command()
+@bench.command(context_settings=_UNDERSCORES)
 def counting(
-    layers: _Positive = 30, hidden: _Positive = 576, tokens: _Positive = 512, repeats: _Positive = 5, seed: int = 0
+    layers: _Positive = 30,
+    hidden_size: _Positive = 576,
+    tokens: _Positive = 512,
+    repeats: _Positive = 5,
+    seed: int = 0,
 ) -> None:
-    """Counting zeros, and a histogram of |w|, against a training step of a Llama of this shape; prints one line of
-    JSON.
+    """Time counting zeros, and a histogram of |w|, against a training step of a Llama of this shape; prints one line
+    of JSON.
     """
     from lp_dist.benchmarks.counting import counting as measure
+    from lp_dist.benchmarks.json_lines import to_line
 
-    typer.echo(json.dumps(measure(layers, hidden, tokens, repeats, seed)))
+    typer.echo(to_line(measure(layers, hidden_size, tokens, repeats, seed)))
 
 
 @bench.command()
 def trajectories(out: str = "docs/results", steps: _Positive = 300, sparsity: float = 0.5, seed: int = 0) -> None:
-    """What each p does to single weights of a small Llama, and how well a target's plan is followed: which-p.png and
-    which-p.json.
+    """Show what each p does to single weights of a small Llama, and how well a target follows its plan: which-p.png
+    and which-p.jsonl.
     """
     from lp_dist.benchmarks.trajectories import trajectories as draw
 
-    with _one_line_errors():
+    with _one_line_errors(trajectories):
         typer.echo(draw(out, steps, sparsity, seed))
 
 
-@bench.command()
+@bench.command(context_settings=_UNDERSCORES)
 def step(
     sizes: str = "1e6,2e7",
     repeats: _Positive = 11,
     out: str = "docs/results",
-    whole: bool = True,
+    training_steps: bool = True,
     seed: int = 0,
     compiled: bool = True,
     layers: _Positive = 8,
-    hidden: _Positive = 320,
+    hidden_size: _Positive = 320,
     tokens: _Positive = 1024,
-    blocks: _Positive = 6,
+    rounds: _Positive = 6,
     groups: str = "",
     interval: _Positive = 1,
     engines: str = "one process; ZeRO-2; ZeRO-3; ZeRO-2, CPU offload",
 ) -> None:
-    """An optimizer step against torch's, DeepSpeed's, eager and compiled ones, and whole training steps of a Llama;
-    step.jsonl and step.md.
+    """Time an optimizer step against torch's, DeepSpeed's, eager and compiled ones, and training steps of a Llama;
+    writes step.jsonl and step.md.
+
+    --sizes: numbers of weights. --repeats: rounds of one call of each implementation. --no-training-steps: the step
+    alone. --layers, --hidden-size, --tokens, --rounds, --engines: of the training steps; a round is 10 steps.
+    --groups: the target is for channels, heads or kv_groups, which decay every --interval steps.
     """
     from lp_dist.benchmarks.step.command import step as measure
     from lp_dist.benchmarks.step.training_step import Shape
 
-    with _one_line_errors():
+    with _one_line_errors(step):
         typer.echo(
             measure(
-                sizes,
-                repeats,
-                out,
-                whole,
-                seed,
-                compiled,
-                Shape(layers, hidden, tokens, blocks, groups, interval),
-                engines,
+                sizes=sizes,
+                repeats=repeats,
+                out=out,
+                training_steps=training_steps,
+                seed=seed,
+                compiled=compiled,
+                shape=Shape(layers, hidden_size, tokens, rounds, groups, interval),
+                engines=engines,
             )
         )
 
 
 @bench.command()
 def quality(
-    work: str = "chars",
+    task: str = "chars",
     text: str = "",
     model: str = "",
-    methods: str = "baselines ours",
+    methods: str = "baselines lp_dist",
     sparsities: str = "50 70 80 90 95",
     seeds: str = "0 1 2",
     steps: Annotated[int, typer.Option(min=20)] | None = None,
@@ -253,21 +266,34 @@ def quality(
     jobs: _Positive = 1,
     out: str = "docs/results",
 ) -> None:
-    """What each way to sparsity loses: one row a run in quality.jsonl, and the page quality.md from all of them; runs
-    that have a row are skipped.
+    """Compare what each method of sparsity loses: one row a run in quality.jsonl, and the page quality.md from all of
+    them; runs that have a row are skipped.
 
-    --work: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a
-    language model, --model). --text: a file or hub dataset. --methods: baselines, ours, forms, or lines such as
+    --task: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a
+    language model, --model). --text: a file or hub dataset. --methods: baselines, lp_dist, forms, or lines such as
     "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
     from lp_dist.benchmarks.quality.command import quality as measure
 
-    with _one_line_errors():
-        typer.echo(measure(work, text, model, methods, sparsities, seeds, steps, block, jobs, out))
+    with _one_line_errors(quality):
+        typer.echo(
+            measure(
+                task=task,
+                text=text,
+                model=model,
+                methods=methods,
+                sparsities=sparsities,
+                seeds=seeds,
+                steps=steps,
+                block=block,
+                jobs=jobs,
+                out=out,
+            )
+        )
 
 
 @bench.command(context_settings=_UNDERSCORES)
-def structure(
+def structured(
     model: str = "",
     text: str = "",
     methods: str = "dense groups gcut cut cut:criterion=taylor lp",
@@ -279,17 +305,30 @@ def structure(
     tokens: _Positive = 64,
     out: str = "docs/results",
 ) -> None:
-    """Fewer channels or heads of a language model: what it loses, its size and its speed once they are cut out;
-    structure.jsonl and structure.md.
+    """Compare methods that leave fewer channels or heads in a language model: what it loses, and its size and speed
+    without them; writes structured.jsonl and structured.md.
 
-    --shares: of the --groups (channels, heads or kv_groups) of each layer, in percent. --methods: groups (ours), gcut
-    and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor), lp (single zeros that leave as
-    many parameters), dense; with settings such as groups:lr=3e-4.
+    --shares: of the --groups (channels, heads or kv_groups) of each layer, in percent. --methods: groups (lp_dist),
+    gcut and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor), lp (single zeros that leave
+    as many parameters), dense; with settings such as groups:lr=3e-4.
     """
-    from lp_dist.benchmarks.structured.command import structure as measure
+    from lp_dist.benchmarks.structured.command import structured as measure
 
-    with _one_line_errors():
-        typer.echo(measure(model, text, methods, shares, seeds, groups, steps, block, tokens, out))
+    with _one_line_errors(structured):
+        typer.echo(
+            measure(
+                model=model,
+                text=text,
+                methods=methods,
+                shares=shares,
+                seeds=seeds,
+                groups=groups,
+                steps=steps,
+                block=block,
+                tokens=tokens,
+                out=out,
+            )
+        )
 
 
 def main() -> None:

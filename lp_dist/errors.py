@@ -1,9 +1,29 @@
-"""What the programs print in one sentence, without a traceback."""
+"""Errors that a command prints in one line, without a traceback."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 
 
 class UsageError(ValueError):
-    """Bad input to a program; the message names the value, the limit and the way out."""
+    """Bad input by the user. The message names the value, the limit and what to do instead."""
 
 
 class DiffersError(RuntimeError):
-    """What was read back is not what was to be written."""
+    """A file that was read back differs from what was written to it."""
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """An error message of the library in the words of the command line: `cap=0.5` becomes `--cap 0.5`.
+
+    Args:
+        message: names arguments as `name=value`; all else stays as it is. So do arguments of a call, as in f(cap=2).
+        flags: the flag of each argument that the command has, such as {"lr": "--learning_rate"}.
+    """
+
+    def to_flag(match: re.Match[str]) -> str:
+        name, _, value = match.groups()
+        return f"{flags[name]} {value or ''}" if name in flags else match[0]
+
+    return re.sub(r"""(?<!\w\()(?<![\w.`'"-])(\w+)=(?:(['"])([^'"]*)\2|(?=[\w.+-]))""", to_flag, message)

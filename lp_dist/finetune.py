@@ -1,4 +1,4 @@
-"""`python -m lp_dist.finetune`, under any launcher: the training program (`lp_dist.training.finetune`)."""
+"""Entry point of `python -m lp_dist.finetune`, under any launcher: the training program."""
 
 from lp_dist.training.finetune import main
 

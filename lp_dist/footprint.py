@@ -1,4 +1,4 @@
-"""`python -m lp_dist.footprint`: memory and communication of a run on paper (`lp_dist.report.memory`)."""
+"""Entry point of `python -m lp_dist.footprint`: the memory and communication of a run, calculated."""
 
 from lp_dist.report.memory import table
 

@@ -1,1 +1,1 @@
-"""What is trained on and from: text, and GGUF files."""
+"""Text to train on, and GGUF files to train from."""

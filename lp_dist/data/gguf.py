@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,32 +11,41 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lp_dist.errors import UsageError
+from lp_dist.optim.cache import cache_directory
 from lp_dist.sharding.deepspeed import zero_init_disabled
 
 logger = logging.getLogger(__name__)
 
 
 def dequantised(gguf: str) -> Path:
-    """A GGUF file as a plain Hugging Face directory, made once and kept in the user's cache.
+    """Converts a GGUF file to a plain Hugging Face directory, once, and keeps it in the user's cache.
 
-    Made on each node by its first process. Not inside the training's own loading, where ZeRO-3 would partition it.
+    The first process of each node calls it before the model is loaded. Inside the engine's own loading ZeRO-3 would
+    partition the weights.
+
+    Args:
+        gguf: path of the file.
+    Returns:
+        The directory: fp32 weights, configuration and tokenizer.
+    Raises:
+        UsageError: there is no such file.
     """
     source = Path(gguf).expanduser().resolve()
     if not source.is_file():
-        raise UsageError(f"--model {gguf} is not a file")
+        raise UsageError(f"{gguf} is not a file; give the path of a .gguf file")
     key = hashlib.sha256(f"{source} {source.stat().st_size} {source.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist" / "gguf"
+    cache = cache_directory("gguf")
     target = cache / f"{source.stem}-{key}"
     if target.exists():
         return target
-    logger.info("dequantising %s", source.name)
+    logger.info("converting %s to fp32 weights", source.name)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as room:
-        partial = Path(room) / "model"
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        partial = Path(scratch) / "model"
         with zero_init_disabled():
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-            # The weights are plain from here on, but the model object still says that it is quantised, and won't be
-            # saved.
+            # The weights are plain from here on, but the configuration still says that they are quantised, and
+            # save_pretrained would refuse them.
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             plain = type(model)(model.config)
@@ -47,6 +55,7 @@ def dequantised(gguf: str) -> Path:
         try:
             partial.rename(target)
         except OSError:
-            if not target.exists():  # else another run was faster
+            # Another run that converted the same file may have been faster.
+            if not target.exists():
                 raise
     return target

@@ -1,4 +1,7 @@
-"""Text for training: any hub dataset or local file, split into training and held-out documents, packed into blocks."""
+"""Text for training: a hub dataset or a local file, split into training and held-out documents, packed into blocks.
+
+Errors name arguments; the command line gives them the names of its flags.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +28,31 @@ def load_text(
     eval_fraction: float,
     seed: int,
 ) -> DatasetDict:
-    """Documents as `{"train": ..., "eval": ...}`, each with the one column "text".
+    """Loads documents as `{"train": ..., "eval": ...}`, each with "text" as its only column.
 
     Args:
         dataset: a hub id, or a local .txt, .md, .jsonl, .json, .csv or .parquet file.
-        config, split: of a hub dataset.
+        config: configuration of a hub dataset; None: its default one.
+        split: split of a hub dataset to train on. A file has none.
         text_column: the column that holds the text.
-        eval_split: a split of its own to evaluate on; None holds out `eval_fraction` of the documents: of a plain text
-            file its end, else a random choice by `seed`.
+        eval_split: split of a hub dataset to evaluate on; None: documents are held out of the training data.
+        eval_fraction: the fraction of the documents that is held out: the end of a plain text file, else chosen at
+            random.
+        seed: of that choice.
     Raises:
-        UsageError: a name, column or fraction that can't be used; says what there is instead.
+        UsageError: a name, column or fraction can't be used. The message says what there is instead.
     """
     path = Path(dataset).expanduser()
     plain = False
     if path.suffix in _LOADERS or path.exists():
         if not path.is_file() or path.suffix not in _LOADERS:
             raise UsageError(
-                f"--dataset {dataset} must be an existing file that ends in one of {sorted(_LOADERS)}, or a hub id"
+                f"dataset={dataset!r} must be an existing file that ends in one of {sorted(_LOADERS)}, or a hub id"
             )
         if eval_split is not None:
             raise UsageError(
-                f"--eval_split {eval_split} is for hub datasets, but {dataset} is a file; leave it out, and use"
-                " --eval_fraction"
+                f"eval_split={eval_split!r} is for hub datasets, but {dataset} is a file; leave it out, and"
+                f" eval_fraction={eval_fraction:g} is held out of the file"
             )
         loader = _LOADERS[path.suffix]
         plain = loader == "text"
@@ -55,19 +61,19 @@ def load_text(
     else:
         data = datasets.load_dataset(dataset, config, split=split)
     if text_column not in data.column_names:
-        raise UsageError(f"--text_column {text_column} is not in {dataset}; its columns are {data.column_names}")
+        raise UsageError(f"text_column={text_column!r} is not in {dataset}; its columns are {data.column_names}")
     if eval_split is not None:
         held_out = datasets.load_dataset(dataset, config, split=eval_split)
     else:
         if not 0.0 < eval_fraction < 1.0:
-            raise UsageError(f"--eval_fraction {eval_fraction} must lie between 0 and 1; 0.05 is usual")
+            raise UsageError(f"eval_fraction={eval_fraction:g} must lie between 0 and 1; 0.05 is usual")
         if len(data) < 2:
             raise UsageError(
-                f"{dataset} has {len(data)} documents, so none can be held out; give at least 2 lines, or an"
-                " --eval_split"
+                f"{dataset} has {len(data)} documents, so none can be held out; give at least 2 lines, or name"
+                " an eval_split"
             )
-        parts = data.train_test_split(test_size=eval_fraction, shuffle=not plain, seed=None if plain else seed)
-        data, held_out = parts["train"], parts["test"]
+        splits = data.train_test_split(test_size=eval_fraction, shuffle=not plain, seed=None if plain else seed)
+        data, held_out = splits["train"], splits["test"]
     return DatasetDict(train=_text_only(data, text_column), eval=_text_only(held_out, text_column))
 
 
@@ -77,18 +83,23 @@ def _text_only(data: Dataset, column: str) -> Dataset:
 
 
 def pack(data: Dataset, tokenizer: Any, block_size: int, separate: bool = True) -> Dataset:
-    """Tokenises the documents and joins them into blocks of exactly `block_size` tokens, with "labels" equal to
-    "input_ids".
+    """Tokenises documents and joins them into blocks of exactly `block_size` tokens.
 
-    separate: put the end-of-text token between documents; False for the lines of one plain text. The last, incomplete
-    block of each batch of 1,000 documents is dropped, as in every packing of this kind.
+    The last, incomplete block of each batch of 1,000 documents is dropped.
 
+    Args:
+        data: documents with "text" as their only column.
+        tokenizer: of transformers.
+        block_size: tokens of a block.
+        separate: put the end-of-text token after each document. False for the lines of a plain text file.
+    Returns:
+        Blocks with "input_ids", and "labels" equal to them.
     Raises:
         UsageError: there is less text than one block.
     """
     end = [tokenizer.eos_token_id] if separate and tokenizer.eos_token_id is not None else []
 
-    def blocks(batch: dict[str, list]) -> dict[str, list]:
+    def to_blocks(batch: dict[str, list]) -> dict[str, list]:
         # verbose=False: a document longer than the model's context is cut into blocks, so the warning would be wrong.
         documents = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
@@ -98,11 +109,11 @@ def pack(data: Dataset, tokenizer: Any, block_size: int, separate: bool = True) 
         return {"input_ids": ids, "labels": ids}
 
     packed = data.map(
-        blocks, batched=True, remove_columns=data.column_names, desc=f"packing into blocks of {block_size} tokens"
+        to_blocks, batched=True, remove_columns=data.column_names, desc=f"packing into blocks of {block_size} tokens"
     )
     if len(packed) == 0:
         raise UsageError(
-            f"{len(data)} documents give less than one block of {block_size} tokens; lower --block_size or give more"
-            " text"
+            f"{len(data)} documents give less than one block of block_size={block_size} tokens; lower it, or give"
+            " more text"
         )
     return packed

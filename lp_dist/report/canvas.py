@@ -1,4 +1,4 @@
-"""How figures look: their style, and how they become SVG in a page's own colours, and PNG for papers."""
+"""The style of all figures, and how they are written: as SVG in the colours of a page, and as PNG for papers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# As they are on white. On a page each is the CSS variable of its name, so no two are alike, and nothing else is drawn
-# in one of them.
+# As they are on white. On a page each is the CSS variable of its name, so no two may be alike, and nothing else may be
+# drawn in one of them.
 COLOURS = {
     "ink": "#1c2127",
     "muted": "#5a6472",
     "grid": "#dfe3e8",
     "shade": "#eceff3",
     "paper": "#fffffe",
-    "ours": "#0b63c5",
-    "other": "#b4500c",
+    "primary": "#0b63c5",
+    "secondary": "#b4500c",
 }
 DARK = {
     "ink": "#e8ecf1",
@@ -31,8 +31,8 @@ DARK = {
     "grid": "#333c46",
     "shade": "#222931",
     "paper": "#181d23",
-    "ours": "#62aaff",
-    "other": "#f0985a",
+    "primary": "#62aaff",
+    "secondary": "#f0985a",
 }
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -67,7 +67,7 @@ Draw = Callable[[dict[str, Any]], "Figure | None"]
 
 
 def styled(draw: Draw) -> Draw:
-    """A function that draws a report, in the style of all."""
+    """Decorates a function that draws a report: it draws in STYLE."""
 
     @functools.wraps(draw)
     def in_style(report: dict[str, Any]) -> Figure | None:
@@ -78,7 +78,7 @@ def styled(draw: Draw) -> Draw:
 
 
 def canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """A figure of 4 by 2.8 inches: readable as wide as a phone, and in a column of a paper."""
+    """A figure of 4 by 2.8 inches, which can be read on a phone and in a column of a paper."""
     figure = Figure(figsize=(4.0, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
@@ -87,12 +87,11 @@ def canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def with_legend(figure: Figure, axes: Axes) -> Figure:
-    """The legend above the axes, in one row where there is room for it, where there is more than one thing to tell
-    apart.
-    """
+    """Adds a legend above the axes if they have several labels, in one row if it fits."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        fits = sum(map(len, labels)) + 5 * len(labels) <= 55  # a letter is about a fifth of what stands before a label
+        # A label's line and gaps are as wide as about five letters.
+        fits = sum(map(len, labels)) + 5 * len(labels) <= 55
         figure.legend(
             handles, labels, loc="outside upper left", ncols=len(labels) if fits else math.ceil(len(labels) / 2)
         )
@@ -107,21 +106,23 @@ def power(x: float) -> str:
 
 
 def svg(name: str, figure: Figure) -> str:
-    """An <svg> element for a page that defines COLOURS as CSS variables. Its ids begin with `name`, its text takes the
-    page's font, and the same figure gives the same bytes."""
+    """An <svg> element for a page that defines COLOURS as CSS variables. The same figure gives the same bytes.
+
+    Args:
+        name: the prefix of all ids in it, so that figures of one page do not share any.
+        figure: drawn in STYLE. Its text takes the font of the page.
+    """
     stream = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(
             stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     text = stream.getvalue()
-    text = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL
-    )  # it would style the whole page
+    # Its <style> would be that of the whole page.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text)
-    text = re.sub(
-        r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text
-    )  # a hundredth of a point is enough
+    # A hundredth of a point is enough.
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for variable, colour in COLOURS.items():
@@ -130,6 +131,6 @@ def svg(name: str, figure: Figure) -> str:
 
 
 def png(figure: Figure, path: Path) -> None:
-    """For papers: 300 dots an inch, on white."""
+    """Writes a figure for papers: 300 dots an inch, on white."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, format="png", dpi=300, facecolor="white")

@@ -1,7 +1,8 @@
-"""The tables that a run ends with."""
+"""Every table and line that a command of this library prints at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +12,117 @@ from rich.table import Table
 from lp_dist.report.schema import name_of
 
 
-def show(report: dict[str, Any], page: Path | None = None) -> None:
-    """Prints what was gained: perplexity before and after, sparsity overall and per kind of layer, where it was saved,
-    and where its page is.
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    no_wrap: Collection[str] = (),
+    width: int | None = None,
+) -> None:
+    """Prints a table to stdout: the first column aligned left, the others right.
+
+    Args:
+        title: the line above the table.
+        columns: the header of each column; may be empty strings.
+        rows: the cells of each row, as printed, as many as there are columns.
+        no_wrap: headers of the columns whose cells and header stay on one line.
+        width: characters a line where stdout is no terminal. None: rich's own choice (80, or what COLUMNS says).
     """
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=column in no_wrap)
+    for row in rows:
+        table.add_row(*row)
     console = Console()
-    runs = Table(title="Perplexity on held-out text, and exact zeros in the weights that decay")
-    for column in ("", "perplexity", "zeros", "of all parameters"):
-        runs.add_column(column, justify="left" if not column else "right")
-    runs.add_row("before", number(report["perplexity_before"]), f"{report['sparsity_before']:.2%}", "")
-    rows = [("after", report)]
+    (console if width is None or console.is_terminal else Console(width=width)).print(table)
+
+
+def say(line: str) -> None:
+    """Prints one line of text to stdout, as it is: not wrapped, without highlights, brackets not read as markup."""
+    Console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def show(report: dict[str, Any], page: Path | None = None) -> None:
+    """Prints what a run gained: perplexity, zeros overall and per kind of layer, and where it was saved.
+
+    Args:
+        report: of the finished run, as `lp_dist.report.schema` describes it.
+        page: where the page of the report is; None: there is none.
+    """
+    rows = [
+        ("before", number(report["perplexity_before"]), percent(report["sparsity_before"]), ""),
+        _run_row("after", report),
+    ]
     if reference := report.get("reference"):
-        rows.insert(0, (f"{name_of(reference)} ({reference['output_dir']})", reference))
-    for label, run in rows:
-        runs.add_row(label, number(run["perplexity_after"]), f"{run['sparsity']:.2%}", f"{run['sparsity_of_all']:.2%}")
-    console.print(runs)
+        rows.insert(1, _run_row(f"{name_of(reference)} ({reference['output_dir']})", reference))
+    print_table(
+        "Perplexity on held-out text, and exact zeros in the weights that decay",
+        ("", "perplexity", "zeros", "of all parameters"),
+        rows,
+    )
     if report["sparsity"] > 0:
-        kinds = Table(title="Exact zeros per kind of layer")
-        for column in ("layer", "weights", "zeros", "share"):
-            kinds.add_column(column, justify="left" if column == "layer" else "right")
-        for kind, (zeros, elements) in report["kinds"].items():
-            kinds.add_row(kind, f"{elements:,}", f"{zeros:,}", f"{zeros / elements:.2%}")
-        console.print(kinds)
+        print_table(
+            "Exact zeros per kind of layer",
+            ("layer", "weights", "zeros", "share"),
+            (
+                (kind, f"{elements:,}", f"{zeros:,}", percent(zeros / elements))
+                for kind, (zeros, elements) in report["kinds"].items()
+            ),
+        )
     if report.get("target"):
-        console.print(f"Target: {landing(report['target'])}", soft_wrap=True)
-    if (groups := report.get("groups")) and groups["closed"]:
-        console.print(f"Groups: {dead_groups(groups)}", soft_wrap=True)
-    console.print(
-        f"Saved to [bold]{report['output_dir']}[/bold], {report['zeros']:,} exact zeros counted in its files; loads"
-        " with from_pretrained.",
-        soft_wrap=True,
-        highlight=False,
+        say(target_line(report["target"]))
+    if (groups := report.get("groups")) and groups["final_pruning"]:
+        say(groups_line(groups))
+    say(
+        f"Saved to {report['output_dir']}, {report['zeros']:,} exact zeros counted in its files; loads with"
+        " from_pretrained."
     )
     if page is not None:
-        console.print(f"Page: {page}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Next: {report['next']}", soft_wrap=True, highlight=False, markup=False)
+        say(f"Page: {page}")
+    say(f"Next: {report['next']}")
 
 
-def landing(target: dict[str, Any]) -> str:
-    """How a target was reached, in a sentence."""
-    if not (closed := target["closed"]):
-        return f"{target['sparsity']:.2%} zeros, but the run was stopped before its window ended."
+def _run_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
+    return label, number(run["perplexity_after"]), percent(run["sparsity"]), percent(run["sparsity_of_all"])
+
+
+def target_line(target: dict[str, Any]) -> str:
+    """How a target of single weights was reached, in one sentence.
+
+    Args:
+        target: the report's entry: {"sparsity", "final_pruning": {"before", "after", "pruned_at_end"} or None}.
+    """
+    pruning = target["final_pruning"]
+    if not pruning:
+        return f"Target {percent(target['sparsity'])} not reached: the run was stopped before its window ended."
     return (
-        f"{target['sparsity']:.2%} zeros; {closed['before']:.2%} died by decay, {closed['by_threshold']:.2%} at the"
-        " last threshold."
+        f"Target {percent(target['sparsity'])} reached: {percent(pruning['before'])} decayed to zero,"
+        f" {percent(pruning['pruned_at_end'])} pruned in the final step."
     )
 
 
-def dead_groups(groups: dict[str, Any]) -> str:
-    """Which whole groups are zero, in a sentence."""
-    dead = ", ".join(f"{dead:,} of {all_:,} {kind}" for kind, (dead, all_) in groups["kinds"].items())
+def groups_line(groups: dict[str, Any]) -> str:
+    """How many channels, heads or experts are zero, in one sentence.
+
+    Args:
+        groups: the report's entry: {"sparsity", "final_pruning": as of the target, "kinds": {kind: [dead, all]}}.
+    """
+    counts = ", ".join(f"{dead:,} of {total:,} {kind}" for kind, (dead, total) in groups["kinds"].items())
+    pruning = groups["final_pruning"]
     return (
-        f"{dead} are zero; {groups['closed']['before']:.2%} died by decay, {groups['closed']['by_threshold']:.2%} at"
-        " the last threshold."
+        f"Groups: {counts} are zero; {percent(pruning['before'])} decayed to zero,"
+        f" {percent(pruning['pruned_at_end'])} pruned in the final step."
     )
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """A fraction as it is printed everywhere: 0.4 is "40.00 %"."""
+    return f"{100 * fraction:.{digits}f} %"
 
 
 def number(value: float | str | None) -> str:
-    """A perplexity for people; what is neither finite nor measured as well."""
+    """A perplexity as it is printed. None: it was not measured. A string is "inf" or "nan", as JSON holds it."""
     if value is None:
         return "not measured"
     return f"{float(value):,.2f}" if abs(float(value)) < 1e6 else f"{float(value):.3g}"

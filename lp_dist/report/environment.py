@@ -1,4 +1,4 @@
-"""Versions and the machine of a run."""
+"""The versions and the machine of a run, as its report holds them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run stands on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that train, those that are installed."""
+    installed = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "datasets", "deepspeed"):
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
 def processor() -> str:
@@ -31,7 +31,12 @@ def processor() -> str:
 
 
 def environment(device: torch.device, ranks: int) -> dict[str, Any]:
-    """The machine of this rank, not by its name; `device` is what it trains on."""
+    """The machine of this rank. Its host name is left out on purpose.
+
+    Args:
+        device: what the rank trains on.
+        ranks: number of processes of the run.
+    """
     module = None if device.type == "cpu" else torch.get_device_module(device)
     name = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
     return {

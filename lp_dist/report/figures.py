@@ -1,4 +1,4 @@
-"""Figures of a run, each drawn from its report alone; None where the report has nothing for one."""
+"""Figures of a run, each drawn from the report alone. A function returns None if the report has nothing to draw."""
 
 from __future__ import annotations
 
@@ -13,53 +13,59 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from lp_dist.report.canvas import COLOURS, Draw, canvas, power, styled, with_legend
+from lp_dist.report.console import percent
 from lp_dist.report.schema import name_of
 from lp_dist.sparsity.measure import kind_of, layer_of
 
 Report = dict[str, Any]
-MOST = 250  # points of a curve
-_NOTHING = 1e-29  # a λ below is where nothing more was to die
+# Points of a curve at most.
+MAX_POINTS = 250
+# A target logs a λ below this where nothing was left to prune.
+_NO_DECAY = 1e-29
 
 # -- against steps ------------------------------------------------------------
 
 
 def points(log: list[dict[str, Any]], key: str) -> dict[int, float]:
-    """What was logged as `key`, by step; where there is too much to be seen, means of so many values each as `each`
-    says, at the last one's step.
+    """A curve of logged values, with at most MAX_POINTS points.
 
-    Infinities and nans, which a report has as text, are gaps. Empty where there is no number at all.
+    Args:
+        log: Trainer's log, entries with a "step". Infinities and nans are text in a report.
+        key: of the values.
+    Returns:
+        {step: value}. A point is the mean of `values_per_point` values, at the step of the last one. A point without a
+        finite value is nan, which is drawn as a gap. Empty if all are.
     """
-    found = {entry["step"]: float(entry[key]) for entry in log if key in entry and "step" in entry}
-    steps, size = sorted(found), each(log, key)
+    logged = {entry["step"]: float(entry[key]) for entry in log if key in entry and "step" in entry}
+    steps, size = sorted(logged), values_per_point(log, key)
     means = {}
-    for part in (steps[i : i + size] for i in range(0, len(steps), size)):
-        finite = [found[step] for step in part if math.isfinite(found[step])]
-        means[part[-1]] = sum(finite) / len(finite) if finite else math.nan
+    for chunk in (steps[i : i + size] for i in range(0, len(steps), size)):
+        finite = [logged[step] for step in chunk if math.isfinite(logged[step])]
+        means[chunk[-1]] = sum(finite) / len(finite) if finite else math.nan
     return {} if all(map(math.isnan, means.values())) else means
 
 
-def each(log: list[dict[str, Any]], key: str) -> int:
+def values_per_point(log: list[dict[str, Any]], key: str) -> int:
     """How many logged values a point of a curve is the mean of."""
-    return math.ceil(len({entry.get("step") for entry in log if key in entry}) / MOST) or 1
+    return math.ceil(len({entry.get("step") for entry in log if key in entry}) / MAX_POINTS) or 1
 
 
-def _plot(axes: Axes, curve: dict[int, float], colour: str, label: str, **look: Any) -> None:
-    axes.plot(list(curve), list(curve.values()), color=COLOURS[colour], label=label, **look)
+def _plot(axes: Axes, curve: dict[int, float], colour: str, label: str, **style: Any) -> None:
+    axes.plot(list(curve), list(curve.values()), color=COLOURS[colour], label=label, **style)
 
 
 def _plot_reference(axes: Axes, report: Report, key: str, marker: str | None = None) -> None:
-    reference = report.get("reference")
-    if reference and (theirs := points(reference["log"], key)):
-        _plot(
-            axes, theirs, "other", name_of(reference), linestyle="--", marker=marker, zorder=4
-        )  # above ours, which shows between its dashes
+    reference = report["reference"]
+    if reference and (curve := points(reference["log"], key)):
+        # It is above the run's own curve, which shows between its dashes.
+        _plot(axes, curve, "secondary", name_of(reference), linestyle="--", marker=marker, zorder=4)
 
 
 def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
-    """The window behind the curves, and the steps of the whole run, the longer one of two, below them."""
-    steps = max(report["steps"], (report.get("reference") or report)["steps"])
+    """Shades the decay window, and scales the axis to all steps of the longer run."""
+    steps = max(report["steps"], (report["reference"] or report)["steps"])
     axes.set_xlim(-0.02 * steps, 1.02 * steps)
-    if (window := report.get("window")) and window[0] < report["steps"]:
+    if (window := report["window"]) and window[0] < report["steps"]:
         axes.axvspan(
             window[0], min(window[1], report["steps"]), color=COLOURS["shade"], linewidth=0, zorder=0, label="decay"
         )
@@ -79,28 +85,30 @@ def _log_axis(axis: Any, form: Callable[[float], str]) -> None:
 
 @styled
 def loss(report: Report) -> Figure | None:
-    ours = points(report["log"], "loss")
-    if len(ours) < 2:
+    """The training loss of the run, and of its reference."""
+    curve = points(report["log"], "loss")
+    if len(curve) < 2:
         return None
     figure, axes = canvas("optimizer step", "nats a token")
-    _plot(axes, ours, "ours", "this run", zorder=3)
+    _plot(axes, curve, "primary", "this run", zorder=3)
     _plot_reference(axes, report, "loss")
     return _finish(figure, axes, report)
 
 
 @styled
 def perplexity(report: Report) -> Figure | None:
-    ours = points(report["log"], "eval_perplexity")
-    if len(ours) < 2:
+    """The perplexity at evaluations, of the run and of its reference."""
+    curve = points(report["log"], "eval_perplexity")
+    if len(curve) < 2:
         return None
     figure, axes = canvas("optimizer step", "perplexity")
-    few = len(ours) < 30
-    _plot(axes, ours, "ours", "this run", marker="o" if few else None, zorder=3)
-    _plot_reference(axes, report, "eval_perplexity", "s" if few else None)
+    markers = len(curve) < 30
+    _plot(axes, curve, "primary", "this run", marker="o" if markers else None, zorder=3)
+    _plot_reference(axes, report, "eval_perplexity", "s" if markers else None)
     before = float(report["perplexity_before"] or "nan")
     if math.isfinite(before):
         axes.axhline(before, color=COLOURS["muted"], linestyle=":", linewidth=1.2, label="before")
-    finite = [value for value in ours.values() if math.isfinite(value)]
+    finite = [value for value in curve.values() if math.isfinite(value)]
     if max(finite) > 8 * min(finite):
         _log_axis(axes.yaxis, lambda y: f"{y:,.10g}" if y < 1e6 else power(y))
     return _finish(figure, axes, report)
@@ -108,40 +116,44 @@ def perplexity(report: Report) -> Figure | None:
 
 @styled
 def sparsity(report: Report) -> Figure | None:
+    """The planned and the counted fraction of zeros."""
     log = report["log"]
-    plan, counted, evaluated, faded = (
-        points(log, key) for key in ("lp/plan", "lp/measured", "eval_sparsity", "lp/faded")
+    plan, counted, evaluated, near_zero = (
+        points(log, key) for key in ("lp/plan", "lp/measured", "eval_sparsity", "lp/near_zero")
     )
+    # A dense run, or a single update.
     if max([0.0, *plan.values(), *evaluated.values()]) < 1e-3 or len({*plan, *evaluated}) < 2:
-        return None  # a dense run, or a single look
+        return None
     figure, axes = canvas("optimizer step", "share of zeros")
     if counted:
-        _plot(axes, counted, "ours", "counted", zorder=3)
+        _plot(axes, counted, "primary", "counted", zorder=3)
         _plot(axes, plan, "ink", "planned", linestyle="--", linewidth=1.1, zorder=4)
     if not counted or len(evaluated) < 30:
         _plot(
             axes,
             evaluated,
-            "ours",
+            "primary",
             "at evaluations",
             linestyle="" if counted else "-",
             marker="o" if len(evaluated) < 30 else None,
             zorder=3,
         )
-    if any(abs(faded[step] - counted.get(step, faded[step])) > 1e-3 for step in faded):
-        _plot(axes, faded, "other", "faded", linestyle=":", zorder=3)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if any(abs(near_zero[step] - counted.get(step, near_zero[step])) > 1e-3 for step in near_zero):
+        _plot(axes, near_zero, "secondary", "near zero", linestyle=":", zorder=3)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return _finish(figure, axes, report)
 
 
 @styled
 def strength(report: Report) -> Figure | None:
-    until = (report.get("window") or (0, math.inf))[1]  # what is logged later is the last look again
+    """λ over the tensors: its median, and its range."""
+    # After the window the log repeats the last update.
+    until = (report["window"] or (0, math.inf))[1]
     low, middle, high = (
         {
             step: value
             for step, value in points(report["log"], f"lp/lambda_{which}").items()
-            if value > _NOTHING and step <= until
+            if value > _NO_DECAY and step <= until
         }
         for which in ("min", "median", "max")
     )
@@ -149,14 +161,14 @@ def strength(report: Report) -> Figure | None:
         return None
     figure, axes = canvas("optimizer step", "")
     axes.set_ylabel("λ", rotation=0, ha="right", labelpad=6)
-    _plot(axes, middle, "ours", "median", zorder=3)
+    _plot(axes, middle, "primary", "median", zorder=3)
     both = [step for step in middle if step in low and step in high]
     if any(high[step] > 1.01 * low[step] for step in both):
         axes.fill_between(
             both,
             [low[step] for step in both],
             [high[step] for step in both],
-            color=COLOURS["ours"],
+            color=COLOURS["primary"],
             alpha=0.22,
             linewidth=0,
             label="lowest to highest",
@@ -169,25 +181,29 @@ def strength(report: Report) -> Figure | None:
 
 
 def zero_shares(tensors: dict[str, list[int]]) -> tuple[list[int | None], list[str], list[list[float]]]:
-    """Layers, kinds of layers in the order of the model, and the share of zeros of each kind (a row) in each layer;
-    nan where there is none.
+    """The fraction of zeros by kind of layer and by layer.
 
-    Kinds of one name in different places (attn.c_proj, mlp.c_proj) are two. What belongs to no layer comes last, as
-    layer None.
+    Args:
+        tensors: {parameter: [zeros, elements]}, in the order of the model.
+    Returns:
+        The layers, in order, None at the end for parameters outside of the layers; the kinds, in the order of the
+        model, where two modules with one name (attn.c_proj, mlp.c_proj) are two kinds; and a row of fractions for each
+        kind, nan where a layer has none of it.
     """
     paths = {
-        name: [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()] for name in tensors
+        name: [word for word in name.removesuffix(".weight").split(".") if not word.isdigit()] for name in tensors
     }
-    places = {
+    modules = {
         kind: {tuple(path) for name, path in paths.items() if kind_of(name) == kind} for kind in map(kind_of, tensors)
     }
     kinds = {
-        name: kind_of(name) if len(places[kind_of(name)]) == 1 else ".".join(path[-2:]) for name, path in paths.items()
+        name: kind_of(name) if len(modules[kind_of(name)]) == 1 else ".".join(path[-2:])
+        for name, path in paths.items()
     }
     counts: dict[tuple[str, int | None], tuple[int, int]] = {}
     for name, (zeros, elements) in tensors.items():
-        old = counts.get((kinds[name], layer_of(name)), (0, 0))
-        counts[kinds[name], layer_of(name)] = old[0] + zeros, old[1] + elements
+        sums = counts.get((kinds[name], layer_of(name)), (0, 0))
+        counts[kinds[name], layer_of(name)] = sums[0] + zeros, sums[1] + elements
     layers = sorted({layer for _, layer in counts}, key=lambda layer: math.inf if layer is None else layer)
     rows = list(dict.fromkeys(kinds.values()))
     return (
@@ -202,7 +218,8 @@ def zero_shares(tensors: dict[str, list[int]]) -> tuple[list[int | None], list[s
 
 @styled
 def heat(report: Report) -> Figure | None:
-    tensors = report.get("tensors") or {}
+    """A map of the fraction of zeros, by layer and kind of layer."""
+    tensors = report["tensors"]
     if not any(zeros for zeros, _ in tensors.values()):
         return None
     layers, kinds, shares = zero_shares(tensors)
@@ -222,10 +239,10 @@ def heat(report: Report) -> Figure | None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    every = math.ceil(len(layers) / 8)
+    stride = math.ceil(len(layers) / 8)
     axes.set_xticks(
-        [i + 0.5 for i in range(0, len(layers), every)],
-        ["none" if layer is None else str(layer) for layer in layers[::every]],
+        [i + 0.5 for i in range(0, len(layers), stride)],
+        ["none" if layer is None else str(layer) for layer in layers[::stride]],
     )
     axes.set_yticks(
         [i + 0.5 for i in range(len(kinds))], [kind if len(kind) < 20 else f"…{kind[-18:]}" for kind in kinds]
@@ -237,14 +254,17 @@ def heat(report: Report) -> Figure | None:
                 axes.text(
                     x + 0.5,
                     y + 0.5,
-                    "" if math.isnan(share) else f"{share:.1%}",
+                    "" if math.isnan(share) else percent(share, 1),
                     ha="center",
                     va="center",
                     fontsize=8,
                     color="#f7f9fb" if light else "#10151b",
                 )
-    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1.0, decimals=0), fraction=0.05, pad=0.02)
-    bar.solids.set_edgecolor("face")  # else seams show between its colours
+    bar = figure.colorbar(
+        mesh, ax=axes, format=PercentFormatter(1.0, decimals=0, symbol=" %"), fraction=0.05, pad=0.02
+    )
+    # Else seams show between its colours.
+    bar.solids.set_edgecolor("face")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     return figure
@@ -252,29 +272,27 @@ def heat(report: Report) -> Figure | None:
 
 @styled
 def weights(report: Report) -> Figure | None:
-    found = report.get("histograms") or {}
-    if not found.get("before"):
+    """Histograms of |w| before and after, and their zeros at the left, so that every area is a fraction of weights."""
+    histograms = report["histograms"]
+    if not histograms["before"]:
         return None
-    edges = found["edges"]
+    edges = histograms["edges"]
     density, zeros = {}, {}
     for when in ("before", "after"):
-        total = sum(found[when]) + found[f"zeros_{when}"]
-        zeros[when] = found[f"zeros_{when}"] / total
-        density[when] = [
-            count / total / math.log2(b / a) for count, a, b in zip(found[when], edges, edges[1:])
-        ]  # bins are not of one width
+        total = sum(histograms[when]) + histograms[f"zeros_{when}"]
+        zeros[when] = histograms[f"zeros_{when}"] / total
+        # Bins differ in width.
+        density[when] = [count / total / math.log2(b / a) for count, a, b in zip(histograms[when], edges, edges[1:])]
     highest = [max(pair) for pair in zip(*density.values())]
     shown = [i for i, height in enumerate(highest) if height > 0.01 * max(highest)]
     first, last = shown[0], shown[-1] + 1
     figure, axes = canvas("|w|", "share a doubling")
-    place = (
-        edges[first] / 4,
-        edges[first] / 2,
-    )  # of the zeros: one doubling wide, so that areas are shares there as well
-    for when, colour, style, alpha, order in (("before", "muted", "--", 0.18, 2), ("after", "ours", "-", 0.28, 3)):
+    # The bar of the zeros is one doubling wide, so that its area is a fraction as well.
+    zero_bar = (edges[first] / 4, edges[first] / 2)
+    for when, colour, style, alpha, order in (("before", "muted", "--", 0.18, 2), ("after", "primary", "-", 0.28, 3)):
         steps = [
             (density[when][first:last], edges[first : last + 1]),
-            *([([zeros[when]], place)] if zeros[when] > 1e-3 else []),
+            *([([zeros[when]], zero_bar)] if zeros[when] > 1e-3 else []),
         ]
         for i, (heights, borders) in enumerate(steps):
             axes.stairs(heights, borders, fill=True, color=COLOURS[colour], alpha=alpha, linewidth=0, zorder=order)
@@ -285,17 +303,17 @@ def weights(report: Report) -> Figure | None:
                 linestyle=style,
                 linewidth=1.4,
                 zorder=order,
-                label="" if i else f"{when}, {zeros[when]:.1%} zeros",
+                label="" if i else f"{when}, {percent(zeros[when], 1)} zeros",
             )
     axes.set_xscale("log")
     powers = [10.0**i for i in range(-14, 6) if edges[first] <= 10.0**i <= edges[last]]
     ticks = {
-        **({math.sqrt(place[0] * place[1]): "0"} if max(zeros.values()) > 1e-3 else {}),
+        **({math.sqrt(zero_bar[0] * zero_bar[1]): "0"} if max(zeros.values()) > 1e-3 else {}),
         **{x: power(x) for x in powers},
     }
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     return with_legend(figure, axes)
 
 
@@ -304,7 +322,14 @@ def weights(report: Report) -> Figure | None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure by its name, and what is written beside it."""
+    """A figure of the page.
+
+    Args:
+        name: of its file, and the prefix of its ids.
+        title: above it.
+        caption: the sentence below the title, of a report.
+        draw: draws it.
+    """
 
     name: str
     title: str
@@ -312,19 +337,19 @@ class Drawing:
     draw: Draw
 
 
-def _of_the_loss(report: Report) -> str:
-    decay, size = report.get("decay", {}), each(report["log"], "loss")
+def _loss_caption(report: Report) -> str:
+    decay, size = report["decay"], values_per_point(report["log"], "loss")
     mean = f" Means of {size} logged values each." if size > 1 else ""
     if decay.get("teacher"):
         return (
-            f"{float(decay['distill']):.0%} of it is the teacher's part, so it does not compare with a run"
-            f" without.{mean}"
+            f"{percent(float(decay['distill']), 0)} of it comes from the teacher, so it does not compare with a run"
+            f" without one.{mean}"
         )
     return f"Cross-entropy of the training batches; lower is better.{mean}"
 
 
 DRAWINGS = (
-    Drawing("loss", "Training loss", _of_the_loss, loss),
+    Drawing("loss", "Training loss", _loss_caption, loss),
     Drawing(
         "perplexity",
         "Perplexity on held-out text",
@@ -337,7 +362,7 @@ DRAWINGS = (
         lambda _: "Share of exact zeros among the weights that decay.",
         sparsity,
     ),
-    Drawing("lambda", "Strength of the decay", lambda _: "λ over the tensors, found anew every few steps.", strength),
+    Drawing("lambda", "Strength of the decay", lambda _: "λ over the tensors, updated every few steps.", strength),
     Drawing("heat", "Where the zeros are", lambda _: "Share of exact zeros in each matrix.", heat),
     Drawing(
         "weights",

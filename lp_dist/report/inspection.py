@@ -1,4 +1,4 @@
-"""`lp-dist inspect`: where the zeros of a model lie, read one tensor at a time from any checkpoint or from the hub."""
+"""`lp-dist inspect`: where the zeros of a model are, read one tensor at a time from a checkpoint or from the hub."""
 
 from __future__ import annotations
 
@@ -6,35 +6,45 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lp_dist.checkpoints.hf_names import meta_model, names_in, of_model
+from lp_dist.checkpoints.hf_names import hf_names, meta_model, model_entries
 from lp_dist.checkpoints.opening import Checkpoint, Entry, open_checkpoint
 from lp_dist.errors import UsageError
+from lp_dist.report.console import percent, print_table, say
 from lp_dist.sparsity.measure import kind_of, layer_of
 from lp_dist.sparsity.selection import matrix_names, named_like_a_matrix
 from lp_dist.structured.dead_groups import dead_channels, dead_heads
-from lp_dist.structured.groups import Groups
-from lp_dist.structured.naming import recognised
+from lp_dist.structured.groups import WeightGroups
+from lp_dist.structured.resolve import recognised_groups
 
-BLOCK, NONZERO = (
-    4,
-    2,
-)  # the pattern that sparse tensor cores take: of each four weights along the input at most two are not zero
+# The pattern of sparse tensor cores: of each four weights along the input at most two are not zero.
+BLOCK, NONZERO = 4, 2
 
 
 @dataclass
 class TensorZeros:
-    """One tensor. counted: whether it is one of the matrices that decay. Rows are outputs and columns are inputs,
-    whichever way it is stored (GPT-2's lies the other way); convolutions are taken as matrices of outputs × all the
-    rest. blocks: groups of four along the inputs, conforming: how many of them have two zeros or more. From `rows` on
-    all are None for what is no matrix.
+    """The zeros of one tensor. From `rows` on, all are None if it is no matrix.
+
+    Args:
+        name: as the checkpoint has it.
+        shape: as it is stored.
+        dtype: without "torch.".
+        kind: of layer, such as "q_proj".
+        layer: its number; None outside of the layers.
+        counted: whether it is one of the matrices that decay.
+        zeros: exact zeros.
+        elements: all elements.
+        rows: outputs, whichever way the matrix is stored. A convolution is a matrix of outputs × all the rest.
+        columns: inputs.
+        dead_rows: rows that are all zero.
+        dead_columns: columns that are all zero.
+        blocks: 2:4 blocks, of four weights along the inputs.
+        conforming: blocks that have two zeros or more.
     """
 
     name: str
@@ -55,8 +65,16 @@ class TensorZeros:
 
 @dataclass
 class Inspection:
-    """What `inspect` found. channels, heads: {module: [dead, all]} of the feed-forward channels and attention heads
-    that can't have an effect, of the modules whose parts were recognised; none where there is no config.json."""
+    """The zeros of a model.
+
+    Args:
+        model: the directory or hub id.
+        form: of the checkpoint, in words.
+        tensors: in the order of the model.
+        channels: {module: [dead, all]} of feed-forward channels without an effect, in the modules that were
+            recognised. Empty without a config.json.
+        heads: the same of attention heads.
+    """
 
     model: str
     form: str
@@ -65,11 +83,15 @@ class Inspection:
     heads: dict[str, list[int]]
 
     def total(self, counted_alone: bool = True) -> tuple[int, int]:
-        """Zeros and elements, of the matrices that decay or of all parameters."""
+        """Zeros and elements.
+
+        Args:
+            counted_alone: of the matrices that decay; False: of all parameters.
+        """
         return sums(tensor for tensor in self.tensors if tensor.counted or not counted_alone)
 
-    def grouped(self, key: str) -> dict[Any, list[TensorZeros]]:
-        """The counted tensors by `kind` or `layer`, in the order of the model."""
+    def tensors_by(self, key: str) -> dict[Any, list[TensorZeros]]:
+        """The counted tensors by `key`, which is "kind" or "layer", in the order of the model."""
         groups: dict[Any, list[TensorZeros]] = {}
         for tensor in self.tensors:
             if tensor.counted:
@@ -77,9 +99,9 @@ class Inspection:
         return groups
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON types: everything, and the totals."""
+        """All tensors and the totals, in JSON's types."""
         zeros, elements = self.total()
-        of_all, parameters = self.total(counted_alone=False)
+        zeros_of_all, parameters = self.total(counted_alone=False)
         return {
             "version": 1,
             "model": self.model,
@@ -87,7 +109,7 @@ class Inspection:
             "zeros": zeros,
             "decayed_weights": elements,
             "sparsity": zeros / max(1, elements),
-            "zeros_of_all": of_all,
+            "zeros_of_all": zeros_of_all,
             "parameters": parameters,
             "channels": self.channels,
             "heads": self.heads,
@@ -95,7 +117,16 @@ class Inspection:
         }
 
 
+class _NamedEntry(NamedTuple):
+    """A tensor of a checkpoint. name: in its files; param_name: in the model, where the model has it."""
+
+    name: str
+    param_name: str
+    entry: Entry
+
+
 def sums(tensors: Iterable[TensorZeros]) -> tuple[int, int]:
+    """Zeros and elements of several tensors together."""
     zeros = elements = 0
     for tensor in tensors:
         zeros, elements = zeros + tensor.zeros, elements + tensor.elements
@@ -103,29 +134,39 @@ def sums(tensors: Iterable[TensorZeros]) -> tuple[int, int]:
 
 
 def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
-    """Counts zeros, dead rows and columns, dead feed-forward channels and heads, and blocks of the 2:4 pattern.
+    """Counts zeros, dead rows and columns, dead feed-forward channels and heads, and 2:4 blocks.
+
+    One tensor at a time is in memory.
 
     Args:
-        model: a directory that `open_checkpoint` knows, or a hub id, whose safetensors files are downloaded into the
-            hub's cache. One tensor at a time is in memory.
+        model: a directory that `open_checkpoint` reads, or a hub id. The safetensors files of a hub id are downloaded
+            into the hub's cache.
+        revision: of a model of the hub; None: its main one.
+        trust_remote_code: let the model's repository run code of its own, to make its modules.
     Raises:
         UsageError: it is neither, or can't be read.
     """
     checkpoint = open_checkpoint(model if Path(model).exists() else _download(str(model), revision))
     config = checkpoint.directory_of("config.json")
     skeleton = _skeleton(config, trust_remote_code)
-    known, matrices = (set(), set()) if skeleton is None else (set(skeleton.state_dict()), matrix_names(skeleton))
+    names_in_model: set[str] = set()
+    matrices: set[str] = set()
+    if skeleton is not None:
+        names_in_model, matrices = set(skeleton.state_dict()), matrix_names(skeleton)
     transposed = (
         set()
         if skeleton is None
         else {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
     )
-    tensors, rows, columns = [], {}, {}  # rows and columns by the model's own names
+    # Which rows and columns are dead, by the names of the parameters in the model.
+    tensors, rows, columns = [], {}, {}
     with tqdm(total=checkpoint.nbytes, desc="Inspecting", unit="B", unit_scale=True) as bar:
-        for name, mine, entry in _once(checkpoint, skeleton):
-            # A published name may be none of the model's in memory: the experts of a layer are one tensor there.
-            counted = mine in matrices if mine in known else named_like_a_matrix(name, entry.shape)
-            found = TensorZeros(
+        for name, param_name, entry in _untied(checkpoint, skeleton):
+            # A name of the checkpoint may be none of the model in memory, where the experts of a layer are one tensor.
+            counted = (
+                param_name in matrices if param_name in names_in_model else named_like_a_matrix(name, entry.shape)
+            )
+            tensor = TensorZeros(
                 name,
                 list(entry.shape),
                 str(entry.dtype).removeprefix("torch."),
@@ -136,43 +177,38 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
                 entry.numel,
             )
             zero = entry.read() == 0
-            found.zeros = int(zero.sum())
+            tensor.zeros = int(zero.sum())
             if zero.ndim >= 2 and zero.numel():
-                matrix = zero.flatten(1).T if mine.rsplit(".", 1)[0] in transposed else zero.flatten(1)
-                rows[mine], columns[mine] = _measure(matrix, found)
+                matrix = zero.flatten(1).T if param_name.rsplit(".", 1)[0] in transposed else zero.flatten(1)
+                rows[param_name], columns[param_name] = _measure(matrix, tensor)
+            # A bias has a value for each row.
             elif zero.ndim == 1:
-                rows[mine] = zero  # a bias
-            tensors.append(found)
+                rows[param_name] = zero
+            tensors.append(tensor)
             bar.update(entry.nbytes)
-    parts: dict[str, list[Groups]] = {} if skeleton is None else recognised(skeleton)[0]
+    groups: dict[str, list[WeightGroups]] = {} if skeleton is None else recognised_groups(skeleton)[0]
     return Inspection(
         str(model),
         checkpoint.form,
         tensors,
-        dead_channels(skeleton, parts.get("channels", []), rows, columns),
-        dead_heads(parts.get("heads", []), parts.get("kv_groups", []), rows, columns),
+        dead_channels(skeleton, groups.get("channels", []), rows, columns),
+        dead_heads(groups.get("heads", []), groups.get("kv_groups", []), rows, columns),
     )
 
 
-def _measure(zero: Tensor, found: TensorZeros) -> tuple[Tensor, Tensor]:
-    """Fills in what a matrix has besides; which of its rows and columns are dead."""
+def _measure(zero: Tensor, tensor: TensorZeros) -> tuple[Tensor, Tensor]:
+    """Fills in `tensor` from `rows` on. zero: bool [outputs, inputs]. Returns which rows and columns are dead."""
     rows, columns = zero.all(dim=1), zero.all(dim=0)
-    found.rows, found.columns, found.dead_rows, found.dead_columns = (
-        len(rows),
-        len(columns),
-        int(rows.sum()),
-        int(columns.sum()),
-    )
-    whole = zero.shape[1] // BLOCK * BLOCK
-    blocks = zero[:, :whole].reshape(-1, BLOCK).sum(dim=1, dtype=torch.uint8)
-    found.blocks, found.conforming = len(blocks), int((blocks >= BLOCK - NONZERO).sum())
+    tensor.rows, tensor.dead_rows = len(rows), int(rows.sum())
+    tensor.columns, tensor.dead_columns = len(columns), int(columns.sum())
+    in_blocks = zero.shape[1] // BLOCK * BLOCK
+    blocks = zero[:, :in_blocks].reshape(-1, BLOCK).sum(dim=1, dtype=torch.uint8)
+    tensor.blocks, tensor.conforming = len(blocks), int((blocks >= BLOCK - NONZERO).sum())
     return rows, columns
 
 
 def _skeleton(config: Path | None, trust_remote_code: bool) -> Any:
-    """The model's modules without weights, where its class is known; what decays is then known by modules, and else by
-    names.
-    """
+    """The model's modules without weights. None: its class is unknown, so that names say which matrices decay."""
     if config is None:
         return None
     try:
@@ -181,38 +217,39 @@ def _skeleton(config: Path | None, trust_remote_code: bool) -> Any:
         return None
 
 
-def _once(checkpoint: Checkpoint, skeleton: Any) -> list[tuple[str, str, Entry]]:
-    """Name, name in the model, and entry of each tensor, in the order of the model, a tied one once. (Files have them
-    in the order of the alphabet, layer 10 before layer 2.)"""
-    place: dict[str, int] = {}
-    own: dict[str, str] = {}
-    twice: set[str] = set()
+def _untied(checkpoint: Checkpoint, skeleton: Any) -> list[_NamedEntry]:
+    """The tensors in the order of the model, a tied one once. (Files have layer 10 before layer 2.)"""
+    position: dict[str, int] = {}
+    param_names: dict[str, str] = {}
+    tied: set[str] = set()
     entries = checkpoint.entries
-    if skeleton is not None and checkpoint.live:
-        with suppress(UsageError):  # of another model than its config says: its own names are what there is
-            entries = of_model(checkpoint, skeleton)
+    if skeleton is not None and checkpoint.runtime_names:
+        # A checkpoint of another model than its config says keeps its own names.
+        with suppress(UsageError):
+            entries = model_entries(checkpoint, skeleton)
     if skeleton is not None:
-        place = {name: i for i, name in enumerate(skeleton.state_dict())}
-        own = {
-            known: name
-            for name, known in names_in(skeleton, {name: entry.shape for name, entry in entries.items()}).items()
+        position = {name: i for i, name in enumerate(skeleton.state_dict())}
+        param_names = {
+            saved_name: name
+            for name, saved_name in hf_names(skeleton, {name: entry.shape for name, entry in entries.items()}).items()
         }
         first: dict[int, str] = {}
-        there = {own.get(name, name) for name in entries}
-        twice = {
+        saved = {param_names.get(name, name) for name in entries}
+        tied = {
             name
             for name, param in skeleton.named_parameters(remove_duplicate=False)
-            if first.setdefault(id(param), name) != name and first[id(param)] in there
+            if first.setdefault(id(param), name) != name and first[id(param)] in saved
         }
     names = sorted(
-        (name for name in entries if name not in twice),
-        key=lambda name: (place.get(own.get(name, name), len(place)), _by_number(name)),
+        (name for name in entries if name not in tied),
+        key=lambda name: (position.get(param_names.get(name, name), len(position)), _by_number(name)),
     )
-    return [(name, own.get(name, name), entries[name]) for name in names]
+    return [_NamedEntry(name, param_names.get(name, name), entries[name]) for name in names]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -227,58 +264,61 @@ def _download(model: str, revision: str | None) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UsageError(
-            f"{model} is no directory here, and the hub did not give it ({str(error).splitlines()[0]}); name a"
-            " checkpoint's directory or a model of the hub"
+            f"{model} is no directory, and it could not be downloaded from the hub"
+            f" ({str(error).splitlines()[0]}); name the directory of a checkpoint, or a model of the hub"
         ) from None
 
 
-def show(found: Inspection) -> None:
-    """The totals, a row for each kind of layer, and the share of zeros by layer and kind."""
-    console = Console()
-    kinds = Table(title=f"{found.model} ({found.form})")
-    for column in ("layer", "matrices", "weights", "zeros", "share", "dead rows", "columns", "2:4"):
-        kinds.add_column(column, justify="left" if column == "layer" else "right", no_wrap=column != "dead rows")
-    groups = found.grouped("kind")
-    for kind, tensors in groups.items():
-        zeros, elements = sums(tensors)
-        dead_rows, dead_columns, blocks, conforming = (
-            sum(getattr(tensor, key) or 0 for tensor in tensors)
-            for key in ("dead_rows", "dead_columns", "blocks", "conforming")
-        )
-        kinds.add_row(
-            kind,
-            str(len(tensors)),
-            f"{elements:,}",
-            f"{zeros:,}",
-            f"{zeros / max(1, elements):.2%}",
-            f"{dead_rows:,}",
-            f"{dead_columns:,}",
-            f"{conforming / blocks:.0%}" if blocks else "",
-        )
-    console.print(kinds)
-    layers = found.grouped("layer")
-    if len(layers) > 1:
-        table = Table(title="Exact zeros, in % of the layer's weights")
-        for column in ("layer", *groups):
-            table.add_column(column, justify="right")
-        for layer, tensors in layers.items():
-            shares = {kind: sums(tensor for tensor in tensors if tensor.kind == kind) for kind in groups}
-            table.add_row(
-                "" if layer is None else str(layer),
-                *(f"{100 * zeros / elements:.1f}" if elements else "" for zeros, elements in shares.values()),
-            )
-        console.print(table)
-    zeros, elements = found.total()
-    of_all, parameters = found.total(counted_alone=False)
-    console.print(
-        f"{zeros:,} of {elements:,} weights that decay are exactly zero ({zeros / max(1, elements):.2%}); {of_all:,}"
-        f" of all {parameters:,} parameters ({of_all / max(1, parameters):.2%}).",
-        soft_wrap=True,
-        highlight=False,
+def show(inspection: Inspection) -> None:
+    """Prints the totals, a row for each kind of layer, and the percentage of zeros by layer and kind."""
+    by_kind = inspection.tensors_by("kind")
+    columns = ("layer", "matrices", "weights", "zeros", "share", "dead rows", "columns", "2:4")
+    print_table(
+        f"{inspection.model} ({inspection.form})",
+        columns,
+        (_kind_row(kind, tensors) for kind, tensors in by_kind.items()),
+        no_wrap=[column for column in columns if column != "dead rows"],
     )
-    for what, modules in (("feed-forward channels", found.channels), ("attention heads", found.heads)):
+    by_layer = inspection.tensors_by("layer")
+    if len(by_layer) > 1:
+        print_table(
+            "Exact zeros, in % of the layer's weights",
+            ("layer", *by_kind),
+            (_layer_row(layer, tensors, list(by_kind)) for layer, tensors in by_layer.items()),
+        )
+    zeros, elements = inspection.total()
+    zeros_of_all, parameters = inspection.total(counted_alone=False)
+    say(
+        f"{zeros:,} of {elements:,} weights that decay are exactly zero ({percent(zeros / max(1, elements))});"
+        f" {zeros_of_all:,} of all {parameters:,} parameters ({percent(zeros_of_all / max(1, parameters))})."
+    )
+    for label, modules in (("feed-forward channels", inspection.channels), ("attention heads", inspection.heads)):
         if modules:
-            dead, all_ = (sum(counts[i] for counts in modules.values()) for i in (0, 1))
-            console.print(
-                f"{dead:,} of {all_:,} {what} can't have an effect any more.", soft_wrap=True, highlight=False
-            )
+            dead, total = (sum(counts[i] for counts in modules.values()) for i in (0, 1))
+            say(f"{dead:,} of {total:,} {label} can't have an effect any more.")
+
+
+def _kind_row(kind: str, tensors: list[TensorZeros]) -> list[str]:
+    zeros, elements = sums(tensors)
+    dead_rows, dead_columns, blocks, conforming = (
+        sum(getattr(tensor, key) or 0 for tensor in tensors)
+        for key in ("dead_rows", "dead_columns", "blocks", "conforming")
+    )
+    return [
+        kind,
+        str(len(tensors)),
+        f"{elements:,}",
+        f"{zeros:,}",
+        percent(zeros / max(1, elements)),
+        f"{dead_rows:,}",
+        f"{dead_columns:,}",
+        percent(conforming / blocks, 0) if blocks else "",
+    ]
+
+
+def _layer_row(layer: int | None, tensors: list[TensorZeros], kinds: list[str]) -> list[str]:
+    counts = [sums(tensor for tensor in tensors if tensor.kind == kind) for kind in kinds]
+    return [
+        "" if layer is None else str(layer),
+        *(f"{100 * zeros / elements:.1f}" if elements else "" for zeros, elements in counts),
+    ]

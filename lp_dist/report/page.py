@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing beside it, drawn from the run's report alone."""
+"""The page of a run: one HTML file that loads nothing else, drawn from the report of the run alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lp_dist._version import __version__
 from lp_dist.errors import UsageError
-from lp_dist.report.console import dead_groups, landing, number
+from lp_dist.report.console import groups_line, number, percent, target_line
 from lp_dist.report.schema import name_of
 from lp_dist.sparsity.measure import layer_of
 
@@ -19,8 +19,10 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def build(report: dict[str, Any]) -> str:
-    """The page of a report, of any version; what a report does not have is left out.
+    """The page of a report, as HTML. Entries that are null or empty are left out.
 
+    Args:
+        report: as `lp_dist.report.schema` describes it.
     Raises:
         UsageError: matplotlib or jinja2 is missing.
     """
@@ -41,80 +43,88 @@ def build(report: dict[str, Any]) -> str:
     )
 
 
-def build_inspection(found: dict[str, Any]) -> str:
-    """The page of what `lp-dist inspect --json` gives: a map of the zeros, and what else was found.
+def build_inspection(inspection: dict[str, Any]) -> str:
+    """The page of an inspection, as HTML: a map of the zeros, and tables of dead groups and 2:4 blocks.
 
+    Args:
+        inspection: as `lp-dist inspect --json` prints it.
     Raises:
         UsageError: matplotlib or jinja2 is missing.
     """
     figures = _tools()[2]
-    counted = [tensor for tensor in found["tensors"] if tensor["counted"]]
+    counted = [tensor for tensor in inspection["tensors"] if tensor["counted"]]
     kinds: dict[str, list[int]] = {}
     for tensor in counted:
-        old = kinds.setdefault(tensor["kind"], [0, 0])
-        old[0], old[1] = old[0] + tensor["zeros"], old[1] + tensor["elements"]
+        _add(kinds, tensor["kind"], tensor["zeros"], tensor["elements"])
     report = {
         "tensors": {tensor["name"]: (tensor["zeros"], tensor["elements"]) for tensor in counted},
         "kinds": kinds,
-        "zeros": found["zeros"],
+        "zeros": inspection["zeros"],
     }
     numbers = [
         (
             "Zeros",
-            f"{found['sparsity']:.2%}",
-            f"{found['zeros']:,} of {found['decayed_weights']:,} weights that decay",
+            percent(inspection["sparsity"]),
+            f"{inspection['zeros']:,} of {inspection['decayed_weights']:,} weights that decay",
         ),
         (
             "Parameters",
-            _short(found["parameters"]),
-            f"{found['parameters']:,}, of which {found['zeros_of_all'] / max(1, found['parameters']):.2%} are zero",
+            _short(inspection["parameters"]),
+            f"{inspection['parameters']:,}, of which"
+            f" {percent(inspection['zeros_of_all'] / max(1, inspection['parameters']))} are zero",
         ),
     ]
     return _render(
-        [one for one in figures.DRAWINGS if one.draw is figures.heat],
+        [drawing for drawing in figures.DRAWINGS if drawing.draw is figures.heat],
         report,
-        heading="Where they lie",
+        heading="Where the zeros are",
         numbers=numbers,
-        title=f"{found['model'].rstrip('/').split('/')[-1]}, {found['sparsity']:.2%} zeros",
-        story=[f"{found['model']}, {found['form']}."],
+        title=f"{inspection['model'].rstrip('/').split('/')[-1]}, {percent(inspection['sparsity'])} zeros",
+        story=[f"{inspection['model']}, {inspection['form']}."],
         counts=_counts(report),
-        facts=_structure(found, counted),
-        source=found["model"],
+        facts=_usable_zeros(inspection, counted),
+        source=inspection["model"],
         command=None,
         following=None,
         ranks=1,
     )
 
 
-def _structure(found: dict[str, Any], counted: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """What of the zeros a runtime could use."""
+def _add(counts: dict[Any, list[int]], key: Any, zeros: int, elements: int) -> None:
+    """Adds to the zeros and elements of `key`."""
+    sums = counts.setdefault(key, [0, 0])
+    sums[0] += zeros
+    sums[1] += elements
 
-    def of(dead: int, all_: int) -> str:
-        return f"{dead:,} of {all_:,}"
+
+def _usable_zeros(inspection: dict[str, Any], counted: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The zeros that a runtime could use: dead rows, columns and groups, and 2:4 blocks."""
+
+    def share(dead: int, total: int) -> str:
+        return f"{dead:,} of {total:,}"
 
     matrices = [tensor for tensor in counted if tensor["blocks"] is not None]
-    whole = {
-        "rows that are all zero": of(
+    dead = {
+        "rows that are all zero": share(
             sum(tensor["dead_rows"] for tensor in matrices), sum(tensor["rows"] for tensor in matrices)
         ),
-        "columns that are all zero": of(
+        "columns that are all zero": share(
             sum(tensor["dead_columns"] for tensor in matrices), sum(tensor["columns"] for tensor in matrices)
         ),
     }
-    for what, modules in (
-        ("feed-forward channels without effect", found["channels"]),
-        ("attention heads without effect", found["heads"]),
+    for label, modules in (
+        ("feed-forward channels without effect", inspection["channels"]),
+        ("attention heads without effect", inspection["heads"]),
     ):
         if modules:
-            whole[what] = of(*(sum(counts[i] for counts in modules.values()) for i in (0, 1)))
+            dead[label] = share(*(sum(counts[i] for counts in modules.values()) for i in (0, 1)))
     blocks: dict[str, list[int]] = {}
     for tensor in matrices:
-        old = blocks.setdefault(tensor["kind"], [0, 0])
-        old[0], old[1] = old[0] + tensor["conforming"], old[1] + tensor["blocks"]
+        _add(blocks, tensor["kind"], tensor["conforming"], tensor["blocks"])
     return {
-        "Dead as a whole": whole,
+        "Dead rows, columns and groups": dead,
         "Blocks of four that suit 2:4 tensor cores": {
-            kind: f"{conforming / max(1, all_):.1%}" for kind, (conforming, all_) in blocks.items()
+            kind: percent(conforming / max(1, total), 1) for kind, (conforming, total) in blocks.items()
         },
     }
 
@@ -123,56 +133,69 @@ def _render(drawings: list[Any], report: dict[str, Any], **words: Any) -> str:
     jinja2, canvas, _ = _tools()
     shown = [
         {
-            "title": one.title,
-            "caption": one.caption(report),
-            "picture": jinja2.utils.markupsafe.Markup(canvas.svg(one.name, figure)),
+            "title": drawing.title,
+            "caption": drawing.caption(report),
+            "picture": jinja2.utils.markupsafe.Markup(canvas.svg(drawing.name, figure)),
         }
-        for one in drawings
-        if (figure := one.draw(report)) is not None
+        for drawing in drawings
+        if (figure := drawing.draw(report)) is not None
     ]
-    paper = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return paper.from_string(_TEMPLATE.read_text("utf-8")).render(
-        light=canvas.COLOURS, dark=canvas.DARK, figures=shown, version=__version__, **words
+    templates = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.from_string(_TEMPLATE.read_text("utf-8")).render(
+        light=canvas.COLOURS, dark=canvas.DARK, figures=shown, version=__version__, percent=percent, **words
     )
 
 
 def write(report: dict[str, Any], path: Path, png: bool = False) -> list[Path]:
-    """Writes the page, and with `png` each figure beside it, as NAME-FIGURE.png; returns the paths, the page's first.
+    """Writes the page of a report.
 
+    Args:
+        report: as of `build`.
+        path: of the HTML file.
+        png: write each figure beside it as well, as NAME-FIGURE.png.
+    Returns:
+        The paths that were written, the page first.
     Raises:
         UsageError: matplotlib or jinja2 is missing, or the files can't be written there.
     """
     written = [write_text(path, build(report))]
     if png:
         _, canvas, figures = _tools()
-        for one in figures.DRAWINGS:
-            if (figure := one.draw(report)) is not None:
-                written.append(path.with_name(f"{path.stem}-{one.name}.png"))
-                with _told():
+        for drawing in figures.DRAWINGS:
+            if (figure := drawing.draw(report)) is not None:
+                written.append(path.with_name(f"{path.stem}-{drawing.name}.png"))
+                with _write_errors():
                     canvas.png(figure, written[-1])
     return written
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a page. Raises UsageError where that can't be."""
-    with _told():
+    """Writes a page and returns its path.
+
+    Raises:
+        UsageError: the file can't be written.
+    """
+    with _write_errors():
         path.write_text(text, encoding="utf-8")
     return path
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _write_errors() -> Iterator[None]:
+    """Errors of the file system become UsageErrors that name the file."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"can't write {error.filename}: {error.strerror}; name a file in a directory that is there and may be"
+            f"can't write {error.filename}: {error.strerror}; name a file in a directory that exists and can be"
             " written to"
         ) from None
 
 
 def _tools() -> tuple[Any, Any, Any]:
-    """What only drawing needs: jinja2, and our rooms that need matplotlib."""
+    """Imports what only drawing needs: jinja2, and the modules `canvas` and `figures`, which need matplotlib."""
     try:
         import jinja2
 
@@ -185,20 +208,16 @@ def _tools() -> tuple[Any, Any, Any]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    name = str(report.get("model", report["output_dir"])).rstrip("/").split("/")[-1]
-    return f"{name}, {report['sparsity']:.2%} zeros" if report["zeros"] else f"{name}, a dense fine-tune"
+    name = str(report["model"]).rstrip("/").split("/")[-1]
+    return f"{name}, {percent(report['sparsity'])} zeros" if report["zeros"] else f"{name}, a dense fine-tune"
 
 
 def _story(report: dict[str, Any]) -> list[str]:
     """The run in a few sentences."""
-    before, after, reference, target = (
-        report["perplexity_before"],
-        report["perplexity_after"],
-        report.get("reference"),
-        report.get("target"),
-    )
+    before, after, reference = report["perplexity_before"], report["perplexity_after"], report["reference"]
+    target, groups = report["target"], report["groups"]
     words = [
-        f"Fine-tuned for {report['steps']:,} steps" + (f" on {report['dataset']}." if "dataset" in report else "."),
+        f"Fine-tuned for {report['steps']:,} steps on {report['dataset']}.",
         f"Perplexity on held-out text is {number(after)}"
         + ("." if before is None else f", and was {number(before)} before."),
     ]
@@ -206,41 +225,40 @@ def _story(report: dict[str, Any]) -> list[str]:
         words.append(
             f"The {name_of(reference)} in {reference['output_dir']} has {number(reference['perplexity_after'])}."
         )
-    groups = report.get("groups") if (report.get("groups") or {}).get("closed") else None
     return [
         " ".join(words),
-        *([f"Target: {landing(target)}"] if target else []),
-        *([f"Groups: {dead_groups(groups)}"] if groups else []),
+        *([target_line(target)] if target else []),
+        *([groups_line(groups)] if groups and groups["final_pruning"] else []),
     ]
 
 
 def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What one wants to know first: name, number, and what belongs to it."""
-    reference = report.get("reference")
-    beside = [f"{name_of(reference)} {number(reference['perplexity_after'])}"] if reference else []
+    """The numbers at the top of the page: a name, the number, and a line below it."""
+    reference = report["reference"]
+    comparison = [f"{name_of(reference)} {number(reference['perplexity_after'])}"] if reference else []
     which = "that decay" if report["zeros"] else "that were counted"
-    found = [
+    numbers = [
         (
             "Zeros",
-            f"{report['sparsity']:.2%}",
+            percent(report["sparsity"]),
             f"{report['zeros']:,} of {report['decayed_weights']:,} weights {which}",
         ),
         (
             "Perplexity",
             number(report["perplexity_after"]),
-            ", ".join([*beside, f"before {number(report['perplexity_before'])}"]),
+            ", ".join([*comparison, f"before {number(report['perplexity_before'])}"]),
         ),
         (
             "Parameters",
             _short(report["parameters"]),
-            f"{report['parameters']:,}, of which {report['sparsity_of_all']:.2%} are zero",
+            f"{report['parameters']:,}, of which {percent(report['sparsity_of_all'])} are zero",
         ),
         ("Steps", f"{report['steps']:,}", f"learning rate {report['learning_rate']:g}, seed {report['seed']}"),
     ]
-    if report.get("seconds") is not None:
+    if report["seconds"] is not None:
         resumed = "since it was resumed, " if report["configuration"].get("resume_from_checkpoint") else ""
-        found.append(("Time", _duration(float(report["seconds"])), f"{resumed}evaluations included"))
-    return found
+        numbers.append(("Time", _duration(float(report["seconds"])), f"{resumed}evaluations included"))
+    return numbers
 
 
 def _short(count: int) -> str:
@@ -261,9 +279,8 @@ def _counts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, int, int]
     if not report["zeros"]:
         return []
     layers: dict[int | None, list[int]] = {}
-    for name, (zeros, elements) in report.get("tensors", {}).items():
-        old = layers.setdefault(layer_of(name), [0, 0])
-        old[0], old[1] = old[0] + zeros, old[1] + elements
+    for name, (zeros, elements) in report["tensors"].items():
+        _add(layers, layer_of(name), zeros, elements)
     rows = sorted(layers.items(), key=lambda row: float("inf") if row[0] is None else row[0])
     tables = [("kind of layer", [(kind, *counts) for kind, counts in report["kinds"].items()])]
     return tables + (
@@ -272,15 +289,10 @@ def _counts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, int, int]
 
 
 def _facts(report: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Tables of two columns; a report of version 1 knows its configuration in part."""
-    known = {key: report[key] for key in ("learning_rate", "weight_decay", "seed")} | report["decay"]
-    asked = report.get("configuration", {key: value for key, value in known.items() if value is not None})
-    machine = report.get("environment", {"ranks": report["world_size"]}) | (
-        {"engine": report["engine"]} if "engine" in report else {}
-    )
+    """Tables of two columns: {heading: {key: value}}."""
     tables = {
-        "Configuration, where it is not the default": asked,
-        "Environment": machine,
+        "Configuration, where it is not the default": report["configuration"],
+        "Environment": report["environment"] | {"engine": report["engine"]},
         "Versions": report["versions"],
     }
     return {

@@ -1,1 +1,1 @@
-"""Training by Hugging Face's Trainer: the callback, the trainer and the program."""
+"""Training with Hugging Face's Trainer: the callback, the trainer and the program."""

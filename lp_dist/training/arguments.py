@@ -1,4 +1,7 @@
-"""Arguments of `lp-dist finetune`: Hugging Face's TrainingArguments and ours, from the command line or one YAML."""
+"""Arguments of `lp-dist finetune`: Hugging Face's TrainingArguments and ours, from the command line or a YAML file.
+
+Errors of the library name arguments (`cap=0.5`). `DecayArguments.in_flags` gives them the names of the flags here.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, with_flags
 from lp_dist.optim.hyperparameters import check_hyperparameters
-from lp_dist.optim.nm import CHOICES
+from lp_dist.optim.nm import PATTERNS
 from lp_dist.report.schema import FILE
-from lp_dist.structured.naming import KINDS
+from lp_dist.structured.resolve import KINDS
 from lp_dist.targets.schedule import DecayWindow, window_steps
 from lp_dist.targets.target import CURVES, SparsityTarget
-from lp_dist.training.distillation import check_part
+from lp_dist.training.distillation import check_distill
 
 
 @dataclass
@@ -55,133 +58,151 @@ class DataArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; else a part of the data is held out."}
+        default=None, metadata={"help": "Split to evaluate on; else documents are held out of the training data."}
     )
     eval_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the documents that is held out for evaluation."}
+        default=0.05, metadata={"help": "Fraction of the documents that is held out for evaluation."}
     )
     block_size: int = field(default=512, metadata={"help": "Tokens of a training example."})
-    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on at most that many blocks."})
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on this many blocks at most."})
 
 
 @dataclass
 class DecayArguments:
-    """How to decay: name a --sparsity, or a λ by --weight_decay; without either the fine-tune is dense."""
+    """How to decay: give a --sparsity, or λ as --weight_decay. Without either the fine-tune is dense."""
 
     sparsity: float | None = field(
-        default=None, metadata={"help": "Share of zeros to end with, below 1; λ is found by itself. 0: none."}
+        default=None,
+        metadata={"help": "Fraction of zeros at the end, below 1. λ is found from the weights. 0: a dense run."},
     )
     pattern: str | None = field(
         default=None,
         metadata={
             "help": (
-                "Instead of a --sparsity: at most 2 (4) weights of each 4 (8) inputs of a linear layer are not zero at"
-                " the end."
+                "N:M sparsity instead of a --sparsity: at the end at most 2 (4) of each 4 (8) weights along the inputs"
+                " of a linear layer are not zero."
             ),
-            "choices": list(CHOICES),
+            "choices": list(PATTERNS),
         },
     )
-    sparsity_of: str = field(
+    relative_to: str = field(
         default="decayed",
-        metadata={"help": "Of the weights that decay, or of all parameters.", "choices": ["decayed", "all"]},
+        metadata={
+            "help": "What --sparsity is a fraction of: the weights that decay, or all parameters of the model.",
+            "choices": ["decayed", "all"],
+        },
     )
     scope: str = field(
         default="global",
         metadata={
-            "help": "One threshold for all tensors, or every tensor reaches the sparsity.",
+            "help": "global: one threshold for all tensors. layer: every tensor reaches the sparsity.",
             "choices": ["layer", "global"],
         },
     )
     curve: str = field(
-        default="cubic", metadata={"help": "How the zeros grow over the window.", "choices": sorted(CURVES)}
+        default="cubic", metadata={"help": "How the sparsity rises over the decay window.", "choices": sorted(CURVES)}
     )
     cap: float = field(
         default=1.0,
-        metadata={"help": "Weights with x above so many times the planned threshold feel no decay; inf: all feel it."},
+        metadata={
+            "help": "Weights with a saliency above this multiple of the threshold do not decay; inf: all decay."
+        },
     )
-    memory: float | None = field(
+    latent_windows: float | None = field(
         default=None,
         metadata={
             "help": (
-                "Windows in which weights that are zero would be forgotten by the optimizer, in which they go on "
-                "learning and may come back. 0: they fade in the model itself. 8 with adamw and a cap of 1, else 0."
+                "Time constant of latent weights, in decay windows. Weights below the threshold are zero in the model,"
+                " while the optimizer keeps training their values, and they may regrow. 0: no latent weights; they"
+                " decay in the model itself. Default: 8 with adamw and a --cap of 1, else 0."
             )
         },
     )
-    grace: float = field(
+    regrowth: float = field(
         default=0.1,
         metadata={
-            "help": "Weights that fade can come back until the last fifth of the window, in which they die; 0: none."
+            "help": (
+                "Weights below this fraction of the threshold decay no faster than at it, so that they can regrow"
+                " until the last fifth of the window. 0: no regrowth."
+            )
         },
     )
-    every: int | None = field(
+    update_every: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between two looks at the weights; else a 20th of the window, 20 at most."},
+        metadata={"help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most."},
     )
 
     groups: list[str] | None = field(
         default=None,
         metadata={
             "help": (
-                "Whole groups that are to die, and are cut out by `lp-dist export --shrink`: channels (feed-forward),"
-                " heads, kv_groups; one or several. With a --sparsity as well they die in the first half of the"
-                " window, and zeros come among what is left in the second."
+                "Structured pruning of channels (feed-forward), heads or kv_groups, one or several of them."
+                " `lp-dist export --shrink` then removes them from the model. With a --sparsity as well, groups are"
+                " pruned in the first half of the window and single weights in the second."
             )
         },
     )
     group_sparsity: float | None = field(
-        default=None, metadata={"help": "Share of each kind of --groups to end without."}
+        default=None, metadata={"help": "Fraction of each kind of --groups to prune."}
     )
-    group_of: str = field(
+    group_relative_to: str = field(
         default="groups",
         metadata={
-            "help": "Take --group_sparsity of the groups, or of all parameters of the model.",
+            "help": "What --group_sparsity is a fraction of: the groups of a kind, or all parameters of the model.",
             "choices": ["groups", "all"],
         },
     )
     budget: int | None = field(
-        default=None, metadata={"help": "Parameters of the model to be left at most, instead of a --group_sparsity."}
+        default=None, metadata={"help": "Parameters that the model may keep at most, instead of a --group_sparsity."}
     )
     group_scope: str = field(
         default="layer",
         metadata={
-            "help": "Every layer loses as many of its --groups, or one threshold for all.",
+            "help": "layer: the same fraction of --groups in every layer. global: one threshold for all layers.",
             "choices": ["layer", "global"],
         },
     )
-    group_interval: int = field(default=1, metadata={"help": "Optimizer steps between two decays of --groups."})
+    group_interval: int = field(default=1, metadata={"help": "Optimizer steps between two decay steps of --groups."})
 
     base: str = field(
         default="adamw", metadata={"help": "Base optimizer: adamw, sgd or lion.", "choices": ["adamw", "sgd", "lion"]}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of --base sgd."})
-    p: float = field(default=0.5, metadata={"help": "Exponent of the norm, in [-4, 4]; exact zeros need p < 1 or so."})
-    l2: float = field(default=0.0, metadata={"help": "λ2 of the elastic net."})
+    p: float = field(default=0.5, metadata={"help": "Exponent of the Lp norm, in [-4, 4]. Exact zeros need p < 1."})
+    l2: float = field(default=0.0, metadata={"help": "λ2, the L2 term of the elastic net."})
     precondition: float | None = field(
         default=None,
         metadata={
-            "help": "γ: weights on which the loss is sensitive decay less. 1 for a --sparsity with adamw, else 0."
+            "help": ("γ, the exponent of Adam's √v̂+ε in the saliency. Default: 1 for a --sparsity with adamw, else 0.")
         },
     )
     cutoff: float = field(
-        default=float("inf"), metadata={"help": "Weights with |w|^(2-p)·(√v̂+ε)^γ above it feel no decay."}
+        default=float("inf"), metadata={"help": "Weights with a saliency |w|^(2-p)·(√v̂+ε)^γ above it do not decay."}
     )
     decay_start: float | None = field(
         default=None,
         metadata={
-            "help": "Where the decay begins: fraction of the run if <= 1, else a step. 0 for a λ, 0.1 for a sparsity."
+            "help": (
+                "Start of the decay window: a fraction of the run if <= 1, else a step. Default: 0 for a λ, 0.1 for a"
+                " --sparsity."
+            )
         },
     )
     decay_end: float | None = field(
         default=None,
-        metadata={"help": "Where it ends and the zeros are frozen, likewise. 1 for a λ, 0.7 for a sparsity."},
+        metadata={
+            "help": (
+                "End of the decay window, likewise; zeros are frozen after it. Default: 1 for a λ, 0.7 for a"
+                " --sparsity."
+            )
+        },
     )
     decay_embeddings: bool = field(default=False, metadata={"help": "Decay embeddings and the output head as well."})
     overrides: str | None = field(
         default=None,
         metadata={
             "help": (
-                'Values of single parameters, by pattern on their names, as JSON: {"*.layers.0.*": {"weight_decay":'
+                'Values for single parameters, by patterns for their names, as JSON: {"*.layers.0.*": {"weight_decay":'
                 " 0}}."
             )
         },
@@ -190,19 +211,25 @@ class DecayArguments:
         default=None,
         metadata={
             "help": (
-                "A dense model with the same tokenizer, best of all one of the same fine-tune, whose predictions are"
-                " learnt besides the text."
+                "Teacher for distillation: a dense model with the same tokenizer, ideally fine-tuned on the same data."
             )
         },
     )
-    distill: float = field(default=0.5, metadata={"help": "The part of the loss that the --teacher gives."})
-    compare_with: str | None = field(
-        default=None, metadata={"help": "output_dir of an earlier run to show beside this one."}
+    distill: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the distillation loss, above 0 and at most 1. The cross-entropy has the rest."},
     )
-    overwrite: bool = field(default=False, metadata={"help": "Start anew although output_dir holds a run."})
+    compare_with: str | None = field(
+        default=None, metadata={"help": "output_dir of an earlier run that the report compares with."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Start a new run although output_dir holds one."})
 
     def window(self) -> DecayWindow:
-        """The decay window with this run's values; raises ValueError where they are bad."""
+        """The decay window of a run with a given λ.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
         values = {"p": self.p, "l2": self.l2, "cutoff": self.cutoff}
         if self.base == "adamw":
             values["precondition"] = self.precondition or 0.0
@@ -218,95 +245,111 @@ class DecayArguments:
         )
 
     def targets(self) -> list[SparsityTarget]:
-        """What is asked for: of groups, of single weights, or both, one after the other; raises ValueError where it is
-        bad.
+        """The targets of this run: of groups, of single weights, or of both, groups first.
+
+        Raises:
+            ValueError: a value is out of its range, or needs another argument. The message names flags.
         """
-        for key in (
-            ("sparsity_of", "scope", "curve", "cap", "memory", "grace", "every")
-            if self.sparsity is None and self.pattern is None
-            else ()
-        ):
-            if getattr(self, key) != self.__dataclass_fields__[key].default and (
-                key not in ("curve", "cap", "grace", "every") or not self.groups
-            ):
-                raise UsageError(
-                    f"--{key} {getattr(self, key)} belongs to a --sparsity, and none is given; name one, or leave"
-                    " it out"
-                )
-        for key in (
-            ("group_sparsity", "budget", "group_of", "group_scope", "group_interval") if not self.groups else ()
-        ):
-            if getattr(self, key) != self.__dataclass_fields__[key].default:
-                raise UsageError(
-                    f"--{key} {getattr(self, key)} belongs to --groups, and none are named; add --groups channels, or"
-                    " leave it out"
-                )
+        self._check_companions()
         if self.groups:
             self._check_groups()
-        first, last = (
-            default if given is None else given for given, default in ((self.decay_start, 0.1), (self.decay_end, 0.7))
-        )
-        middle = (first + last) / 2 if (first <= 1) == (last <= 1) else None
-        weights = self.sparsity or (
-            self.sparsity is None and self.pattern is not None
-        )  # a sparsity of 0 is a dense run by the same recipe
-        if self.groups and weights and middle is None:
+        start = 0.1 if self.decay_start is None else self.decay_start
+        end = 0.7 if self.decay_end is None else self.decay_end
+        common = {"curve": self.curve, "p": self.p, "precondition": self.precondition}
+        common["cap"] = None if self.cap == float("inf") else self.cap
+        # Single weights are pruned in the second half of the window if groups are pruned as well.
+        middle = (start + end) / 2
+        if self.groups and self._prunes_weights and (start <= 1) != (end <= 1):
             raise UsageError(
-                f"--decay_start {first:g} and --decay_end {last:g} are a fraction and a step; write both as fractions"
-                " or both as steps, so that they have a middle at which groups have died"
+                f"--decay_start {start:g} and --decay_end {end:g} are a fraction and a step; write both as fractions"
+                " or both as steps, so that groups can be pruned in the first half of the window"
             )
-        common = {
-            "cap": None if self.cap == float("inf") else self.cap,
-            "grace": self.grace,
-            "curve": self.curve,
-            "every": self.every,
-            "p": self.p,
-            "precondition": self.precondition,
-        }
         targets = []
-        if self.groups:
-            share = {
-                "of": "all" if self.group_of == "all" else "decayed",
-                "budget": self.budget,
-                "scope": self.group_scope,
-                "interval": self.group_interval,
-            }
-            targets.append(
-                SparsityTarget(
-                    self.group_sparsity,
-                    start=first,
-                    end=middle if weights else last,
-                    groups=tuple(self.groups),
-                    **share,
-                    **common,
+        try:
+            if self.groups:
+                targets.append(
+                    SparsityTarget(
+                        self.group_sparsity,
+                        start=start,
+                        end=middle if self._prunes_weights else end,
+                        groups=tuple(self.groups),
+                        budget=self.budget,
+                        scope=self.group_scope,
+                        interval=self.group_interval,
+                        regrowth=self.regrowth,
+                        update_every=self.update_every,
+                        relative_to="all" if self.group_relative_to == "all" else "decayed",
+                        **common,
+                    )
                 )
-            )
-        if weights:
-            targets.append(
-                SparsityTarget(
-                    self.sparsity,
-                    start=middle if self.groups else first,
-                    end=last,
-                    scope=self.scope,
-                    memory=self.memory,
-                    of=self.sparsity_of,
-                    pattern=self.pattern,
-                    **common,
+            if self._prunes_weights:
+                targets.append(
+                    SparsityTarget(
+                        self.sparsity,
+                        start=middle if self.groups else start,
+                        end=end,
+                        scope=self.scope,
+                        pattern=self.pattern,
+                        latent_windows=self.latent_windows,
+                        regrowth=self.regrowth,
+                        update_every=self.update_every,
+                        relative_to=self.relative_to,
+                        **common,
+                    )
                 )
-            )
+        except ValueError as error:
+            raise UsageError(self.in_flags(str(error))) from None
         return targets
 
+    @property
+    def _prunes_weights(self) -> bool:
+        """Whether there is a target of single weights. A sparsity of 0 is a dense run by the same recipe."""
+        return bool(self.sparsity) or (self.sparsity is None and self.pattern is not None)
+
+    def in_flags(self, message: str) -> str:
+        """An error message of the library with the flags of this command line in place of the arguments."""
+        flags = {**FLAGS}
+        if self.groups and not self._prunes_weights:
+            flags |= {"sparsity": "--group_sparsity", "scope": "--group_scope", "relative_to": "--group_relative_to"}
+        elif self.groups:
+            # There are two targets. Which of them is meant cannot be told from the name.
+            for argument in ("sparsity", "scope", "relative_to", "start", "end"):
+                del flags[argument]
+        return with_flags(message, flags).replace("--group_relative_to decayed", "--group_relative_to groups")
+
+    def _check_companions(self) -> None:
+        """Raises UsageError for an argument without the --sparsity or the --groups that it belongs to."""
+        of_weights = ("relative_to", "scope", "curve", "cap", "latent_windows", "regrowth", "update_every")
+        of_both = ("curve", "cap", "regrowth", "update_every")
+        of_groups = ("group_sparsity", "budget", "group_relative_to", "group_scope", "group_interval")
+        changed = [
+            name for name in of_weights + of_groups if getattr(self, name) != self.__dataclass_fields__[name].default
+        ]
+        for name in changed:
+            if name in of_weights and self.sparsity is None and self.pattern is None:
+                if name in of_both and self.groups:
+                    continue
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} belongs to a --sparsity, and none is given; name one, or leave"
+                    " it out"
+                )
+            if name in of_groups and not self.groups:
+                raise UsageError(
+                    f"--{name} {getattr(self, name)} belongs to --groups, and none are named; add --groups channels,"
+                    " or leave it out"
+                )
+
     def _check_groups(self) -> None:
-        """Raises UsageError for --groups and what belongs to them, by the names of the options."""
-        odd = next((kind for kind in self.groups if kind not in KINDS), None)
-        if odd is not None:
+        """Raises UsageError for --groups and the arguments that belong to them."""
+        unknown = next((kind for kind in self.groups if kind not in KINDS), None)
+        if unknown is not None:
             raise UsageError(
-                f"--groups {odd} is none of {', '.join(KINDS)}; name one, or several with spaces between them"
+                f"--groups {unknown} is none of {', '.join(KINDS)}; name one, or several with spaces between them"
             )
         if (self.group_sparsity is None) == (self.budget is None):
             raise UsageError(
-                "--groups need one of --group_sparsity, the share of each kind that is to die, and --budget, the"
-                " parameters of the model to be left"
+                "--groups need one of --group_sparsity, the fraction of each kind to prune, and --budget, the"
+                " parameters that the model may keep"
             )
         if self.group_sparsity is not None and not 0.0 < self.group_sparsity < 1.0:
             raise UsageError(f"--group_sparsity {self.group_sparsity:g} must be between 0 and 1, such as 0.3 for 30 %")
@@ -315,40 +358,55 @@ class DecayArguments:
                 raise UsageError(f"--{key} {getattr(self, key)} must be at least 1")
         if self.pattern is not None:
             raise UsageError(
-                f"--pattern {self.pattern} and --groups: where dead groups are cut out, what stays would move to other"
-                " blocks, and be in no pattern any more. Cut the groups out first (lp-dist export --shrink), and"
-                " train the smaller model to the pattern"
+                f"--pattern {self.pattern} and --groups: once dead groups are removed, the other weights would be in"
+                " other blocks, which break the pattern. Remove the groups first (lp-dist export --shrink), and train"
+                " the smaller model to the pattern"
             )
 
-    def own_values(self) -> dict[str, dict[str, Any]]:
-        """`overrides` as `lp_dist.attach` takes it; raises UsageError where it is no JSON of that form."""
+    def parsed_overrides(self) -> dict[str, dict[str, Any]]:
+        """`overrides` as `lp_dist.attach` takes it: {pattern: {hyperparameter: value}}.
+
+        Raises:
+            UsageError: it is no JSON of that form.
+        """
         try:
             values = json.loads(self.overrides or "{}")
         except json.JSONDecodeError as error:
             raise UsageError(
                 f'--overrides is no JSON ({error}); write it as \'{{"*.layers.0.*": {{"weight_decay": 0}}}}\''
             ) from None
-        if not isinstance(values, dict) or not all(isinstance(own, dict) for own in values.values()):
+        if not isinstance(values, dict) or not all(isinstance(group, dict) for group in values.values()):
             raise UsageError(
                 f'--overrides {self.overrides} must map patterns to values, as {{"*.layers.0.*": {{"weight_decay":'
                 " 0}} does"
             )
-        for own in values.values():
-            check_hyperparameters(**own)
+        for group in values.values():
+            check_hyperparameters(**group)
         return values
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArguments)
+# The flag of each argument that an error of the library may name, for `with_flags`.
+FLAGS = {item.name: f"--{item.name}" for arguments in ARGUMENT_CLASSES for item in dataclasses.fields(arguments)} | {
+    "lr": "--learning_rate",
+    "eps": "--adam_epsilon",
+    "start": "--decay_start",
+    "end": "--decay_end",
+    "interval": "--group_interval",
+}
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArguments, TrainingArguments]:
-    """`[recipe.yaml] [--key value ...]`; what stands on the command line wins over the recipe.
+    """Parses `[recipe.yaml] [--key value ...]`. The command line wins over the recipe.
 
-    Raises UsageError on an unknown key and where values are bad or contradict each other, before anything is loaded.
+    Args:
+        argv: the words after the name of the program.
+    Raises:
+        UsageError: a key is unknown, a value is out of its range, or values contradict each other. Nothing is loaded
+            before that.
     """
-    if argv and argv[0].startswith(
-        "--local_rank="
-    ):  # DeepSpeed's launcher puts it first; it is in the environment as well
+    # DeepSpeed's launcher puts it first. It is in the environment as well.
+    if argv and argv[0].startswith("--local_rank="):
         argv = argv[1:]
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _from_yaml(Path(argv[0])) + argv[1:]
@@ -360,13 +418,14 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArgument
     try:
         model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         _check(data, decays, training)
-    except ValueError as error:  # of Transformers, or of the room that knows the limit
+    # Of Transformers, or of the module that knows the limit.
+    except ValueError as error:
         raise UsageError(str(error)) from None
     return model, data, decays, training
 
 
 def _from_yaml(path: Path) -> list[str]:
-    """A recipe as command-line words, so that there is one way to parse a value."""
+    """A recipe as words of a command line, so that values are parsed in one way only."""
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -379,7 +438,8 @@ def _from_yaml(path: Path) -> list[str]:
             continue
         words.append(f"--{key}")
         if key == "pattern" and isinstance(value, int):
-            value = f"{value // 60}:{value % 60}"  # YAML takes a bare 2:4 for minutes and seconds
+            # YAML reads a bare 2:4 as minutes and seconds.
+            value = f"{value // 60}:{value % 60}"
         if isinstance(value, dict):
             words.append(json.dumps(value))
         elif isinstance(value, list):
@@ -402,7 +462,7 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
         betas=(training.adam_beta1, training.adam_beta2),
         momentum=decays.momentum,
     )
-    check_part(decays.distill)
+    check_distill(decays.distill)
     if decays.teacher is None and decays.distill != DecayArguments.__dataclass_fields__["distill"].default:
         raise UsageError(
             f"--distill {decays.distill:g} belongs to a --teacher, and none is given; name one, or leave it out"
@@ -413,21 +473,22 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
             " of them out"
         )
     decays.window()
-    own, targets = decays.own_values(), decays.targets()
+    overrides, targets = decays.parsed_overrides(), decays.targets()
     if targets:
-        asked = (
+        requested = (
             f"--pattern {decays.pattern}"
             if decays.pattern
             else f"--sparsity {decays.sparsity:g}"
             if decays.sparsity
             else f"--groups {' '.join(decays.groups)}"
         )
-        if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in own.values()):
+        if training.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values()):
             raise UsageError(
-                f"{asked} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them out"
+                f"{requested} finds λ by itself, so --weight_decay and overrides of it must be 0; leave one of them"
+                " out"
             )
         if decays.cutoff != float("inf"):
-            raise UsageError(f"{asked} finds the cutoff by itself; leave --cutoff out, and see --cap")
+            raise UsageError(f"{requested} finds the cutoff by itself; leave --cutoff out, and see --cap")
         if training.load_best_model_at_end:
             raise UsageError(
                 "--load_best_model_at_end true would put back weights from before they were sparse; set it to false"
@@ -448,45 +509,42 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
         list(output.glob("checkpoint-*")) or (output / FILE).exists()
     ):
         raise UsageError(
-            f"{output} holds a run already; go on with it by --resume_from_checkpoint true, start anew by --overwrite"
+            f"{output} holds a run already; resume it with --resume_from_checkpoint true, replace it with --overwrite"
             " true, or choose another --output_dir"
         )
 
 
-def chosen(*classes: Any) -> dict[str, Any]:
-    """What a run was asked for: the values of these dataclasses that are not their defaults, in JSON's types, without
-    secrets.
-    """
-    found: dict[str, Any] = {}
-    for one in classes:
-        hidden = _secrets(one)
-        for item in dataclasses.fields(one):
-            value, default = (
-                getattr(one, item.name),
-                (item.default if item.default_factory is dataclasses.MISSING else item.default_factory()),
-            )
+def chosen(*dataclass_objects: Any) -> dict[str, Any]:
+    """The values of argument dataclasses that are not their defaults, in JSON's types, without secrets."""
+    values: dict[str, Any] = {}
+    for arguments in dataclass_objects:
+        secrets = _secrets(arguments)
+        for item in dataclasses.fields(arguments):
+            value = getattr(arguments, item.name)
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
             value = value.value if isinstance(value, Enum) else value
-            # Transformers writes "nothing" in several ways, and puts objects of its own where nothing was given.
+            # Transformers has several values for "not given", and puts objects of its own there.
             given = (
                 isinstance(value, (bool, int, float, str, list, dict))
                 and value not in ("", [], {})
                 and (value is not False or default)
             )
-            if given and value != default and item.name not in hidden:
-                found[item.name] = value
-    return found
+            if given and value != default and item.name not in secrets:
+                values[item.name] = value
+    return values
 
 
-def _secrets(one: Any) -> dict[str, str]:
+def _secrets(arguments: Any) -> dict[str, str]:
+    """The tokens among the values of a dataclass."""
     return {
         item.name: value
-        for item in dataclasses.fields(one)
-        if item.name.endswith("token") and isinstance(value := getattr(one, item.name), str)
+        for item in dataclasses.fields(arguments)
+        if item.name.endswith("token") and isinstance(value := getattr(arguments, item.name), str)
     }
 
 
 def command_line(training: TrainingArguments) -> str:
-    """The command that started this process, to be pasted into a shell; secrets in it are starred out."""
+    """The command that started this process, to be pasted into a shell. Secrets in it become ***."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program: list[Any] = (
         ["python", "-m", module.name] if module and module.name.startswith("lp_dist") else ["lp-dist", "finetune"]

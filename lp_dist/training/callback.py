@@ -1,4 +1,4 @@
-"""For Hugging Face's Trainer: a callback that attaches the optimizer and runs the decay window."""
+"""The callback for Hugging Face's Trainer: it attaches the optimizer and runs the decay window."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.engines import unwrap, wrapper_of
 from lp_dist.sparsity.measure import measure_sparsity
-from lp_dist.structured.naming import KINDS
+from lp_dist.structured.resolve import KINDS
 from lp_dist.targets.schedule import DecayWindow
 from lp_dist.targets.target import CURVES, GroupDecay, SparsityTarget
 
@@ -25,26 +25,28 @@ logger = logging.getLogger(__name__)
 
 
 class LpCallback(TrainerCallback, ExportableState):
-    """`Trainer(..., callbacks=[LpCallback(target=SparsityTarget(0.5))])`, or `LpCallback(DecayWindow(...))` with a λ
-    of your own: attaches the optimizer at train begin, and runs the decay.
+    """Attaches the optimizer when the training begins, and runs the decay.
+
+    `Trainer(..., callbacks=[LpCallback(target=SparsityTarget(0.5))])`, or `LpCallback(DecayWindow(...))` with a given
+    λ. The decay advances with the optimizer steps that were really taken. An fp16 overflow, which Trainer counts as a
+    step, does not advance it.
 
     Args:
-        window: when the decay acts and with which values; it is asked anew at every step, so a resumed run goes on as
-            it would have. None, and no target: always, with the groups' own values.
-        target: the share of zeros to end with, of weights or of channels and heads; λ is found, so the groups'
-            weight_decay must be 0. Its state is kept in Trainer's checkpoints. One of the two, as an object or as a
-            mapping of its arguments; or two targets, the one with `groups` first.
-        groups: a λ for whole channels or heads, instead of a target for them.
-        names, overrides: which parameters may decay, and values of single ones, as of `lp_dist.attach`.
-    The decay advances with the optimizer steps that were really taken: an fp16 overflow, which Trainer counts as a
-    step, is none.
-
-    Raises (at train begin):
-        RuntimeError: the optimizer that really steps is not ours, or ranks disagree on hyperparameters.
-        ValueError: nothing decays, the window holds no step of this run, it would replace a group's cutoff, or a
+        window: when the decay acts and with which values. It is evaluated at every step, so that a resumed run goes
+            on as it would have. None, and no target: the decay always acts, with the values of the param groups.
+        target: the sparsity of weights, or of channels and heads. λ is found, so weight_decay must be 0 in the param
+            groups. Its state is kept in Trainer's checkpoints. A SparsityTarget or a mapping of its arguments; or two
+            of these, the one with `groups` first.
+        groups: λ for channels or heads, instead of a target for them.
+        names: parameters that may decay, as of `lp_dist.attach`.
+        overrides: values of single parameters, as of `lp_dist.attach`.
+    Raises:
+        ValueError: both a window and a target are given, or both a target and `groups`. When the training begins:
+            nothing decays, the window holds no step of this run, it would replace the cutoff of a param group, or the
             target can't be reached.
-    Raises (when Trainer logs):
-        RuntimeError: the gradients have become nan; without fp16's loss scaling nothing skips such a step.
+        RuntimeError: when the training begins: the optimizer that really steps is not one of lp_dist, or ranks have
+            different hyperparameters. When Trainer logs: the gradients have become nan, and no loss scaling of fp16
+            skips such a step.
     """
 
     def __init__(
@@ -61,13 +63,12 @@ class LpCallback(TrainerCallback, ExportableState):
                 "a window and a target were given, but a target has a window of its own; set its start and end"
             )
         self.window = DecayWindow(**window) if isinstance(window, dict) else window
-        self.target = [
-            _made(one) for one in ([target] if isinstance(target, (SparsityTarget, dict)) else target or ())
-        ]
+        targets = [target] if isinstance(target, (SparsityTarget, dict)) else target or ()
+        self.target = [_to_target(each) for each in targets]
         if groups is not None and self.target:
             raise ValueError(
-                "a target and a λ for groups were given: what dies by the λ would count for the target; leave one of"
-                " them out"
+                "a target and a λ for groups were given: groups that the λ prunes would count for the target; leave"
+                " one of them out"
             )
         self.groups = GroupDecay(**groups) if isinstance(groups, dict) else groups
         self.names = None if names is None else sorted(names)
@@ -75,7 +76,7 @@ class LpCallback(TrainerCallback, ExportableState):
         self.attached: Attachment | None = None
 
     def state(self) -> dict[str, Any]:
-        """For Trainer's checkpoints: what this callback was made with, and where the target stands."""
+        """For Trainer's checkpoints: the arguments of this callback, and the state of the target."""
         window = (
             None
             if self.window is None
@@ -91,15 +92,15 @@ class LpCallback(TrainerCallback, ExportableState):
                 ),
             }
         )
-        made = {
+        arguments = {
             "window": window,
-            "target": [one.described() for one in self.target] or None,
+            "target": [target.described() for target in self.target] or None,
             "groups": self.groups and self.groups.described(),
             "names": self.names,
             "overrides": self.overrides,
         }
         return {
-            "args": made,
+            "args": arguments,
             "attributes": {},
             "progress": self.attached.state_dict() if self.attached is not None else {},
         }
@@ -118,13 +119,13 @@ class LpCallback(TrainerCallback, ExportableState):
             scheduled=scheduled,
         )
         _check_saved(model, optimizer, self.attached.decayed, args)
-        self._live = self.attached.optimizer
-        # A checkpoint without optimizer state: its steps are known from Trainer alone.
-        self._before = 0 if steps_taken(self._live) else state.global_step
-        if self._before and not self.target:
+        self._optimizer = self.attached.optimizer
+        # Steps before the optimizer was made: of a checkpoint without optimizer state Trainer alone knows them.
+        self._steps_before = 0 if steps_taken(self._optimizer) else state.global_step
+        if self._steps_before and not self.target:
             logger.warning(
-                "going on at step %d without optimizer state: the checkpoint had none, so the moments start anew",
-                self._before,
+                "resuming at step %d without optimizer state: the checkpoint had none, so the moments start at zero",
+                self._steps_before,
             )
         self._resume_target(state)
         decayed = [shard for shard in self.attached.shards if shard.name in self.attached.decayed]
@@ -135,17 +136,6 @@ class LpCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "every param group has weight_decay=0, so there is nothing for the decay window to do; set a"
                 " weight_decay (λ)"
-            )
-        capped = [
-            self._live.param_groups[i]["cutoff"]
-            for i in self._decayed
-            if self._live.param_groups[i]["cutoff"] != math.inf
-        ]
-        if capped and "cutoff" not in (self.window.values or {}):
-            raise ValueError(
-                f"a param group has cutoff={capped[0]:g}, which the decay window would replace; give it to the window"
-                " instead: "
-                f'DecayWindow(..., values={{"cutoff": {capped[0]:g}}})'
             )
         start, end = self.window.steps(state.max_steps)
         logger.info(
@@ -159,47 +149,46 @@ class LpCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[-1] if isinstance(saved, list) else saved
         progress = (saved or {}).get("progress")
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # Trainer wants it there when it saves
-        if self._before and self.target:
+        # Trainer expects it there when it saves.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if self._steps_before and self.target:
             raise UsageError(
-                f"the checkpoint of step {self._before} has no optimizer state, so the target's plan can't go on from"
-                " it; train with save_only_model=False, or start anew from its weights with another output_dir"
+                f"the checkpoint of step {self._steps_before} has no optimizer state, so the target can't be resumed"
+                " from it; train with save_only_model=False, or start anew from its weights with another output_dir"
             )
         if progress and state.global_step:
             self.attached.load_state_dict(progress)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.window is not None:
-            values = self.window.at(self._before + steps_taken(self._live), state.max_steps)
+            values = self.window.at(self._steps_before + steps_taken(self._optimizer), state.max_steps)
             for i in self._decayed:
-                self._live.param_groups[i].update(values)
+                self._optimizer.param_groups[i].update(values)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.attached.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:  # else it was stopped, and is to be resumed perhaps
+        # A run that was stopped earlier may be resumed.
+        if state.global_step >= state.max_steps:
             self.attached.finish()
 
     def progress(self, model: nn.Module) -> dict[str, float]:
-        """For a log line: a target's last look; without one of single weights the zeros, which are counted now
-        (collective).
+        """The entries for a log line: of the target's last update. Without a target of single weights zeros are
+        counted now, which is collective.
         """
         if self.attached is None or not self.attached.decayed:
             return {}
         logs = dict(self.attached.logs)
-        # Of all that may decay, as at the end of a run; where groups alone die that is more than what they are in.
+        # Of all that may decay, as at the end of a run. If groups alone are pruned, these are more than their members.
         names = self.attached.decayed if self.names is None else self.names
-        return (
-            logs
-            if self.attached.control is not None
-            else {**logs, "lp/measured": measure_sparsity(model, names=names).total}
-        )
+        if self.attached.weight_controller is None:
+            logs["lp/measured"] = measure_sparsity(model, names=names).total
+        return logs
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if (
-            "loss" in (logs or {}) and "lp/measured" not in logs
-        ):  # Trainer's own log lines come after this callback; loggers came before it
+        # Trainer's own log lines come after this callback. Loggers came before it.
+        if "loss" in (logs or {}) and "lp/measured" not in logs:
             logs.update(self.progress(model))
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
         if bad and not args.fp16:
@@ -210,8 +199,8 @@ class LpCallback(TrainerCallback, ExportableState):
             )
 
 
-def _made(target: SparsityTarget | dict[str, Any]) -> SparsityTarget:
-    """A target from its arguments, as a checkpoint has them."""
+def _to_target(target: SparsityTarget | dict[str, Any]) -> SparsityTarget:
+    """A target from a mapping of its arguments, as a checkpoint has them; a SparsityTarget is returned as it is."""
     if not isinstance(target, dict):
         return target
     if target.get("curve") not in (None, *CURVES):
@@ -219,22 +208,21 @@ def _made(target: SparsityTarget | dict[str, Any]) -> SparsityTarget:
             f"a target with a curve of your own ({target['curve']}) can't be made again from a checkpoint; train with "
             "restore_callback_states_from_checkpoint=False, which the target does not need"
         )
-    odd = (
-        [one for one in target.get("groups") or () if isinstance(one, str) and one not in KINDS]
-        if not isinstance(target.get("groups"), str)
-        else []
+    groups = target.get("groups") or ()
+    unknown = (
+        [] if isinstance(groups, str) else [kind for kind in groups if isinstance(kind, str) and kind not in KINDS]
     )
-    if odd:
+    if unknown:
         raise UsageError(
-            f"a target with groups of your own ({odd[0]}) can't be made again from a checkpoint; train with "
+            f"a target with groups of your own ({unknown[0]}) can't be made again from a checkpoint; train with "
             "restore_callback_states_from_checkpoint=False, which the target does not need"
         )
     return SparsityTarget(**target)
 
 
 def _check_saved(model: nn.Module, optimizer: Any, decayed: Iterable[str], args: Any) -> None:
-    """Of a model with adapters Trainer saves the adapters alone, so that a run which goes on from its checkpoint has
-    another base than it had.
+    """Raises UsageError if base weights decay that Trainer's checkpoints would not hold: of a model with adapters it
+    saves the adapters alone.
     """
     if (
         hasattr(unwrap(model), "peft_config")
@@ -244,7 +232,7 @@ def _check_saved(model: nn.Module, optimizer: Any, decayed: Iterable[str], args:
     ):
         raise UsageError(
             f"base weights of a model with adapters decay ({min(decayed)}), and Trainer saves the adapters alone: its"
-            " checkpoints (save_strategy) would not hold what was trained. Set save_strategy='no' and save the model"
+            " checkpoints (save_strategy) would not hold the trained base. Set save_strategy='no' and save the model"
             " at the end by lp_dist.merge_adapter(trainer.model), or train under DeepSpeed, whose checkpoints hold"
             " all that is trained"
         )

@@ -1,8 +1,7 @@
-"""The training program, one for every strategy: `lp-dist finetune`, or `python -m lp_dist.finetune` under any
-launcher.
+"""The training program of `lp-dist finetune` and of `python -m lp_dist.finetune`, which runs under any launcher.
 
-It runs alone, under torchrun (DDP), `deepspeed` (ZeRO 1 to 3) and `accelerate launch` (all of these, and FSDP2),
-unchanged.
+The same program runs in one process, under torchrun (DDP), `deepspeed` (ZeRO 1 to 3) and `accelerate launch` (all of
+these, and FSDP2).
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lp_dist._version import __version__
 from lp_dist.data.gguf import dequantised
 from lp_dist.data.text import load_text, pack
-from lp_dist.errors import UsageError
-from lp_dist.export.shrink import foreseen
+from lp_dist.errors import UsageError, with_flags
+from lp_dist.export.shrink import expected_removals
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
+from lp_dist.report.console import percent
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.deepspeed import check_deepspeed_config, join_deepspeed
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape
-from lp_dist.sparsity.measure import Sparsity, measure_histogram, measure_sparsity
+from lp_dist.sparsity.measure import Histogram, Sparsity, measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import decayed_names, param_groups
-from lp_dist.targets.target import SparsityTarget
+from lp_dist.targets.target import GroupTarget, SparsityTarget
 from lp_dist.training import arguments
 from lp_dist.training.callback import LpCallback
 from lp_dist.training.distillation import check_vocabularies
@@ -53,19 +53,89 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fine-tunes, sparsifies, saves and reports. Bad input ends the program with one line that says what to do."""
+    """Fine-tunes to a sparsity, saves and reports. Bad input ends the program with a line that says what to do.
+
+    Args:
+        argv: the words after the name of the program; None: those of this process.
+    """
+    decay_args = None
     try:
-        run(*arguments.parse(sys.argv[1:] if argv is None else argv))
+        model_args, data_args, decay_args, args = arguments.parse(sys.argv[1:] if argv is None else argv)
+        run(model_args, data_args, decay_args, args)
         if torch.distributed.is_initialized():
             # Leave together. A rank that ends right after a collective can abort ("terminate called without an active
-            # exception"): gloo's thread still holds the tensors and asks a dying interpreter for its lock (pytorch
-            # #190489).
+            # exception"): gloo's thread still holds the tensors and needs the lock of an interpreter that is shutting
+            # down (pytorch #190489).
             torch.distributed.barrier()
     except UsageError as error:
-        sys.exit(f"lp-dist: error: {error}")
+        message = str(error)
+        in_flags = with_flags(message, arguments.FLAGS) if decay_args is None else decay_args.in_flags(message)
+        sys.exit(f"lp-dist: error: {in_flags}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of a run, as `arguments.parse` returns them."""
+
+    model: arguments.ModelArguments
+    data: arguments.DataArguments
+    decay: arguments.DecayArguments
+    training: TrainingArguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run trains, on what, and how the model was before.
+
+    Args:
+        model: with the weights that it starts from.
+        tokenizer: of the model.
+        train_blocks: packed text to train on.
+        eval_blocks: packed text to evaluate on.
+        teacher: None without distillation.
+        targets: groups first; empty for a given λ and for a dense run.
+        counted: names of the parameters that may decay, the same on every rank.
+        parameters: elements of the whole model.
+        sparsity: of the counted parameters.
+        histogram: of |w| of the counted parameters.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    train_blocks: datasets.Dataset
+    eval_blocks: datasets.Dataset
+    teacher: torch.nn.Module | None
+    targets: list[SparsityTarget]
+    counted: set[str]
+    parameters: int
+    sparsity: Sparsity
+    histogram: Histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run that has trained and saved its model.
+
+    Args:
+        trainer: after its training.
+        metrics: of the last evaluation.
+        sparsity: of the counted parameters.
+        histogram: of |w| of the counted parameters.
+    """
+
+    trainer: LpTrainer
+    metrics: dict[str, float]
+    sparsity: Sparsity
+    histogram: Histogram
+
+    @property
+    def callback(self) -> LpCallback:
+        """The one that has run the decay."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, LpCallback))
 
 
 def run(
@@ -74,131 +144,153 @@ def run(
     decay_args: arguments.DecayArguments,
     args: TrainingArguments,
 ) -> dict[str, Any]:
-    """One run; returns its report, which is also written to `output_dir`."""
+    """One run: prepares, trains, saves and reports.
+
+    Returns:
+        Its report, which is also written to `output_dir`; empty on other ranks than 0.
+    Raises:
+        UsageError: bad input; the message names arguments of the library, or flags.
+    """
+    settings = Settings(model_args, data_args, decay_args, args)
     _set_up_logging(args)
-    asked = arguments.chosen(model_args, data_args, decay_args, args)
+    # Before values are filled in that nobody has given.
+    configuration = arguments.chosen(model_args, data_args, decay_args, args)
     reference = schema.read(decay_args.compare_with) if decay_args.compare_with else None
     set_seed(args.seed)
-    resume = args.resume_from_checkpoint
-    if resume in ("true", "True", True):
-        resume = _last_checkpoint(args.output_dir)
-        if resume is None:
-            raise UsageError(
-                f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out"
-            )
+    checkpoint = _checkpoint_to_resume(args)
+    prepared = _prepare(settings)
+    trained = _train(settings, prepared, checkpoint)
+    _warn_of_missed_targets(trained)
+    return _report(settings, prepared, trained, configuration, reference)
 
+
+def _checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names, or the last one of the run; None: start a new run."""
+    requested = args.resume_from_checkpoint
+    if requested not in ("true", "True", True):
+        return requested
+    checkpoint = _last_checkpoint(args.output_dir)
+    if checkpoint is None:
+        raise UsageError(
+            f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out"
+        )
+    return checkpoint
+
+
+def _prepare(settings: Settings) -> Prepared:
+    """Reads model, teacher and data, and measures the model as it is before the run."""
+    args, decay_args = settings.training, settings.decay
     targets = decay_args.targets()
     if args.weight_decay > 0 and decay_args.p > 1:
         logger.warning(
             "p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p
         )
-    path, tokenizer, train, held_out = _read(model_args, data_args, args)
-    teaching = (
-        None if decay_args.teacher is None else _check_teacher(decay_args.teacher, model_args, path, tokenizer, args)
-    )
+    path, tokenizer, train_blocks, eval_blocks = _read(settings.model, settings.data, args)
+    teacher_path = None
+    if decay_args.teacher is not None:
+        teacher_path = _check_teacher(decay_args.teacher, settings.model, path, tokenizer, args)
     if args.deepspeed_plugin is not None:
         join_deepspeed()
     model = AutoModelForCausalLM.from_pretrained(
         path,
-        revision=model_args.revision,
-        dtype=getattr(torch, model_args.dtype),
-        trust_remote_code=model_args.trust_remote_code,
+        revision=settings.model.revision,
+        dtype=getattr(torch, settings.model.dtype),
+        trust_remote_code=settings.model.trust_remote_code,
     )
-    if (
-        args.process_index == 0 and not is_deepspeed_zero3_enabled()
-    ):  # under ZeRO-3 no second model can be made to look at
-        _tell_what_stays(model, targets)
+    # Under ZeRO-3 no second model can be made to look at.
+    if args.process_index == 0 and not is_deepspeed_zero3_enabled():
+        _warn_of_groups_that_stay(model, targets)
     teacher = None
-    if teaching is not None:  # it needs no master weights
-        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
+    if teacher_path is not None:
+        # It needs no master weights.
+        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else settings.model.dtype
         teacher = AutoModelForCausalLM.from_pretrained(
-            teaching, dtype=getattr(torch, dtype), trust_remote_code=model_args.trust_remote_code
+            teacher_path, dtype=getattr(torch, dtype), trust_remote_code=settings.model.trust_remote_code
         )
-    counted = _agreed(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
-    before, weights = measure_sparsity(model, names=counted).total, measure_histogram(model, names=counted)
-    parameters = sum(full_shape(param).numel() for param in model.parameters())
-
-    args.eval_on_start = resume is None  # the perplexity "before"; a resumed run has it in its log
-    args.prediction_loss_only = True  # the logits of the held-out text would fill the memory
-    overrides = decay_args.own_values()
-    decays = args.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values())
-    trainer = LpTrainer(
+    counted = _from_rank_0(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
+    return Prepared(
         model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=_optimizer(model, counted, decay_args, args),
-        callbacks=[
-            LpCallback(decay_args.window() if decays else None, target=targets, names=counted, overrides=overrides)
-        ],
-        counted=counted,
+        tokenizer=tokenizer,
+        train_blocks=train_blocks,
+        eval_blocks=eval_blocks,
         teacher=teacher,
+        targets=targets,
+        counted=counted,
+        sparsity=measure_sparsity(model, names=counted),
+        histogram=measure_histogram(model, names=counted),
+        parameters=sum(full_shape(param).numel() for param in model.parameters()),
+    )
+
+
+def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Trained:
+    """Trains from the start or from a checkpoint, evaluates, measures and saves the model. Collective."""
+    args, decay_args = settings.training, settings.decay
+    # The perplexity before the run. A resumed run has it in its log.
+    args.eval_on_start = checkpoint is None
+    # The logits of the held-out text would fill the memory.
+    args.prediction_loss_only = True
+    overrides = decay_args.parsed_overrides()
+    decays = args.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values())
+    callback = LpCallback(
+        decay_args.window() if decays else None, target=prepared.targets, names=prepared.counted, overrides=overrides
+    )
+    trainer = LpTrainer(
+        model=prepared.model,
+        args=args,
+        train_dataset=prepared.train_blocks,
+        eval_dataset=prepared.eval_blocks,
+        processing_class=prepared.tokenizer,
+        data_collator=default_data_collator,
+        optimizer_cls_and_kwargs=_optimizer(prepared.model, prepared.counted, decay_args, args),
+        callbacks=[callback],
+        counted=prepared.counted,
+        teacher=prepared.teacher,
         distill=decay_args.distill,
     )
     _check_engine(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     sparsity = trainer.measure_sparsity()
-    histograms = schema.histograms(weights, measure_histogram(trainer.model, names=counted))
+    histogram = measure_histogram(trainer.model, names=prepared.counted)
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type(
-            "FULL_STATE_DICT"
-        )  # a sharded one is no checkpoint for users
+        # A sharded state dict is no checkpoint for from_pretrained.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    callback = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LpCallback))
-    reached = callback.attached.control
-    if reached is not None and reached.closed is None:
+    return Trained(trainer, metrics, sparsity, histogram)
+
+
+def _warn_of_missed_targets(trained: Trained) -> None:
+    """Warns of targets whose window had not ended when the run ended."""
+    attached = trained.callback.attached
+    weights, groups = attached.weight_controller, attached.group_controller
+    if weights is not None and weights.final_pruning is None:
         logger.warning(
-            "the run ended before the target's window did: the sparsity is %.2f%%, not %.2f%%",
-            100 * sparsity.total,
-            100 * reached.sparsity,
+            "the run ended before the target's window did: the sparsity is %s, not %s",
+            percent(trained.sparsity.total),
+            percent(weights.sparsity),
         )
-    whole = callback.attached.groups
-    if whole is not None and whole.closed is None:
-        logger.warning("the run ended before the window of the groups did: they are not what was asked for")
-    window = (
-        (reached.start, reached.end)
-        if reached is not None
-        else (
-            (whole.start, whole.end)
-            if whole is not None
-            else callback.window and callback.window.steps(trainer.state.max_steps)
-        )
-    )
-    known = {
-        "model": model_args.model,
-        "dataset": data_args.dataset,
-        "configuration": asked,
-        "decay": dataclasses.asdict(decay_args),
-        "sparsity_before": before,
-        "parameters": parameters,
-        "histograms": histograms,
-        "window": window,
-        "target": reached and {"sparsity": reached.sparsity, "closed": reached.closed},
-        "groups": whole and {"sparsity": whole.sparsity, "closed": whole.closed, "kinds": whole.kinds()},
-        "reference": reference and schema.to_compare(reference),
-    }
-    return _finish(trainer, args, known, metrics, sparsity)
+    if groups is not None and groups.final_pruning is None:
+        logger.warning("the run ended before the window of the groups did: they have not reached their target")
 
 
 def _last_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint that was written to its end: Trainer writes trainer_state.json after everything else."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        with suppress(OSError, ValueError):  # it is not there, or was itself cut short
+    """The last complete checkpoint: Trainer writes trainer_state.json after all other files."""
+    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        # The file is missing, or incomplete.
+        with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
-        logger.warning("%s was not written to its end; going back to the one before", path.name)
+        logger.warning("%s is incomplete; going back to the checkpoint before it", path.name)
     return None
 
 
 def _read(
     model_args: arguments.ModelArguments, data_args: arguments.DataArguments, args: TrainingArguments
 ) -> tuple[str | Path, Any, datasets.Dataset, datasets.Dataset]:
-    """Where the model is, its tokenizer, and the packed blocks to train and to evaluate on; once a node, then from its
-    cache.
+    """Where the model is, its tokenizer, and the packed blocks to train and to evaluate on.
+
+    The first process of a node reads them. The others take them from its cache.
     """
     with args.main_process_first(desc="reading the model and the data"):
         path = dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
@@ -211,7 +303,7 @@ def _read(
         )
         if context is not None and data_args.block_size > context:
             raise UsageError(
-                f"--block_size {data_args.block_size} is beyond the model's context of {context} tokens; lower it"
+                f"block_size={data_args.block_size} is beyond the model's context of {context} tokens; lower it"
             )
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code
@@ -226,51 +318,51 @@ def _read(
             args.seed,
         )
         plain = data_args.dataset.endswith((".txt", ".md"))
-        train, held_out = (
-            pack(texts[part], tokenizer, data_args.block_size, separate=not plain) for part in ("train", "eval")
+        train_blocks, eval_blocks = (
+            pack(texts[split], tokenizer, data_args.block_size, separate=not plain) for split in ("train", "eval")
         )
     if data_args.max_eval_blocks is not None:
-        held_out = held_out.select(range(min(len(held_out), data_args.max_eval_blocks)))
-    return path, tokenizer, train, held_out
+        eval_blocks = eval_blocks.select(range(min(len(eval_blocks), data_args.max_eval_blocks)))
+    return path, tokenizer, train_blocks, eval_blocks
 
 
 def _check_teacher(
     name: str, model_args: arguments.ModelArguments, path: str | Path, tokenizer: Any, args: TrainingArguments
 ) -> str | Path:
-    """Where the teacher is; one that was trained on other tokens is refused before it is loaded."""
-    known = {"trust_remote_code": model_args.trust_remote_code}
+    """Where the teacher is. Raises UsageError, before it is loaded, if its tokenizer is another than the model's."""
+    trust = {"trust_remote_code": model_args.trust_remote_code}
     with args.main_process_first(desc="reading the teacher"):
-        teaching = dequantised(name) if name.endswith(".gguf") else name
+        teacher_path = dequantised(name) if name.endswith(".gguf") else name
         check_vocabularies(
-            AutoConfig.from_pretrained(path, revision=model_args.revision, **known),
-            AutoConfig.from_pretrained(teaching, **known),
+            AutoConfig.from_pretrained(path, revision=model_args.revision, **trust),
+            AutoConfig.from_pretrained(teacher_path, **trust),
         )
-        if AutoTokenizer.from_pretrained(teaching, **known).get_vocab() != tokenizer.get_vocab():
+        if AutoTokenizer.from_pretrained(teacher_path, **trust).get_vocab() != tokenizer.get_vocab():
             raise UsageError(
-                f"--teacher {name} has another tokenizer than {model_args.model}; take the dense model that it is made"
-                " from, or a fine-tune of it"
+                f"--teacher {name} has another tokenizer than {model_args.model}; take the dense model that it is"
+                " fine-tuned from, or a fine-tune of that"
             )
-    return teaching
+    return teacher_path
 
 
-def _agreed(names: set[str]) -> set[str]:
-    """Rank 0's choice on every rank. With FSDP's RAM-efficient loading the others hold no values to see all-zero
-    tensors by.
+def _from_rank_0(names: set[str]) -> set[str]:
+    """The names of rank 0, on every rank. Collective.
+
+    With FSDP's RAM-efficient loading the other ranks hold no values by which all-zero tensors could be recognised.
     """
-    choice = [sorted(names)]
+    objects = [sorted(names)]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(choice, device=reduction_device())
-    return set(choice[0])
+        torch.distributed.broadcast_object_list(objects, device=reduction_device())
+    return set(objects[0])
 
 
 def _optimizer(
     model: torch.nn.Module, names: set[str], decay_args: arguments.DecayArguments, args: TrainingArguments
 ) -> tuple[type, dict[str, Any]]:
-    """Our optimizer in the one form that Trainer takes under every engine: a class and its arguments, our groups among
-    them.
+    """The optimizer as a class and its arguments, param groups included, which Trainer takes under every engine.
 
-    (`optimizers=(opt, None)` is refused with FSDP; and without "params" Trainer's own decay group has embeddings and
-    head in it.)
+    With FSDP it refuses `optimizers=(opt, None)`. Without "params" the decay group of Trainer holds embeddings and
+    head.
     """
     common = {
         "params": param_groups(model, args.weight_decay, names=names),
@@ -290,29 +382,47 @@ def _optimizer(
     }[decay_args.base]
 
 
-def _finish(
-    trainer: LpTrainer, args: TrainingArguments, known: dict[str, Any], metrics: dict[str, float], sparsity: Sparsity
+def _report(
+    settings: Settings,
+    prepared: Prepared,
+    trained: Trained,
+    configuration: dict[str, Any],
+    reference: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """On rank 0: counts the zeros in the files that were written, writes the report and its page, shows it."""
+    """Writes the report and its page, and prints it, on rank 0. Collective where groups were pruned.
+
+    Args:
+        configuration: the values that are not their defaults.
+        reference: the report of the run that this one is compared with.
+    Returns:
+        The report; empty on other ranks.
+    """
+    args, trainer, sparsity = settings.training, trained.trainer, trained.sparsity
+    target, groups = _target_entries(trained)
     if not trainer.is_world_process_zero():
         return {}
-    saved = schema.count_saved(args.output_dir, sparsity.counts)
-    if saved != sparsity:
-        raise RuntimeError(
-            f"the files in {args.output_dir} hold {saved.zeros} exact zeros, but the trained model had"
-            f" {sparsity.zeros}; please report this with the launch command"
-        )
+    _check_saved_zeros(args.output_dir, sparsity)
     log = trainer.state.log_history
     start = [entry for entry in log if "eval_perplexity" in entry and entry["step"] == 0]
-    summary = {
+    report = {
         "version": schema.VERSION,
         "output_dir": args.output_dir,
         "command": arguments.command_line(args),
-        **known,
+        "model": settings.model.model,
+        "dataset": settings.data.dataset,
+        "configuration": configuration,
+        "decay": dataclasses.asdict(settings.decay),
+        "sparsity_before": prepared.sparsity.total,
+        "parameters": prepared.parameters,
+        "histograms": schema.histograms(prepared.histogram, trained.histogram),
+        "window": _window(trained),
+        "target": target,
+        "groups": groups,
+        "reference": reference and schema.to_compare(reference),
         "perplexity_before": start[0]["eval_perplexity"] if start else None,
-        "perplexity_after": metrics["eval_perplexity"],
+        "perplexity_after": trained.metrics["eval_perplexity"],
         "sparsity": sparsity.total,
-        "sparsity_of_all": sparsity.zeros / known["parameters"],
+        "sparsity_of_all": sparsity.zeros / prepared.parameters,
         "zeros": sparsity.zeros,
         "decayed_weights": sparsity.elements,
         "kinds": schema.kinds_table(sparsity),
@@ -331,17 +441,44 @@ def _finish(
         "seed": args.seed,
         "versions": {"lp_dist": __version__, **environment.versions()},
         "log": log,
-        "next": _next(sparsity, args, known["groups"]),
+        "next": _next(sparsity, args, groups),
     }
-    schema.write(args.output_dir, summary)
-    console.show(summary, _page(args.output_dir))
-    return summary
+    schema.write(args.output_dir, report)
+    console.show(report, _page(args.output_dir))
+    return report
+
+
+def _target_entries(trained: Trained) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The report's entries of the target of single weights, and of the target of groups. Collective."""
+    attached = trained.callback.attached
+    weights, groups = attached.weight_controller, attached.group_controller
+    return (
+        weights and {"sparsity": weights.sparsity, "final_pruning": weights.final_pruning},
+        groups and {"sparsity": groups.sparsity, "final_pruning": groups.final_pruning, "kinds": groups.kinds()},
+    )
+
+
+def _window(trained: Trained) -> tuple[int, int] | None:
+    """The first and the last optimizer step of the decay window; None without one."""
+    callback = trained.callback
+    controller = callback.attached.weight_controller or callback.attached.group_controller
+    if controller is not None:
+        return controller.window.start, controller.window.end
+    return callback.window and callback.window.steps(trained.trainer.state.max_steps)
+
+
+def _check_saved_zeros(directory: str, sparsity: Sparsity) -> None:
+    """Raises RuntimeError if the saved files hold other zeros than the trained model had."""
+    saved = schema.count_saved(directory, sparsity.counts)
+    if saved != sparsity:
+        raise RuntimeError(
+            f"the files in {directory} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros};"
+            " please report this with the launch command"
+        )
 
 
 def _page(directory: str) -> Path | None:
-    """Draws the report that was written. A picture is no reason to end a run whose weights are saved with an error; it
-    can be drawn again.
-    """
+    """Draws the page of the report that was written. None: it failed, which is a warning and does not end the run."""
     try:
         from lp_dist.report import page
 
@@ -357,28 +494,26 @@ def _page(directory: str) -> Path | None:
         return None
 
 
-def _tell_what_stays(model: torch.nn.Module, targets: list[SparsityTarget]) -> None:
-    """Warns before the run where what dies can't be cut out of the model's file afterwards."""
+def _warn_of_groups_that_stay(model: torch.nn.Module, targets: list[SparsityTarget]) -> None:
+    """Warns before the run of pruned groups that an export can't remove from the model."""
     for target in targets:
-        stays: list[str] = []
-        with suppress(
-            UsageError
-        ):  # what can't be is said by `attach`, and a model that can't be made a second time can be trained
-            stays = (
-                [str(one) for one in foreseen(type(model), model.config, target) if not one.gone]
-                if target.groups
-                else []
-            )
-        if stays:
+        if not isinstance(target, GroupTarget):
+            continue
+        kept: list[str] = []
+        # `attach` reports a target that can't be. A model that can't be made a second time can still be trained.
+        with suppress(UsageError):
+            removals = expected_removals(type(model), model.config, target)
+            kept = [str(removal) for removal in removals if not removal.removed]
+        if kept:
             logger.warning(
-                "what dies will not be cut out by lp-dist export --shrink, so the model gets neither smaller nor"
-                " faster by it: %s",
-                "; ".join(stays),
+                "lp-dist export --shrink will not remove these groups, so pruning them makes the model neither smaller"
+                " nor faster: %s",
+                "; ".join(kept),
             )
 
 
 def _engine(trainer: LpTrainer) -> str:
-    """What shards the model, in words."""
+    """The engine that shards the model, in words."""
     if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
         return (
@@ -389,18 +524,16 @@ def _engine(trainer: LpTrainer) -> str:
 
 
 def _next(sparsity: Sparsity, args: TrainingArguments, groups: dict[str, Any] | None) -> str:
-    """The command to try next: dead groups are cut out; a look at what the model writes, or more decay where hardly a
-    weight died.
-    """
-    if groups is not None and groups["closed"]:
+    """The command to try next: removing dead groups, more decay if there are hardly any zeros, or generating text."""
+    if groups is not None and groups["final_pruning"]:
         return (
             f"lp-dist export {shlex.join([args.output_dir, args.output_dir.rstrip('/') + '-small'])} --shrink --verify"
-            "    # cuts out what is dead, where its configuration can say so"
+            "    # removes the dead groups, where the model's configuration allows it"
         )
     if args.weight_decay > 0 and sparsity.total < 0.01:
         return (
-            f"{arguments.command_line(args)} --overwrite true --weight_decay {10 * args.weight_decay:g}    # hardly a"
-            " weight died"
+            f"{arguments.command_line(args)} --overwrite true --weight_decay {10 * args.weight_decay:g}    # there"
+            " are hardly any zeros"
         )
     python = os.path.relpath(sys.executable)
     return (
@@ -410,12 +543,12 @@ def _next(sparsity: Sparsity, args: TrainingArguments, groups: dict[str, Any] | 
 
 
 def _check_engine(trainer: LpTrainer) -> None:
-    """Refuses a set-up that would train something else, or save nothing usable, before the first batch."""
+    """Raises UsageError, before the first batch, for an engine that would train or save something else."""
     state = trainer.accelerator.state
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         raise UsageError(
-            "FSDP was asked for, but Accelerate has no FSDP on this machine and would run"
-            f" {state.distributed_type.value} instead without a word; use ZeRO-3 here (configs/accelerate_zero3.yaml),"
+            "FSDP was requested, but Accelerate has no FSDP on this machine and would silently run"
+            f" {state.distributed_type.value} instead; use ZeRO-3 here (configs/accelerate_zero3.yaml),"
             " or GPUs"
         )
     if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
@@ -425,7 +558,7 @@ def _check_engine(trainer: LpTrainer) -> None:
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
-    """Rank 0 tells what happens and shows the bars; the other ranks speak up only when something is wrong."""
+    """Rank 0 logs progress and shows progress bars. The other ranks log warnings alone."""
     main_process = args.process_index == 0
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("lp_dist").setLevel(logging.INFO if main_process else logging.WARNING)

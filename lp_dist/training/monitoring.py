@@ -1,6 +1,4 @@
-"""What can be watched while a model trains: zeros beside the loss on Trainer's bar, and histograms of |w| in
-TensorBoard.
-"""
+"""Monitoring during training: zeros beside the loss on Trainer's progress bar, histograms of |w| in TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,33 +8,45 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lp_dist.report.console import percent
 from lp_dist.sparsity.measure import Histogram, kind_of
 
 
 def show_on_bar(callbacks: Iterable[TrainerCallback], logs: Mapping[str, Any]) -> None:
-    """Puts loss and zeros at the end of Trainer's progress bar, on the rank that has one."""
-    shown = {}
+    """Shows loss and zeros at the end of Trainer's progress bar, on the rank that has one.
+
+    Args:
+        callbacks: of Trainer; the one with a `training_bar` has the bar.
+        logs: entries of a log line; nothing is shown if it has neither a loss nor zeros.
+    """
+    postfix = {}
     if "loss" in logs:
-        shown["loss"] = f"{float(logs['loss']):.3f}"
+        postfix["loss"] = f"{float(logs['loss']):.3f}"
     if "lp/measured" in logs:
-        shown["zeros"] = f"{logs['lp/measured']:.1%}"
-        if logs.get("lp/faded", logs["lp/measured"]) != logs["lp/measured"]:
-            shown["faded"] = f"{logs['lp/faded']:.1%}"
+        postfix["zeros"] = percent(logs["lp/measured"], 1)
+        if logs.get("lp/near_zero", logs["lp/measured"]) != logs["lp/measured"]:
+            postfix["near zero"] = percent(logs["lp/near_zero"], 1)
     if "lp/groups_measured" in logs:
-        shown["groups"] = f"{logs['lp/groups_measured']:.1%}"
+        postfix["groups"] = percent(logs["lp/groups_measured"], 1)
     for callback in callbacks:
-        if shown and getattr(callback, "training_bar", None) is not None:
-            callback.training_bar.set_postfix(shown)
+        if postfix and getattr(callback, "training_bar", None) is not None:
+            callback.training_bar.set_postfix(postfix)
 
 
 def tensorboards(callbacks: Iterable[TrainerCallback]) -> list[Any]:
-    """TensorBoard's writers that Trainer's callback holds: on rank 0 where `report_to` names it, else none."""
+    """TensorBoard's writers of Trainer's callbacks: on rank 0 if `report_to` names TensorBoard, else none."""
     return [callback.tb_writer for callback in callbacks if getattr(callback, "tb_writer", None) is not None]
 
 
 def write_histograms(writer: Any, histogram: Histogram, step: int) -> None:
-    """log2 |w| of each kind of layer without its zeros, which are a scalar, as a bar a thousand times as high as all
-    others hides them.
+    """Writes a histogram of log2 |w| for each kind of layer, and its fraction of zeros as a scalar.
+
+    Zeros are left out of the histogram, where their bar would hide all others.
+
+    Args:
+        writer: of TensorBoard.
+        histogram: of each parameter.
+        step: of the optimizer.
     """
     kinds: dict[str, list[str]] = {}
     for name in histogram.counts:

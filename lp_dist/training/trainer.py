@@ -1,6 +1,4 @@
-"""For Hugging Face's Trainer: a callback that attaches the optimizer and runs the decay window; evaluations with
-sparsity, and a teacher.
-"""
+"""A Trainer whose evaluations report perplexity and sparsity, and which can distil from a dense teacher."""
 
 from __future__ import annotations
 
@@ -25,36 +23,38 @@ from lp_dist.training.monitoring import show_on_bar, tensorboards, write_histogr
 logger = logging.getLogger(__name__)
 
 
-class _Taught(TrainerCallback, ExportableState):
-    """Keeps in Trainer's checkpoints which part of the loss a teacher has."""
+class DistillationState(TrainerCallback, ExportableState):
+    """Keeps the weight of the distillation loss in Trainer's checkpoints; 0: there is no teacher."""
 
-    part = 0.0
+    distill = 0.0
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"part": self.part}}
+        """For Trainer's checkpoints."""
+        return {"args": {}, "attributes": {"distill": self.distill}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # Trainer wants it there when it saves
+        # Trainer expects it there when it saves.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
 
 class LpTrainer(Trainer):
-    """Trainer whose logs also report a target's progress, and its evaluations perplexity and sparsity, to every
-    `report_to` logger; and which can be taught by a dense model while it becomes sparse.
+    """Trainer that reports the progress of a target, perplexity and sparsity, and can distil from a dense teacher.
 
-    A callback comes after the loggers and could not add to what they see, nor does it know the bar, hence a subclass;
-    use it or not, as you like. (With Trainer itself `LpCallback` adds the progress to the log lines alone.)
+    Every `report_to` logger gets the progress with the loss, and perplexity and sparsity with evaluations. It is a
+    subclass because callbacks come after the loggers and do not know the progress bar. It is optional: with Trainer
+    itself `LpCallback` adds the progress to the log lines alone.
 
     Args:
-        counted: names of the parameters that count; None: those that `lp_dist.param_groups` would decay in the model
-            as it is handed over.
-        teacher: a causal language model with the same tokenizer, loaded as the model was: the dense one, best after
-            the same fine-tune. It is sharded as the model is (ZeRO-3, FSDP2) or whole on every rank, takes a forward
-            pass a batch, and is in no checkpoint.
-        distill: the part of the training loss that is the divergence from what the teacher says; the rest is the
-            cross-entropy with the text. Evaluations know the text alone.
+        counted: names of the parameters whose zeros are counted; None: those that `lp_dist.param_groups` would decay
+            in the model as it is passed.
+        teacher: a causal language model with the same tokenizer, loaded as the model was: the dense model, ideally
+            after the same fine-tune. It is sharded as the model is (ZeRO-3, FSDP2), or replicated on every rank. It
+            takes a forward pass for each batch, and is in no checkpoint.
+        distill: weight of the divergence from the teacher in the training loss. The cross-entropy has the rest.
+            Evaluations have the cross-entropy alone.
     Raises:
-        ValueError: the teacher speaks of other tokens, is the model itself, or one of them is no causal language
-            model. When training goes on from a checkpoint: it was taught otherwise.
+        ValueError: the teacher has another vocabulary, is the model itself, or one of them is no causal language
+            model. When training resumes from a checkpoint: it had no teacher, or another `distill`.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class LpTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._counted = set(counted) if counted is not None else decayed_names(self.model)
-        self._teacher, self._distill, self._prepared = teacher, distill, None
-        self._taught = _Taught()
-        self._taught.part = distill if teacher is not None else 0.0
-        self.add_callback(self._taught)
+        self._teacher, self._distill, self._prepared_teacher = teacher, distill, None
+        self._distillation = DistillationState()
+        self._distillation.distill = distill if teacher is not None else 0.0
+        self.add_callback(self._distillation)
         if teacher is not None:
             check_teacher(self.model, teacher, distill)
             if self.compute_loss_func is not None or self.label_smoother is not None:
@@ -80,53 +80,55 @@ class LpTrainer(Trainer):
                 )
 
     def _load_callback_state(self) -> None:
-        """Trainer calls it when it has read a checkpoint's state."""
-        saved = self.state.stateful_callbacks.get(_Taught.__name__, self._taught.state())["attributes"]["part"]
-        if saved != self._taught.part:
+        """Trainer calls it when it has read the state of a checkpoint."""
+        state = self.state.stateful_callbacks.get(DistillationState.__name__, self._distillation.state())
+        saved, distill = state["attributes"]["distill"], self._distillation.distill
+        if saved != distill:
             before, now = (
-                f"a teacher in {part:g} of its loss" if part else "no teacher" for part in (saved, self._taught.part)
+                f"a teacher with distill={weight:g}" if weight else "no teacher" for weight in (saved, distill)
             )
             raise UsageError(
-                f"the checkpoint of step {self.state.global_step} had {before}, and now there is {now}; go on with the"
-                " same teacher= and distill=, or start anew from its weights with another output_dir"
+                f"the checkpoint of step {self.state.global_step} had {before}, and now there is {now}; resume with"
+                " the same teacher and the same distill, or start from its weights with another output_dir"
             )
         super()._load_callback_state()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; in training with a teacher's part in it."""
+        """Trainer's loss; in training with the divergence from the teacher."""
         if self._teacher is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if self._prepared is None:  # not before the engine has made its own of the model
-            self._prepared = sharded_alike(self._teacher, self.accelerator)
+        # The engine must have prepared the model first.
+        if self._prepared_teacher is None:
+            self._prepared_teacher = sharded_alike(self._teacher, self.accelerator)
         with torch.no_grad(), self.accelerator.autocast():
-            theirs = self._prepared(
+            teacher_logits = self._prepared_teacher(
                 **{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False
             ).logits
-        self.compute_loss_func = partial(distilled_loss, theirs=theirs, part=self._distill)
+        self.compute_loss_func = partial(distilled_loss, teacher_logits=teacher_logits, distill=self._distill)
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = (
-                None  # an evaluation has no teacher, and Trainer divides by micro-batches as it does without one
-            )
+            # Evaluations have no teacher. Trainer also divides by micro-batches as it does without a teacher.
+            self.compute_loss_func = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the progress of a target to losses, and perplexity and sparsity to evaluations. Collective."""
         if "loss" in logs:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LpCallback):
                     logs.update(callback.progress(self.model))
         if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))  # beyond 700 a float is infinite
+            # Beyond 700 a float is infinite.
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
             logs["eval_sparsity"] = self.measure_sparsity().total
         super().log(logs, *args, **kwargs)
         show_on_bar(self.callback_handler.callbacks, logs)
-        if (
-            "eval_loss" in logs and "tensorboard" in self.args.report_to
-        ):  # which is the same on all ranks, as the reduction must be
+        # The same on all ranks, as a histogram is collective.
+        if "eval_loss" in logs and "tensorboard" in self.args.report_to:
             histogram = measure_histogram(self.model, names=self._counted)
             for writer in tensorboards(self.callback_handler.callbacks):
                 write_histograms(writer, histogram, self.state.global_step)
 
     def measure_sparsity(self) -> Sparsity:
-        """Of the weights that decay, over all ranks."""
+        """The sparsity of the counted parameters, over all ranks. Collective."""
         return measure_sparsity(self.model, names=self._counted)

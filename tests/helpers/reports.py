@@ -15,13 +15,18 @@ TENSORS = {
     "model.layers.1.mlp.down_proj.weight": [0, 32],
 }
 _ZEROS, _WEIGHTS = 48, 160
-_LOOKS = {4: (0.1, 0.08, 1e-4), 8: (0.25, 0.24, 2e-4), 12: (0.3, 0.3, 1e-30), 16: (0.3, 0.3, 3e-4)}  # plan, counted, λ
+_UPDATES = {
+    4: (0.1, 0.08, 1e-4),
+    8: (0.25, 0.24, 2e-4),
+    12: (0.3, 0.3, 1e-30),
+    16: (0.3, 0.3, 3e-4),
+}  # plan, counted, λ
 
 
 def full() -> dict[str, Any]:
     """With everything that a report has: 16 steps, a window from 2 to 12, a dense run beside it."""
     log: list[dict[str, Any]] = [{"eval_loss": 3.0, "eval_perplexity": 20.0, "eval_sparsity": 0.0, "step": 0}]
-    for step, (plan, counted, strength) in _LOOKS.items():
+    for step, (plan, counted, strength) in _UPDATES.items():
         log.append(
             {
                 "loss": 3.0 - step / 16,
@@ -31,7 +36,7 @@ def full() -> dict[str, Any]:
                 "lp/target": 0.3,
                 "lp/plan": plan,
                 "lp/measured": counted,
-                "lp/faded": counted,
+                "lp/near_zero": counted,
                 "lp/dead_channels": 0.0,
                 "lp/lambda_min": strength / 2,
                 "lp/lambda_median": strength,
@@ -60,7 +65,7 @@ def full() -> dict[str, Any]:
     }
     return copy.deepcopy(
         {
-            "version": 2,
+            "version": 3,
             "output_dir": "runs/sparse",
             "command": "lp-dist finetune --model hub/small --sparsity 0.3",
             "model": "hub/small",
@@ -82,7 +87,8 @@ def full() -> dict[str, Any]:
                 "zeros_after": _ZEROS,
             },
             "window": [2, 12],
-            "target": {"sparsity": 0.3, "closed": {"before": 0.29, "after": 0.3, "by_threshold": 0.01}},
+            "target": {"sparsity": 0.3, "final_pruning": {"before": 0.29, "after": 0.3, "pruned_at_end": 0.01}},
+            "groups": None,
             "reference": dense,
             "perplexity_before": 20.0,
             "perplexity_after": 12.0,
@@ -136,24 +142,19 @@ def by_lambda() -> dict[str, Any]:
     return full() | {"target": None, "weight_decay": 0.1, "log": log}
 
 
-def old() -> dict[str, Any]:
-    """As version 1 had it."""
-    new = (
-        "model",
-        "dataset",
-        "configuration",
-        "histograms",
-        "window",
-        "reference",
-        "tensors",
-        "seconds",
-        "engine",
-        "environment",
-    )
-    return {key: value for key, value in full().items() if key not in new} | {"version": 1}
+def bare() -> dict[str, Any]:
+    """With every entry empty that may be: no reference, window, time or weights that were counted one by one."""
+    return full() | {
+        "configuration": {"cutoff": "inf"},
+        "histograms": {"edges": [1.0], "before": [], "after": [], "zeros_before": 0, "zeros_after": _ZEROS},
+        "window": None,
+        "reference": None,
+        "tensors": {},
+        "seconds": None,
+    }
 
 
 def stopped() -> dict[str, Any]:
     """Stopped after 8 of its 16 steps."""
     log = [entry for entry in full()["log"] if entry["step"] <= 8]
-    return full() | {"steps": 8, "log": log, "target": {"sparsity": 0.3, "closed": None}}
+    return full() | {"steps": 8, "log": log, "target": {"sparsity": 0.3, "final_pruning": None}}

@@ -31,7 +31,7 @@ def test_without_the_extra_it_says_what_to_install():
 
 
 def test_bench_counting_prints_one_row_of_json():
-    shown = lp_dist("bench", "counting", "--layers", "1", "--hidden", "64", "--tokens", "8", "--repeats", "1")
+    shown = lp_dist("bench", "counting", "--layers", "1", "--hidden-size", "64", "--tokens", "8", "--repeats", "1")
     row = json.loads(shown.stdout)
     assert row["weights counted"] == 64 * 64 * 4 + 3 * 64 * 170 and set(row["seconds"]) == {
         "step",

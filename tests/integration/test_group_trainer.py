@@ -18,7 +18,7 @@ def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
     from lp_dist import LpCallback
 
     targets = [
-        SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", every=2),
+        SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", update_every=2),
         SparsityTarget(0.6, start=14, end=24),
     ]
     whole = train(tmp_path / "whole", [LpCallback(target=targets)], steps=30)
@@ -85,7 +85,7 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
     saved = schema.read(tmp_path / "out")
     assert (
         saved["groups"]["kinds"] == {"channels": [96, 192], "kv_groups": [2, 4]}
-        and saved["groups"]["closed"]["after"] == 0.5
+        and saved["groups"]["final_pruning"]["after"] == 0.5
     )
     assert saved["sparsity"] == pytest.approx(0.7, abs=1e-3)
     assert [entry["step"] for entry in saved["log"] if entry.get("lp/groups_measured") == 0.5] == [20, 30, 40]
@@ -123,13 +123,16 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
         (["--groups", "heads", "--budget", "0"], "--budget 0 must be"),
         (
             ["--groups", "channels", "--group_sparsity", "0.3", "--pattern", "2:4"],
-            "--pattern 2:4 and --groups: where dead groups are cut out",
+            "--pattern 2:4 and --groups: once dead groups are removed",
         ),
         (
             ["--groups", "channels", "--group_sparsity", "0.1", "--weight_decay", "1"],
             "--groups channels finds λ by itself",
         ),
-        (["--groups", "channels", "--group_sparsity", "0.1", "--memory", "1"], "--memory 1.0 belongs to a --sparsity"),
+        (
+            ["--groups", "channels", "--group_sparsity", "0.1", "--latent_windows", "1"],
+            "--latent_windows 1.0 belongs to a --sparsity",
+        ),
         (
             ["--groups", "channels", "--group_sparsity", "0.1", "--sparsity", "0.5", "--decay_start", "4"],
             "--decay_start 4 and --decay_end 0.7 are a fraction and a step",

@@ -51,7 +51,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, whole, tmp_path)
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(step)])
     checkpoint = get_last_checkpoint(str(tmp_path))
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["stateful_callbacks"]["LpCallback"]
-    assert state["progress"]["version"] == 3 and (state["progress"]["closed"] is not None) == (step >= END - 1)
+    progress = state["progress"]["weights"]
+    assert progress["version"] == 4 and (progress["final_pruning"] is not None) == (step >= END - 1)
     resumed = train(
         tmp_path, [LpCallback(target=TARGET)], resume=checkpoint, restore_callback_states_from_checkpoint=restored
     )
@@ -80,7 +81,7 @@ def test_skipped_steps_do_not_keep_a_run_from_its_target(tmp_path):
 
     callback = LpCallback(target=SparsityTarget(0.6, p=0.0, scope="layer", end=1.0))
     trainer = train(tmp_path, [callback, Skipping()])
-    assert callback.attached.control.seen == STEPS - 3 and trainer.state.global_step == STEPS
+    assert callback.attached.weight_controller.last_step == STEPS - 3 and trainer.state.global_step == STEPS
     assert all(count == round(0.6 * elements) for count, elements in zeros(trainer).values())
 
 
@@ -94,11 +95,11 @@ def test_a_run_can_be_resumed_twice(whole, tmp_path):
 
 def test_another_target_than_that_of_the_checkpoint_is_refused(tmp_path):
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(6)])
-    with pytest.raises(ValueError, match="trained for another target than the script asks for"):
+    with pytest.raises(ValueError, match="trained for another target of weights than the script asks for"):
         train(tmp_path, [LpCallback(target=SparsityTarget(0.7, p=0.0))], resume=True)
-    with pytest.raises(ValueError, match="trained for another window than the script asks for"):
+    with pytest.raises(ValueError, match="trained for another window of weights than the script asks for"):
         train(tmp_path, [LpCallback(target=TARGET)], resume=True, steps=STEPS + 6)
-    with pytest.raises(ValueError, match="was trained for .*'sparsity': 0.6.*there is no target"):
+    with pytest.raises(ValueError, match="was trained for .*'sparsity': 0.6.*there is no target of weights"):
         train(tmp_path, [LpCallback()], resume=True)
 
 
@@ -162,7 +163,7 @@ class Looks(TrainerCallback):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_looks_come_at_optimizer_steps_and_not_at_batches(accumulation, tmp_path):
-    callback = LpCallback(target=SparsityTarget(0.5, every=4))
+    callback = LpCallback(target=SparsityTarget(0.5, update_every=4))
     looks = Looks(callback)
     train(tmp_path, [callback, looks], gradient_accumulation_steps=accumulation)
     assert [step for step, _ in looks.steps] == [2, 6, 10, 14, END - 1]
@@ -170,13 +171,13 @@ def test_looks_come_at_optimizer_steps_and_not_at_batches(accumulation, tmp_path
 
 def test_the_learning_rates_ahead_are_those_of_trainers_scheduler(tmp_path):
     """λ times the sum of the rates of the next four steps is half of the threshold at p = 0, which the cutoff is."""
-    callback, rates = LpCallback(target=SparsityTarget(0.5, p=0.0, every=4, memory=0.0)), []
+    callback, rates = LpCallback(target=SparsityTarget(0.5, p=0.0, update_every=4, latent_windows=0.0)), []
 
     class Rates(TrainerCallback):
         def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
             rates.append(lr_scheduler.get_last_lr()[0])
             if state.global_step == 6:
-                segments = callback.attached.optimizer.segments
+                segments = callback.attached.optimizer.parameter_map
                 self.values = [segments.values(name) for name in callback.attached.decayed]
 
     seen = Rates()
@@ -210,7 +211,7 @@ KEYS = {
 
 def test_progress_reaches_the_loggers_through_lp_trainer(tmp_path):
     reporter = Reporter()
-    target = replace(TARGET, memory=0.0)  # with a memory zeros come and go
+    target = replace(TARGET, latent_windows=0.0)  # with a memory zeros come and go
     one = train(tmp_path, [reporter, LpCallback(target=target)], trainer=LpTrainer, logging_steps=1)
     for seen in (one.state.log_history, reporter.logs):
         losses = [logs for logs in seen if "loss" in logs]
@@ -271,8 +272,10 @@ def test_the_program_reaches_its_sparsity_and_reports_it(program):
     shares = [count / numel for count, numel in saved["kinds"].values()]
     assert max(shares) > min(shares) + 0.02, "one threshold for all, so kinds differ"
     target = saved["target"]
-    assert target["sparsity"] == 0.5 and target["closed"]["after"] == pytest.approx(saved["sparsity"])
-    assert target["closed"]["before"] + target["closed"]["by_threshold"] == pytest.approx(target["closed"]["after"])
+    assert target["sparsity"] == 0.5 and target["final_pruning"]["after"] == pytest.approx(saved["sparsity"])
+    assert target["final_pruning"]["before"] + target["final_pruning"]["pruned_at_end"] == pytest.approx(
+        target["final_pruning"]["after"]
+    )
     assert [entry["step"] for entry in saved["log"] if entry.get("lp/target") == 0.5] == [5, 10, 15, 20]
 
 
@@ -287,7 +290,7 @@ def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp
     words = [
         "--scope",
         "layer",
-        "--sparsity_of",
+        "--relative_to",
         "all",
         "--sparsity",
         "0.4",
@@ -295,7 +298,7 @@ def test_the_program_takes_a_share_of_all_parameters_in_every_tensor(common, tmp
         "linear",
         "--cap",
         "inf",
-        "--every",
+        "--update_every",
         "3",
         "--p",
         "0",
@@ -341,15 +344,18 @@ def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, commo
             ["--load_best_model_at_end", "true", "--eval_strategy", "steps"],
             ["--load_best_model_at_end", "set it to false"],
         ),
-        (["--sparsity", "50"], ["sparsity=50.0", "between 0 and 1"]),
-        (["--cap", "0.5"], ["cap=0.5", "from 1 up"]),
-        (["--p", "1.5"], ["p=1.5", "[-4, 1]"]),
+        (["--sparsity", "50"], ["--sparsity 50.0", "between 0 and 1"]),
+        (["--cap", "0.5"], ["--cap 0.5", "from 1 up"]),
+        (["--p", "1.5"], ["--p 1.5", "[-4, 1]"]),
         (
             ["--decay_start", "1", "--decay_end", "11"],
             ["to 11 holds no step", "up to 1 they are fractions of the run"],
         ),
         (["--max_steps", "10"], ["6 steps", "takes 8", "at least 15 steps"]),
-        (["--sparsity_of", "all", "--sparsity", "0.95"], ["sparsity=0.95 of all", "can't be reached", "of='decayed'"]),
+        (
+            ["--relative_to", "all", "--sparsity", "0.95"],
+            ["--sparsity 0.95 of all", "can't be reached", "--relative_to decayed"],
+        ),
     ],
 )
 def test_a_sparsity_that_contradicts_something_ends_with_one_line(words, parts, common, tmp_path):
@@ -361,7 +367,7 @@ def test_a_sparsity_that_contradicts_something_ends_with_one_line(words, parts, 
 
 @pytest.mark.parametrize(
     "words",
-    [("--scope", "layer"), ("--sparsity_of", "all"), ("--curve", "linear"), ("--cap", "2.0"), ("--every", "3")],
+    [("--scope", "layer"), ("--relative_to", "all"), ("--curve", "linear"), ("--cap", "2.0"), ("--update_every", "3")],
 )
 def test_what_belongs_to_a_sparsity_is_refused_without_one(words, common, tmp_path):
     with pytest.raises(SystemExit) as caught:

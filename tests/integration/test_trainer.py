@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 
 from helpers.models import tiny_llama
 from lp_dist import DecayWindow, LpAdamW, LpCallback, add_lp_decay, measure_sparsity, param_groups
-from lp_dist.attachment.attach import verify
-from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.attachment.plan import verify
 
 WINDOW = DecayWindow(2, 8, {"p": 0.0})
 
@@ -59,17 +58,17 @@ class Recorder(TrainerCallback):
     """Writes down which phase the decayed group is in at the moment of each optimizer step."""
 
     def __init__(self) -> None:
-        self.cutoffs: list[float] = []
+        self.phases: list[str] = []
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.cutoffs.append(verify(optimizer).param_groups[0]["cutoff"])
+        self.phases.append(verify(optimizer).param_groups[0]["phase"])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_phases_change_at_the_exact_optimizer_steps(tmp_path, accumulation):
     recorder = Recorder()
     train(tmp_path, by_class, [LpCallback(WINDOW), recorder], gradient_accumulation_steps=accumulation)
-    assert recorder.cutoffs == [OFF["cutoff"]] * 2 + [math.inf] * 6 + [FROZEN["cutoff"]] * 2
+    assert recorder.phases == ["off"] * 2 + ["decay"] * 6 + ["frozen"] * 2
 
 
 def test_without_a_window_the_groups_decide(tmp_path):
@@ -153,23 +152,26 @@ def test_trap_11_a_step_that_was_skipped_does_not_advance_the_window(tmp_path):
 
     recorder = Recorder()
     train(tmp_path, by_class, [LpCallback(WINDOW), recorder, Skipped()])
-    # OFF in steps 0 and 1 that were taken, which are Trainer's 1 and 2; Trainer's 4 is asked again as its 5.
-    assert recorder.cutoffs == [OFF["cutoff"]] * 3 + [math.inf] * 7
+    # Off in steps 0 and 1 that were taken, which are Trainer's 1 and 2; Trainer's 4 is asked again as its 5.
+    assert recorder.phases == ["off"] * 3 + ["decay"] * 7
 
 
 def test_a_window_that_could_do_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weight_decay=0"):
         train(tmp_path, lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.0), lr=1e-2), None)}, [LpCallback(WINDOW)])
-    with pytest.raises(
-        ValueError, match=r'cutoff=0.25, which the decay window would replace.*values={"cutoff": 0.25}'
-    ):
-        train(
-            tmp_path,
-            lambda m: {"optimizers": (LpAdamW(param_groups(m, 0.1), lr=1e-2, cutoff=0.25), None)},
-            [LpCallback(WINDOW)],
-        )
     with pytest.raises(ValueError, match="holds no step of a run of 10 steps"):
         train(tmp_path, by_class, [LpCallback(DecayWindow(20, 30))])
+
+
+def test_a_cutoff_of_the_groups_holds_in_a_window_that_names_none(tmp_path):
+    optimizers = []
+
+    def capped(model):
+        optimizers.append(LpAdamW(param_groups(model, 0.1), lr=1e-2, cutoff=0.25))
+        return {"optimizers": (optimizers[0], None)}
+
+    train(tmp_path, capped, [LpCallback(WINDOW)])
+    assert [group["cutoff"] for group in optimizers[0].param_groups] == [0.25, 0.25]
 
 
 def test_verify_sees_through_wrappers():

@@ -48,7 +48,7 @@ def only(key: str, of: dict, most: int) -> dict:
     [
         (cases.full(), ALL),
         (cases.stopped(), ALL),
-        (cases.old(), ALL[:4]),
+        (cases.bare(), ALL[:4]),
         (cases.dense(), ["loss", "perplexity", "weights"]),
         (cases.by_lambda(), ["loss", "perplexity", "sparsity", "heat", "weights"]),
         (only("eval_perplexity", cases.full(), 1), [name for name in ALL if name != "perplexity"]),
@@ -56,7 +56,7 @@ def only(key: str, of: dict, most: int) -> dict:
         (only("loss", cases.full(), 1), ["perplexity", "sparsity", "heat", "weights"]),
         (cases.full() | {"log": []}, ["heat", "weights"]),
     ],
-    ids=["full", "stopped", "old", "dense", "λ", "one evaluation", "λ, one evaluation", "one logged step", "no log"],
+    ids=["full", "stopped", "bare", "dense", "λ", "one evaluation", "λ, one evaluation", "one logged step", "no log"],
 )
 def test_what_there_is_nothing_for_is_left_out(of, names):
     assert list(drawn(of)) == names
@@ -96,9 +96,11 @@ def test_lambda_is_shown_in_its_window_and_where_something_was_to_die(figure):
     assert axes.get_yscale() == "log" and axes.get_xlim()[1] > 16
 
 
-def test_what_has_faded_is_shown_where_it_is_not_zero_yet():
-    log = [entry | ({"lp/faded": 0.2} if entry.get("lp/measured") == 0.08 else {}) for entry in cases.full()["log"]]
-    assert curves(figures.sparsity(cases.full() | {"log": log}))["faded"] == {4: 0.2, 8: 0.24, 12: 0.3, 16: 0.3}
+def test_weights_near_zero_are_shown_where_they_are_not_zero_yet():
+    log = [
+        entry | ({"lp/near_zero": 0.2} if entry.get("lp/measured") == 0.08 else {}) for entry in cases.full()["log"]
+    ]
+    assert curves(figures.sparsity(cases.full() | {"log": log}))["near zero"] == {4: 0.2, 8: 0.24, 12: 0.3, 16: 0.3}
 
 
 def test_a_run_that_was_stopped_is_shaded_to_its_end():
@@ -125,13 +127,14 @@ def test_numbers_that_a_report_has_as_text_are_gaps(word):
 
 def test_of_many_logged_values_means_are_shown():
     log = [
-        {"loss": float(step % 2) if step > 2 else math.nan, "step": step} for step in range(1, 2 * figures.MOST + 2)
+        {"loss": float(step % 2) if step > 2 else math.nan, "step": step}
+        for step in range(1, 2 * figures.MAX_POINTS + 2)
     ]
     means = figures.points(log, "loss")
-    assert figures.each(log, "loss") == 3 and len(means) == math.ceil(len(log) / 3)
+    assert figures.values_per_point(log, "loss") == 3 and len(means) == math.ceil(len(log) / 3)
     assert means[3] == 1.0 and means[6] == 1 / 3 and means[9] == 2 / 3 and max(means) == len(log)
     assert "Means of 3 logged values" in figures.DRAWINGS[0].caption(cases.full() | {"log": log})
-    assert "50% of it is the teacher's" in figures.DRAWINGS[0].caption(
+    assert "50 % of it comes from the teacher" in figures.DRAWINGS[0].caption(
         cases.full() | {"decay": {"teacher": "runs/dense", "distill": 0.5}}
     )
 
@@ -146,7 +149,7 @@ def test_the_heat_map_has_the_shares_of_the_report(figure):
         "down_proj",
     ] and axes.yaxis_inverted()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
-    assert {text.get_text(): text.get_position() for text in axes.texts}["75.0%"] == (1.5, 0.5)
+    assert {text.get_text(): text.get_position() for text in axes.texts}["75.0 %"] == (1.5, 0.5)
     assert mesh.get_clim() == (0.0, 0.75)
 
 
@@ -182,7 +185,7 @@ def test_areas_of_the_histogram_are_shares_of_the_weights(figure):
     outlines = [patch for patch in figure.axes[0].patches if not patch.get_fill()]
     steps = {
         when: [one.get_data() for one in outlines if to_hex(one.get_edgecolor()) == canvas.COLOURS[colour]]
-        for when, colour in (("before", "muted"), ("after", "ours"))
+        for when, colour in (("before", "muted"), ("after", "primary"))
     }
     area = {
         label: [float(np.sum(one.values * np.diff(np.log2(one.edges)))) for one in found]
@@ -192,7 +195,7 @@ def test_areas_of_the_histogram_are_shares_of_the_weights(figure):
     assert area["after"] == pytest.approx([112 / 160, 48 / 160])
     assert steps["after"][1].edges[1] < steps["after"][0].edges[0] == 0.125
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["before, 0.0% zeros", "after, 30.0% zeros"]
+    assert labels == ["before, 0.0 % zeros", "after, 30.0 % zeros"]
     assert "0" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
 
@@ -214,7 +217,7 @@ def test_as_svg_they_are_whole_take_the_page_s_colours_and_do_not_disturb_each_o
             and root.get("viewBox")
         )
         assert not any(colour in text for colour in canvas.COLOURS.values()) and (
-            "var(--ours)" in text or name == "heat"
+            "var(--primary)" in text or name == "heat"
         )
         assert len(re.findall("<text ", text)) == len(re.findall(r"<text [^>]*fill: (?:var\(--|#)", text)), (
             "what has no colour is black in the dark"

@@ -78,8 +78,16 @@ def test_every_tensor_is_counted_once_and_in_the_order_of_the_model(llama):
         sum(param.numel() for param in decayed),
     )
     assert found.total(counted_alone=False)[1] == sum(param.numel() for param in model.parameters())
-    assert list(found.grouped("layer")) == list(range(12))
-    assert list(found.grouped("kind")) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert list(found.tensors_by("layer")) == list(range(12))
+    assert list(found.tensors_by("kind")) == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
 
 
 def test_dead_rows_columns_and_blocks_against_plain_loops(llama):
@@ -218,10 +226,10 @@ SILENT = {
 @pytest.mark.parametrize("family", [*SILENT, "gpt_neox"])
 def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
     from helpers.families import FAMILIES, model_of, slots
-    from lp_dist.structured.naming import structure
+    from lp_dist.structured.resolve import resolve_groups
 
     model, (width, heads, shared) = model_of(family), FAMILIES[family][1]
-    found = {kind: structure(model, kind)[0] for kind in ("channels", "heads")}
+    found = {kind: resolve_groups(model, kind)[0] for kind in ("channels", "heads")}
     values, ups = SILENT.get(family, (lambda layer: [], lambda layer: []))
     layer = model.get_submodule(re.match(r".*?\.0(?=\.|$)", found["channels"].name)[0])
     dead = {
@@ -304,7 +312,7 @@ def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_p
     model.save_pretrained(tmp_path)
     counted, found = measure_sparsity(model), inspect(tmp_path)
     assert found.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
-    assert {"w1", "w2", "w3"} <= set(found.grouped("kind"))
+    assert {"w1", "w2", "w3"} <= set(found.tensors_by("kind"))
 
 
 def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
@@ -316,11 +324,11 @@ def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
 
     dcp.save({"model": LlamaForCausalLM.from_pretrained(llama).state_dict()}, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
-    engines, published = inspect(tmp_path), inspect(llama)
+    engines, hf_tensors = inspect(tmp_path), inspect(llama)
     assert (
-        engines.tensors == published.tensors
-        and engines.channels == published.channels
-        and engines.heads == published.heads
+        engines.tensors == hf_tensors.tensors
+        and engines.channels == hf_tensors.channels
+        and engines.heads == hf_tensors.heads
     )
 
 
@@ -331,23 +339,23 @@ def test_without_a_config_names_decide(llama, tmp_path):
         tensor.name for tensor in whole.tensors if tensor.counted
     }
     assert bare.total() == whole.total() and bare.channels == bare.heads == {}
-    assert list(bare.grouped("layer")) == list(range(12))
+    assert list(bare.tensors_by("layer")) == list(range(12))
 
 
 def test_a_tensor_is_gone_before_the_next_is_read(llama, monkeypatch):
     import weakref
 
-    from lp_dist.checkpoints.files import Place
+    from lp_dist.checkpoints.files import TensorLocation
 
-    read, alive, most = Place.read, [], []
+    read, alive, most = TensorLocation.read, [], []
 
-    def watched(place: Place) -> Tensor:
+    def watched(place: TensorLocation) -> Tensor:
         most.append(sum(reference() is not None for reference in alive))
         tensor = read(place)
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(Place, "read", watched)
+    monkeypatch.setattr(TensorLocation, "read", watched)
     inspect(llama)
     assert len(most) > 50 and max(most) == 0
 
@@ -387,9 +395,9 @@ def test_the_page_has_the_map_and_the_numbers_and_loads_nothing(llama, tmp_path)
     page, found = (tmp_path / "zeros.html").read_text(), inspect(llama)
     zeros, elements = found.total()
     for words in (
-        f"{zeros / elements:.2%}",
+        f"{100 * zeros / elements:.2f} %",
         f"{zeros:,} of {elements:,} weights that decay",
-        "Where they lie",
+        "Where the zeros are",
         "3 of 120",
         "3 of 48",
         "<svg",

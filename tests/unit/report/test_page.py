@@ -86,16 +86,16 @@ def test_every_figure_says_what_it_is_to_those_who_do_not_see_it(full):
 def test_it_says_what_one_wants_to_know(full):
     text = Page(full).text
     for words in (
-        "small, 30.00% zeros",
+        "small, 30.00 % zeros",
         "12.00",
         "dense fine-tune 11.25, before 20.00",
         "48 of 160 weights that decay",
         "1.235 M",
         "1 h 02 min",
-        "1,234,567, of which 0.00% are zero",
+        "1,234,567, of which 0.00 % are zero",
         "learning rate 0.001, seed 7",
         "lp-dist finetune --model hub/small --sparsity 0.3",
-        "Target: 30.00% zeros; 29.00% died by decay, 1.00% at the last threshold.",
+        "Target 30.00 % reached: 29.00 % decayed to zero, 1.00 % pruned in the final step.",
         "hub/text",
         "DeepSpeed ZeRO-2",
         "a processor",
@@ -105,8 +105,8 @@ def test_it_says_what_one_wants_to_know(full):
         '{"num_cycles": 2}',
         "true",
     ):
-        assert any(words in part for part in text), words
-    share = r'<td class="share" style="--part: ([\d.]+)%">([\d.]+)%</td>'
+        assert any(words in line for line in text), words
+    share = r'<td class="share" style="--share: ([\d.]+)%">([\d.]+) %</td>'
     rows = re.findall(rf'<tr><th scope="row">(\w+)</th>\s*{share}\s*<td>([\d,]+)</td><td>([\d,]+)</td>', full)
     assert rows == [
         ("down_proj", "6.25", "6.25", "4", "64"),
@@ -134,12 +134,10 @@ def test_nothing_of_a_run_is_taken_for_html():
     assert html.count("&lt;script&gt;alert(") > 10
 
 
-def test_what_a_report_of_version_1_has_is_drawn():
-    read = Page(page.build(cases.old()))
+def test_what_is_empty_in_a_report_is_left_out():
+    read = Page(page.build(cases.bare()))
     words = " ".join(read.text)
-    assert read.count("figure") == 4 and "runs/sparse" not in words.split("Drawn by")[0].replace(
-        "sparse, 30.00% zeros", ""
-    )
+    assert read.count("figure") == 4 and "runs/sparse" not in words.split("Drawn by")[0]
     assert (
         "Time" not in words
         and "None" not in words
@@ -158,14 +156,14 @@ def test_a_dense_run_and_one_without_a_log_have_no_empty_parts():
         and Page(dense).count("figure") == 3
         and "nan" not in dense
     )
-    bare = page.build(cases.old() | {"log": [], "perplexity_before": None, "target": None})
+    bare = page.build(cases.bare() | {"log": [], "perplexity_before": None, "target": None})
     assert "How it went" not in bare and "not measured" in bare and "Target" not in bare
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (cases.stopped(), "30.00% zeros, but the run was stopped before its window ended."),
+        (cases.stopped(), "Target 30.00 % not reached: the run was stopped before its window ended."),
         (
             {"perplexity_after": "nan", "perplexity_before": "inf"},
             "Perplexity on held-out text is nan, and was inf before.",
@@ -181,7 +179,7 @@ def test_a_dense_run_and_one_without_a_log_have_no_empty_parts():
 )
 def test_what_differs_between_runs(change, words, monkeypatch):
     monkeypatch.setattr("lp_dist.report.figures.DRAWINGS", ())
-    assert any(words in part for part in Page(page.build(cases.full() | change)).text)
+    assert any(words in line for line in Page(page.build(cases.full() | change)).text)
 
 
 # -- the command --------------------------------------------------------------
@@ -207,8 +205,12 @@ def test_the_command_draws_a_run_again_and_its_figures_for_papers(tmp_path, full
     [
         (None, "no report of a finished run at"),
         ("{", "no report of a finished run at"),
-        ("[]", "is of version 'list', and this lp_dist reads up to 2"),
-        ('{"version": 3}', "is of version 3, and this lp_dist reads up to 2; install the one that wrote it"),
+        ("[]", "is of version 'list', and this lp_dist reads version 3"),
+        (
+            '{"version": 2}',
+            "is of version 2, and this lp_dist reads version 3; install the lp_dist that wrote it, or repeat the run",
+        ),
+        ('{"version": 4}', "is of version 4, and this lp_dist reads version 3; install the lp_dist that wrote it"),
         ("{}", "is of version None"),
     ],
 )
@@ -234,7 +236,7 @@ def test_a_file_that_can_not_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_drawing_alone_needs_matplotlib(monkeypatch):
-    assert not {"canvas", "figures"} & {name for room in (page, schema, cli, finetune) for name in vars(room)}, (
+    assert not {"canvas", "figures"} & {name for module in (page, schema, cli, finetune) for name in vars(module)}, (
         "imported where they are used"
     )
     for name in ("lp_dist.report.figures", "lp_dist.report.canvas", "matplotlib"):
@@ -255,9 +257,9 @@ def test_a_page_that_can_not_be_drawn_costs_no_run(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(page, "build", fail)
     with caplog.at_level("WARNING"):
         assert finetune._page(str(tmp_path)) is None
-    (told,) = caplog.records
+    (warning,) = caplog.records
     assert (
-        "ZeroDivisionError: of a figure" in told.getMessage()
-        and f"`lp-dist report {tmp_path}` draws it" in told.getMessage()
-        and told.exc_info
+        "ZeroDivisionError: of a figure" in warning.getMessage()
+        and f"`lp-dist report {tmp_path}` draws it" in warning.getMessage()
+        and warning.exc_info
     )

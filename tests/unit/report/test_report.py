@@ -38,7 +38,7 @@ def test_a_histogram_is_trimmed_and_keeps_every_weight():
 
 def test_what_another_run_shows_of_a_report_is_enough_to_draw_it(monkeypatch):
     log = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "grad_norm": 1.0}, *cases.full()["log"][-2:]]
-    compared = schema.to_compare(cases.old() | {"log": log})
+    compared = schema.to_compare(cases.bare() | {"log": log})
     assert compared == json.loads(json.dumps(compared))
     assert (
         compared["log"] == [{"step": 1, "loss": 2.0}, {"step": 16, "eval_perplexity": 12.0}]
@@ -83,11 +83,11 @@ def parsed(tmp_path):
 
 
 def test_the_configuration_is_what_is_not_the_default(parsed, tmp_path):
-    asked = arguments.chosen(
+    configuration = arguments.chosen(
         *parsed(
             "--sparsity",
             "0.5",
-            "--memory",
+            "--latent_windows",
             "0",
             "--p",
             "0.5",
@@ -106,11 +106,11 @@ def test_the_configuration_is_what_is_not_the_default(parsed, tmp_path):
         )
     )
     derived = {"dataloader_pin_memory": False}  # by Transformers, on a CPU
-    assert asked == {
+    assert configuration == {
         "model": "m",
         "dataset": "d",
         "sparsity": 0.5,
-        "memory": 0.0,
+        "latent_windows": 0.0,
         "output_dir": str(tmp_path),
         "lr_scheduler_type": "cosine",
         "seed": 0,
@@ -120,7 +120,7 @@ def test_the_configuration_is_what_is_not_the_default(parsed, tmp_path):
         "use_cpu": True,
         **derived,
     }
-    assert asked == json.loads(json.dumps(asked))
+    assert configuration == json.loads(json.dumps(configuration))
 
 
 def test_a_secret_is_in_no_report(parsed, monkeypatch):
@@ -139,3 +139,15 @@ def test_a_secret_is_in_no_report(parsed, monkeypatch):
             and shlex.split(line)[-1] == '{"*": {"p": 0}}'
         )
         assert len(shlex.split(line)) == 4 + len(spelt)
+
+
+def test_tables_and_lines_are_printed_as_they_are(capsys):
+    console.print_table("Title", ("name", "share"), [("a", "1.00 %"), ("bb", "40.00 %")], width=150)
+    console.say("[bold] is no markup, and a long line is not cut: " + 200 * "x")
+    title, *table, line = capsys.readouterr().out.splitlines()
+    assert title.strip() == "Title" and line.startswith("[bold] is") and line.endswith(200 * "x")
+    assert [cell.strip("│ ") for cell in table[3:5]] == ["a    │  1.00 %", "bb   │ 40.00 %"]
+
+
+def test_a_percentage_is_printed_in_one_way():
+    assert [console.percent(0.4), console.percent(1 / 3, 1), console.percent(0.005, 0)] == ["40.00 %", "33.3 %", "0 %"]

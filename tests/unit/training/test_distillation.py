@@ -73,10 +73,10 @@ def losses(one: LpTrainer) -> list[float]:
 
 
 @pytest.mark.parametrize("tokens", [None, 7, torch.tensor(7)])
-@pytest.mark.parametrize("part", [0.25, 1.0])
-def test_the_loss_is_written_out_in_float64(tokens, part):
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_the_loss_is_written_out_in_float64(tokens, weight):
     generator = torch.Generator().manual_seed(1)
-    logits, theirs = (torch.randn(3, 5, 11, generator=generator).mul(3) for _ in range(2))
+    logits, teacher_logits = (torch.randn(3, 5, 11, generator=generator).mul(3) for _ in range(2))
     labels = torch.randint(0, 11, (3, 5), generator=generator)
     labels[0, 2] = labels[1, 1:4] = -100
     total, counted = 0.0, 0
@@ -84,14 +84,22 @@ def test_the_loss_is_written_out_in_float64(tokens, part):
         for t in range(4):
             if labels[i, t + 1] == -100:
                 continue
-            p, q = (one[i, t].double().softmax(-1).tolist() for one in (theirs, logits))
-            total += (1 - part) * -math.log(q[labels[i, t + 1]]) + part * sum(
+            p, q = (one[i, t].double().softmax(-1).tolist() for one in (teacher_logits, logits))
+            total += (1 - weight) * -math.log(q[labels[i, t + 1]]) + weight * sum(
                 a * math.log(a / b) for a, b in zip(p, q)
             )
             counted += 1
     assert counted == 8
-    loss = distilled_loss(SimpleNamespace(logits=logits.bfloat16().float()), labels, tokens, theirs=theirs, part=part)
-    exact = distilled_loss(SimpleNamespace(logits=logits), labels, tokens, theirs=theirs, part=part)
+    loss = distilled_loss(
+        SimpleNamespace(logits=logits.bfloat16().float()),
+        labels,
+        tokens,
+        teacher_logits=teacher_logits,
+        distill=weight,
+    )
+    exact = distilled_loss(
+        SimpleNamespace(logits=logits), labels, tokens, teacher_logits=teacher_logits, distill=weight
+    )
     assert float(exact) == pytest.approx(total / (counted if tokens is None else 7), rel=1e-5) and float(
         loss
     ) == pytest.approx(float(exact), rel=0.02)
@@ -99,12 +107,14 @@ def test_the_loss_is_written_out_in_float64(tokens, part):
 
 def test_the_divergence_is_none_from_oneself_and_its_gradient_leads_there():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    theirs = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    teacher_logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(divergence(logits, logits.detach()), torch.zeros(4))
-    assert (divergence(logits, theirs) > 0).all()
-    divergence(logits, theirs).sum().backward()
-    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - theirs.softmax(-1), rtol=1e-4, atol=1e-6)
-    assert divergence(logits.bfloat16(), theirs.bfloat16()).dtype == torch.float32
+    assert (divergence(logits, teacher_logits) > 0).all()
+    divergence(logits, teacher_logits).sum().backward()
+    torch.testing.assert_close(
+        logits.grad, logits.detach().softmax(-1) - teacher_logits.softmax(-1), rtol=1e-4, atol=1e-6
+    )
+    assert divergence(logits.bfloat16(), teacher_logits.bfloat16()).dtype == torch.float32
 
 
 # -- in Trainer ---------------------------------------------------------------
@@ -125,9 +135,9 @@ def test_the_model_comes_near_its_teacher_and_the_teacher_stays(tmp_path):
     near = trained(tmp_path / "b", learning_rate=1e-2, teacher=teacher, distill=1.0)
     ids = torch.stack([row["input_ids"] for row in dataset()])
     with torch.no_grad():
-        theirs = teacher(ids).logits
+        teacher_logits = teacher(ids).logits
         apart = [
-            float(divergence(one.model.eval()(ids).logits, theirs).mean())
+            float(divergence(one.model.eval()(ids).logits, teacher_logits).mean())
             for one in (tiny_trainer(tmp_path), near, far)
         ]
     assert apart[1] < 0.7 * apart[0] < apart[2]
@@ -176,9 +186,11 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
     resumed = make(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(saved))
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed)))
-    with pytest.raises(UsageError, match="had a teacher in 0.5 of its loss, and now there is a teacher in 0.25"):
+    with pytest.raises(
+        UsageError, match="had a teacher with distill=0.5, and now there is a teacher with distill=0.25"
+    ):
         make(tmp_path / "d", distill=0.25).train(resume_from_checkpoint=str(saved))
-    with pytest.raises(UsageError, match="step 8 had a teacher in 0.5 .* now there is no teacher"):
+    with pytest.raises(UsageError, match="step 8 had a teacher with distill=0.5, .* now there is no teacher"):
         trainer(tmp_path / "e", callbacks=[LpCallback(target=SparsityTarget(0.5))]).train(
             resume_from_checkpoint=str(saved)
         )

@@ -99,16 +99,16 @@ def test_the_bar_shows_loss_and_zeros_of_a_target(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [bar["loss"] for bar in shown[:4]] == [f"{entry['loss']:.3f}" for entry in logged] and len(logged) == 4
     assert [bar.get("zeros") for bar in shown[:4]] == [
-        f"{entry['lp/measured']:.1%}" if "lp/measured" in entry else None for entry in logged
+        f"{100 * entry['lp/measured']:.1f} %" if "lp/measured" in entry else None for entry in logged
     ]
-    assert shown[3]["zeros"] == "50.0%"
+    assert shown[3]["zeros"] == "50.0 %"
 
 
 def test_a_lambda_of_ones_own_is_shown_too_and_measured_when_it_is_logged(tmp_path):
     trainer, shown = trained(tmp_path, LpCallback(DecayWindow(0.1, 0.7)), 0.5)
     logged = [entry["lp/measured"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4 and logged[-1] == measure_sparsity(trainer.model).total > 0.05
-    assert [bar["zeros"] for bar in shown[:4]] == [f"{share:.1%}" for share in logged]
+    assert [bar["zeros"] for bar in shown[:4]] == [f"{100 * share:.1f} %" for share in logged]
 
 
 class Lines(TrainerCallback):
@@ -133,9 +133,9 @@ def test_with_trainer_itself_the_log_lines_have_the_zeros(callback, weight_decay
 
 def test_weights_that_fade_are_shown_beside_zeros_where_they_are_others():
     bar = Watched()
-    show_on_bar([object(), bar], {"loss": 2.5, "lp/measured": 0.1, "lp/faded": 0.25, "lp/groups_measured": 0.3})
+    show_on_bar([object(), bar], {"loss": 2.5, "lp/measured": 0.1, "lp/near_zero": 0.25, "lp/groups_measured": 0.3})
     show_on_bar([bar], {"eval_loss": 2.5})
-    assert bar.training_bar.shown == [{"loss": "2.500", "zeros": "10.0%", "faded": "25.0%", "groups": "30.0%"}]
+    assert bar.training_bar.shown == [{"loss": "2.500", "zeros": "10.0 %", "near zero": "25.0 %", "groups": "30.0 %"}]
 
 
 def test_a_dense_run_shows_its_loss_alone(tmp_path):
