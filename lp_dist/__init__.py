@@ -9,7 +9,7 @@ from lp_dist.optim.hooks import add_lp_decay
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.sparsity.measure import measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import param_groups
-from lp_dist.structured.naming import groups_of
+from lp_dist.structured.resolve import groups_of
 from lp_dist.targets.schedule import DecayWindow, Ramp
 from lp_dist.targets.target import GroupDecay, SparsityTarget
 

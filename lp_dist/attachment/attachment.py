@@ -1,4 +1,4 @@
-"""Attachment: what `attach` gives, by which a training loop tells that a step was taken, and saves where a target
+"""Attachment: what `attach` returns, by which a training loop says that a step was taken, and saves where a target
 stands.
 """
 
@@ -9,86 +9,99 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lp_dist.attachment.plan import attachable_of
 from lp_dist.errors import UsageError
-from lp_dist.optim.optimizers import LpOptimizer
 from lp_dist.sharding.shards import Shard
-from lp_dist.structured.group_decay import Grouped
-from lp_dist.targets.group_controller import GroupControl
-from lp_dist.targets.weight_controller import Control
+from lp_dist.structured.group_decay import GroupDecayHook
+from lp_dist.targets.controller import Controller
+from lp_dist.targets.group_controller import GroupController
+from lp_dist.targets.weight_controller import WeightController
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` found: the optimizer that steps, where each parameter lies on this rank, the names of those that
-    decay, and what brings them to a target, if there is one; the same of whole groups."""
+    """What `attach` returns.
+
+    Args:
+        optimizer: the inner optimizer, which steps.
+        shards: where each trainable parameter lies on this rank.
+        decayed: names of the parameters that decay.
+        weight_controller: brings single weights to their target, if there is one.
+        group_decay: decays weight groups, if there are some.
+        group_controller: brings these to their target, if there is one.
+    """
 
     optimizer: Optimizer
     shards: list[Shard]
     decayed: frozenset[str]
-    control: Control | None = None
-    grouped: Grouped | None = None
-    groups: GroupControl | None = None
+    weight_controller: WeightController | None = None
+    group_decay: GroupDecayHook | None = None
+    group_controller: GroupController | None = None
 
     def after_step(self) -> None:
         """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps
         really taken.
         """
-        for control in self._controls():
-            control.after_step()
-        if self.grouped is not None:
-            self.grouped.after_step()
+        for controller in self._controllers():
+            controller.after_step()
+        if self.group_decay is not None:
+            self.group_decay.after_step()
 
     def finish(self) -> None:
-        """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing dies
-        now.
+        """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing is
+        pruned now.
         """
-        for control in self._controls():
-            control.finish()
-        if self.grouped is not None:
-            self.grouped.forget()  # waits for what is under way
+        for controller in self._controllers():
+            controller.finish()
+        if self.group_decay is not None:
+            self.group_decay.forget()  # waits for a reduction that has begun
 
     @property
     def logs(self) -> dict[str, float]:
-        """Target, plan, measured share of zeros, λ, dead channels, as of the last look at the weights; empty without a
-        target.
-        """
-        return {key: value for control in self._controls() for key, value in control.logs.items()}
+        """Target, plan, measured share of zeros, λ, dead channels, as of the last update; empty without a target."""
+        return {key: value for controller in self._controllers() for key, value in controller.logs.items()}
 
-    def _controls(self) -> list[GroupControl | Control]:
-        return [control for control in (self.groups, self.control) if control is not None]
+    def _controllers(self) -> list[Controller]:
+        return [c for c in (self.group_controller, self.weight_controller) if c is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """The targets' own state, plain JSON types; to be saved with the optimizer's. A DeepSpeed engine saves and
         loads it by itself.
         """
-        state = {} if self.control is None else self.control.state_dict()
-        if self.grouped is not None:
-            state["groups"] = (self.groups or self.grouped).state_dict()
+        state = {}
+        if self.weight_controller is not None:
+            state["weights"] = self.weight_controller.state_dict()
+        if self.group_decay is not None:
+            state["groups"] = (self.group_controller or self.group_decay).state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was, after the optimizer's own state was loaded; raises UsageError if it is of another
-        target or run.
+        """Goes on where `state` was, after the optimizer's own state was loaded.
+
+        Raises:
+            UsageError: it is of another target or run.
         """
-        state = dict(state)
-        groups = state.pop("groups", None)
-        for mine, theirs, what in ((self.control, state, "target"), (self.groups or self.grouped, groups, "groups")):
-            if mine is not None and theirs:
-                mine.load_state_dict(theirs)
-            elif theirs:
+        for key, holder, has_target in (
+            ("weights", self.weight_controller, True),
+            ("groups", self.group_controller or self.group_decay, self.group_controller is not None),
+        ):
+            saved = state.get(key)
+            if holder is not None and saved:
+                holder.load_state_dict(saved)
+            elif saved:
                 raise UsageError(
-                    f"the checkpoint was trained for {theirs.get('target', 'groups with a λ')}, and now there is no"
-                    f" {what}; give the same one"
+                    f"the checkpoint was trained for {saved.get('target', 'groups with a λ')}, and now there is no"
+                    f" target of {key}; give the same one"
                 )
-            elif mine is not None and mine is not self.grouped:
+            elif holder is not None and has_target:
                 raise UsageError(
-                    f"the checkpoint was trained without this target ({what}); leave it out, or start anew from the"
+                    f"the checkpoint was trained without this target of {key}; leave it out, or start anew from the"
                     " saved model without its optimizer state"
                 )
 
     def set(self, name: str, **values: Any) -> None:
-        """Values (weight_decay, p, l2, precondition, cutoff, floor, pattern) of one parameter instead of its group's;
-        None gives one back.
+        """Overrides hyperparameters (weight_decay, p, l2, precondition, cutoff, regrowth_below, pattern, phase) of one
+        parameter; None gives one back to its group.
 
         Takes effect at the next step, costs no communication, and must be called alike on every rank.
         """
@@ -96,9 +109,4 @@ class Attachment:
             raise ValueError(
                 f"{name!r} is not a trainable parameter of this optimizer; names are those of model.named_parameters()"
             )
-        book_of(self.optimizer).segments.set(name, **values)
-
-
-def book_of(live: Any) -> Any:
-    """Where the segments and the asked-for values are kept: our optimizer, or the handle of `add_lp_decay`."""
-    return live if isinstance(live, LpOptimizer) else live.lp_decay
+        attachable_of(self.optimizer).attached.parameter_map.set(name, **values)

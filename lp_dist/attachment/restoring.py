@@ -14,9 +14,15 @@ from lp_dist.optim.state import steps_taken
 logger = logging.getLogger(__name__)
 
 
-def restore_values(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict[str, Container]) -> None:
-    """Puts the asked-for values back into the groups, and says so where a checkpoint had others."""
-    for i, (group, values) in enumerate(zip(live.param_groups, asked)):
+def restore_values(optimizer: Optimizer, requested: list[dict[str, Any]], scheduled: dict[str, Container]) -> None:
+    """Puts the requested values back into the param groups, and warns where a checkpoint had others.
+
+    Args:
+        optimizer: the inner one.
+        requested: of each param group.
+        scheduled: values of group keys that the caller sets at some step, and so are expected.
+    """
+    for i, (group, values) in enumerate(zip(optimizer.param_groups, requested)):
         if "max_momentum" in group:  # a scheduler such as OneCycleLR moves these along with the learning rate
             values = {key: value for key, value in values.items() if key not in ("betas", "momentum")}
         values = {key: value for key, value in values.items() if key != "lr"}  # the schedule's
@@ -34,10 +40,14 @@ def restore_values(live: Optimizer, asked: list[dict[str, Any]], scheduled: dict
         group.update(values)
 
 
-def restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Gives the groups back learning rates of their own, after a DeepSpeed loader that may have copied group 0's:
-    those of the scheduler, which was loaded with the engine, else in the proportion in which the groups were made."""
-    groups, made = live.param_groups, [float(values["lr"]) for values in asked]
+def restore_rates(optimizer: Optimizer, requested: list[dict[str, Any]], lr_scheduler: Any) -> None:
+    """Gives the param groups back learning rates of their own, after a DeepSpeed loader that may have copied group
+    0's.
+
+    They are those of the scheduler, which was loaded with the engine, else in the proportion in which the groups were
+    made.
+    """
+    groups, made = optimizer.param_groups, [float(values["lr"]) for values in requested]
     rates = list(getattr(lr_scheduler, "_last_lr", []))
     if len(rates) != len(groups):
         if len(set(made)) <= 1 or len({float(group["lr"]) for group in groups}) > 1 or not made[0]:
@@ -53,13 +63,14 @@ def restore_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: An
             group["initial_lr"] = rate
 
 
-def tell_of_rates(live: Optimizer, asked: list[dict[str, Any]], lr_scheduler: Any) -> None:
-    """Says so where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which
-    Trainer's schedules are, starts from the groups' own.)"""
-    made = [float(values["lr"]) for values in asked]
+def warn_of_other_rates(optimizer: Optimizer, requested: list[dict[str, Any]], lr_scheduler: Any) -> None:
+    """Warns where a resumed schedule goes on from other learning rates than the script has. (Only a LambdaLR, which
+    Trainer's schedules are, starts from the groups' own.)
+    """
+    made = [float(values["lr"]) for values in requested]
     rates = [float(rate) for rate in getattr(lr_scheduler, "base_lrs", [])]
     if (
-        steps_taken(live)
+        steps_taken(optimizer)
         and isinstance(lr_scheduler, torch.optim.lr_scheduler.LambdaLR)
         and len(rates) == len(made)
         and rates != made

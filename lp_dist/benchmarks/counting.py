@@ -1,4 +1,4 @@
-"""Benchmarks: what a feature costs, as a ratio to a training step in the same run on the same machine."""
+"""`lp-dist bench counting`: what counting zeros costs, as a share of the training steps between two counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lp_dist.benchmarks.timing import median_time
+from lp_dist.benchmarks.timing import median_seconds
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.report import environment
 from lp_dist.sparsity.measure import measure_histogram, measure_sparsity
@@ -15,22 +15,31 @@ from lp_dist.sparsity.selection import param_groups
 
 
 def counting(
-    layers: int = 30, hidden: int = 576, tokens: int = 512, repeats: int = 5, seed: int = 0
+    layers: int = 30, hidden_size: int = 576, tokens: int = 512, repeats: int = 5, seed: int = 0
 ) -> dict[str, Any]:
-    """Time of counting zeros, and of a histogram, against that of a training step of a Llama with random weights.
+    """Times counting zeros and a histogram of |w|, and a training step of the same Llama with random weights.
 
-    The defaults have the shape of SmolLM2-135M, and as many tokens a step as the demo. Medians of `repeats`, seconds.
+    The defaults have the shape of SmolLM2-135M, and as many tokens a step as the demo.
+
+    Args:
+        layers: of the model.
+        hidden_size: width of the model; a head has 64.
+        tokens: of a training step.
+        repeats: timed calls; the medians are reported.
+        seed: of the weights and tokens.
+    Returns:
+        One row: medians in seconds, their shares of 10 training steps, and where it was measured.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    heads = max(1, hidden // 64)
+    heads = max(1, hidden_size // 64)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=49152,
-            hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3,
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 8 // 3,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads // 3 or 1,
@@ -45,8 +54,8 @@ def counting(
         optimizer.step()
         optimizer.zero_grad()
 
-    work = {"step": step, "count": lambda: measure_sparsity(model), "histogram": lambda: measure_histogram(model)}
-    times = {name: median_time(name, call, repeats) for name, call in work.items()}
+    calls = {"step": step, "count": lambda: measure_sparsity(model), "histogram": lambda: measure_histogram(model)}
+    times = {name: median_seconds(name, call, repeats) for name, call in calls.items()}
     return {
         "benchmark": "counting",
         "seconds": times,

@@ -1,21 +1,22 @@
-"""`lp-dist bench trajectories`: what each p does to single weights, and whether a target's plan is followed, in a real
-training run.
+"""`lp-dist bench trajectories`: what each p does to single weights, and how well a target follows its plan.
+
+Both are measured in a real training run.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lp_dist.attachment.attach import attach
+from lp_dist.benchmarks import json_lines
+from lp_dist.benchmarks.json_lines import ResultRow
+from lp_dist.benchmarks.timing import progress
 from lp_dist.errors import UsageError
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.report import environment
@@ -28,12 +29,21 @@ _LR, _BATCH, _CONTEXT, _SHOWN = 2e-3, 16, 64, 60
 
 
 def trajectories(out: str, steps: int = 300, sparsity: float = 0.5, seed: int = 0) -> Path:
-    """Trains a small Llama on the bytes of Python's own language reference, then goes on with each p from the same
-    weights, and with a target for each p ≤ 1; writes `which-p.json` and `which-p.png` into `out`, and returns the
-    figure's path.
+    """Trains a small Llama on the bytes of Python's language reference, and goes on from there with each p.
 
-    With a λ: the one by which, without gradients, the share `sparsity` of the weights would be dead after `steps`
-    steps. For p = 2, where nothing dies, all weights would have shrunk to a tenth.
+    Each p has a run with a λ, and each p ≤ 1 one with a target. The λ is the one with which, without gradients, the
+    fraction `sparsity` of the weights would be zero after `steps` steps. With p = 2 no weight becomes zero, and all
+    would shrink to a tenth.
+
+    Args:
+        out: directory; a row is appended to its which-p.jsonl, and which-p.png is written.
+        steps: of each run.
+        sparsity: the fraction of zeros.
+        seed: of the weights and batches.
+    Returns:
+        The path of the figure.
+    Raises:
+        UsageError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -45,27 +55,24 @@ def trajectories(out: str, steps: int = 300, sparsity: float = 0.5, seed: int = 
     torch.manual_seed(seed)
     data = _bytes()
     start = _model()
-    _train(start, LpAdamW(start.parameters(), lr=_LR), data, steps, seed, desc="dense, to start from")
+    _train(start, LpAdamW(start.parameters(), lr=_LR), data, steps, seed, "dense, to start from")
     rows = [_with_lambda(copy.deepcopy(start), p, data, steps, sparsity, seed) for p in EXPONENTS]
     plans = [_with_target(copy.deepcopy(start), p, data, steps, sparsity, seed) for p in EXPONENTS if p <= 1]
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "which-p.json").write_text(
-        json.dumps(
-            {
-                "benchmark": "trajectories",
-                "steps": steps,
-                "sparsity": sparsity,
-                "seed": seed,
-                "lr": _LR,
-                "machine": platform.machine(),
-                "versions": environment.versions(),
-                "lambda": [{key: row[key] for key in ("p", "weight_decay", "zeros", "loss")} for row in rows],
-                "target": [{key: row[key] for key in ("p", "closed", "loss", "lag")} for row in plans],
-            },
-            indent=1,
-        )
-        + "\n"
+    json_lines.append(
+        directory / "which-p.jsonl",
+        {
+            "benchmark": "trajectories",
+            "steps": steps,
+            "sparsity": sparsity,
+            "seed": seed,
+            "lr": _LR,
+            "machine": platform.machine(),
+            "versions": environment.versions(),
+            "lambda": [{key: row[key] for key in ("p", "weight_decay", "zeros", "loss")} for row in rows],
+            "target": [{key: row[key] for key in ("p", "final_pruning", "loss", "lag")} for row in plans],
+        },
     )
     path = directory / "which-p.png"
     _draw(path, rows, plans, steps)
@@ -98,8 +105,8 @@ def _model() -> nn.Module:
 def _batches(data: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        places = torch.randint(len(data) - _CONTEXT, (_BATCH, 1), generator=generator)
-        yield data[places + torch.arange(_CONTEXT)]
+        starts = torch.randint(len(data) - _CONTEXT, (_BATCH, 1), generator=generator)
+        yield data[starts + torch.arange(_CONTEXT)]
 
 
 def _train(
@@ -108,23 +115,23 @@ def _train(
     data: Tensor,
     steps: int,
     seed: int,
-    desc: str,
+    name: str,
     after: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """after(step): called after each step. Returns the mean loss of the last tenth of the steps."""
+    """The mean loss of the last tenth of the steps. after: called with the step's number after each step."""
     losses = []
-    for step, batch in enumerate(tqdm(_batches(data, steps, seed), total=steps, desc=desc, leave=False)):
+    for step, batch in enumerate(progress(_batches(data, steps, seed), name, total=steps)):
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         after(step)
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    last_losses = losses[-max(1, steps // 10) :]
+    return sum(last_losses) / len(last_losses)
 
 
-def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> dict[str, Any]:
+def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> ResultRow:
     params = dict(model.named_parameters())
     names = sorted(matrix_names(model))
     magnitudes = torch.cat([params[name].detach().abs().flatten() for name in names]).sort().values
@@ -148,16 +155,20 @@ def _with_lambda(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
     }
 
 
-def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> dict[str, Any]:
+def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity: float, seed: int) -> ResultRow:
     optimizer = LpAdamW(model.parameters(), lr=_LR, p=p, precondition=0.5)
-    attached = attach(model, optimizer, target=SparsityTarget(sparsity, scope="layer", grace=0.0), total_steps=steps)
+    attached = attach(
+        model, optimizer, target=SparsityTarget(sparsity, scope="layer", regrowth=0.0), total_steps=steps
+    )
     plan, measured = [], []
 
     def record(step: int) -> None:
         attached.after_step()
-        control = attached.control
-        first = next(iter(control.before.values()), 0.0)
-        plan.append(first + (control.sparsity - first) * control.plan(step + 1) if control.before else 0.0)
+        controller = attached.weight_controller
+        first = next(iter(controller.before.values()), 0.0)
+        plan.append(
+            first + (controller.sparsity - first) * controller.planned_share(step + 1) if controller.before else 0.0
+        )
         measured.append(measure_sparsity(model).total)
 
     loss = _train(model, optimizer, data, steps, seed + 1, f"p = {p:g}, {sparsity:.0%} zeros", record)
@@ -165,13 +176,13 @@ def _with_target(model: nn.Module, p: float, data: Tensor, steps: int, sparsity:
         "p": p,
         "plan": plan,
         "measured": measured,
-        "closed": attached.control.closed,
+        "final_pruning": attached.weight_controller.final_pruning,
         "loss": loss,
         "lag": max(a - b for a, b in zip(plan, measured)),
     }
 
 
-def _draw(path: Path, rows: list[dict[str, Any]], plans: list[dict[str, Any]], steps: int) -> None:
+def _draw(path: Path, rows: list[ResultRow], plans: list[ResultRow], steps: int) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 4, figsize=(14, 6.5), layout="constrained")
@@ -185,16 +196,16 @@ def _draw(path: Path, rows: list[dict[str, Any]], plans: list[dict[str, Any]], s
             ylabel="|w|",
         )
         axis.title.set_fontsize(9)
-    plan, late = axes[:, 3]
+    plan, deviation = axes[:, 3]
     for row in plans:
         plan.plot(row["measured"], linewidth=1, label=f"p = {row['p']:g}, loss {row['loss']:.2f}")
     plan.plot(plans[0]["plan"], "k--", linewidth=1, label="plan")
-    plan.set(title="target: plan and measured share of zeros", xlabel="optimizer step")
+    plan.set(title="target: plan and measured fraction of zeros", xlabel="optimizer step")
     plan.legend(fontsize=7)
     for row in plans:
-        late.plot([a - b for a, b in zip(row["measured"], row["plan"])], linewidth=1, label=f"p = {row['p']:g}")
-    late.set(title="measured − plan", xlabel="optimizer step")
-    for axis in (plan, late):
+        deviation.plot([a - b for a, b in zip(row["measured"], row["plan"])], linewidth=1, label=f"p = {row['p']:g}")
+    deviation.set(title="measured − plan", xlabel="optimizer step")
+    for axis in (plan, deviation):
         axis.title.set_fontsize(9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

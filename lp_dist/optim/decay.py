@@ -1,14 +1,17 @@
-"""The Lp decay factor: the one place where the equation is written. torch only, pure functions.
+"""The Lp decay: the one place where the equation is written. torch only, pure functions.
 
 Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm", arXiv 2404.10824. The regularised loss is
 `L(w) + (λ/p)·Σ|w|^p`; with learning rate α and the base optimizer's step `u = w_old − α·a`, one step is
 
     w_new = u / (1 + α·λ2 + α·λ/x)        x = |w_old|^(2−p)        (1/x is the paper's auxiliary s = |w|^(p−2))
 
-The weight in x is the one from BEFORE the gradient step. Three forms of ours change x and cost no state:
-preconditioned, `x = |w_old|^(2−p)·(√v̂+ε)^γ`; capped, where a weight with `x > cutoff` feels no Lp term; and with a
-floor, where x is taken as at least that: then zero does not absorb, as in iteratively reweighted least squares, whose
-ε it is, and a weight that has faded comes back if its gradient asks for it.
+x is called the saliency here: the larger it is, the less a weight decays. The weight in x is the one from BEFORE the
+gradient step. Three forms of ours change x and cost no state:
+
+- preconditioned: `x = |w_old|^(2−p)·(√v̂+ε)^γ`;
+- capped: a weight with `x > cutoff` feels no Lp term;
+- with regrowth: x is taken as at least `regrowth_below`. Then zero does not absorb, as in iteratively reweighted least
+  squares, whose ε it is, and a weight that is near zero grows again if its gradient asks for it.
 
 λ is `weight_decay` and carries the 1/p: a code whose factor is `1/(1 + p·α·λ'·|w|^(p−2))` has `λ = p·λ'`.
 p = 2 is AdamW's decay to first order; p = 0 is the log penalty; p < 0 continues the same formula.
@@ -27,11 +30,15 @@ from lp_dist.optim.hyperparameters import check_hyperparameters
 SNAP = 1e-13
 
 
-def resistance(weights: list[Tensor], p: float) -> list[Tensor]:
-    """x = |w|^(2−p) of each tensor: how well a weight resists the decay.
+def saliency(weights: list[Tensor], p: float) -> list[Tensor]:
+    """x = |w|^(2−p) of each tensor: how little a weight decays.
 
-    Computed and returned in fp32 for 16-bit weights (|w|^6 leaves their range), else in the weights' dtype.
-    New tensors, any shape. For p < 2, x = 0 exactly where w = 0, so that zero absorbs.
+    Args:
+        weights: any shape, floating point.
+        p: exponent of the norm.
+    Returns:
+        New tensors: fp32 for 16-bit weights (|w|^6 leaves their range), else in the weights' dtype. For p < 2, x = 0
+        exactly where w = 0, so that zero absorbs.
     """
     x = torch._foreach_abs([w.float() if w.dtype.itemsize < 4 else w for w in weights])
     exponent = 2.0 - p
@@ -39,7 +46,7 @@ def resistance(weights: list[Tensor], p: float) -> list[Tensor]:
         torch._foreach_mul_(x, torch._foreach_sqrt(x))
     elif exponent != 1.0:
         torch._foreach_pow_(x, exponent)
-    return x
+    return list(x)
 
 
 def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
@@ -65,9 +72,9 @@ def lag_(x: list[Tensor], s: list[Tensor], lag: float) -> None:
         torch.reciprocal(state, out=t)
 
 
-def is_active(lr: float, weight_decay: float, cutoff: float) -> bool:
-    """Whether the Lp term acts at all. A negative cutoff switches it off, since x > cutoff everywhere."""
-    return lr * weight_decay > 0.0 and cutoff >= 0.0
+def is_active(lr: float, weight_decay: float) -> bool:
+    """Whether the Lp term acts at all."""
+    return lr * weight_decay > 0.0
 
 
 def decay_(
@@ -79,18 +86,28 @@ def decay_(
     p: float,
     l2: float = 0.0,
     cutoff: float = math.inf,
-    floor: float = 0.0,
+    regrowth_below: float = 0.0,
     skip: Tensor | None = None,
 ) -> None:
-    """weights ← weights / (1 + αλ2 + αλ/x), in place; `weights` hold u, the base optimizer's step.
+    """weights ← weights / (1 + αλ2 + αλ/x), in place.
 
-    x: from `resistance`, preconditioned or not, of the weights before that step; it is consumed. None where the Lp
-    term is not active. skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere
-    (AMP's found_inf). With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero,
-    and 0 where x = inf: one form is right for every p, p ≥ 2 included, and 0/0 can't occur. A cutoff of 0 freezes
-    zeros, whatever the floor.
+    With αλ = 0 and l2 = 0 nothing is touched. αλ/x is inf where x = 0, so the weight becomes zero, and 0 where x =
+    inf: one form is right for every p, p ≥ 2 included, and 0/0 can't occur. A cutoff of 0 freezes zeros, whatever
+    `regrowth_below` is.
+
+    Args:
+        weights: u, the base optimizer's step; any shape, floating point.
+        x: from `saliency`, preconditioned or not, of the weights before that step; it is used up. None where the Lp
+            term is not active.
+        lr: α.
+        weight_decay: λ.
+        p: exponent of the norm.
+        l2: λ2.
+        cutoff: weights with x above it feel no Lp term.
+        regrowth_below: x is taken as at least this.
+        skip: a one-element tensor, 1.0 where the base optimizer left out its step, 0.0 elsewhere (AMP's found_inf).
     """
-    active = is_active(lr, weight_decay, cutoff)
+    active = is_active(lr, weight_decay)
     if not active and lr * l2 == 0.0:
         return
     limits = torch.finfo(torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32)
@@ -101,9 +118,9 @@ def decay_(
         if cutoff < math.inf:
             for t in x:
                 t.masked_fill_(t > cutoff, math.inf)  # the penalty is flat here: no pull
-        if floor > 0.0 and cutoff > 0.0:
+        if regrowth_below > 0.0 and cutoff > 0.0:
             for t in x:
-                t.clamp_(min=floor)
+                t.clamp_(min=regrowth_below)
         torch._foreach_reciprocal_(x)  # s = 1/x
         torch._foreach_mul_(x, strength)  # α·λ·s
         torch._foreach_add_(x, base)  # 1 + α·λ2 + α·λ·s
@@ -129,7 +146,7 @@ def lp_decay(
     p: float = 0.5,
     l2: float = 0.0,
     cutoff: float = math.inf,
-    floor: float = 0.0,
+    regrowth_below: float = 0.0,
     precondition: float = 0.0,
     denom: Tensor | None = None,
 ) -> Tensor:
@@ -143,7 +160,7 @@ def lp_decay(
         p: exponent of the norm, in [−4, 4].
         l2: λ2, an L2 term beside the Lp one (elastic net).
         cutoff: weights with x above it feel no Lp term.
-        floor: x is taken as at least this where it is not above the cutoff; 0: as it is, and zero absorbs.
+        regrowth_below: x is taken as at least this where it is not above the cutoff; 0: as it is, and zero absorbs.
         precondition: γ ≥ 0, exponent on `denom` in x.
         denom: √v̂+ε of Adam, same shape; needed when γ > 0.
     Returns:
@@ -152,15 +169,21 @@ def lp_decay(
         ValueError: a hyperparameter is out of its range, or γ > 0 without `denom`.
     """
     check_hyperparameters(
-        lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor, precondition=precondition
+        lr=lr,
+        weight_decay=weight_decay,
+        p=p,
+        l2=l2,
+        cutoff=cutoff,
+        regrowth_below=regrowth_below,
+        precondition=precondition,
     )
     if precondition and denom is None:
         raise ValueError(f"precondition={precondition} needs denom (√v̂+ε of Adam); pass it, or set precondition=0")
     out = u.clone()
     x = None
-    if is_active(lr, weight_decay, cutoff):
-        x = resistance([w_old], p)
+    if is_active(lr, weight_decay):
+        x = saliency([w_old], p)
         if precondition:
             precondition_(x, [denom], precondition)
-    decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor)
+    decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, regrowth_below=regrowth_below)
     return out

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lp_dist.optim import decay, hyperparameters
-from lp_dist.optim.batching import local
-from lp_dist.optim.optimizers import LpOptimizer
-from lp_dist.optim.parameter_map import Asked, SegmentMap, effective, part
-from lp_dist.optim.state import COUNT, refuse_all_zero
+from lp_dist.optim import decay
+from lp_dist.optim.attachable import AttachedState
+from lp_dist.optim.base import LpOptimizer
+from lp_dist.optim.batching import to_local
+from lp_dist.optim.hyperparameters import Phase, acting_values, check_hyperparameters
+from lp_dist.optim.parameter_map import ParameterMap, effective_values, flat_view
+from lp_dist.optim.state import STEP_COUNT, refuse_all_zero
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,26 @@ _PER_PARAMETER = tuple(
     if hasattr(torch.optim, name)
 )
 
-_ASKED = ("lr", "weight_decay", "p", "l2", "cutoff", "floor", "betas", "eps", "momentum")
+# Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
+_REQUESTED = ("lr", "weight_decay", "p", "l2", "cutoff", "regrowth_below", "phase", "betas", "eps", "momentum")
+_OF_DECAY = ("weight_decay", "p", "l2", "cutoff", "regrowth_below")
+
+# The handle of each optimizer that has one. The optimizer's hooks keep it alive.
+_HANDLES: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LpDecay]] = weakref.WeakKeyDictionary()
+
+
+def handle_of(optimizer: Any) -> LpDecay | None:
+    """The handle that `add_lp_decay` returned for this optimizer; None where it has no Lp decay, or its own."""
+    handle = _HANDLES.get(optimizer) if isinstance(optimizer, Optimizer) else None
+    return handle() if handle is not None else None
+
+
+class _BeforeStep(NamedTuple):
+    """What the decay needs from before a step: some weights, the values that hold for them, and their saliencies."""
+
+    values: dict[str, Any]
+    weights: list[Tensor]
+    x: list[Tensor] | None
 
 
 def add_lp_decay(
@@ -49,35 +71,45 @@ def add_lp_decay(
     p: float = 0.5,
     l2: float = 0.0,
     cutoff: float = math.inf,
-    floor: float = 0.0,
+    regrowth_below: float = 0.0,
     one_at_a_time: bool | None = None,
 ) -> LpDecay:
     """Gives `optimizer` (8-bit Adam, Adafactor, Muon, DeepSpeedCPUAdam, ...) the decoupled Lp decay of arXiv
     2404.10824.
 
     λ is each group's `weight_decay`, which the optimizer itself no longer sees: it is 0 while the base steps, so
-    nothing is decayed twice. p, l2, cutoff and floor become group keys, with these values where a group has none of
-    its own. α is the group's `lr`.
+    nothing is decayed twice. α is the group's `lr`.
 
-    The decay needs the weights from before the step, hence memory: one temporary of the largest decayed tensor where
-    the optimizer can be stepped a few parameters at a time, else one copy of all decayed weights (fp32 for 16-bit
-    ones). Under ZeRO the tensors are the flat shards; stage 3 steps them one sub-group at a time anyway.
+    The decay needs the weights from before the step, and memory for them: one temporary of the largest decayed tensor
+    where the optimizer can be stepped a few parameters at a time, else one copy of all decayed weights (fp32 for
+    16-bit ones). Under ZeRO the tensors are the flat shards; stage 3 steps them one sub-group at a time anyway.
 
     Args:
+        optimizer: any torch optimizer but LBFGS and those of lp_dist, with a number `lr` in each group.
+        p: exponent of the norm; becomes a group key, as do the next three, with this value where a group has none.
+        l2: λ2 of the elastic net.
+        cutoff: weights with a saliency above it feel no Lp term.
+        regrowth_below: a saliency below this is taken as this.
         one_at_a_time: None chooses: True for torch's own per-parameter optimizers, else False. True is your word that
             the optimizer treats each parameter by itself and counts no calls of `step()`.
     Returns:
         A handle: `.memory` is "largest tensor" or "copy", `.remove()` takes the decay off again.
     Raises:
-        ValueError: the optimizer is one of ours, LBFGS, has the decay already, or a hyperparameter is bad.
+        ValueError: the optimizer is one of lp_dist, LBFGS, has the decay already, or a hyperparameter is bad.
     """
-    return LpDecay(optimizer, {"p": p, "l2": l2, "cutoff": cutoff, "floor": floor}, one_at_a_time)
+    defaults = {"p": p, "l2": l2, "cutoff": cutoff, "regrowth_below": regrowth_below, "phase": Phase.DECAY.value}
+    return LpDecay(optimizer, defaults, one_at_a_time)
 
 
 class LpDecay:
-    """The handle that `add_lp_decay` returns."""
+    """The handle that `add_lp_decay` returns.
 
-    def __init__(self, optimizer: Optimizer, defaults: dict[str, float], one_at_a_time: bool | None) -> None:
+    Attributes:
+        attached: what `lp_dist.attach` leaves here, as on the optimizers of lp_dist.
+        one_at_a_time: whether the optimizer is stepped a few parameters at a time.
+    """
+
+    def __init__(self, optimizer: Optimizer, defaults: dict[str, Any], one_at_a_time: bool | None) -> None:
         name = type(optimizer).__name__
         if isinstance(optimizer, LpOptimizer):
             raise ValueError(f"{name} has the Lp decay built in; set its weight_decay and p instead")
@@ -85,8 +117,10 @@ class LpDecay:
             raise ValueError(
                 "LBFGS takes many inner steps a call, so there is no weight 'before the step'; use another optimizer"
             )
-        if hasattr(optimizer, "lp_decay"):
-            raise ValueError(f"this {name} has the Lp decay already; call .lp_decay.remove() first")
+        if handle_of(optimizer) is not None:
+            raise ValueError(
+                f"this {name} has the Lp decay already; call .remove() of the handle that add_lp_decay returned first"
+            )
         self._optimizer = optimizer
         for group in optimizer.param_groups:
             self.check({**defaults, **group})
@@ -97,33 +131,31 @@ class LpDecay:
                 group.setdefault(key, value)
         self.one_at_a_time = type(optimizer) in _PER_PARAMETER if one_at_a_time is None else one_at_a_time
         self._defaults = defaults
-        self.segments = SegmentMap()  # filled by lp_dist.attach, as in our own optimizers
-        self.asked = Asked()
+        self.attached = AttachedState()
         for group in optimizer.param_groups:
-            self.asked.add(group, _ASKED)
+            self.attached.requested.add(group, _REQUESTED)
         # What must be put back or used after the step; all empty between steps.
-        self._olds: list[
-            tuple[dict, list[Tensor], list[Tensor] | None]
-        ] = []  # values, weights, their x before the step
-        self._decays: list[tuple[dict, float]] = []  # group, λ, which the base must not see
+        self._before_step: list[_BeforeStep] = []
+        self._weight_decays: list[tuple[dict, float]] = []  # group, λ, which the base must not see
         self._params: list[tuple[dict, list[Tensor]]] = []  # group, its parameters, while stepped in batches
-        self._handles = [
+        self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_state_dict_pre_hook(
-                lambda _: self._restore()
-            ),  # a step that raised must not be saved half done
+            # A step that raised must not be saved half done.
+            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
         ]
-        optimizer.lp_decay = self
-        logger.info(
-            "Lp decay on %s: costs %s",
-            name,
-            (
-                "one temporary of the largest decayed tensor"
-                if self.one_at_a_time
-                else "a copy of the decayed weights during each step"
-            ),
+        _HANDLES[optimizer] = weakref.ref(self)
+        cost = (
+            "one temporary of the largest decayed tensor"
+            if self.one_at_a_time
+            else "a copy of the decayed weights during each step"
         )
+        logger.info("Lp decay on %s: costs %s", name, cost)
+
+    @property
+    def parameter_map(self) -> ParameterMap:
+        """Which parameter lies where in the stepped tensors, and what single parameters override."""
+        return self.attached.parameter_map
 
     @property
     def memory(self) -> str:
@@ -133,16 +165,15 @@ class LpDecay:
     def remove(self) -> None:
         """Takes the decay off: from now on the optimizer does with weight_decay what it did before."""
         self._restore()
-        if getattr(self, "grouped", None) is not None:
-            self.grouped.remove()  # `attach` has put it here
-        for handle in self._handles:
-            handle.remove()
-        del self._optimizer.lp_decay
+        self.attached.hooks.remove()
+        for hook in self._hooks:
+            hook.remove()
+        _HANDLES.pop(self._optimizer, None)
 
     def begin_later(self) -> None:
         """Puts its own hook before a step behind those that were registered since: it may step the parameters then."""
-        self._handles[0].remove()
-        self._handles[0] = self._optimizer.register_step_pre_hook(self._before)
+        self._hooks[0].remove()
+        self._hooks[0] = self._optimizer.register_step_pre_hook(self._before)
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for group values out of their range, or that the decay lacks."""
@@ -153,7 +184,7 @@ class LpDecay:
             )
         if group.get("latent"):
             raise ValueError(
-                "latent=True keeps hidden weights where Adam has its first moments, of which add_lp_decay knows"
+                "latent=True keeps latent weights where Adam has its first moments, of which add_lp_decay knows"
                 " nothing; use LpAdamW, or leave it out"
             )
         if group.get("pattern"):
@@ -169,8 +200,9 @@ class LpDecay:
                     f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a"
                     f" number; {way_out}"
                 )
-        hyperparameters.check_hyperparameters(
-            **{key: group[key] for key in ("lr", "weight_decay", "p", "l2", "cutoff", "floor")}
+        check_hyperparameters(
+            **{key: group[key] for key in ("lr", *_OF_DECAY)},
+            **({"phase": group["phase"]} if "phase" in group else {}),
         )
 
     # -- around a step --------------------------------------------------------
@@ -183,14 +215,14 @@ class LpDecay:
             for key, value in self._defaults.items():
                 group.setdefault(key, value)  # a group that was added later
             self.check(group)
-        self._decays = [(group, group["weight_decay"]) for group in groups]
+        self._weight_decays = [(group, group["weight_decay"]) for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0
         if not self.one_at_a_time:
-            self._olds = [
-                old
-                for group, lam in self._decays
-                for old in self._old({**group, "weight_decay": lam}, _with_grad(group["params"]))
+            self._before_step = [
+                saved
+                for group, weight_decay in self._weight_decays
+                for saved in self._save({**group, "weight_decay": weight_decay}, _with_grad(group["params"]))
             ]
         else:
             try:
@@ -206,88 +238,84 @@ class LpDecay:
         for group in optimizer.param_groups:
             for param in _with_grad(group["params"]):
                 state = optimizer.state[param]
-                if (
-                    "step" not in state
-                ):  # plain SGD counts none; `attachment.steps_taken` must know those that were skipped
-                    state[COUNT] = state.get(COUNT, 0) + 1  # no tensor: torch would load it in the dtype of the weight
+                if "step" not in state:
+                    # Plain SGD counts none, and `steps_taken` must know which were skipped. No tensor: torch would
+                    # load it in the dtype of the weight.
+                    state[STEP_COUNT] = state.get(STEP_COUNT, 0) + 1
 
     def _step_in_batches(self, optimizer: Optimizer) -> None:
         """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to
         do.
         """
         self._params = [(group, group["params"]) for group in optimizer.param_groups]
-        pairs = [(i, param) for i, (group, params) in enumerate(self._params) for param in _with_grad(params)]
-        values = [{**group, "weight_decay": lam} for group, lam in self._decays]
-        decays = {
+        pairs = [(i, param) for i, (_, params) in enumerate(self._params) for param in _with_grad(params)]
+        group_values = [{**group, "weight_decay": weight_decay} for group, weight_decay in self._weight_decays]
+        decaying = {
             id(param)
             for i, param in pairs
-            if any(v["weight_decay"] or v["l2"] for v, *_ in self._runs(values[i], param))
+            if any(values["weight_decay"] or values["l2"] for values in self._values_of(group_values[i], param))
         }
-        decayed = [(i, param) for i, param in pairs if id(param) in decays]
-        rest = [(i, param) for i, param in pairs if id(param) not in decays]
-        step = type(optimizer).step.__wrapped__  # without the hooks, ours and others': those run once a step
-        for batch in [rest, *_packed(decayed)]:
+        decayed = [(i, param) for i, param in pairs if id(param) in decaying]
+        others = [(i, param) for i, param in pairs if id(param) not in decaying]
+        step = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # without the hooks: those run once a step
+        for batch in [others, *_packed(decayed)]:
             for i, (group, _) in enumerate(self._params):
                 group["params"] = [param for j, param in batch if j == i]
-            self._olds = [old for (group, _), v in zip(self._params, values) for old in self._old(v, group["params"])]
+            self._before_step = [
+                saved
+                for (group, _), values in zip(self._params, group_values)
+                for saved in self._save(values, group["params"])
+            ]
             step(optimizer)
             self._apply(optimizer)
         for group, _ in self._params:
             group["params"] = []
 
-    def _runs(self, values: dict, param: Tensor) -> list[tuple[dict, int, int]]:
-        """The parts of a parameter, each with the values that hold for it."""
-        return [
-            (effective(values, own), offset, length)
-            for offset, length, own in self.segments.runs(param, local(param).numel())
-        ]
+    def _values_of(self, group: dict[str, Any], param: Tensor) -> list[dict[str, Any]]:
+        """The values that hold for each span of a parameter."""
+        spans = self.parameter_map.value_spans(param, to_local(param).numel())
+        return [acting_values(effective_values(group, span.overrides)) for span in spans]
 
     @torch.no_grad()
-    def _old(self, values: dict, params: list[Tensor]) -> list[tuple[dict, list[Tensor], list[Tensor] | None]]:
-        """What the decay needs from before the step: the weights, by the values that hold for them, and their x."""
-        weights: dict[int, tuple[dict, list[Tensor]]] = {}
+    def _save(self, group: dict[str, Any], params: list[Tensor]) -> list[_BeforeStep]:
+        """What the decay needs from before the step, by the values that hold."""
+        by_values: dict[int, tuple[dict, list[Tensor]]] = {}
         for param in params:
-            for offset, length, own in self.segments.runs(param, local(param).numel()):
-                weights.setdefault(id(own), (effective(values, own), []))[1].append(part(local(param), offset, length))
+            local = to_local(param)
+            for offset, length, overrides in self.parameter_map.value_spans(param, local.numel()):
+                if id(overrides) not in by_values:
+                    by_values[id(overrides)] = acting_values(effective_values(group, overrides)), []
+                by_values[id(overrides)][1].append(flat_view(local, offset, length))
         return [
-            (
-                v,
-                w,
-                (
-                    decay.resistance(w, v["p"])
-                    if decay.is_active(float(v["lr"]), v["weight_decay"], v["cutoff"])
-                    else None
-                ),
+            _BeforeStep(
+                values,
+                weights,
+                decay.saliency(weights, values["p"])
+                if decay.is_active(float(values["lr"]), values["weight_decay"])
+                else None,
             )
-            for v, w in weights.values()
+            for values, weights in by_values.values()
         ]
 
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer) -> None:
         skip = getattr(optimizer, "found_inf", None)  # AMP's GradScaler: a fused base leaves out the step by itself
-        for values, weights, x in self._olds:
-            decay.decay_(
-                weights,
-                x,
-                lr=float(values["lr"]),
-                skip=skip,
-                **{key: values[key] for key in ("weight_decay", "p", "l2", "cutoff", "floor")},
-            )
-        self._olds = []
+        for values, weights, x in self._before_step:
+            decay.decay_(weights, x, lr=float(values["lr"]), skip=skip, **{key: values[key] for key in _OF_DECAY})
+        self._before_step = []
 
     def _restore(self) -> None:
-        for group, lam in self._decays:
+        for group, weight_decay in self._weight_decays:
             if group["weight_decay"] == 0.0:  # else a schedule has set it anew after a step that raised
-                group["weight_decay"] = lam
+                group["weight_decay"] = weight_decay
         for group, params in self._params:
             group["params"] = params
-        self._olds, self._decays, self._params = [], [], []
+        self._before_step, self._weight_decays, self._params = [], [], []
 
 
 def _with_grad(params: list[Tensor]) -> list[Tensor]:
-    return [
-        param for param in params if param.grad is not None
-    ]  # the base leaves the others alone, and so does the decay
+    # The base leaves the others alone, and so does the decay.
+    return [param for param in params if param.grad is not None]
 
 
 def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
@@ -304,10 +332,11 @@ def _evaluate_closure(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
 
 def _packed(pairs: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
     """Batches of parameters, none with more elements than the largest parameter has."""
-    limit = max((local(param).numel() for _, param in pairs), default=0)
-    batches, size = [], 0
+    limit = max((to_local(param).numel() for _, param in pairs), default=0)
+    batches: list[list[tuple[int, Tensor]]] = []
+    size = 0
     for pair in pairs:
-        numel = local(pair[1]).numel()
+        numel = to_local(pair[1]).numel()
         if not batches or size + numel > limit:
             batches.append([])
             size = 0

@@ -1,14 +1,14 @@
-"""Latent weights: what is planned to die is zero in the model at once, and goes on learning where its momentum would
-be.
+"""Latent weights: weights below the cutoff are set to zero in the model, while the optimizer keeps their values.
 
-A weight that fades loses what it was, so one that would have been needed later has to grow again from nothing.
-Proximal and straight-through methods (ProxQuant, arXiv 1810.00861, is both) keep a dense copy of the weights and show
-the model the pruned ones. Here there is no copy: a weight that is zero needs no momentum, so its latent value lies in
-Adam's first moment. The latent takes Adam's step without momentum, from the gradient at zero, and the decay of
-`decay.py`, which under a cap reaches hidden weights alone; once its x is above the cutoff it is the weight again, with
-a momentum of 0. Whether a weight is seen is asked after the step, and not before it as the decay asks: what the model
-is shown next is then above the threshold, which on a small character model at 90 % is worth 0.014 nats. The fused
-steps write the same in their own words.
+Weights that decay lose what they were, so one that is needed later has to grow again from nothing. Proximal and
+straight-through methods (ProxQuant, arXiv 1810.00861, is both) keep a dense copy of the weights and show the model the
+pruned ones. Here there is no copy. A weight that is zero needs no momentum, so its latent value lies in Adam's first
+moment, `exp_avg`. A latent value takes Adam's step without momentum, from the gradient at zero, and the decay of
+`decay.py`. Once its saliency is above the cutoff it is the weight again, with a momentum of 0.
+
+Whether a weight is latent is decided after the step, and not before it as the decay does. What the model computes with
+next is then above the threshold, which on a small character model at 90 % is worth 0.014 nats. The kernels compute the
+same.
 """
 
 from __future__ import annotations
@@ -21,43 +21,54 @@ from torch import Tensor
 from lp_dist.optim import decay
 
 
-class Hidden:
-    """Of one step: which weights were hidden before it, and `latents`, the weights with what is latent in the place of
-    zeros.
+class LatentWeights:
+    """The latent weights of one step, made before it.
+
+    Args:
+        weights: of the model, any shape; zero where they are latent.
+        exp_avgs: Adam's first moments, like `weights`.
+    Attributes:
+        values: the weights, with the latent values in the place of zeros; new tensors.
     """
 
-    def __init__(self, weights: list[Tensor], memory: list[Tensor]) -> None:
-        self.were = [w == 0 for w in weights]
-        self.latents = [torch.where(hidden, m, w) for hidden, m, w in zip(self.were, memory, weights)]
+    def __init__(self, weights: list[Tensor], exp_avgs: list[Tensor]) -> None:
+        self._were_latent = [w == 0 for w in weights]
+        self.values = [torch.where(latent, m, w) for latent, m, w in zip(self._were_latent, exp_avgs, weights)]
 
     def decay_(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
-        memory: list[Tensor],
+        exp_avgs: list[Tensor],
         denom: list[Tensor],
         x: list[Tensor],
         gamma: float,
         values: dict[str, Any],
     ) -> None:
-        """The decay of all, in place, after the base's step; then what is not above the cutoff goes into `memory`, and
-        its weight becomes zero.
+        """Decays all weights, in place, after the base's step. Those whose saliency is not above the cutoff move to
+        `exp_avgs`, and become zero.
 
-        weights, memory: after Adam's step, which was wrong where a weight was hidden. denom: √v̂+ε. x: of `latents`;
-        it is consumed. gamma: γ.
+        Args:
+            weights: after Adam's step, which was wrong where a weight was latent.
+            grads: like `weights`.
+            exp_avgs: after Adam's step.
+            denom: √v̂+ε.
+            x: saliencies of `self.values`; used up.
+            gamma: γ.
+            values: lr, weight_decay, p, l2, cutoff and regrowth_below.
         """
-        for w, g, d, hidden, latent in zip(weights, grads, denom, self.were, self.latents):
-            w.copy_(torch.where(hidden, latent - values["lr"] * g / d, w))
+        for w, g, d, latent, value in zip(weights, grads, denom, self._were_latent, self.values):
+            w.copy_(torch.where(latent, value - values["lr"] * g / d, w))
         decay.decay_(weights, x, **values)
-        x = decay.resistance(weights, values["p"])
+        x = decay.saliency(weights, values["p"])
         if gamma:
             decay.precondition_(x, denom, gamma)
-        hide = [t <= values["cutoff"] for t in x]
-        for w, m, under, hidden in zip(weights, memory, hide, self.were):
-            m.copy_(torch.where(under, w, m.masked_fill(hidden, 0.0)))
-            w.copy_(torch.where(under, w * 0.0 + 0.0, w))  # a nan shows
+        becomes_latent = [t <= values["cutoff"] for t in x]
+        for w, m, below, was_latent in zip(weights, exp_avgs, becomes_latent, self._were_latent):
+            m.copy_(torch.where(below, w, m.masked_fill(was_latent, 0.0)))
+            w.copy_(torch.where(below, w * 0.0 + 0.0, w))  # a nan shows
 
 
-def seen(weights: Tensor, memory: Tensor | None) -> Tensor:
-    """The weights with what is latent in the place of zeros; as they are without a memory."""
-    return weights if memory is None else torch.where(weights == 0, memory, weights)
+def with_latents(weights: Tensor, latents: Tensor | None) -> Tensor:
+    """The weights, with `latents` (like `weights`) in the place of zeros; the weights themselves where it is None."""
+    return weights if latents is None else torch.where(weights == 0, latents, weights)

@@ -1,43 +1,50 @@
-"""N:M sparsity: in each block of M consecutive inputs of a linear layer the N weights of largest x feel no Lp pull,
-the others decay.
+"""N:M sparsity: in each block of M consecutive inputs of a linear layer, the N weights of largest saliency do not
+decay.
 
-x is that of the step (`decay.py`): of the weights before it, and preconditioned by the v̂ with which the step itself
-divides. Between equal ones the earlier is spared. Blocks are those of the parameter, whatever shards it: one that lies
-on several ranks is ranked by what these tell each other.
+The saliency is that of the step (`decay.py`): of the weights before it, and preconditioned by the v̂ with which the
+step itself divides. Between equal ones the earlier is kept. Blocks are those of the parameter, whatever shards it. A
+block that lies on several ranks is ranked by what these ranks exchange.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-CHOICES = {"2:4": (2, 4), "4:8": (4, 8)}
-SPARED = "1:1"  # of a run whose weights are all spared: entries of blocks that lie on several ranks
+PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
+# Of a span whose weights are all kept: entries of blocks that lie on several ranks.
+ALL_KEPT = "1:1"
 LARGEST_BLOCK = 8
 _ABSENT = torch.iinfo(torch.int64).min
 
 
-def check(pattern: object) -> None:
-    """Raises ValueError for what is no pattern; None is none."""
-    if pattern is not None and pattern not in CHOICES:
+def check_pattern(pattern: object) -> None:
+    """Raises ValueError for what is no pattern; None is allowed, and means none."""
+    if pattern is not None and pattern not in PATTERNS:
         raise ValueError(
-            f"pattern={pattern!r} must be one of {', '.join(CHOICES)}, non-zero weights of each block along the input,"
-            " or None"
+            f"pattern={pattern!r} must be one of {', '.join(PATTERNS)}, non-zero weights of each block along the"
+            " input, or None"
         )
 
 
-def parse(pattern: str) -> tuple[int, int]:
-    """N and M."""
-    return (1, 1) if pattern == SPARED else CHOICES[pattern]
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """N and M of a pattern."""
+    return (1, 1) if pattern == ALL_KEPT else PATTERNS[pattern]
 
 
-def misfit(shape: torch.Size, start: int | None, m: int) -> str | None:
-    """Why a parameter of this shape has no blocks of M, or None. start: where the piece on this rank begins; None if
-    it is no contiguous range.
+def why_no_blocks(shape: torch.Size, start: int | None, m: int) -> str | None:
+    """Why a parameter has no blocks of M, or None where it has.
+
+    Args:
+        shape: of the whole parameter.
+        start: the first element of the shard on this rank, the parameter taken flat; None if it is no contiguous
+            range.
+        m: weights of a block.
     """
     if len(shape) != 2:
         return f"it has the shape {tuple(shape)}, and blocks are those of a matrix [outputs, inputs]"
@@ -48,83 +55,112 @@ def misfit(shape: torch.Size, start: int | None, m: int) -> str | None:
     return None
 
 
-def spans(start: int, length: int, m: int) -> tuple[int, int]:
-    """How much of a range lies in a block that began before it, and how much after that is whole blocks; what is left
-    begins one that ends later.
+def split_at_blocks(start: int, length: int, m: int) -> tuple[int, int]:
+    """Splits a range at the borders of blocks of M.
+
+    Returns:
+        The elements that belong to a block which began before the range, and after them the elements in complete
+        blocks. The rest of the range begins a block that ends after it.
     """
     head = min(length, -start % m)
     return head, (length - head) // m * m
 
 
-def spared(blocks: Tensor, n: int | Tensor) -> Tensor:
-    """Which entries are among the N largest of their block: bool [..., M]. Of equal ones the earlier, so there are
-    never more than N (nan aside).
+def is_kept(blocks: Tensor, n: int | Tensor) -> Tensor:
+    """Which entries are among the N largest of their block. Of equal ones the earlier, so they are never more than N
+    (nan aside).
 
-    blocks: [..., M], any dtype that can be compared. n: N, or [...] of each block.
+    Args:
+        blocks: [..., M], any dtype that can be compared.
+        n: N, or a tensor [...] with the N of each block.
+    Returns:
+        bool [..., M].
     """
     columns = blocks.movedim(-1, 0).contiguous()  # entry by entry, so that each comparison is one over all blocks
-    ahead = torch.empty(
-        columns.shape, dtype=torch.int8, device=blocks.device
-    )  # how many of its block go ahead of each
-    for j, own in enumerate(columns):
-        ahead[j] = len(columns) - 1 - j
+    rank = torch.empty(columns.shape, dtype=torch.int8, device=blocks.device)  # how many of its block are larger
+    for j, column in enumerate(columns):
+        rank[j] = len(columns) - 1 - j
         for i, earlier in enumerate(columns[:j]):
-            one = (earlier >= own).view(torch.int8)
-            ahead[j] += one
-            ahead[i] -= one
-    return (ahead < n).movedim(0, -1)
+            not_smaller = (earlier >= column).view(torch.int8)
+            rank[j] += not_smaller
+            rank[i] -= not_smaller
+    return (rank < n).movedim(0, -1)
 
 
-def spare_(x: Iterable[Tensor], n: int, m: int) -> None:
-    """x ← inf for the N largest of each block of M, in place: the decay has no pull on them. Tensors of whole blocks
-    along the last dimension.
+def keep_largest_(x: Iterable[Tensor], n: int, m: int) -> None:
+    """x ← inf for the N largest of each block of M, in place, so that these do not decay.
+
+    Args:
+        x: saliencies ≥ 0; tensors of complete blocks along the last dimension.
+        n: N.
+        m: M.
     """
     for t in x:
         if m == 1:
             t.fill_(math.inf)
         elif t.numel():
             blocks = t.unflatten(-1, (-1, m))
-            blocks.masked_fill_(spared(blocks, n), math.inf)
+            blocks.masked_fill_(is_kept(blocks, n), math.inf)
 
 
-def keys_of(x: Tensor, smallest: bool = False) -> Tensor:
-    """Whole numbers, int64 and of x's shape, in the order of x ≥ 0 (of −x): what is compared over ranks is each number
-    itself, to the bit.
+def ranking_keys(x: Tensor, smallest: bool = False) -> Tensor:
+    """int64 numbers, of x's shape, in the order of x ≥ 0; with `smallest` in that of −x. They compare over ranks to
+    the bit.
     """
     bits = x.double().view(torch.int64)
     return -bits if smallest else bits
 
 
-class Straddling:
-    """The blocks that lie on several ranks, and what is spared in them. Every rank has the same, and does the same at
-    the same time.
+class BlockEntries(NamedTuple):
+    """Consecutive entries of split blocks on one rank.
 
     Args:
-        starts: elements of a parameter, taken flat, with which some rank's piece of it begins inside of a block of 8;
-            by name.
-        names: of the parameters that lie in a tensor which the optimizer steps, on this rank or another, in one order
-            on all.
-        largest: gives the elementwise maximum over all ranks of an int64 tensor on the CPU.
+        name: of the parameter.
+        first: the first entry in the whole parameter, taken flat.
+        keys: `ranking_keys` of the entries, int64 [entries].
+    """
+
+    name: str
+    first: int
+    keys: Tensor
+
+
+class SplitBlocks:
+    """The blocks that lie on several ranks, and what is kept in them. Every rank has the same object, and makes the
+    same calls in the same order.
+
+    Args:
+        starts: by parameter name, the elements (the parameter taken flat) with which some rank's shard begins inside
+            of a block of 8.
+        names: by tensor that the optimizer steps, the parameters that lie in it on any rank, in one order on all
+            ranks.
+        all_reduce_max: gives the elementwise maximum over all ranks of an int64 tensor on the CPU.
     """
 
     def __init__(
-        self, starts: dict[str, list[int]], names: dict[Tensor, list[str]], largest: Callable[[Tensor], Tensor]
+        self,
+        starts: dict[str, list[int]],
+        names: dict[Tensor, list[str]],
+        all_reduce_max: Callable[[Tensor], Tensor],
     ) -> None:
-        self._starts, self._largest = starts, largest
+        self._starts, self._all_reduce_max = starts, all_reduce_max
         self._names = WeakIdKeyDictionary()
-        for tensor, found in names.items():
-            self._names[tensor] = tuple(name for name in found if name in starts)
+        for tensor, in_tensor in names.items():
+            self._names[tensor] = tuple(name for name in in_tensor if name in starts)
 
     def names(self, tensor: Tensor) -> tuple[str, ...]:
         """Parameters in `tensor` of which some block may lie on several ranks."""
         return self._names.get(tensor, ())
 
-    def spared(self, patterns: dict[str, tuple[int, int]], mine: list[tuple[str, int, Tensor]]) -> list[list[bool]]:
-        """What is spared of this rank's entries. One small reduction, if there is such a block; its size is that of
-        these blocks, eight numbers each.
+    def kept(self, patterns: dict[str, tuple[int, int]], entries: list[BlockEntries]) -> list[list[bool]]:
+        """Which of this rank's entries of split blocks are kept. One small reduction where there are such blocks, of
+        eight numbers for each block.
 
-        patterns: N and M by name, of all parameters that take part, the same on every rank. mine: runs of entries of
-        such blocks: the name, the first element in the whole parameter, the keys (see `keys_of`).
+        Args:
+            patterns: N and M by name, of all parameters that take part; the same on every rank.
+            entries: of this rank.
+        Returns:
+            For each of `entries`, a bool for each of its keys.
         """
         places: dict[tuple[str, int], int] = {}
         counts = []
@@ -137,11 +173,11 @@ class Straddling:
         table = torch.full((len(counts), LARGEST_BLOCK), _ABSENT, dtype=torch.int64)
         at = [
             LARGEST_BLOCK * places[name, i // m] + i % m
-            for name, first, keys in mine
+            for name, first, keys in entries
             for m in [patterns[name][1]]
             for i in range(first, first + len(keys))
         ]
         if at:
-            table.view(-1)[at] = torch.cat([keys.cpu() for _, _, keys in mine])
-        marks = spared(self._largest(table), torch.tensor(counts)).reshape(-1)
-        return [marks.tolist() for marks in marks[at].split([len(keys) for _, _, keys in mine])]
+            table.view(-1)[at] = torch.cat([keys.cpu() for _, _, keys in entries])
+        kept = is_kept(self._all_reduce_max(table), torch.tensor(counts)).reshape(-1)
+        return [flags.tolist() for flags in kept[at].split([len(keys) for _, _, keys in entries])]

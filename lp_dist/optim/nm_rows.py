@@ -1,141 +1,155 @@
-"""What a pattern makes of a step's rows: whole blocks are rows as ever, and entries of blocks that lie on several
-ranks are rows of their own.
+"""What an N:M pattern makes of a step's rows. Complete blocks are rows like others; entries of blocks that lie on
+several ranks are rows of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lp_dist.optim import decay, nm
-from lp_dist.optim.batching import Row
-from lp_dist.optim.parameter_map import Segment, SegmentMap, effective, part
+from lp_dist.optim.batching import StepRow
+from lp_dist.optim.hyperparameters import acting_values
+from lp_dist.optim.parameter_map import ParameterMap, ParamSlice, effective_values, flat_view
 
 Values = dict[str, Any]
 
 
-def acting(values: Values) -> Values:
-    """Values without a pattern where the Lp term is off, or zeros are frozen: it spares weights from the pull
-    alone.
-    """
+def without_idle_pattern(values: Values) -> Values:
+    """`values` without a pattern where the Lp term does not act: a pattern exempts weights from that term alone."""
     if not values.get("pattern"):
         return values
     lr = values["lr"]
-    unread = isinstance(lr, Tensor) and lr.device.type != "cpu"  # the host would have to wait for it
-    acts = values["cutoff"] > 0 and decay.is_active(
-        1.0 if unread else float(lr), values["weight_decay"], values["cutoff"]
-    )
+    # The host would have to wait for a learning rate on an accelerator.
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    acts = values["cutoff"] > 0 and decay.is_active(1.0 if on_device else float(lr), values["weight_decay"])
     return values if acts else {**values, "pattern": None}
 
 
-def segments_of(book: SegmentMap, param: Tensor, there: Tensor, offset: int, length: int) -> list[Segment]:
-    """The parameters in a run of `there`, the local part of a tensor; without `attach` that is one, whole but for
-    FSDP2, which has shards of rows.
+def slices_in(parameter_map: ParameterMap, param: Tensor, local: Tensor, offset: int, length: int) -> list[ParamSlice]:
+    """The parameters in a span of `local`, the local part of `param`, a tensor that the optimizer steps.
+
+    Without `attach` it is taken for one parameter: a whole one, or rows of it as FSDP2 shards.
     """
-    if param in book:
-        return [segment for segment in book.of(param) if offset <= segment.offset < offset + length]
-    rows = there.shape[1:] == param.shape[1:]
-    return (
-        [Segment(f"a parameter of shape {tuple(param.shape)}", 0, there.numel(), 0 if rows else None, param.shape)]
-        if there.numel()
-        else []
-    )
+    if param in parameter_map:
+        return [s for s in parameter_map.of(param) if offset <= s.offset < offset + length]
+    if not local.numel():
+        return []
+    has_rows = local.shape[1:] == param.shape[1:]
+    name = f"a parameter of shape {tuple(param.shape)}"
+    return [ParamSlice(name, 0, local.numel(), 0 if has_rows else None, param.shape)]
 
 
-class Ends:
-    """Of one step's call: entries of blocks that lie on several ranks, at the ends of the pieces of parameters that
-    are here.
-    """
+class _SplitEntries(NamedTuple):
+    """Entries of one split block on this rank: the parameter's name, the first entry in it, and a row of them."""
+
+    name: str
+    first: int
+    values: Values
+    row: StepRow
+
+
+class SplitBlockRows:
+    """Collects, in one call of a step, the entries of blocks that lie on several ranks: the ends of the shards."""
 
     def __init__(self) -> None:
-        self._found: list[
-            tuple[str, int, Values, Row]
-        ] = []  # the parameter's name, the first entry's place in it, values, a row of them
+        self._entries: list[_SplitEntries] = []
 
-    def whole(self, segment: Segment, values: Values, row: Row) -> list[Row]:
-        """The row of a parameter's whole blocks, if there are any; keeps the rest. row: of the tensor in which it
-        lies.
+    def complete_blocks(self, param_slice: ParamSlice, values: Values, row: StepRow) -> list[StepRow]:
+        """The row of a parameter's complete blocks, if it has any; keeps the other entries for `divided`.
 
+        Args:
+            param_slice: of the parameter.
+            values: with a pattern.
+            row: of the whole tensor in which it lies.
         Raises:
-            ValueError: it has no blocks.
+            ValueError: the parameter has no blocks.
         """
-        *tensors, step = row
-        m = nm.parse(values["pattern"])[1]
-        why = nm.misfit(segment.shape, segment.start, m)
-        if why:
+        m = nm.parse_pattern(values["pattern"])[1]
+        reason = nm.why_no_blocks(param_slice.shape, param_slice.start, m)
+        if reason is not None or param_slice.start is None:
             raise ValueError(
-                f"{segment.name} can't have pattern={values['pattern']!r}: {why}. Leave it out: pattern=None or"
+                f"{param_slice.name} can't have pattern={values['pattern']!r}: {reason}. Leave it out: pattern=None or"
                 " weight_decay=0 in a group of its own, or by attach(..., overrides=), without which a shard of"
                 " DeepSpeed's is no matrix either"
             )
-        head, whole = nm.spans(segment.start, segment.length, m)
-        if whole == tensors[0].numel():
+        start, length = param_slice.start, param_slice.length
+        head, complete = nm.split_at_blocks(start, length, m)
+        if complete == row.weights.numel():
             return [row]
-        for at, length in ((0, head), (head + whole, segment.length - head - whole)):
-            if length:
-                cut = (*(part(t, segment.offset + at, length) for t in tensors), step)
-                self._found.append((segment.name, segment.start + at, values, cut))
-        return [(*(part(t, segment.offset + head, whole) for t in tensors), step)] if whole else []
+
+        def cut(at: int, count: int) -> StepRow:
+            return row.with_tensors(tuple(flat_view(t, param_slice.offset + at, count) for t in row.tensors))
+
+        for at, count in ((0, head), (head + complete, length - head - complete)):
+            if count:
+                self._entries.append(_SplitEntries(param_slice.name, start + at, values, cut(at, count)))
+        return [cut(head, complete)] if complete else []
 
     def divided(
-        self, book: SegmentMap, group: Values, keys: Callable[[Values, Row], Tensor]
-    ) -> list[tuple[Values, list[Row]]]:
-        """The rows of the rest, by whether they are spared. Collective, where a tensor of the group has such blocks on
-        any rank.
+        self, parameter_map: ParameterMap, group: Values, ranking_keys: Callable[[Values, StepRow], Tensor]
+    ) -> list[tuple[Values, list[StepRow]]]:
+        """The rows of the collected entries, those that are kept apart from the others. Collective where a tensor of
+        the group has such blocks on any rank.
 
-        keys: what the entries of a row with these values are ranked by (`patterns.keys_of`); the row, a copy, is used
-        up.
+        Args:
+            parameter_map: of the optimizer.
+            group: the param group.
+            ranking_keys: gives the `nm.ranking_keys` of the entries of a row with these values; uses up the row, which
+                is a copy.
         """
-        # By all parameters of the group, whatever is here of them: every rank must take part alike
-        names = (
-            [name for param in group["params"] for name in book.straddling.names(param)]
-            if book.straddling is not None
-            else []
-        )
-        own = [
-            (name, values)
-            for name in names
-            for values in [book.values(name)]
-            if values.get("pattern") or group.get("pattern")
-        ]
-        held = {name: acting(effective(group, values)).get("pattern") for name, values in own}
-        taking = {name: nm.parse(pattern) for name, pattern in held.items() if pattern}
-        if not taking:
-            if self._found:
+        patterns = self._patterns_on_any_rank(parameter_map, group)
+        if not patterns:
+            if self._entries:
                 raise RuntimeError(
-                    f"a block of {self._found[0][0]} lies on several ranks, and nothing is known of the others; call"
-                    " lp_dist.attach on every rank"
+                    f"a block of {self._entries[0].name} lies on several ranks, and nothing is known of the others;"
+                    " call lp_dist.attach on every rank"
                 )
             return []
-        alike: dict[tuple, list[tuple[str, int, Values, Row]]] = {}  # ends that can be ranked as one row
-        for end in self._found:
-            weights, grads, *_, step = end[3]
-            same = (
-                id(end[2]),
-                id(step) if isinstance(step, Tensor) else step,
-                weights.dtype,
-                grads.dtype,
-                weights.device,
+        assert parameter_map.split_blocks is not None
+        # Entries that can be ranked as one row.
+        alike: dict[tuple, list[_SplitEntries]] = {}
+        for entries in self._entries:
+            row = entries.row
+            step = id(row.step) if isinstance(row.step, Tensor) else row.step
+            key = id(entries.values), step, row.weights.dtype, row.grads.dtype, row.weights.device
+            alike.setdefault(key, []).append(entries)
+        ordered = [entries for batch in alike.values() for entries in batch]
+        ranked: list[nm.BlockEntries] = []
+        for batch in alike.values():
+            joined = batch[0].row.with_tensors(
+                tuple(torch.cat(tensors) for tensors in zip(*(entries.row.tensors for entries in batch)))
             )
-            alike.setdefault(same, []).append(end)
-        ends, mine = [end for some in alike.values() for end in some], []
-        for some in alike.values():
-            columns = zip(*(row[:-1] for *_, row in some))
-            joined = (*(torch.cat(column) for column in columns), some[0][3][-1])
-            found = keys(some[0][2], joined).split([row[0].numel() for *_, row in some])
-            mine += [(name, first, key) for (name, first, *_), key in zip(some, found)]
-        work: dict[tuple[int, bool], tuple[Values, list[Row]]] = {}
-        for (_, _, values, row), marks in zip(ends, book.straddling.spared(taking, mine)):
-            at = 0
-            for spared, some in groupby(marks):
-                length = len(list(some))
-                rows = work.setdefault(
-                    (id(values), spared), ({**values, "pattern": nm.SPARED if spared else None}, [])
-                )[1]
-                rows.append((*(t[at : at + length] for t in row[:-1]), row[-1]))
-                at += length
-        return list(work.values())
+            keys = ranking_keys(batch[0].values, joined).split([entries.row.weights.numel() for entries in batch])
+            ranked += [nm.BlockEntries(entries.name, entries.first, key) for entries, key in zip(batch, keys)]
+        rows: dict[tuple[int, bool], tuple[Values, list[StepRow]]] = {}
+        for entries, flags in zip(ordered, parameter_map.split_blocks.kept(patterns, ranked)):
+            at, values = 0, entries.values
+            for is_kept, run in groupby(flags):
+                count = len(list(run))
+                pattern = nm.ALL_KEPT if is_kept else None
+                target = rows.setdefault((id(values), is_kept), ({**values, "pattern": pattern}, []))[1]
+                target.append(entries.row.with_tensors(tuple(t[at : at + count] for t in entries.row.tensors)))
+                at += count
+        return list(rows.values())
+
+    @staticmethod
+    def _patterns_on_any_rank(parameter_map: ParameterMap, group: Values) -> dict[str, tuple[int, int]]:
+        """N and M of the parameters that take part, by name. From all parameters of the group, whatever of them is on
+        this rank, since every rank must take part alike.
+        """
+        if parameter_map.split_blocks is None:
+            return {}
+        patterns = {}
+        for param in group["params"]:
+            for name in parameter_map.split_blocks.names(param):
+                overrides = parameter_map.values(name)
+                if overrides.get("pattern") or group.get("pattern"):
+                    values = without_idle_pattern(acting_values(effective_values(group, overrides)))
+                    if values.get("pattern"):
+                        patterns[name] = nm.parse_pattern(values["pattern"])
+        return patterns

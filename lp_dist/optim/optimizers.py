@@ -20,26 +20,27 @@ class LpAdamW(LpOptimizer):
     same implementation.
 
     Args:
-        params: parameters or groups; every argument below but `implementation` is a group key too.
+        params: parameters or param groups; every argument below but `implementation` is a group key too.
         lr: α, a number or a one-element tensor.
         betas: decay rates of the moments.
         eps: ε, added to √v̂.
         weight_decay: λ. Our λ carries the 1/p (see `decay.py`). A fine-tune needs one two or three orders of magnitude
-            above what training from scratch uses, since a weight dies once the learning rates summed since the start
+            above what training from scratch uses: a weight becomes zero once the learning rates summed since the start
             reach |w|^(2−p)·(√v̂+ε)^γ/((2−p)·λ).
         p: exponent of the norm, in [−4, 4]. Exact zeros need p < 1 or so; p = 2 is AdamW's decay to first order.
         l2: λ2, an L2 term beside it (elastic net).
-        precondition: γ ≥ 0: weights on which the loss is sensitive decay less, x = |w|^(2−p)·(√v̂+ε)^γ; 0 is the
-            paper's own form, of which a `SparsityTarget` makes 1.
-        cutoff: weights with x above it feel no Lp term; negative: none does.
-        floor: x is taken as at least this, so that weights fade out without being lost: those whose gradient asks for
-            it come back. 0: as it is, and zero absorbs.
-        latent: where λ and the cutoff are above 0, weights with x not above the cutoff after the step are zero, and
-            what they would be lies in exp_avg, since what is zero needs no momentum. It goes on learning from the
-            gradient at zero and decaying, and is the weight again once its x is above.
+        precondition: γ ≥ 0. Weights on which the loss is sensitive decay less: their saliency is
+            x = |w|^(2−p)·(√v̂+ε)^γ. 0 is the paper's own form; a `SparsityTarget` takes 1.
+        cutoff: weights with a saliency above it feel no Lp term.
+        regrowth_below: a saliency below this is taken as this. Weights then shrink to near zero without being lost,
+            and grow again if their gradient asks for it. 0: the saliency as it is, and zero absorbs.
+        latent: weights whose saliency is not above the cutoff after a step are set to zero in the model, while
+            `exp_avg` keeps their values (a zero needs no momentum). These go on learning, from the gradient at zero,
+            and decaying. A weight returns once its saliency is above the cutoff.
         pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of a matrix [outputs, inputs] the 2 (4)
-            weights of largest x feel no Lp term in a step; the others decay as ever. None: no weight is spared for its
-            place.
+            weights of largest saliency feel no Lp term in a step. None: no pattern.
+        phase: "decay"; "off", nothing decays; "frozen", zeros stay zero and all other weights train without decay.
+            Both concern parameters with weight_decay > 0.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at
             a rate of its own. 0: it follows at once, and needs no state.
         maximize: step along the gradient, not against it.
@@ -48,8 +49,12 @@ class LpAdamW(LpOptimizer):
         implementation: None chooses, for each tensor: "fused" where it can, which is one pass over memory, else
             "foreach", which takes many tensors at a time; "reference" is the clear loop. "fused" computes in fp32 and
             takes denormals for zero on a CPU.
+
     State of each parameter: `step` (fp32 scalar, on the CPU unless capturable), `exp_avg`, `exp_avg_sq` (like the
     parameter), with lag `s`, nothing else.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, or two contradict each other.
     """
 
     kernel, state_names = "adamw", ("exp_avg", "exp_avg_sq")
@@ -66,9 +71,10 @@ class LpAdamW(LpOptimizer):
         l2: float = 0.0,
         precondition: float = 0.0,
         cutoff: float = math.inf,
-        floor: float = 0.0,
+        regrowth_below: float = 0.0,
         latent: bool = False,
         pattern: str | None = None,
+        phase: str = "decay",
         lag: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
@@ -85,9 +91,10 @@ class LpAdamW(LpOptimizer):
                 l2=l2,
                 precondition=precondition,
                 cutoff=cutoff,
-                floor=floor,
+                regrowth_below=regrowth_below,
                 latent=latent,
                 pattern=pattern,
+                phase=phase,
                 lag=lag,
                 maximize=maximize,
                 capturable=capturable,
@@ -138,7 +145,7 @@ class _Unconditioned(LpOptimizer):
             )
         if group.get("latent"):
             raise ValueError(
-                f"latent=True keeps hidden weights where Adam has its first moments, which {type(self).__name__} has"
+                f"latent=True keeps latent weights where Adam has its first moments, which {type(self).__name__} has"
                 " not or needs; use LpAdamW, or leave it out"
             )
 
@@ -164,8 +171,9 @@ class LpSGD(_Unconditioned):
         p: float = 0.5,
         l2: float = 0.0,
         cutoff: float = math.inf,
-        floor: float = 0.0,
+        regrowth_below: float = 0.0,
         pattern: str | None = None,
+        phase: str = "decay",
         lag: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
@@ -181,8 +189,9 @@ class LpSGD(_Unconditioned):
                 p=p,
                 l2=l2,
                 cutoff=cutoff,
-                floor=floor,
+                regrowth_below=regrowth_below,
                 pattern=pattern,
+                phase=phase,
                 lag=lag,
                 maximize=maximize,
                 capturable=capturable,
@@ -229,8 +238,9 @@ class LpLion(_Unconditioned):
         p: float = 0.5,
         l2: float = 0.0,
         cutoff: float = math.inf,
-        floor: float = 0.0,
+        regrowth_below: float = 0.0,
         pattern: str | None = None,
+        phase: str = "decay",
         lag: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
@@ -245,8 +255,9 @@ class LpLion(_Unconditioned):
                 p=p,
                 l2=l2,
                 cutoff=cutoff,
-                floor=floor,
+                regrowth_below=regrowth_below,
                 pattern=pattern,
+                phase=phase,
                 lag=lag,
                 maximize=maximize,
                 capturable=capturable,
@@ -260,7 +271,7 @@ class LpLion(_Unconditioned):
         beta1, beta2 = map(float, group["betas"])
         w.add_(m.lerp(g, 1 - beta1).sign_(), alpha=-lr)  # u = w − α·sign(β1·m + (1−β1)·g)
         m.lerp_(g, 1 - beta2)  # m = β2·m + (1−β2)·g
-        w.add_(m, alpha=0.0)  # sign(nan) is 0: a spoiled weight would stand still, unseen
+        w.add_(m, alpha=0.0)  # sign(nan) is 0: a nan weight would stay as it is, unnoticed
 
     @staticmethod
     def _foreach(group, lr, weights, grads, exp_avgs, steps):

@@ -1,37 +1,35 @@
-"""Which parameter each part of a tensor belongs to, so that hyperparameters can differ inside one flat shard."""
+"""Which parameter each part of a tensor belongs to, so that hyperparameters can differ inside of one flat shard."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lp_dist.optim.hyperparameters import check_hyperparameters
-from lp_dist.optim.nm import Straddling
+from lp_dist.optim.nm import SplitBlocks
 
-# What a parameter can have of its own. The learning rate and the moments' constants are the base optimizer's, hence
-# the group's.
-KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "floor", "latent", "pattern")
+# What a parameter can override. The learning rate and the moments' constants are the base optimizer's, hence the
+# group's.
+KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "regrowth_below", "latent", "pattern", "phase")
 
-# Part of a tensor with one set of values: offset, length, the values that differ from its group's.
-Run = tuple[int, int, dict[str, Any]]
-
-_NOTHING: dict[str, Any] = {}
+_NO_OVERRIDES: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of one parameter inside a tensor that the optimizer steps.
+class ParamSlice:
+    """The part of one parameter that lies inside of a tensor which the optimizer steps.
 
     Args:
         name: the parameter's, as of the model's `named_parameters()`.
-        offset, length: where the piece lies in the tensor, in elements, the tensor taken flat.
-        start: its first element in the whole parameter, taken flat; None if the piece is no contiguous range of it.
+        offset: where the slice begins in the tensor, in elements, the tensor taken flat.
+        length: elements of the slice.
+        start: its first element in the whole parameter, taken flat; None if it is no contiguous range of it.
         shape: of the whole parameter.
     """
 
@@ -42,92 +40,102 @@ class Segment:
     shape: torch.Size
 
 
+class ValueSpan(NamedTuple):
+    """A part of a tensor, taken flat, whose parameters have the same overrides.
+
+    Args:
+        offset: its first element.
+        length: its elements.
+        overrides: hyperparameters that differ from the group's; the same object for equal ones.
+    """
+
+    offset: int
+    length: int
+    overrides: dict[str, Any]
+
+
 def check_keys(values: Iterable[str]) -> None:
-    """Raises ValueError for a key that a single parameter can't have."""
-    wrong = [key for key in values if key not in KEYS]
-    if wrong:
+    """Raises ValueError for a key that a single parameter can't override."""
+    unknown_keys = [key for key in values if key not in KEYS]
+    if unknown_keys:
         raise ValueError(
-            f"{wrong[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are"
+            f"{unknown_keys[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are"
             f" {', '.join(KEYS)}. Use another param group for it"
         )
 
 
-class SegmentMap:
-    """Segments of the tensors that an optimizer steps, and values of single parameters. Tensors are known by
+class ParameterMap:
+    """Parameters in the tensors that an optimizer steps, and what single parameters override. Tensors are known by
     identity.
+
+    Attributes:
+        split_blocks: set by `attach` where blocks of N:M patterns lie on several ranks, else None.
     """
 
     def __init__(self) -> None:
-        self.straddling: Straddling | None = None  # set by `attach` where blocks of patterns lie on several ranks
-        self._segments = WeakIdKeyDictionary()
-        self._runs: dict[int, tuple[weakref.ref[Tensor], tuple[Run, ...]]] = {}
-        self._values: dict[str, dict[str, Any]] = {}
-        self._interned: dict[tuple, dict[str, Any]] = {
-            (): _NOTHING
-        }  # equal values are one object, so that a step can group runs by it
+        self.split_blocks: SplitBlocks | None = None
+        self._slices = WeakIdKeyDictionary()
+        self._spans: dict[int, tuple[weakref.ref[Tensor], tuple[ValueSpan, ...]]] = {}
+        self._overrides: dict[str, dict[str, Any]] = {}
+        # Equal overrides are one object, so that a step can group spans by it.
+        self._interned: dict[tuple, dict[str, Any]] = {(): _NO_OVERRIDES}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return tensor in self._segments
+        return tensor in self._slices
 
-    def of(self, tensor: Tensor) -> tuple[Segment, ...]:
-        """Segments of a tensor, by offset; none if it is not in the map."""
-        return self._segments.get(tensor, ())
+    def of(self, tensor: Tensor) -> tuple[ParamSlice, ...]:
+        """Slices in a tensor, by offset; none if it is not in the map."""
+        return self._slices.get(tensor, ())
 
-    def replace(self, segments: dict[Tensor, list[Segment]]) -> None:
-        """Takes a new map; values of single parameters are forgotten with the old one."""
-        self._segments, self._runs, self._values = WeakIdKeyDictionary(), {}, {}
-        for tensor, pieces in segments.items():
-            self._segments[tensor] = tuple(
-                sorted((piece for piece in pieces if piece.length), key=lambda piece: piece.offset)
-            )
+    def replace(self, slices: dict[Tensor, list[ParamSlice]]) -> None:
+        """Takes a new map; overrides of single parameters are forgotten with the old one."""
+        self._slices, self._spans, self._overrides = WeakIdKeyDictionary(), {}, {}
+        for tensor, in_tensor in slices.items():
+            self._slices[tensor] = tuple(sorted((s for s in in_tensor if s.length), key=lambda s: s.offset))
 
     def set(self, name: str, **values: Any) -> None:
-        """Values of the parameter `name` that hold instead of its group's; a value of None gives it back to the group.
+        """Overrides hyperparameters of the parameter `name`; a value of None gives it back to the group.
 
         Raises:
-            ValueError: a key that a single parameter can't have, or a bad value.
+            ValueError: a key that a single parameter can't override, or a bad value.
         """
         check_keys(values)
         check_hyperparameters(**{key: value for key, value in values.items() if value is not None})
-        merged = {**self._values.get(name, {}), **values}
+        merged = {**self._overrides.get(name, {}), **values}
         merged = {key: value for key, value in sorted(merged.items()) if value is not None}
-        self._values[name] = self._interned.setdefault(tuple(merged.items()), merged)
-        self._runs.clear()
+        self._overrides[name] = self._interned.setdefault(tuple(merged.items()), merged)
+        self._spans.clear()
 
     def values(self, name: str) -> dict[str, Any]:
-        """What the parameter `name` has of its own."""
-        return dict(self._values.get(name, _NOTHING))
+        """What the parameter `name` overrides."""
+        return dict(self._overrides.get(name, _NO_OVERRIDES))
 
-    def runs(self, tensor: Tensor, numel: int) -> tuple[Run, ...]:
-        """The tensor, of `numel` local elements, cut where the values change; one run with no values of its own if
-        nothing differs.
+    def value_spans(self, tensor: Tensor, numel: int) -> tuple[ValueSpan, ...]:
+        """The tensor, of `numel` local elements, cut where overrides change; one span if nothing differs.
 
-        Equal values are the same object. Padding and gaps belong to the run before them; what they hold is nobody's
-        (under ZeRO-3 it is uninitialised memory), so they may be stepped, and must not be counted.
+        Padding and gaps belong to the span before them. What they hold is of no parameter (under ZeRO-3 it is
+        uninitialised memory), so they may be stepped, and must not be counted.
         """
-        found = self._runs.get(
-            id(tensor)
-        )  # an optimizer's step asks for every tensor: a weak dictionary would take longer than the rest of it
-        if found is None or found[0]() is not tensor:
-            runs = _cut(self.of(tensor), self._values, numel)
-            found = self._runs[id(tensor)] = weakref.ref(tensor), runs
-        return found[1]
+        # An optimizer's step asks for every tensor: a weak dictionary would take longer than the rest of it.
+        cached = self._spans.get(id(tensor))
+        if cached is None or cached[0]() is not tensor:
+            cached = self._spans[id(tensor)] = weakref.ref(tensor), self._cut(tensor, numel)
+        return cached[1]
+
+    def _cut(self, tensor: Tensor, numel: int) -> tuple[ValueSpan, ...]:
+        starts: list[tuple[int, dict[str, Any]]] = []
+        for param_slice in self.of(tensor):
+            overrides = self._overrides.get(param_slice.name, _NO_OVERRIDES)
+            if not starts or starts[-1][1] is not overrides:
+                starts.append((param_slice.offset if starts else 0, overrides))
+        if not starts:
+            return (ValueSpan(0, numel, _NO_OVERRIDES),)
+        ends = [offset for offset, _ in starts[1:]] + [numel]
+        return tuple(ValueSpan(offset, end - offset, overrides) for (offset, overrides), end in zip(starts, ends))
 
 
-def _cut(segments: Iterable[Segment], values: dict[str, dict[str, Any]], numel: int) -> tuple[Run, ...]:
-    starts: list[tuple[int, dict[str, Any]]] = []
-    for segment in segments:
-        own = values.get(segment.name, _NOTHING)
-        if not starts or starts[-1][1] is not own:
-            starts.append((segment.offset if starts else 0, own))
-    if not starts:
-        return ((0, numel, _NOTHING),)
-    ends = [offset for offset, _ in starts[1:]] + [numel]
-    return tuple((offset, end - offset, own) for (offset, own), end in zip(starts, ends))
-
-
-class Asked:
-    """The values with which param groups were made, by parameter and in order: engines and checkpoints replace what
+class RequestedValues:
+    """The values with which param groups were made, by parameter and in order. Engines and checkpoints replace what
     groups hold.
     """
 
@@ -142,23 +150,15 @@ class Asked:
             self._of[param] = self.groups[-1]
 
     def of(self, param: Tensor) -> dict[str, Any] | None:
-        """Of the group that was made with `param`; None if there is none."""
+        """Those of the group that was made with `param`; None if there is none."""
         return self._of.get(param)
 
 
-def effective(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The values that hold for a run: the group's, and what its parameters have of their own.
-
-    A cutoff of 0 or below is a phase of the whole group (see `schedule.py`): then only λ and λ2, which say whether a
-    parameter takes part in it, are its own.
-    """
-    if not own:
-        return group
-    if group["cutoff"] <= 0:
-        own = {key: value for key, value in own.items() if key in ("weight_decay", "l2")}
-    return {**group, **own}
+def effective_values(group: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that hold for a span: the group's, with what its parameters override."""
+    return {**group, **overrides} if overrides else group
 
 
-def part(tensor: Tensor, offset: int, length: int) -> Tensor:
-    """View of a run of a local tensor; the tensor itself if the run is all of it."""
+def flat_view(tensor: Tensor, offset: int, length: int) -> Tensor:
+    """View of a part of a local tensor, taken flat; the tensor itself if the part is all of it."""
     return tensor if length == tensor.numel() else tensor.view(-1)[offset : offset + length]

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Keys that a checkpoint must not change. Others may be the optimizer's own state (Prodigy's d, FusedAdam's step).
-COUNT = "lp_decay_step"
+from lp_dist.optim.hyperparameters import Phase, phase_of
+
+# Where `add_lp_decay` counts steps of an optimizer that counts none itself, such as plain SGD.
+STEP_COUNT = "lp_decay_step"
 
 
-def steps_taken(live: Optimizer) -> int:
-    """Optimizer steps that were really taken, as the state counts them: an fp16 overflow that was skipped is none. 0
-    before the first.
+def steps_taken(optimizer: Optimizer) -> int:
+    """Steps that the optimizer has really taken, as its state counts them; 0 before the first.
+
+    A step that was skipped, as after an fp16 overflow, is none.
     """
-    counts = [state[key] for state in live.state.values() for key in ("step", COUNT) if key in state]
+    counts = [state[key] for state in optimizer.state.values() for key in ("step", STEP_COUNT) if key in state]
     on_device = [count for count in counts if isinstance(count, Tensor) and count.device.type != "cpu"]
     if on_device:  # a fused base keeps them there: one wait for all of them
         counts = [count for count in counts if not (isinstance(count, Tensor) and count.device.type != "cpu")]
@@ -26,10 +29,10 @@ def steps_taken(live: Optimizer) -> int:
 
 def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if the parameter is to decay by its group's values and could never move."""
-    if not (group["weight_decay"] > 0 and group["cutoff"] >= 0 and group["p"] < 2):
+    if not (group["weight_decay"] > 0 and group["p"] < 2) or phase_of(group) is Phase.OFF:
         return
-    # Only what is whole here is judged: a 1-D tensor may be a flat shard that holds nothing but an engine's padding on
-    # this rank, and of a DTensor the local part says nothing. `param_groups` and `attach` look over all ranks.
+    # Only what is whole here is judged. A 1-D tensor may be a flat shard that holds nothing but an engine's padding on
+    # this rank, and the local part of a DTensor says nothing. `param_groups` and `attach` look over all ranks.
     if param.ndim >= 2 and param.numel() and not hasattr(param, "to_local") and not bool(param.any()):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so"

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lp_dist.report.numbers import percent, perplexity
 from lp_dist.report.schema import name_of
 
 
@@ -51,10 +52,10 @@ def show(report: dict[str, Any], page: Path | None = None) -> None:
         page: where the page of the report is; None: there is none.
     """
     rows = [
-        ("before", number(report["perplexity_before"]), percent(report["sparsity_before"]), ""),
+        ("before", perplexity(report["perplexity_before"]), percent(report["sparsity_before"]), ""),
         _run_row("after", report),
     ]
-    if reference := report.get("reference"):
+    if reference := report["reference"]:
         rows.insert(1, _run_row(f"{name_of(reference)} ({reference['output_dir']})", reference))
     print_table(
         "Perplexity on held-out text, and exact zeros in the weights that decay",
@@ -70,9 +71,9 @@ def show(report: dict[str, Any], page: Path | None = None) -> None:
                 for kind, (zeros, elements) in report["kinds"].items()
             ),
         )
-    if report.get("target"):
+    if report["target"]:
         say(target_line(report["target"]))
-    if (groups := report.get("groups")) and groups["final_pruning"]:
+    if (groups := report["groups"]) and groups["final_pruning"]:
         say(groups_line(groups))
     say(
         f"Saved to {report['output_dir']}, {report['zeros']:,} exact zeros counted in its files; loads with"
@@ -84,7 +85,7 @@ def show(report: dict[str, Any], page: Path | None = None) -> None:
 
 
 def _run_row(label: str, run: dict[str, Any]) -> tuple[str, str, str, str]:
-    return label, number(run["perplexity_after"]), percent(run["sparsity"]), percent(run["sparsity_of_all"])
+    return label, perplexity(run["perplexity_after"]), percent(run["sparsity"]), percent(run["sparsity_of_all"])
 
 
 def target_line(target: dict[str, Any]) -> str:
@@ -114,15 +115,3 @@ def groups_line(groups: dict[str, Any]) -> str:
         f"Groups: {counts} are zero; {percent(pruning['before'])} decayed to zero,"
         f" {percent(pruning['pruned_at_end'])} pruned in the final step."
     )
-
-
-def percent(fraction: float, digits: int = 2) -> str:
-    """A fraction as it is printed everywhere: 0.4 is "40.00 %"."""
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def number(value: float | str | None) -> str:
-    """A perplexity as it is printed. None: it was not measured. A string is "inf" or "nan", as JSON holds it."""
-    if value is None:
-        return "not measured"
-    return f"{float(value):,.2f}" if abs(float(value)) < 1e6 else f"{float(value):.3g}"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from lp_dist.report.canvas import COLOURS, Draw, canvas, power, styled, with_legend
-from lp_dist.report.console import percent
+from lp_dist.report.numbers import percent
 from lp_dist.report.schema import name_of
 from lp_dist.sparsity.measure import kind_of, layer_of
 

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from lp_dist.checkpoints.hf_names import hf_names, meta_model, model_entries
 from lp_dist.checkpoints.opening import Checkpoint, Entry, open_checkpoint
 from lp_dist.errors import UsageError
-from lp_dist.report.console import percent, print_table, say
+from lp_dist.report.console import print_table, say
+from lp_dist.report.numbers import percent
 from lp_dist.sparsity.measure import kind_of, layer_of
 from lp_dist.sparsity.selection import matrix_names, named_like_a_matrix
 from lp_dist.structured.dead_groups import dead_channels, dead_heads

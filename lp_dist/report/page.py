@@ -10,7 +10,8 @@ from typing import Any
 
 from lp_dist._version import __version__
 from lp_dist.errors import UsageError
-from lp_dist.report.console import groups_line, number, percent, target_line
+from lp_dist.report.console import groups_line, target_line
+from lp_dist.report.numbers import percent, perplexity
 from lp_dist.report.schema import name_of
 from lp_dist.sparsity.measure import layer_of
 
@@ -218,12 +219,12 @@ def _story(report: dict[str, Any]) -> list[str]:
     target, groups = report["target"], report["groups"]
     words = [
         f"Fine-tuned for {report['steps']:,} steps on {report['dataset']}.",
-        f"Perplexity on held-out text is {number(after)}"
-        + ("." if before is None else f", and was {number(before)} before."),
+        f"Perplexity on held-out text is {perplexity(after)}"
+        + ("." if before is None else f", and was {perplexity(before)} before."),
     ]
     if reference:
         words.append(
-            f"The {name_of(reference)} in {reference['output_dir']} has {number(reference['perplexity_after'])}."
+            f"The {name_of(reference)} in {reference['output_dir']} has {perplexity(reference['perplexity_after'])}."
         )
     return [
         " ".join(words),
@@ -235,7 +236,7 @@ def _story(report: dict[str, Any]) -> list[str]:
 def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The numbers at the top of the page: a name, the number, and a line below it."""
     reference = report["reference"]
-    comparison = [f"{name_of(reference)} {number(reference['perplexity_after'])}"] if reference else []
+    comparison = [f"{name_of(reference)} {perplexity(reference['perplexity_after'])}"] if reference else []
     which = "that decay" if report["zeros"] else "that were counted"
     numbers = [
         (
@@ -245,8 +246,8 @@ def _numbers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
         (
             "Perplexity",
-            number(report["perplexity_after"]),
-            ", ".join([*comparison, f"before {number(report['perplexity_before'])}"]),
+            perplexity(report["perplexity_after"]),
+            ", ".join([*comparison, f"before {perplexity(report['perplexity_before'])}"]),
         ),
         (
             "Parameters",

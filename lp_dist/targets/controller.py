@@ -1,130 +1,247 @@
-"""Planned: by which steps of a run a target is reached, whatever it is a target of: before the window, looks in it,
-and the last threshold.
-"""
+"""What the controllers of single weights and of weight groups have in common: one plan, one λ formula, one state."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
+from lp_dist.errors import UsageError
 from lp_dist.optim.state import steps_taken
-from lp_dist.targets.feasibility import every_of, grace_until
+from lp_dist.targets.feasibility import Window, regrowth_end, update_interval
 from lp_dist.targets.schedule import window_steps
 from lp_dist.targets.target import SparsityTarget
 
 logger = logging.getLogger(__name__)
 
 
-class Planned(ABC):
-    """What `Control` and `GroupControl` have in common. Collective: every rank does the same at the same step.
-
-    A subclass gives `_begin`, which fills `before`; `_look`, which finds λ and cutoff; and `_close`, which sets
-    `closed`.
+@dataclass(frozen=True)
+class RunContext:
+    """What a controller knows of the run.
 
     Args:
-        target: what to reach. optimizer: the live one. total: optimizer steps of the run. lr_scheduler: gives the
-            learning rates ahead.
-        wrapper: the engine's optimizer around the live one, or that itself.
+        optimizer: the inner optimizer, which steps.
+        engine_optimizer: an engine's optimizer around it, or that itself.
+        lr_scheduler: gives the learning rates ahead; may be None.
+        total_steps: optimizer steps of the run.
+        total_parameters: elements of all parameters of the model.
+    """
+
+    optimizer: Optimizer
+    engine_optimizer: Any
+    lr_scheduler: Any
+    total_steps: int
+    total_parameters: int
+
+
+def weight_decay_for(x: float, p: float, learning_rates: float, least: float = 0.0) -> float:
+    """The λ by which what has the saliency `x` is zero after steps whose learning rates sum up to `learning_rates`.
+
+    Without gradients x falls by (2−p)·λ·α a step (algorithm: `decay.py`), so λ = x / ((2−p)·Σα).
+
+    Args:
+        x: the threshold.
+        p: exponent of the norm, below 2.
+        learning_rates: Σα.
+        least: the smallest λ to return; also where Σα is 0.
+    """
+    if not learning_rates > 0.0:
+        return least
+    return min(max(x / ((2.0 - p) * learning_rates), least), 1e30)
+
+
+class Controller(ABC):
+    """Brings weights to a target in a window of a run. Collective: every rank does the same at the same step.
+
+    A subclass gives `_begin`, which fills `before`; `_update`, which finds λ and cutoff; `_prune`, the final pruning,
+    which sets `final_pruning`; and its own part of the state.
+
+    Args:
+        target: what to reach.
+        run: what is known of the run.
+    Attributes:
+        window: the steps in which weights become zero.
+        before: what was zero of each scope when the window began.
+        final_pruning: shares that were zero "before" and "after" it, and their difference, "pruned_at_end"; None until
+            then.
+        logs: target, plan, what was measured at the last update, and λ.
+        last_step: optimizer steps at the last call; -1 before the first.
     Raises:
         UsageError: the window holds no step of the run.
     """
 
-    window = "window"  # what to call it
+    state_version: int
+    subject: str  # whose target it is, for messages
 
-    def __init__(
-        self, target: SparsityTarget, optimizer: Optimizer, total: int, lr_scheduler: Any, wrapper: Any
-    ) -> None:
-        self.target, self.optimizer, self.total, self.lr_scheduler, self.wrapper = (
-            target,
-            optimizer,
-            total,
-            lr_scheduler,
-            wrapper,
-        )
-        self.start, self.end = window_steps(target.start, target.end, total)
-        self.end = min(self.end, total)
-        self.before: dict[str, float] = {}  # what was zero of each scope when the window began
-        self.seen = -1  # optimizer steps at the last call
+    def __init__(self, target: SparsityTarget, run: RunContext) -> None:
+        self.target, self.run = target, run
+        start, end = window_steps(target.start, target.end, run.total_steps)
+        self.window = Window(start, min(end, run.total_steps), run.total_steps)
+        self.before: dict[str, float] = {}
+        self.last_step = -1
         self.logs: dict[str, float] = {}
-        self.closed: dict[str, float] | None = None
+        self.final_pruning: dict[str, float] | None = None
 
-    def _plan(self, needs_moments: bool, slow: bool) -> None:
-        """Sets the steps at which it looks, and up to which what fades may come back.
+    def _plan_updates(self, needs_moments: bool, slow: bool) -> None:
+        """Sets the steps of the updates, and the one at which regrowth ends.
 
-        needs_moments: Adam's, which there are none of before the first step. slow: as of `grace_until`.
+        Args:
+            needs_moments: whether the saliency needs Adam's moments, of which there are none before the first step.
+            slow: as of `regrowth_end`.
         """
-        self.start = max(1, self.start) if needs_moments else self.start
-        self.grace_ends, self.every = (
-            grace_until(self.start, self.end, slow),
-            every_of(self.target, self.start, self.end),
-        )
-        self.next = self.start  # optimizer steps at which it looks again
+        if needs_moments:
+            self.window = self.window._replace(start=max(1, self.window.start))
+        self.regrowth_end = regrowth_end(self.window, slow)
+        self.update_every = update_interval(self.target, self.window)
+        self.next_update = self.window.start  # optimizer steps at the next update
+
+    @property
+    @abstractmethod
+    def sparsity(self) -> float:
+        """Share to end with, of what the controller counts."""
+
+    # -- around a step --------------------------------------------------------
 
     def after_step(self) -> None:
         """Call it after each optimizer step (and the scheduler's); a step that was skipped, or a micro-batch, changes
         nothing.
         """
-        t = steps_taken(self.optimizer)
-        if t != self.seen:
-            if t > self.start and not self.before:
+        t = steps_taken(self.run.optimizer)
+        if t != self.last_step:
+            if t > self.window.start and not self.before:
                 raise RuntimeError(
-                    f"the optimizer has taken {t} steps, and the {self.window} began at {self.start}, but the target's"
-                    " own state is not here: load it (load_state_dict of what attach returned), or call after_step()"
-                    " after each optimizer step from the first on"
+                    f"the optimizer has taken {t} steps, and the window of the {self.subject} began at"
+                    f" {self.window.start}, but the target's own state is not here: load it (load_state_dict of what"
+                    " attach returned), or call after_step() after each optimizer step from the first on"
                 )
-            self.run(t)
+            self.prepare_step(t)
 
     def begin(self, t: int) -> None:
-        """Makes ready for the first step here; after a resume beyond the start, `load_state_dict` does."""
-        if t <= self.start:
-            self.run(t)
+        """Prepares the first step here, t; after a resume beyond the window's start `load_state_dict` does."""
+        if t <= self.window.start:
+            self.prepare_step(t)
 
-    def run(self, t: int) -> None:
-        """Makes ready for step t (from 0)."""
-        self.seen = t
-        if t < self.start:
+    def prepare_step(self, t: int) -> None:
+        """Prepares step t (from 0)."""
+        self.last_step = t
+        if t < self.window.start:
             return
         if not self.before:
             self._begin()
-        if t >= self.end - 1:
-            if self.closed is None:
-                self._close()
-        elif t >= self.next:
-            self._look(t)
-            self.next = t + self.every - (t - self.start) % self.every
+        if t >= self.window.end - 1:
+            if self.final_pruning is None:
+                self._prune()
+        elif t >= self.next_update:
+            self._update(t)
+            self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
 
     def finish(self) -> None:
-        """Closes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps.
+        """Prunes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps.
         Collective.
         """
-        if self.closed is None:
+        if self.final_pruning is None:
             logger.warning(
-                "the run ended after %d steps that were really taken, before the %s did at %d; closing what is"
-                " missing now",
-                steps_taken(self.optimizer),
-                self.window,
-                self.end,
+                "the run ended after %d steps that were really taken, before the window of the %s did at %d; pruning"
+                " what is missing now",
+                steps_taken(self.run.optimizer),
+                self.subject,
+                self.window.end,
             )
             if not self.before:
                 self._begin()
-            self._close()
+            self._prune()
 
-    def plan(self, t: int) -> float:
-        """Share of the way to the target that lies behind after t steps."""
-        return self.target.at((t - self.start) / (self.end - 1 - self.start))
+    def planned_share(self, t: int) -> float:
+        """Share of the way to the target that the plan has after t steps."""
+        return self.target.planned_share((t - self.window.start) / (self.window.end - 1 - self.window.start))
 
-    def graced(self, t: int) -> bool:
-        """Whether what the look at step t finds may fade and come back."""
-        return t < self.grace_ends and t + self.every < self.end - 1
+    def allows_regrowth(self, t: int) -> bool:
+        """Whether weights that the update at step t makes small may grow again."""
+        return t < self.regrowth_end and t + self.update_every < self.window.end - 1
 
     @abstractmethod
     def _begin(self) -> None: ...
 
     @abstractmethod
-    def _look(self, t: int) -> None: ...
+    def _update(self, t: int) -> None: ...
 
     @abstractmethod
-    def _close(self) -> None: ...
+    def _prune(self) -> None: ...
+
+    # -- log lines ------------------------------------------------------------
+
+    def _log_plan(self, to_prune: str) -> None:
+        start, end, total = self.window
+        logger.info(
+            "target: prune %s, steps %d–%d of %d, λ updated every %d steps",
+            to_prune,
+            start,
+            end,
+            total,
+            self.update_every,
+        )
+
+    def _set_final_pruning(self, before: float, after: float, details: str) -> None:
+        """Notes what the final pruning did, counted before and after it, and logs it."""
+        self.final_pruning = {"before": before, "after": after, "pruned_at_end": after - before}
+        logger.info(
+            "target of the %s: %.2f %% decayed to zero, %.2f %% pruned in the final step; %s",
+            self.subject,
+            100 * before,
+            100 * (after - before),
+            details,
+        )
+
+    # -- checkpoints ----------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the same on every rank."""
+        return {
+            "version": self.state_version,
+            "target": self.target.described(),
+            "window": [*self.window, self.update_every],
+            "before": dict(self.before),
+            "next_update": self.next_update,
+            "final_pruning": self.final_pruning,
+            "logs": dict(self.logs),
+            **self._own_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was. Call it after the optimizer's state was loaded.
+
+        Raises:
+            UsageError: it is of another target, another run, or another version.
+        """
+        if state.get("version") != self.state_version:
+            raise UsageError(
+                f"the state of the target of {self.subject} is of version {state.get('version')!r}, and this lp_dist"
+                f" reads {self.state_version}; install the one that wrote it"
+            )
+        current = self.state_dict()
+        for key in ("target", "window", *self._compared_keys):
+            if current[key] != state[key]:
+                raise UsageError(
+                    f"the checkpoint was trained for another {key} of {self.subject} than the script asks for:"
+                    f" {state[key]}, and now {current[key]}; go on with the same target and as many steps, or start"
+                    " anew from the saved model without its optimizer state"
+                )
+        self._check_own_state(state)
+        self.before, self.next_update = dict(state["before"]), state["next_update"]
+        self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
+        self._load_own_state(state)
+        self.prepare_step(steps_taken(self.run.optimizer))
+
+    _compared_keys: tuple[str, ...] = ()  # of the own state, which a checkpoint must agree on
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Any]: ...
+
+    def _check_own_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Raises UsageError for a state that does not fit; changes nothing."""
+
+    @abstractmethod
+    def _load_own_state(self, state: dict[str, Any]) -> None: ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lp_dist.errors import UsageError
-from lp_dist.optim.hyperparameters import FROZEN, OFF, check_hyperparameters
+from lp_dist.optim.hyperparameters import Phase, check_hyperparameters
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,12 @@ class Ramp:
     """A value that goes from `first` to `last` over a window, as a pure function of the part of the window that is
     over.
 
-    For `DecayWindow(values=...)`: `{"p": Ramp(2.0, 0.5)}` lets weights settle before the sparse norm bites,
+    For `DecayWindow(values=...)`: `{"p": Ramp(2.0, 0.5)}` lets weights adapt before the sparse norm acts,
     `{"weight_decay": Ramp(1e-3, 1e-1, "geometric")}` warms λ up, `{"l2": Ramp(0.1, 0.0)}` fades an L2 term out.
 
     Args:
-        first, last: the value at the start and at the end.
+        first: the value at the start of the window.
+        last: the value at the end.
         shape: "linear"; "cosine", slow at both ends; "geometric", by equal factors.
         until: the part of the window at which `last` is reached; it stays from there on.
     Raises:
@@ -50,18 +51,11 @@ class Ramp:
         return self.first * (1.0 - u) + self.last * u
 
 
-class _Anything:
+class AnyValue:
+    """A container of every value."""
+
     def __contains__(self, value: Any) -> bool:
         return True
-
-
-def values_of(phase: dict[str, Any]) -> dict[str, Container]:
-    """Every value that a group key has in `phase`, in which the decay acts, before it or after it."""
-    phases = (OFF, FROZEN, phase)
-    found: dict[str, Container] = {
-        key: {values[key] for values in phases if key in values} for key in set().union(*phases)
-    }
-    return {key: _Anything() if callable(phase.get(key)) else values for key, values in found.items()}
 
 
 def check_window(start: float, end: float) -> None:
@@ -99,10 +93,8 @@ class DecayWindow:
             decays, so that Adam's second moments can fill (the preconditioned form needs them).
         end: where it ends, likewise; 1 is the end of the run. From there zeros stay zero and survivors train without
             decay.
-        values: group keys while it acts, such as p, l2, precondition, weight_decay; what is not named stays as the
-            groups have it. A function gives the value for the part of the window that is over, such as a `Ramp`. The
-            window owns `cutoff`, by which it
-            switches: what is not named here is inf while it acts.
+        values: group keys while it acts, such as p, l2, precondition, cutoff, weight_decay; what is not named stays as
+            the groups have it. A function gives the value for the elapsed part of the window, such as a `Ramp`.
     Raises:
         ValueError: start or end is negative or nan, start is not before end, or a value is out of its range.
     """
@@ -113,8 +105,10 @@ class DecayWindow:
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
-        for part in (0.0, 0.5, 1.0):
-            check_hyperparameters(**self._values(part))
+        if "phase" in (self.values or {}):
+            raise ValueError("values can't name a phase: the window switches it, at its start and its end")
+        for elapsed in (0.0, 0.5, 1.0):
+            check_hyperparameters(**self._values(elapsed))
 
     def steps(self, total: int) -> tuple[int, int]:
         """The window [start, end) in optimizer steps of a run of `total` steps.
@@ -128,15 +122,16 @@ class DecayWindow:
         """Values of the decayed groups for optimizer step `step` (from 0) of `total`."""
         start, end = self.steps(total)
         if step < start:
-            return OFF
-        return FROZEN if step >= end else self._values((step - start) / max(1, min(end, total) - 1 - start))
+            return {"phase": Phase.OFF.value}
+        if step >= end:
+            return {"phase": Phase.FROZEN.value}
+        return self._values((step - start) / max(1, min(end, total) - 1 - start))
 
-    def _values(self, part: float) -> dict[str, Any]:
-        return {
-            "cutoff": math.inf,
-            **{key: value(part) if callable(value) else value for key, value in (self.values or {}).items()},
-        }
+    def _values(self, elapsed: float) -> dict[str, Any]:
+        values = {key: value(elapsed) if callable(value) else value for key, value in (self.values or {}).items()}
+        return {"phase": Phase.DECAY.value, **values}
 
     def scheduled(self) -> dict[str, Container]:
         """Every value that the window gives to a group key at some step."""
-        return values_of({"cutoff": math.inf, **(self.values or {})})
+        values = {key: AnyValue() if callable(value) else (value,) for key, value in (self.values or {}).items()}
+        return {"phase": [phase.value for phase in Phase], **values}

@@ -1,5 +1,8 @@
-"""SparsityTarget: a sparsity instead of a λ, and by which steps it is to be reached. `control.py` brings the weights
-there.
+"""SparsityTarget: a sparsity instead of a λ, and by which steps it is to be reached.
+
+`SparsityTarget(...)` is the one way in. It makes one of three targets, by what its arguments name: single weights
+(`WeightTarget`), N:M blocks of them (`PatternTarget`), or whole channels and heads (`GroupTarget`). The controllers
+bring the weights there.
 """
 
 from __future__ import annotations
@@ -7,66 +10,91 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from lp_dist.optim import nm
 from lp_dist.optim.hyperparameters import P_MIN, check_hyperparameters
-from lp_dist.structured.groups import Groups
+from lp_dist.structured.groups import WeightGroups
 from lp_dist.targets.schedule import check_window
 
-# γ where neither the target nor the optimizer gives one, and the base has second moments: the pull is then that of the
+# γ where neither the target nor the optimizer names one, and the base has second moments. The pull is then that of the
 # penalty's gradient as Adam would take it, divided by √v̂.
-GAMMA = 1.0
-MEMORY = 8.0  # of a target that names none, where the optimizer can keep latent weights
+DEFAULT_PRECONDITION = 1.0
+# Of a target that names none, where the optimizer can keep latent weights.
+DEFAULT_LATENT_WINDOWS = 8.0
 CURVES: dict[str, Callable[[float], float]] = {
-    "cubic": (
-        lambda u: 1.0 - (1.0 - u) ** 3
-    ),  # Zhu and Gupta, arXiv 1710.01878: fast while there is much to spare, slow at the end
+    # Zhu and Gupta, arXiv 1710.01878: fast while there is much to prune, slow at the end
+    "cubic": lambda u: 1.0 - (1.0 - u) ** 3,
     "linear": lambda u: u,
 }
 
+GroupNames = str | WeightGroups | Sequence[str | WeightGroups]
+
+
+class _KindByArguments(type):
+    """Makes `SparsityTarget(...)` an instance of the subclass that its arguments name."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not SparsityTarget:
+            return super().__call__(*args, **kwargs)
+        kind: type[SparsityTarget] = WeightTarget
+        if kwargs.get("groups") is not None:
+            kind = GroupTarget
+        elif kwargs.get("pattern") is not None:
+            kind = PatternTarget
+        return kind(*args, **kind.own_arguments(kwargs))
+
 
 @dataclass(frozen=True)
-class SparsityTarget:
-    """The share of exact zeros to end with, or of whole channels and heads (`groups`).
+class SparsityTarget(metaclass=_KindByArguments):
+    """The share of exact zeros to end with: `SparsityTarget(0.5)`; by N:M blocks, `SparsityTarget(pattern="2:4")`; or
+    of whole channels and heads, `SparsityTarget(0.3, groups="channels")`.
 
     Args:
-        sparsity: of the weights that decay (`of="decayed"`) or of all parameters of the model (`of="all"`), between 0
-            and 1. With groups: of each kind of them, or in `of="all"` the share of all parameters that die with them.
-                None with a budget, or a pattern, which says it.
-        start, end: the window in which weights die: a fraction of the run if ≤ 1, else an optimizer step. Before it
-            nothing decays, so that Adam's second moments can fill; after it survivors recover.
-        scope: "global", one threshold for all tensors, so that those lose most that can spare most; "layer", every
-            tensor reaches the target. None: global, and layer with groups, so that every layer keeps as many and can
-                be cut to one width.
-        p, precondition: the form of the decay while it acts; None: as the optimizer's groups have them, and for a γ of
-            0 (the default there) 1 in its place if the base has second moments, since that loses less. A 0 here is a
-            0.
-        cap: weights with x above `cap` times the planned threshold feel no decay, so that survivors are not bent;
-            None: all feel it.
-        curve: "cubic" or "linear", or a function of the part of the window that is over, rising from f(0) = 0 to f(1)
-            = 1.
-        memory: in the window weights below the planned threshold are zero in the model, and what they were is latent
-            in the optimizer: it goes on learning, and comes back whole where it grows beyond the threshold. Its decay
-                is such that at the threshold it would be forgotten in
-            `memory` windows. When the window ends they die. 0: they decay in the model itself. None: 8 with LpAdamW, a
-            cap of 1 and grace; else 0.
-        grace: for the first four fifths of the window weights with x below `grace` times the planned threshold decay
-            no faster than at it. Without memory they so fade to next to nothing, and come back if their gradient asks
-            for it. 0: what dies stays dead from the first step on.
-        freeze: after the window zeros stay zero and survivors train without decay; False: everything trains, and zeros
-            come back.
-        every: optimizer steps between two looks at the weights; None: a twentieth of the window, and 20 at most.
-        groups: "channels" (feed-forward), "heads", "kv_groups" (heads of keys and values with the queries that read
-            them), several of these, or `Groups` that `lp_dist.groups_of` describes: these die as wholes, and `lp-dist
-            export --shrink` cuts them out. They decay by their norms, and have no memory.
-        budget: with groups, the parameters of the model that are to be left at most, instead of a sparsity.
-        interval: with groups, optimizer steps between two decays of them, each for the learning rates of all; see
-            `lp_dist.structured.group_decay.Grouped`.
+        sparsity: between 0 and 1, the share to prune; what of, the subclass says. None with a pattern or a budget.
+        start: where the window begins in which weights become zero: a fraction of the run if ≤ 1, else an optimizer
+            step. Before it nothing decays, so that Adam's second moments can fill.
+        end: where it ends, likewise. After it survivors recover.
+        scope: "global", one threshold for all tensors; "layer", every tensor reaches the target. None: global, and
+            layer with groups, so that every layer keeps as many and can be cut to one width.
+        p: exponent of the norm while it acts; None: as the optimizer's groups have it.
+        precondition: γ while it acts; None: as the optimizer's groups have it, and 1 where that is 0 and the base has
+            second moments, since that loses less. A 0 here is a 0.
+        cap: weights with a saliency above `cap` times the planned threshold do not decay, so that survivors do not
+            shrink; None: all decay.
+        regrowth: for the first four fifths of the window, weights with a saliency below `regrowth` times the planned
+            threshold decay no faster than at it. They get near zero without being lost, and grow again if their
+            gradient
+            asks for it. 0: what is zero stays zero from the first step on.
+        curve: "cubic" or "linear", or a function of the elapsed part of the window, rising from f(0) = 0 to f(1) = 1.
+        freeze: after the window zeros stay zero and survivors train without decay; False: everything trains.
+        update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
+            at most.
+
+    For single weights also:
+        relative_to: "decayed", the sparsity is a share of the weights that decay; "all", of all parameters of the
+            model.
+        latent_windows: in the window weights below the planned threshold are set to zero in the model, while the
+            optimizer keeps their values and goes on training them. They return when they grow beyond the threshold.
+            Their decay is such that at the threshold they would be forgotten in so many windows. When the window ends
+            they are pruned. 0: weights decay in the model itself. None: 8 with LpAdamW, a cap of 1 and regrowth; else
+                0.
+
+    For N:M blocks instead:
         pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer
-            are not zero. The largest x of each block feel no decay. memory is 0 then.
+            are not zero.
+
+    For whole groups instead:
+        groups: "channels" (feed-forward), "heads", "kv_groups" (heads of keys and values with the queries that read
+            them), several of these, or `WeightGroups` that `lp_dist.groups_of` describes. They are pruned as wholes by
+            their norms, and `lp-dist export --shrink` cuts them out.
+        relative_to: "decayed", the sparsity is a share of each kind of groups; "all", the share of all parameters of
+            the model that lie in the pruned ones.
+        budget: the parameters of the model that may be left at most, instead of a sparsity.
+        interval: optimizer steps between two decays of groups, each for the learning rates of all of them; see
+            `lp_dist.structured.group_decay`.
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range, or two arguments contradict each other.
     """
 
     sparsity: float | None = None
@@ -76,36 +104,30 @@ class SparsityTarget:
     p: float | None = None
     precondition: float | None = None
     cap: float | None = 1.0
-    memory: float | None = None
-    grace: float = 0.1
+    regrowth: float = 0.1
     curve: str | Callable[[float], float] = "cubic"
     freeze: bool = True
-    every: int | None = None
-    of: str = "decayed"
-    groups: str | Groups | Sequence[str | Groups] | None = None
-    budget: int | None = None
-    interval: int = 1
-    pattern: str | None = None
+    update_every: int | None = None
+
+    _default_scope: ClassVar[str] = "global"
+    # Arguments of the other kinds: what to say where one is given.
+    _arguments_of_others: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def own_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """`arguments` without those of the other kinds that are left at what means none; ValueError for others."""
+        own_names = {field.name for field in fields(cls)}
+        for key, reason in cls._arguments_of_others.items():
+            if arguments.get(key) not in (None, _NEUTRAL.get(key)):
+                raise ValueError(f"{key}={arguments[key]!r} {reason}")
+        return {key: value for key, value in arguments.items() if key in own_names or key not in _NEUTRAL}
 
     def __post_init__(self) -> None:
         if self.scope is None:
-            object.__setattr__(self, "scope", "layer" if self.groups else "global")
-        self._check_groups()
-        nm.check(self.pattern)
-        if self.pattern is not None:
-            self._take_pattern()
-        if self.budget is None and self.sparsity is None:
-            raise ValueError(
-                "sparsity=None: name the share of zeros to end with (0.5 is half of the weights), or a pattern ('2:4')"
-            )
-        if self.budget is None and not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
-            raise ValueError(
-                f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of"
-                " the weights"
-            )
-        for key, choices in (("scope", ("layer", "global")), ("of", ("decayed", "all"))):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
+            object.__setattr__(self, "scope", self._default_scope)
+        if self.scope not in ("layer", "global"):
+            raise ValueError(f"scope={self.scope!r} must be one of layer, global")
+        self._check_kind()
         check_window(self.start, self.end)
         if self.p is not None:
             check_p(self.p)
@@ -113,108 +135,169 @@ class SparsityTarget:
             check_hyperparameters(precondition=self.precondition)
         if self.cap is not None and not 1.0 <= self.cap < math.inf:
             raise ValueError(
-                f"cap={self.cap!r} must be a number from 1 up, else weights that are to die feel no decay; None lets"
-                " all weights feel it"
+                f"cap={self.cap!r} must be a number from 1 up, else weights that are to be pruned do not decay; None"
+                " lets all weights decay"
             )
-        if self.memory is not None and not 0.0 <= self.memory < math.inf:
+        if not 0.0 <= self.regrowth <= 1.0:
             raise ValueError(
-                f"memory={self.memory!r} must be a finite number >= 0, of windows; 0 lets weights decay in the model"
-                " itself, 8 is the default"
+                f"regrowth={self.regrowth!r} must be a number from 0, no regrowth, to 1; 0.1 is the default"
             )
-        if not 0.0 <= self.grace <= 1.0:
-            raise ValueError(f"grace={self.grace!r} must be a number from 0, no way back, to 1; 0.1 is the default")
-        if self.every is not None and self.every < 1:
+        if self.update_every is not None and self.update_every < 1:
             raise ValueError(
-                f"every={self.every!r} must be at least 1 optimizer step, or None for a twentieth of the window, 20 at"
-                " most"
+                f"update_every={self.update_every!r} must be at least 1 optimizer step, or None for a twentieth of the"
+                " window, 20 at most"
             )
+        self._check_curve()
+
+    def _check_kind(self) -> None:
+        """Raises ValueError for what the kind of target can't have."""
+
+    def _check_sparsity(self) -> None:
+        if self.sparsity is None:
+            raise ValueError(
+                "sparsity=None: name the share of zeros to end with (0.5 is half of the weights), or a pattern ('2:4')"
+            )
+        if not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
+            raise ValueError(
+                f"sparsity={self.sparsity!r} must be between 0 and 1, the share of zeros to end with: 0.5 is half of"
+                " the weights"
+            )
+
+    def _check_curve(self) -> None:
         if not callable(self.curve) and self.curve not in CURVES:
             raise ValueError(
-                f"curve={self.curve!r} must be one of {', '.join(CURVES)}, or a function of the part of the window"
-                " that is over"
+                f"curve={self.curve!r} must be one of {', '.join(CURVES)}, or a function of the elapsed part of the"
+                " window"
             )
-        points = [self.at(i / 16) for i in range(17)]
+        points = [self.planned_share(i / 16) for i in range(17)]
         if (
             abs(points[0]) > 1e-9
             or abs(points[-1] - 1.0) > 1e-9
-            or any(a > b + 1e-9 for a, b in zip(points, points[1:]))
+            or any(earlier > later + 1e-9 for earlier, later in zip(points, points[1:]))
         ):
-            raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is dead stays dead")
+            raise ValueError("curve must rise from f(0) = 0 to f(1) = 1 and never fall, since what is zero stays zero")
 
-    def _check_groups(self) -> None:
-        if self.groups is not None:
-            if not listed(self.groups):
-                raise ValueError(
-                    f"groups={self.groups!r} names none; name channels, heads or kv_groups, or leave it out for single"
-                    " weights"
-                )
-            if self.pattern is not None:
-                raise ValueError(
-                    f"pattern={self.pattern!r} is of single weights, and groups have none; give the weights a target"
-                    " of their own"
-                )
-            if self.memory:
-                raise ValueError(f"memory={self.memory:g} is of single weights, and groups have none; leave it out")
-            if (self.sparsity is None) == (self.budget is None):
-                raise ValueError(
-                    f"sparsity={self.sparsity} and budget={self.budget}: groups need one of them, the share that is to"
-                    " die or the parameters to be left"
-                )
-            if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
-                raise ValueError(
-                    f"budget={self.budget!r} must be a whole number from 1, the parameters of the model that are to be"
-                    " left"
-                )
-            check_interval(self.interval)
-            return
-        for key, default in (("budget", None), ("interval", 1)):
-            if getattr(self, key) != default:
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r} is of groups, and none are named; set groups='channels', or leave"
-                    " it out"
-                )
+    def planned_share(self, elapsed: float) -> float:
+        """Share of the way from the first sparsity to the last, at this elapsed part of the window (0 to 1)."""
+        curve = self.curve if callable(self.curve) else CURVES[self.curve]
+        return float(curve(min(max(elapsed, 0.0), 1.0)))
 
-    def _take_pattern(self) -> None:
-        """The sparsity of the pattern; raises ValueError for what contradicts it."""
-        n, m = nm.parse(self.pattern)
+    def form(self) -> dict[str, Any]:
+        """The hyperparameters that the target names for the decay while it acts."""
+        return {key: getattr(self, key) for key in ("p", "precondition") if getattr(self, key) is not None}
+
+    def described(self) -> dict[str, Any]:
+        """The arguments as plain JSON types: what a checkpoint must agree on, and can be made again from."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["curve"] = getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve
+        return plain
+
+
+@dataclass(frozen=True)
+class WeightTarget(SparsityTarget):
+    """A target of single weights; arguments as of `SparsityTarget`."""
+
+    relative_to: str = "decayed"
+    latent_windows: float | None = None
+
+    pattern: ClassVar[str | None] = None
+    _arguments_of_others: ClassVar[dict[str, str]] = {
+        "budget": "is of groups, and none are named; set groups='channels', or leave it out",
+        "interval": "is of groups, and none are named; set groups='channels', or leave it out",
+    }
+
+    def _check_kind(self) -> None:
+        self._check_sparsity()
+        check_relative_to(self.relative_to)
+        if self.latent_windows is not None and not 0.0 <= self.latent_windows < math.inf:
+            raise ValueError(
+                f"latent_windows={self.latent_windows!r} must be a finite number >= 0, of windows; 0 lets weights"
+                " decay in the model itself, 8 is the default"
+            )
+
+
+@dataclass(frozen=True)
+class PatternTarget(SparsityTarget):
+    """A target of N:M blocks; arguments as of `SparsityTarget`. Its weights decay in the model itself."""
+
+    pattern: str = "2:4"
+
+    relative_to: ClassVar[str] = "decayed"
+    latent_windows: ClassVar[float] = 0.0
+    _arguments_of_others: ClassVar[dict[str, str]] = {
+        **WeightTarget._arguments_of_others,
+        "latent_windows": (
+            "keeps weights latent by one threshold, and a pattern goes by blocks; set latent_windows=0, or"
+            " leave one of them out"
+        ),
+        "relative_to": (
+            "and a pattern can't be together: a pattern is one of the weights that decay; use relative_to='decayed'"
+        ),
+    }
+
+    def _check_kind(self) -> None:
+        nm.check_pattern(self.pattern)
+        n, m = nm.parse_pattern(self.pattern)
         if self.sparsity not in (None, (m - n) / m):
             raise ValueError(
                 f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which is {(m - n) / m:g}; leave one"
                 " of them out"
             )
-        if self.memory:
-            raise ValueError(
-                f"memory={self.memory!r} hides weights by one threshold, and pattern={self.pattern!r} goes by blocks;"
-                " set memory=0, or leave one of them out"
-            )
-        if self.of != "decayed":
-            raise ValueError(
-                f"of={self.of!r} and pattern={self.pattern!r} can't be together: a pattern is one of the weights that"
-                " decay; use of='decayed'"
-            )
         object.__setattr__(self, "sparsity", (m - n) / m)
 
-    def at(self, u: float) -> float:
-        """Share of the way from the first sparsity to the last when the part u of the window is over."""
-        return float((self.curve if callable(self.curve) else CURVES[self.curve])(min(max(u, 0.0), 1.0)))
+    def form(self) -> dict[str, Any]:
+        return {**super().form(), "pattern": self.pattern}
 
-    def phase(self) -> dict[str, Any]:
-        """The param groups' values while it acts."""
-        form = {key: getattr(self, key) for key in ("p", "precondition", "pattern") if getattr(self, key) is not None}
-        return {"cutoff": math.inf, **form}
+
+@dataclass(frozen=True)
+class GroupTarget(SparsityTarget):
+    """A target of whole groups of weights; arguments as of `SparsityTarget`."""
+
+    groups: GroupNames = ()
+    relative_to: str = "decayed"
+    budget: int | None = None
+    interval: int = 1
+
+    _default_scope: ClassVar[str] = "layer"
+    _arguments_of_others: ClassVar[dict[str, str]] = {
+        "pattern": "is of single weights, and groups have none; give the weights a target of their own",
+        "latent_windows": "is of single weights, and groups have none; leave it out",
+    }
+
+    def _check_kind(self) -> None:
+        if not group_list(self.groups):
+            raise ValueError(
+                f"groups={self.groups!r} names none; name channels, heads or kv_groups, or leave it out for single"
+                " weights"
+            )
+        if (self.sparsity is None) == (self.budget is None):
+            raise ValueError(
+                f"sparsity={self.sparsity} and budget={self.budget}: groups need one of them, the share to prune or"
+                " the parameters to be left"
+            )
+        if self.budget is None:
+            self._check_sparsity()
+        elif not isinstance(self.budget, int) or self.budget < 1:
+            raise ValueError(
+                f"budget={self.budget!r} must be a whole number from 1, the parameters of the model that are to be"
+                " left"
+            )
+        check_relative_to(self.relative_to)
+        check_interval(self.interval)
 
     def described(self) -> dict[str, Any]:
-        """Plain JSON types: what a checkpoint must agree on."""
-        # What is not asked for is left out, so that checkpoints of before it could be asked for are still those of the
-        # same target.
-        left_out = (("pattern",) if self.pattern is None else ()) + (
-            () if self.groups else ("groups", "budget", "interval")
-        )
-        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in left_out}
-        plain["curve"] = getattr(self.curve, "__name__", "function") if callable(self.curve) else self.curve
-        if self.groups:
-            plain["groups"] = names_of(self.groups)
-        return plain
+        return {**super().described(), "groups": group_labels(self.groups)}
+
+
+# What arguments of one kind of target hold where they ask for nothing.
+_NEUTRAL: dict[str, Any] = {
+    "groups": None,
+    "pattern": None,
+    "budget": None,
+    "interval": 1,
+    "relative_to": "decayed",
+    "latent_windows": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -223,14 +306,17 @@ class GroupDecay:
     top of the decay of single weights.
 
     Args:
-        groups: as of `SparsityTarget`. weight_decay: λ of the penalty (λ/p)·Σ‖w_g‖_2^p. p, precondition, cutoff: of
-            the form in `lp_dist.structured.group_decay`.
-        interval: optimizer steps between two decays, each for the learning rates of all.
+        groups: as of `SparsityTarget`.
+        weight_decay: λ of the penalty (λ/p)·Σ‖w_g‖_2^p.
+        p: of the form in `lp_dist.structured.group_decay`, as are the next two.
+        precondition: γ.
+        cutoff: groups with a saliency above it do not decay.
+        interval: optimizer steps between two decays, each for the learning rates of all of them.
     Raises:
         ValueError: a value is out of its range.
     """
 
-    groups: str | Groups | Sequence[str | Groups]
+    groups: GroupNames
     weight_decay: float
     p: float = 0.5
     precondition: float = 0.0
@@ -246,29 +332,39 @@ class GroupDecay:
         check_interval(self.interval)
 
     def described(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "groups": names_of(self.groups)}
+        """The arguments as plain JSON types."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**plain, "groups": group_labels(self.groups)}
 
 
-def names_of(groups: str | Groups | Sequence[str | Groups]) -> list[str]:
+def group_labels(groups: GroupNames) -> list[str]:
     """What to call groups that a user named."""
-    return [one if isinstance(one, str) else one.label for one in listed(groups)]
+    return [group if isinstance(group, str) else group.label for group in group_list(groups)]
 
 
-def listed(groups: str | Groups | Sequence[str | Groups]) -> list[str | Groups]:
+def group_list(groups: GroupNames) -> list[str | WeightGroups]:
     """Groups as a user may name them, as a list."""
-    return [groups] if isinstance(groups, (str, Groups)) else list(groups)
+    return [groups] if isinstance(groups, (str, WeightGroups)) else list(groups)
 
 
 def check_interval(interval: int) -> None:
-    """Raises ValueError for steps between two decays that are none."""
+    """Raises ValueError for an interval that is no number of optimizer steps."""
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval={interval!r} must be a whole number of optimizer steps from 1")
 
 
+def check_relative_to(relative_to: str) -> None:
+    """Raises ValueError for what a sparsity can't be a share of."""
+    if relative_to not in ("decayed", "all"):
+        raise ValueError(f"relative_to={relative_to!r} must be one of decayed, all")
+
+
 def check_p(p: float) -> None:
-    """Raises ValueError for an exponent with which a target makes no sense: above 1 weights become small and not zero,
-    so that nearly all of them would die at the last threshold (docs/which-p.md has the figures)."""
+    """Raises ValueError for an exponent with which a target makes no sense.
+
+    Above 1 weights become small and not zero, so that nearly all of them would be pruned in the final step
+    (docs/which-p.md has the figures).
+    """
     if not P_MIN <= p <= 1.0:
         raise ValueError(
             f"p={p:g} reaches no sparsity by itself: for p > 1 weights become small, and not zero. Take p in"

@@ -1,11 +1,11 @@
-"""Control: brings an optimizer to a `SparsityTarget`. λ and the cutoff are found from the weights as they are, again
-and again, and land on it.
+"""WeightController: brings single weights to a `SparsityTarget`. λ and the cutoff are found from the weights as they
+are, again and again.
 
 With x of `decay.py`, and no gradients, x falls by (2−p)·λ·α a step. So the λ by which the share s of the weights is
-dead h steps from now is `x_s / ((2−p)·Σα)`, with x_s the quantile of the present x at s and Σα the learning rates of
-those steps. Gradients push back; hence the same is asked anew every `every` steps, for the share that the plan has
-`every` steps later (a receding horizon: no gains to tune). What is to die is not lost yet: until the window ends it is
-zero, and latent (the target's `memory`), or until its last fifth it fades to a floor (its `grace`).
+zero h steps from now is `x_s / ((2−p)·Σα)`, with x_s the quantile of the present x at s and Σα the learning rates of
+those steps. Gradients push back. Hence λ is found anew every `update_every` steps, for the share that the plan has so
+many steps later (a receding horizon: no gains to tune). Until the window ends nothing is lost: weights below the
+threshold are latent, or near zero with regrowth.
 """
 
 from __future__ import annotations
@@ -15,360 +15,339 @@ import math
 from statistics import median
 from typing import Any
 
-from torch.optim import Optimizer
-
 from lp_dist.errors import UsageError
-from lp_dist.optim.hyperparameters import FROZEN, KEPT, OFF
-from lp_dist.optim.parameter_map import SegmentMap, effective
-from lp_dist.optim.state import steps_taken
+from lp_dist.optim.hyperparameters import Phase
+from lp_dist.optim.parameter_map import ParameterMap
 from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard
-from lp_dist.sparsity.census import Census, census
-from lp_dist.sparsity.nm_blocks import parts
-from lp_dist.sparsity.quantiles import LARGEST, Part, settle, share_below, smallest, stride_of, zero_below
-from lp_dist.targets.controller import Planned
-from lp_dist.targets.feasibility import refuse_what_cannot_be
+from lp_dist.sparsity.census import Census, ZeroCount, census
+from lp_dist.sparsity.nm_blocks import scored_blocks
+from lp_dist.sparsity.quantiles import (
+    MAX_SALIENCY,
+    ScoredSlice,
+    fraction_at_or_below,
+    restore_latent,
+    sample_stride,
+    thresholds_at,
+    zero_at_or_below,
+)
+from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
+from lp_dist.targets.feasibility import check_reachable
 from lp_dist.targets.lr_lookahead import rates_ahead
-from lp_dist.targets.target import SparsityTarget
+from lp_dist.targets.target import PatternTarget, WeightTarget
 
 logger = logging.getLogger(__name__)
 
-_TINY = 1e-30  # λ where nothing more is to die: zeros absorb only while the decay acts
-VERSION = 3
+# A parameter takes part in the target by a weight_decay above 0; this one, until λ is found. Also the least λ that is
+# set: zeros absorb only while λ is above 0.
+LEAST_WEIGHT_DECAY = 1e-30
+_SAVED = ("weight_decay", "cutoff", "regrowth_below", "latent")
 
 
-class Control(Planned):
-    """Brings the optimizer to a `SparsityTarget`; made by `lp_dist.attach`. Collective: every rank does the same at
-    the same step.
+class WeightController(Controller):
+    """Brings the optimizer's weights to a target; made by `lp_dist.attach`. Collective, as `Controller`.
+
+    All that it sets lies in the parameter map, and nothing in the param groups, into which checkpoint loaders write.
 
     Args:
-        target: what to reach. optimizer: the live one. segments: its.
-        candidates: shards of the parameters that may decay. left_out: names of those that start at zero, and don't.
-        everything: elements of all parameters of the model. total: optimizer steps of the run. lr_scheduler: gives the
-            learning rates ahead.
-        wrapper: the engine's optimizer around the live one, or that itself.
+        target: what to reach.
+        run: what is known of the run.
+        parameter_map: the optimizer's.
+        candidates: shards of the parameters that may decay.
+        left_out: names of those that start at zero, and don't decay.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
+    state_version = 4
+    subject = "weights"
+    target: WeightTarget | PatternTarget
+
     def __init__(
         self,
-        target: SparsityTarget,
-        optimizer: Optimizer,
-        segments: SegmentMap,
+        target: WeightTarget | PatternTarget,
+        run: RunContext,
+        parameter_map: ParameterMap,
         candidates: list[Shard],
         left_out: list[str],
-        everything: int,
-        total: int,
-        lr_scheduler: Any,
-        wrapper: Any,
     ) -> None:
-        super().__init__(target, optimizer, total, lr_scheduler, wrapper)
-        self.segments, self.candidates, self.left_out = segments, candidates, left_out
-        self.groups = sorted({shard.group for shard in candidates})
-        self.phase = target.phase()
+        super().__init__(target, run)
+        self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
+        # What the script overrides for single parameters holds under a target too.
+        self._script_overrides = {shard.name: parameter_map.values(shard.name) for shard in candidates}
         forms = {shard.name: self._values(shard) for shard in self.shards}
-        refuse_what_cannot_be(
-            target, optimizer, self.shards, forms, (self.start, self.end, total), everything, lr_scheduler
-        )
-        self._plan(
-            bool(target.memory) or any(form.get("precondition") for form in forms.values()),
+        check_reachable(target, run.optimizer, self.shards, forms, self.window, run.total_parameters, run.lr_scheduler)
+        self._plan_updates(
+            bool(target.latent_windows) or any(form.get("precondition") for form in forms.values()),
             slow=any(form["p"] > 0.5 for form in forms.values()),
         )
         elements = sum(shard.shape.numel() for shard in self.shards)
-        self.sparsity = target.sparsity * (everything / elements if target.of == "all" else 1.0)
+        assert target.sparsity is not None
+        self._sparsity = target.sparsity * (run.total_parameters / elements if target.relative_to == "all" else 1.0)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros to end with, of the weights that decay."""
+        return self._sparsity
 
     @property
     def shards(self) -> list[Shard]:
         """Of the parameters that decay."""
         return [shard for shard in self.candidates if shard.name not in self.left_out]
 
-    # -- what runs ------------------------------------------------------------
+    # -- around a step --------------------------------------------------------
 
     def begin(self, t: int) -> None:
-        if t < self.start:
+        if t < self.window.start:
             self._zeros()  # what can't be reached is known now
+        self._set_form()
         super().begin(t)
 
-    def run(self, t: int) -> None:
-        self.set_phase(t)
-        if t < self.start and self._keeps():
-            for shard in self.shards:
-                self.segments.set(shard.name, weight_decay=_TINY)  # without a λ nothing is frozen
-        super().run(t)
+    def prepare_step(self, t: int) -> None:
+        self._set_phase(self._phase_at(t))
+        super().prepare_step(t)
 
-    def set_phase(self, t: int) -> None:
-        """The groups' values for step t: no decay, decay, or frozen zeros. The step after the last threshold is frozen
-        in any case.
-        """
-        if t < self.start:
-            values = KEPT if self._keeps() else OFF
-        elif t < self.end - 1:
-            values = self.phase
-        else:
-            values = FROZEN if t < self.end or self.target.freeze else OFF
-        for i in self.groups:
-            self.optimizer.param_groups[i].update(values)
+    def _phase_at(self, t: int) -> Phase:
+        """The phase of step t. The step after the final pruning is frozen in any case."""
+        start, end, _ = self.window
+        if t < start:
+            # Without regrowth and latent weights zero absorbs, before the window as in it.
+            keeps_zeros = not (self.target.regrowth or self.target.latent_windows)
+            return Phase.FROZEN if keeps_zeros else Phase.OFF
+        if t < end - 1:
+            return Phase.DECAY
+        return Phase.FROZEN if t < end or self.target.freeze else Phase.OFF
 
-    def _keeps(self) -> bool:
-        """Whether zeros that the model came with are to stay: without grace and memory zero absorbs, before the window
-        as in it.
-        """
-        return not (self.target.grace or self.target.memory)
+    def _set_phase(self, phase: Phase) -> None:
+        for shard in self.shards:
+            self.parameter_map.set(shard.name, phase=phase.value)
 
-    def _zeros(self) -> dict[str, tuple[int, int]]:
+    def _set_form(self) -> None:
+        """Gives the parameters the target's p, precondition and pattern, but for what the script overrides."""
+        for shard in self.shards:
+            form = {"weight_decay": LEAST_WEIGHT_DECAY, **self.target.form()}
+            self.parameter_map.set(shard.name, **{**form, **self._script_form(shard)})
+
+    def _script_form(self, shard: Shard) -> dict[str, Any]:
+        overrides = self._script_overrides[shard.name]
+        return {key: value for key, value in overrides.items() if key in ("p", "precondition")}
+
+    def _zeros(self) -> dict[str, ZeroCount]:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target
         asks for.
         """
-        counts = self._counts(census(self.shards))
-        shares = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
-        sparser = [
-            (scope, share) for scope, share in shares.items() if share >= self.sparsity and not self.target.pattern
-        ]  # half zeros are no 2:4
-        if sparser:
-            scope, share = sparser[0]
-            way_out = (
-                ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'"
-                if self.target.scope == "layer"
-                else ""
-            )
-            raise UsageError(
-                f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for more{way_out}"
-            )
+        counts = self._by_scope(census(self.shards))
+        # Half of the weights can be zero without any 2:4 block.
+        sparser = [] if self.target.pattern else [(s, n.zeros / n.elements) for s, n in counts.items()]
+        for scope, share in sparser:
+            if share >= self.sparsity:
+                way_out = (
+                    ", leave it out by an override {\"weight_decay\": 0}, or use scope='global'"
+                    if self.target.scope == "layer"
+                    else ""
+                )
+                raise UsageError(
+                    f"{scope} is {share:.1%} zeros already, and the target is {self.sparsity:.1%}; ask for"
+                    f" more{way_out}"
+                )
         return counts
 
     def _begin(self) -> None:
         counts = self._zeros()
-        self.before = {scope: zeros / elements for scope, (zeros, elements) in counts.items()}
-        if self.target.pattern:  # of which a zero that is spared is no part
-            self.before = share_below(self._parts(whole=False), dict.fromkeys(counts, 0.0))
-        idle = [
+        self.before = {scope: count.zeros / count.elements for scope, count in counts.items()}
+        if self.target.pattern:  # a zero that is kept in its block is no part of it
+            self.before = fraction_at_or_below(self._scored(all_local=False), dict.fromkeys(counts, 0.0))
+        without_gradient = [
             shard.name
             for shard in self.shards
             if shard.length and not shard.state and self._values(shard).get("precondition")
         ]
-        if idle:
+        if without_gradient:
             logger.warning(
                 "%d of the parameters that decay have had no gradient before the window, %s among them: the loss is"
-                " not sensitive to them, so their weights die first. If they are needed later, begin it later (start),"
-                " or leave them out (an override with weight_decay 0)",
-                len(idle),
-                idle[0],
+                " not sensitive to them, so their weights become zero first. If they are needed later, begin the"
+                " window later (start), or leave them out (an override with weight_decay 0)",
+                len(without_gradient),
+                without_gradient[0],
             )
-        if self.target.memory:
+        if self.target.latent_windows:
             for shard in self.shards:
-                self.segments.set(shard.name, latent=True)
-            settle(
-                self._parts(), dict.fromkeys(self.before, math.inf)
-            )  # the momentum of zeros that were there is no latent weight
-        logger.info(
-            "target: %.2f%% zeros of %d weights from optimizer step %d to %d of %d, a look every %d",
-            100 * self.sparsity,
-            sum(elements for _, elements in counts.values()),
-            self.start,
-            self.end,
-            self.total,
-            self.every,
-        )
+                self.parameter_map.set(shard.name, latent=True)
+            # The momentum of zeros that were there is no latent weight.
+            restore_latent(self._scored(), dict.fromkeys(self.before, math.inf))
+        elements = sum(count.elements for count in counts.values())
+        self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights")
 
-    def _look(self, t: int) -> None:
-        """λ and cutoff of each scope, for the share that the plan has `every` steps from now; from a sample, since the
-        next look mends it.
+    def _update(self, t: int) -> None:
+        """λ and cutoff of each scope, for the share that the plan has at the next update. From a sample, since the
+        next update corrects it.
         """
-        horizon = min(self.every, self.end - 1 - t)
-        grace = self.target.memory or self.graced(t)
-        seen = census(self.shards)
-        counts = self._counts(seen)
-        share = {
-            scope: before + (self.sparsity - before) * self.plan(t + horizon) for scope, before in self.before.items()
-        }
-        all_ = {scope: elements for scope, (_, elements) in counts.items()}
-        sample = self._parts(whole=False, elements=all_)
-        faded = self._faded(sample, all_)
-        found = smallest(
-            sample,
-            {scope: round(share[scope] * elements) for scope, elements in all_.items()},
-            passes=2,
-            elements=all_,
-        )
-        rates = rates_ahead(self.lr_scheduler, self.optimizer, horizon)
-        # What is latent is zero already. It is forgotten by the same decay, but over the window and not until the next
-        # look.
-        slower = self.target.memory * (self.end - self.start) / horizon if self.target.memory else 1.0
-        lambdas = []
+        horizon = min(self.update_every, self.window.end - 1 - t)
+        regrowth = self.target.latent_windows or self.allows_regrowth(t)
+        measured = census(self.shards)
+        elements = {scope: count.elements for scope, count in self._by_scope(measured).items()}
+        planned = self.planned_share(t + horizon)
+        shares = {scope: before + (self.sparsity - before) * planned for scope, before in self.before.items()}
+        sample = self._scored(all_local=False, elements=elements)
+        near_zero = self._near_zero(sample, elements)
+        ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
+        thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
+        rates = rates_ahead(self.run.lr_scheduler, self.run.optimizer, horizon)
+        # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
+        # next update.
+        length = self.window.end - self.window.start
+        slower = self.target.latent_windows * length / horizon if self.target.latent_windows else 1.0
+        weight_decays = []
         for shard in self.shards:
-            x, p = found[self._scope(shard)], self._values(shard)["p"]
-            total = slower * sum(rate[shard.group] for rate in rates)
-            weight_decay = min(max(x / ((2.0 - p) * total), _TINY), 1e30) if total > 0.0 else _TINY
-            cutoff = math.inf if self.target.cap is None else self.target.cap * x
-            self.segments.set(
-                shard.name, weight_decay=weight_decay, cutoff=cutoff, floor=self.target.grace * x if grace else 0.0
+            x = thresholds[self._scope(shard)]
+            learning_rates = slower * sum(rate[shard.group] for rate in rates)
+            weight_decay = weight_decay_for(x, self._values(shard)["p"], learning_rates, LEAST_WEIGHT_DECAY)
+            self.parameter_map.set(
+                shard.name,
+                weight_decay=weight_decay,
+                cutoff=math.inf if self.target.cap is None else self.target.cap * x,
+                regrowth_below=self.target.regrowth * x if regrowth else 0.0,
             )
-            lambdas.append(weight_decay)
-        self._log(t, seen, lambdas, faded)
+            weight_decays.append(weight_decay)
+        self._set_logs(t, measured, weight_decays, near_zero)
 
-    def _faded(self, sample: list[Part], elements: dict[str, int]) -> float | None:
-        """Share of the weights whose x is at or below the floor of the last look: zeros, and what is as good as zero.
-        None if there is no floor, or what is below it is zero."""
-        floors = {self._scope(shard): self.segments.values(shard.name).get("floor", 0.0) for shard in self.shards}
-        if not any(floors.values()) or self.target.memory:
+    def _near_zero(self, sample: list[ScoredSlice], elements: dict[str, int]) -> float | None:
+        """Share of the weights whose saliency is at or below that of regrowth at the last update: zeros, and what is
+        as good as zero. None if there is no regrowth, or all of them are zero.
+        """
+        limits = {
+            self._scope(shard): self.parameter_map.values(shard.name).get("regrowth_below", 0.0)
+            for shard in self.shards
+        }
+        if not any(limits.values()) or self.target.latent_windows:
             return None
-        below = share_below(sample, floors)
-        return sum(below[scope] * number for scope, number in elements.items()) / sum(elements.values())
+        below = fraction_at_or_below(sample, limits)
+        return sum(below[scope] * count for scope, count in elements.items()) / sum(elements.values())
 
-    def _close(self) -> None:
-        """What remains dies at once, by the same x (of a pattern all that is not spared), in the masters and in an
-        engine's copies of them.
+    def _prune(self) -> None:
+        """Prunes what remains at once, by the same saliency (of a pattern all that is not kept), in the masters and in
+        an engine's copies of them.
         """
         ranks = {
-            scope: round(self.sparsity * elements)
-            for scope, (_, elements) in self._counts(census(self.shards)).items()
+            scope: round(self.sparsity * count.elements)
+            for scope, count in self._by_scope(census(self.shards)).items()
         }
-        found = (
-            dict.fromkeys(ranks, LARGEST)
-            if self.target.pattern
-            else smallest(self._parts(whole=False), ranks, passes=3)
-        )
-        settle(self._parts(), found)
-        before = self._counts(census(self.shards))
-        zero_below(self._parts(), found)
-        for shard in self.shards:
-            self.segments.set(shard.name, latent=False)
-        update_copies(self.wrapper)
-        seen = census(self.shards)
-        after = self._counts(seen)
-        for shard in self.shards:  # frozen zeros need a λ, which a parameter without an interval of its own has not
-            self.segments.set(shard.name, weight_decay=self.segments.values(shard.name).get("weight_decay") or _TINY)
-        total = sum(elements for _, elements in after.values())
-        had, have = (sum(zeros for zeros, _ in counts.values()) / total for counts in (before, after))
-        worst = max(after, key=lambda scope: abs(after[scope][0] / after[scope][1] - self.sparsity))
-        self.closed = {"before": had, "after": have, "by_threshold": have - had}
-        logger.info(
-            "target: %.2f%% zeros by decay, %.2f%% after the last threshold; furthest from the target is %s, at"
-            " %.2f%%",
-            100 * had,
-            100 * have,
-            worst,
-            100 * after[worst][0] / after[worst][1],
-        )
-        self._log(self.end - 1, seen, [self.segments.values(shard.name)["weight_decay"] for shard in self.shards])
-
-    def _hides(self, shard: Shard) -> bool:
-        """Whether its zeros may be latent weights."""
-        return bool(self.segments.values(shard.name).get("latent"))
-
-    def _parts(self, whole: bool = True, elements: dict[str, int] | None = None) -> list[Part]:
         if self.target.pattern:
-            return parts(self._scoped(), self._values, self.target.pattern, self.segments.straddling, whole, elements)
-        return [
-            Part.of(
-                scope,
-                shard,
-                self._values(shard),
-                whole,
-                stride_of(shard, elements[scope]) if elements else 1,
-                self._hides(shard),
-            )
-            for scope, shard in self._scoped()
-        ]
+            thresholds = dict.fromkeys(ranks, MAX_SALIENCY)
+        else:
+            thresholds = thresholds_at(self._scored(all_local=False), ranks, passes=3)
+        restore_latent(self._scored(), thresholds)
+        before = self._by_scope(census(self.shards))
+        zero_at_or_below(self._scored(), thresholds)
+        for shard in self.shards:
+            self.parameter_map.set(shard.name, latent=False)
+        update_copies(self.run.engine_optimizer)
+        measured = census(self.shards)
+        after = self._by_scope(measured)
+        total = sum(count.elements for count in after.values())
+        zeros_before, zeros_after = (sum(count.zeros for count in counts.values()) for counts in (before, after))
+        shares = {scope: count.zeros / count.elements for scope, count in after.items()}
+        worst = max(shares, key=lambda scope: abs(shares[scope] - self.sparsity))
+        self._set_final_pruning(
+            zeros_before / total,
+            zeros_after / total,
+            f"furthest from {100 * self.sparsity:.2f} % is {worst}, at {100 * shares[worst]:.2f} %",
+        )
+        weight_decays = [self.parameter_map.values(shard.name)["weight_decay"] for shard in self.shards]
+        self._set_logs(self.window.end - 1, measured, weight_decays)
 
-    # -- what it looks at -----------------------------------------------------
+    def keeps_latent(self, shard: Shard) -> bool:
+        """Whether zeros of the parameter may be latent weights now."""
+        return bool(self.parameter_map.values(shard.name).get("latent"))
+
+    # -- what is measured -----------------------------------------------------
 
     def _scope(self, shard: Shard) -> str:
         return shard.name if self.target.scope == "layer" else "all"
 
     def _values(self, shard: Shard) -> dict[str, Any]:
-        group = {**self.optimizer.param_groups[shard.group], **self.phase}
-        own = {key: value for key, value in self.segments.values(shard.name).items() if key in ("p", "precondition")}
-        return effective(group, own)
+        """The hyperparameters with which a parameter decays in the window."""
+        group = self.run.optimizer.param_groups[shard.group]
+        return {**group, **self.target.form(), **self._script_form(shard)}
 
-    def _scoped(self) -> list[tuple[str, Shard]]:
-        return [(self._scope(shard), shard) for shard in self.shards]
+    def _scored(self, all_local: bool = True, elements: dict[str, int] | None = None) -> list[ScoredSlice]:
+        """The weights with what their saliency is computed from.
 
-    def _counts(self, seen: Census) -> dict[str, tuple[int, int]]:
+        Args:
+            all_local: all weights on this rank, also those that another rank counts.
+            elements: of each scope, for a sample; None: all weights.
+        """
+        scoped = [(self._scope(shard), shard) for shard in self.shards]
+        if self.target.pattern:
+            split_blocks = self.parameter_map.split_blocks
+            return scored_blocks(scoped, self._values, self.target.pattern, split_blocks, all_local, elements)
+        return [
+            ScoredSlice.from_shard(
+                scope,
+                shard,
+                self._values(shard),
+                all_local,
+                sample_stride(shard, elements[scope]) if elements else 1,
+                self.keeps_latent(shard),
+            )
+            for scope, shard in scoped
+        ]
+
+    def _by_scope(self, measured: Census) -> dict[str, ZeroCount]:
         """Zeros and elements of each scope."""
-        counts: dict[str, tuple[int, int]] = {}
-        for shard, (zeros, elements) in zip(self.shards, seen.counts):
-            before = counts.get(self._scope(shard), (0, 0))
-            counts[self._scope(shard)] = before[0] + zeros, before[1] + elements
+        counts: dict[str, ZeroCount] = {}
+        for shard, count in zip(self.shards, measured.counts):
+            sum_before = counts.get(self._scope(shard), ZeroCount(0, 0))
+            counts[self._scope(shard)] = ZeroCount(
+                sum_before.zeros + count.zeros, sum_before.elements + count.elements
+            )
         return counts
 
-    def _log(self, t: int, seen: Census, lambdas: list[float], faded: float | None = None) -> None:
-        counts = self._counts(seen)
-        total = sum(elements for _, elements in counts.values())
-        first = sum(self.before[scope] * elements for scope, (_, elements) in counts.items()) / total
-        measured = sum(zeros for zeros, _ in counts.values()) / total
+    def _set_logs(self, t: int, measured: Census, weight_decays: list[float], near_zero: float | None = None) -> None:
+        counts = self._by_scope(measured)
+        total = sum(count.elements for count in counts.values())
+        first = sum(self.before[scope] * count.elements for scope, count in counts.items()) / total
+        share = sum(count.zeros for count in counts.values()) / total
         self.logs = {
             "lp/target": self.sparsity,
-            "lp/plan": first + (self.sparsity - first) * self.plan(t),
-            "lp/measured": measured,
-            "lp/faded": measured if faded is None else faded,
-            "lp/lambda_min": min(lambdas),
-            "lp/lambda_median": median(lambdas),
-            "lp/lambda_max": max(lambdas),
-            "lp/dead_channels": seen.dead / max(1, seen.rows),
+            "lp/plan": first + (self.sparsity - first) * self.planned_share(t),
+            "lp/measured": share,
+            "lp/near_zero": share if near_zero is None else near_zero,
+            "lp/lambda_min": min(weight_decays),
+            "lp/lambda_median": median(weight_decays),
+            "lp/lambda_max": max(weight_decays),
+            "lp/dead_channels": measured.dead_rows / max(1, measured.rows),
         }
 
     # -- checkpoints ----------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types, the same on every rank."""
-        return {
-            "version": VERSION,
-            "target": self.target.described(),
-            "window": [self.start, self.end, self.total, self.every],
-            "left_out": list(self.left_out),
-            "before": dict(self.before),
-            "next": self.next,
-            "closed": self.closed,
-            "logs": dict(self.logs),
-            "values": {
-                shard.name: {
-                    key: _plain(value)
-                    for key, value in self.segments.values(shard.name).items()
-                    if key in ("weight_decay", "cutoff", "floor", "latent")
-                }
-                for shard in self.shards
-            },
+    def _own_state(self) -> dict[str, Any]:
+        values = {
+            shard.name: {
+                key: _plain(value) for key, value in self.parameter_map.values(shard.name).items() if key in _SAVED
+            }
+            for shard in self.shards
         }
+        return {"left_out": list(self.left_out), "values": values}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was. Call it after the optimizer's state was loaded.
-
-        Raises:
-            UsageError: it is of another target, another run, or another version.
-        """
-        if state.get("version") != VERSION:
+    def _check_own_state(self, state: dict[str, Any]) -> None:
+        expected = {shard.name for shard in self.candidates} - set(state["left_out"])
+        difference = sorted(set(state["values"]) ^ expected)
+        if difference:
             raise UsageError(
-                f"the target's state is of version {state.get('version')!r}, and this lp_dist reads {VERSION}; install"
-                " the one that wrote it"
-            )
-        mine = self.state_dict()
-        for key in ("target", "window"):
-            if mine[key] != state[key]:
-                raise UsageError(
-                    f"the checkpoint was trained for another {key} than the script asks for: {state[key]}, and now"
-                    f" {mine[key]}; go on with the same target and as many steps, or start anew from the saved model"
-                    " without its optimizer state"
-                )
-        odd = sorted(set(state["values"]) ^ ({shard.name for shard in self.candidates} - set(state["left_out"])))
-        if odd:
-            raise UsageError(
-                f"other parameters decay than in the checkpoint, {odd[0]!r} among them; use the same names and"
+                f"other parameters decay than in the checkpoint, {difference[0]!r} among them; use the same names and"
                 " overrides"
             )
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        for shard in self.candidates:  # those that are left out now get back what the script gives them
+            given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
+            self.parameter_map.set(shard.name, **{**given_back, **self._script_overrides[shard.name]})
         self.left_out = list(state["left_out"])
-        self.before, self.next, self.closed, self.logs = (
-            dict(state["before"]),
-            state["next"],
-            state["closed"],
-            dict(state["logs"]),
-        )
+        self._set_form()
         for name, values in state["values"].items():
-            self.segments.set(
-                name, **{key: value if isinstance(value, bool) else float(value) for key, value in values.items()}
-            )
-        self.run(steps_taken(self.optimizer))
+            restored = {key: value if isinstance(value, bool) else float(value) for key, value in values.items()}
+            self.parameter_map.set(name, **restored)
 
 
 def _plain(value: float | bool) -> float | bool | str:

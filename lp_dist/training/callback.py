@@ -42,8 +42,7 @@ class LpCallback(TrainerCallback, ExportableState):
         overrides: values of single parameters, as of `lp_dist.attach`.
     Raises:
         ValueError: both a window and a target are given, or both a target and `groups`. When the training begins:
-            nothing decays, the window holds no step of this run, it would replace the cutoff of a param group, or the
-            target can't be reached.
+            nothing decays, the window holds no step of this run, or the target can't be reached.
         RuntimeError: when the training begins: the optimizer that really steps is not one of lp_dist, or ranks have
             different hyperparameters. When Trainer logs: the gradients have become nan, and no loss scaling of fp16
             skips such a step.

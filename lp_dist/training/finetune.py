@@ -36,7 +36,7 @@ from lp_dist.errors import UsageError, with_flags
 from lp_dist.export.shrink import expected_removals
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
-from lp_dist.report.console import percent
+from lp_dist.report.numbers import percent
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.deepspeed import check_deepspeed_config, join_deepspeed
 from lp_dist.sharding.engines import unwrap

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lp_dist.report.console import percent
+from lp_dist.report.numbers import percent
 from lp_dist.sparsity.measure import Histogram, kind_of
 
 

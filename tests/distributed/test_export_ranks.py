@@ -61,10 +61,10 @@ def wrong(written: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 def test_what_is_exported_is_the_masters_bit_for_bit(world, ranks, request, tmp_path):
     directory, masters = request.getfixturevalue(ranks)
     for cell, wanted in masters.items():
-        done = export(directory / cell / ("saved" if cell == "fsdp2" else ""), tmp_path / cell, verified=True)
+        done = export(directory / cell / ("saved" if cell == "fsdp2" else ""), tmp_path / cell, verify=True)
         assert not wrong(load_file(done.out / "model.safetensors"), wanted), cell
         assert done.counts[SPARSE][0] == int((wanted[SPARSE] == 0).sum()) > 100, cell
-        assert done.verified == {
+        assert done.verification == {
             "tensors": len(wanted),
             "zeros": sum(zeros for zeros, _ in done.counts.values()),
             "logits": 15 * 97,
@@ -92,7 +92,7 @@ def test_universal_checkpoints(two, tmp_path):
     directory, masters = two
     for cell in ("zero2", "zero3"):
         convert(directory / cell)
-        export(directory / cell / "universal", tmp_path / cell, verified=True)
+        export(directory / cell / "universal", tmp_path / cell, verify=True)
         assert not wrong(load_file(tmp_path / cell / "model.safetensors"), masters[cell]), cell
         (directory / cell / "universal" / "zero" / SPARSE / "fp32.pt").unlink()
         with pytest.raises(UsageError, match=f"no .*{SPARSE}/fp32.pt.* not complete; convert it anew"):

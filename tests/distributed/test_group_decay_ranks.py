@@ -19,14 +19,14 @@ from helpers.snapshots import pieces_of, snapshot, whole
 from helpers.target_runs import Case, engine_of, trained
 from lp_dist import GroupDecay, SparsityTarget, attach
 from lp_dist.attachment.attachment import Attachment
-from lp_dist.structured.naming import groups_of
+from lp_dist.structured.resolve import groups_of
 
 STEPS = 24
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
 
 
 @dataclass(frozen=True)
-class Grouped(Case):
+class GroupDecayHook(Case):
     """What is asked: "λ", "target", or "both" targets, one after the other. Dtypes as of `Case`."""
 
     asked_for: str = "target"
@@ -44,7 +44,7 @@ def sets_of(model: torch.nn.Module) -> list:
     )
 
 
-def attached_to(engine: Engine, case: Grouped, **values: Any) -> Attachment:
+def attached_to(engine: Engine, case: GroupDecayHook, **values: Any) -> Attachment:
     from lp_dist.sharding.engines import unwrap
 
     others = (
@@ -60,15 +60,15 @@ def attached_to(engine: Engine, case: Grouped, **values: Any) -> Attachment:
             **others,
         )
     target = SparsityTarget(
-        0.3, groups=sets, precondition=case.precondition, interval=case.interval, every=2, end=10, start=2
+        0.3, groups=sets, precondition=case.precondition, interval=case.interval, update_every=2, end=10, start=2
     )
     if case.asked_for == "both":
-        target = [target, SparsityTarget(0.7, start=10, end=20, every=2)]
+        target = [target, SparsityTarget(0.7, start=10, end=20, update_every=2)]
     return attach(engine.handle, target=target, total_steps=case.steps, **others)
 
 
 RUNS = [
-    Grouped(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma)
+    GroupDecayHook(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma)
     for i, engine in enumerate(ENGINES)
     for asked, interval, gamma in [
         [("λ", 1, 0.0), ("target", 1, 1.0)],
@@ -77,18 +77,18 @@ RUNS = [
     ][i % 3]
 ]
 MIXED = [
-    Grouped(engine, steps=STEPS, asked_for="target", dtype="bf16")
+    GroupDecayHook(engine, steps=STEPS, asked_for="target", dtype="bf16")
     for engine in ("zero1", "zero2", "zero3", "bf16_optimizer")
 ]
 
 
-def followed(case: Grouped) -> dict[str, Any]:
+def followed(case: GroupDecayHook) -> dict[str, Any]:
     engine = engine_of(case)
     found = attached_to(engine, case)
     trained(engine, found, case, 0, STEPS)
     found.finish()
     # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
-    squares = found.grouped.squares.clone() if found.grouped._squares is not None else None
+    squares = found.group_decay.squares.clone() if found.group_decay._squares is not None else None
     told = {
         "pieces": pieces_of(found),
         "model": gathered(engine),
@@ -100,11 +100,11 @@ def followed(case: Grouped) -> dict[str, Any]:
 
 
 @cache
-def alone(case: Grouped) -> dict[str, Any]:
+def alone(case: GroupDecayHook) -> dict[str, Any]:
     return followed(replace(case, engine="plain", dtype="fp32"))
 
 
-def resumed(case: Grouped, directory: Path) -> tuple[list[str], int]:
+def resumed(case: GroupDecayHook, directory: Path) -> tuple[list[str], int]:
     """What differs between a run that was stopped in the window and one that was not, and how much was compared."""
     engine = engine_of(case)
     found = attached_to(engine, case)
@@ -128,7 +128,7 @@ def resumed(case: Grouped, directory: Path) -> tuple[list[str], int]:
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
-def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
+def went_back(case: GroupDecayHook, directory: Path) -> tuple[bool, bool]:
     """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights
     that are there, and not as before.
     """
@@ -136,19 +136,19 @@ def went_back(case: Grouped, directory: Path) -> tuple[bool, bool]:
     trained(engine, SimpleNamespace(after_step=lambda: None), case, 0, 3)
     engine.save(directory, "before")
     trained(engine, found := attached_to(engine, case), case, 3, 6)  # the next step's norms are under way
-    before = found.grouped.squares.clone()
+    before = found.group_decay.squares.clone()
     engine.handle.load_checkpoint(directory, tag="before", load_optimizer_states=False)
-    found.grouped.measure()
-    got = found.grouped.squares.clone()
-    found.grouped.forget()
-    found.grouped.measure()
-    told = got.equal(found.grouped.squares), before.equal(got)
+    found.group_decay.measure()
+    got = found.group_decay.squares.clone()
+    found.group_decay.forget()
+    found.group_decay.measure()
+    told = got.equal(found.group_decay.squares), before.equal(got)
     ended(engine)
     return told
 
 
 RESUMED = [
-    Grouped(engine, steps=STEPS, asked_for=asked, interval=3)
+    GroupDecayHook(engine, steps=STEPS, asked_for=asked, interval=3)
     for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))
 ]
 
@@ -159,12 +159,12 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     reductions: list[int] = []
     if world_size == 2:
         told["resumed"] = {case: resumed(case, directory / case.engine.replace(" ", "-")) for case in RESUMED}
-        told["went back"] = went_back(Grouped("zero2", steps=STEPS, asked_for="λ"), directory / "back")
-        told["reductions"] = reductions_of(Grouped("zero3", steps=STEPS, asked_for="λ"), reductions)
+        told["went back"] = went_back(GroupDecayHook("zero2", steps=STEPS, asked_for="λ"), directory / "back")
+        told["reductions"] = reductions_of(GroupDecayHook("zero3", steps=STEPS, asked_for="λ"), reductions)
     return told
 
 
-def reductions_of(case: Grouped, seen: list[int]) -> list[int]:
+def reductions_of(case: GroupDecayHook, seen: list[int]) -> list[int]:
     """Sizes of what our code reduces over 5 steps of ZeRO-3, whose optimizer steps its tensors in many calls."""
     engine = engine_of(case)
     found = attached_to(engine, case)

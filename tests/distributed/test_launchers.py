@@ -163,4 +163,4 @@ def test_fsdp_that_would_silently_be_ddp_is_refused(words, tmp_path):
     launcher = [*ACCELERATE, "--config_file", "configs/accelerate_fsdp2.yaml", "-m"]
     done = launch(launcher, [*words, "--output_dir", str(tmp_path / "out")])
     assert done.returncode != 0
-    assert "FSDP was asked for" in done.stderr and not (tmp_path / "out" / schema.FILE).exists()
+    assert "FSDP was requested" in done.stderr and not (tmp_path / "out" / schema.FILE).exists()

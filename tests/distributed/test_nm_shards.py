@@ -19,7 +19,7 @@ from helpers.snapshots import whole
 from helpers.target_runs import BF16
 from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups
 from lp_dist.attachment.attach import Attachment
-from lp_dist.optim.nm import parse, spans
+from lp_dist.optim.nm import parse_pattern, split_at_blocks
 from lp_dist.sparsity import quantiles
 
 STEPS, STOP, SAMPLE = 14, 6, 512
@@ -106,7 +106,7 @@ def attached_to(engine: Engine, case: Case) -> Attachment:
         return attach(engine.handle, **others)
     return attach(
         engine.handle,
-        target=SparsityTarget(pattern=case.pattern, scope=case.how, every=2),
+        target=SparsityTarget(pattern=case.pattern, scope=case.how, update_every=2),
         total_steps=STEPS,
         **others,
     )
@@ -141,17 +141,17 @@ def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
         (f"{key} of {shard.name}", shard.start, values.flatten().clone())
         for shard in found.shards
         if shard.length
-        for key, values in {"master": shard.piece.values, **shard.state}.items()
+        for key, values in {"master": shard.local.values, **shard.state}.items()
     ]
 
 
 def told_of(engine: Engine, found: Attachment, case: Case) -> dict[str, Any]:
-    m = parse(case.pattern)[1]
+    m = parse_pattern(case.pattern)[1]
     ends = [
         (shard.name, shard.start + at)
         for shard in found.shards
         if shard.length and shard.name.endswith("weight")
-        for head, middle in [spans(shard.start, shard.length, m)]
+        for head, middle in [split_at_blocks(shard.start, shard.length, m)]
         for at, length in ((0, head), (head + middle, shard.length - head - middle))
         if length
     ]
@@ -167,7 +167,7 @@ def told_of(engine: Engine, found: Attachment, case: Case) -> dict[str, Any]:
 
 
 def followed(case: Case) -> dict[str, Any]:
-    assert quantiles._SAMPLE == SAMPLE
+    assert quantiles.SAMPLE_SIZE == SAMPLE
     engine = engine_of(case)
     found = attached_to(engine, case)
     trained(engine, found, case, 0, STEPS)
@@ -197,7 +197,7 @@ def resumed(case: Case, directory: Path) -> dict[str, Any]:
 
 def on_ranks(rank: int, world_size: int, directory: Path) -> dict[str, dict[Case, dict[str, Any]]]:
     quiet()
-    quantiles._SAMPLE = SAMPLE
+    quantiles.SAMPLE_SIZE = SAMPLE
     told = {"runs": {case: followed(case) for case in (CASES if world_size == 2 else THREE)}}
     return told | {"resumed": {case: resumed(case, directory) for case in RESUMED if world_size == 2}}
 
@@ -221,7 +221,7 @@ def told(run_ranks, tmp_path, tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_are_one_process_bit_for_bit(told, world, monkeypatch):
-    monkeypatch.setattr(quantiles, "_SAMPLE", SAMPLE)
+    monkeypatch.setattr(quantiles, "SAMPLE_SIZE", SAMPLE)
     ranks = told(world)
     for case, _run in ranks[0]["runs"].items():
         one = alone(case.pattern, case.how, world)
@@ -248,7 +248,7 @@ def test_some_blocks_do_lie_on_several_ranks(told, world):
 def test_each_block_ends_in_the_pattern_in_masters_and_copies(told, world):
     ranks = told(world)
     for case, run in ranks[0]["runs"].items():
-        n, m = parse(case.pattern)
+        n, m = parse_pattern(case.pattern)
         masters = whole([rank["runs"][case] for rank in ranks])
         for name, weight in run["model"].items():
             master = masters[f"master of {name}"]

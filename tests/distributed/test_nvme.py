@@ -33,7 +33,7 @@ def run(kind: str, **more) -> dict:
     for step in range(4):
         x = torch.randn(3, 20, generator=torch.Generator().manual_seed(step))
         engine.step(engine(x).square().mean())
-    masters = {shard.name: shard.piece.values.clone() for shard in attached.shards}
+    masters = {shard.name: shard.local.values.clone() for shard in attached.shards}
     return {
         "swapped": swapped,
         "masters": masters,

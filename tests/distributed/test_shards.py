@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.engines import ZERO, Engine, gathered, make
 from lp_dist import LpAdamW, attach, measure_histogram, measure_sparsity, param_groups
-from lp_dist.attachment.attach import steps_taken
+from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.shards import locate_shards
 
 DECAYED = {"0.weight", "2.weight", "3.weight", "4.weight"}

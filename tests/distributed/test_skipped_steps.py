@@ -18,7 +18,8 @@ from helpers.decay_runs import STEPS, WINDOW, attached, batch_of, model_of, opti
 from helpers.engines import deepspeed_config, ended, make, quiet
 from helpers.snapshots import snapshot
 from lp_dist import DecayWindow, LpAdamW, LpCallback, LpLion, LpSGD, add_lp_decay, attach, param_groups
-from lp_dist.attachment.attach import steps_taken, verify
+from lp_dist.attachment.plan import verify
+from lp_dist.optim.state import steps_taken
 
 SKIPPING = {
     **{
@@ -53,7 +54,7 @@ def with_bad_steps(cell: str, rank: int, bad: dict[int, float]) -> dict[str, Any
             counts.append((steps_taken(found.optimizer), engine.lr_scheduler.last_epoch))
         trained(engine, found, step, step + 1)
     taken = snapshot(engine, found)
-    nan = sum(int(shard.piece.values.isnan().sum()) for shard in found.shards)
+    nan = sum(int(shard.local.values.isnan().sum()) for shard in found.shards)
     ended(engine)
     return {"taken": taken, "counts": counts, "nan": nan}
 

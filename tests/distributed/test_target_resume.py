@@ -17,7 +17,7 @@ from helpers.target_runs import Case, attached_to, engine_of, model_of, reached,
 from lp_dist import LpLion, attach, param_groups
 from lp_dist.attachment.attach import Attachment
 
-RUN = Case("", "capped", 0.5, 0.6, steps=24, every=4)
+RUN = Case("", "capped", 0.5, 0.6, steps=24, update_every=4)
 START, END = 2, 17
 # tag → steps. Looks are at 2, 6, 10, 14; the last threshold comes after step 16, and the next step carries it into an
 # engine's copies.
@@ -74,13 +74,13 @@ def taken(engine: Any, found: Attachment) -> dict[str, Any]:
 
 
 def zeros_of(found: Attachment) -> dict[str, Any]:
-    return {shard.name: shard.piece.values == 0 for shard in found.shards}
+    return {shard.name: shard.local.values == 0 for shard in found.shards}
 
 
 def stopped_and_resumed(case: Case, directory: Path) -> dict[str, Any]:
     engine = engine_of(case)
     found = attached_to(engine, case)
-    window = found.control.start, found.control.end
+    window = found.weight_controller.window.start, found.weight_controller.window.end
     trained(engine, found, case, 0, case.steps)
     wanted, zeros = taken(engine, found), zeros_of(found)
     told: dict[str, Any] = {
@@ -128,7 +128,7 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         engine.load(directory / kind, "universal")
         loaded = {"state": found.state_dict(), "model": gathered(engine)}
         trained(engine, found, case, STOPS["saved"], case.steps)
-        pieces = [(shard.name, shard.start, shard.piece.values.clone()) for shard in found.shards]
+        pieces = [(shard.name, shard.start, shard.local.values.clone()) for shard in found.shards]
         told[kind] = {
             **loaded,
             "end": gathered(engine),
@@ -193,7 +193,7 @@ def test_it_was_stopped_in_every_phase(told):
         assert (
             0.0
             < states["saved"]["logs"]["lp/measured"]
-            == states["saved"]["logs"]["lp/faded"]
+            == states["saved"]["logs"]["lp/near_zero"]
             < RUN.target
             == round(states["frozen"]["logs"]["lp/measured"], 4)
         ), name

@@ -24,12 +24,20 @@ from lp_dist.sharding.engines import unwrap
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero3 offload")
 COVERING = [
-    Case(engine, tuple(FORMS)[(i + 2 * j) % 3], p, TARGETS[(i + j) % 4], SCOPES[(i + j // 2) % 2], steps=20, every=2)
+    Case(
+        engine,
+        tuple(FORMS)[(i + 2 * j) % 3],
+        p,
+        TARGETS[(i + j) % 4],
+        SCOPES[(i + j // 2) % 2],
+        steps=20,
+        update_every=2,
+    )
     for (i, engine), (j, p) in product(enumerate(ENGINES), enumerate(PS))
 ]
 # The last threshold comes before the last step, which is the only one to carry it into an engine's copies.
 LAST = [
-    Case(engine, "capped", 0.0, 0.7, dtype=dtype, end=1.0, steps=16, every=3)
+    Case(engine, "capped", 0.0, 0.7, dtype=dtype, end=1.0, steps=16, update_every=3)
     for engine, dtype in [
         ("fsdp2", "fp32"),
         ("zero2", "fp32"),
@@ -41,7 +49,7 @@ LAST = [
     ]
 ]
 SKIPPING = {
-    kind: Case(kind, "preconditioned", 0.5, 0.6, dtype="fp16", steps=20, every=3) for kind in ("zero2", "zero3")
+    kind: Case(kind, "preconditioned", 0.5, 0.6, dtype="fp16", steps=20, update_every=3) for kind in ("zero2", "zero3")
 }
 BAD = {
     0: math.inf,
@@ -55,7 +63,7 @@ def followed(case: Case) -> dict[str, Any]:
     """The masters right after the last threshold, and everything at the end."""
     engine = engine_of(case)
     found = attached_to(engine, case)
-    end = found.control.end
+    end = found.weight_controller.window.end
     losses = trained(engine, found, case, 0, end - 1)
     told: dict[str, Any] = {"closed": pieces_of(found)}
     losses += trained(engine, found, case, end - 1, case.steps)
@@ -80,12 +88,12 @@ def with_bad_steps(case: Case, bad: dict[int, float]) -> dict[str, Any]:
     """A whole run of good steps; before those in `bad`, one whose gradients overflow on the last rank."""
     engine = engine_of(case)
     found = attached_to(engine, case)
-    start, end, states = found.control.start, found.control.end, []
+    start, end, states = found.weight_controller.window.start, found.weight_controller.window.end, []
     for step in range(case.steps):
         if step in bad:
-            before = json.dumps(found.state_dict()), found.control.seen
+            before = json.dumps(found.state_dict()), found.weight_controller.last_step
             trained(engine, found, case, step, step + 1, scale=bad[step])
-            states.append((json.dumps(found.state_dict()), found.control.seen) == before)
+            states.append((json.dumps(found.state_dict()), found.weight_controller.last_step) == before)
         trained(engine, found, case, step, step + 1)
     taken = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
     ended(engine)
@@ -96,7 +104,7 @@ def disagreeing(rank: int) -> list[str]:
     """What attach says where the last rank asks for something else."""
     said = []
     for kind, change in product(
-        ("ddp", "zero2"), ({"target": 0.6}, {"scope": "global"}, {"end": 0.8}, {"steps": 31}, {"every": 3})
+        ("ddp", "zero2"), ({"target": 0.6}, {"scope": "global"}, {"end": 0.8}, {"steps": 31}, {"update_every": 3})
     ):
         case = Case(kind, steps=30)
         engine = engine_of(case)
@@ -168,7 +176,7 @@ def test_every_target_is_met_to_the_weight(runs):
         for zeros, elements in counts if case.scope == "layer" else [map(sum, zip(*counts))]:
             assert zeros == round(case.target * elements), case
         assert abs(run["achieved"] - case.target) < 1e-4, case
-        assert run["by_decay"] + run["by_threshold"] == pytest.approx(run["achieved"]), case
+        assert run["by_decay"] + run["pruned_at_end"] == pytest.approx(run["achieved"]), case
         assert len({zeros / elements > 0.995 for zeros, elements in counts}) == 1, f"{case}: a tensor has died"
 
 
@@ -282,7 +290,7 @@ def closed(rank: int, world_size: int) -> dict[str, bool]:
         attached = attach(engine.handle, target=case.asked, total_steps=case.steps)
         low = torch.float32 if kind == "zero3" else torch.bfloat16
         step = 0
-        while attached.control.closed is None:
+        while attached.weight_controller.final_pruning is None:
             engine.step(
                 engine(torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(low))
                 .float()
@@ -291,7 +299,7 @@ def closed(rank: int, world_size: int) -> dict[str, bool]:
             )
             attached.after_step()
             step += 1
-        masters = {shard.name: shard.piece.values.view(shard.shape) for shard in attached.shards}
+        masters = {shard.name: shard.local.values.view(shard.shape) for shard in attached.shards}
         found[kind] = all(
             torch.equal(masters[name].to(low), weight.to(low)) for name, weight in gathered(engine).items()
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers.engines import deepspeed_config, gathered, make
 from lp_dist import LpAdamW, attach, measure_sparsity, param_groups
-from lp_dist.attachment.attach import steps_taken
+from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.deepspeed import check_deepspeed_config
 from lp_dist.sharding.shards import locate_shards
 from lp_dist.sparsity.selection import matrix_names

@@ -18,7 +18,8 @@ from helpers.decay_runs import DECAYED, STEPS, attached, groups_of, model_of, op
 from helpers.engines import Engine, convert, ended, gathered, make, quiet
 from helpers.snapshots import whole
 from lp_dist import LpLion, LpSGD
-from lp_dist.sharding.shards import live_optimizer, shards
+from lp_dist.sharding.engines import inner_optimizer
+from lp_dist.sharding.shards import locate_shards
 
 STOP = 7  # in the middle of the decay
 KINDS = ("zero1", "zero2", "zero3", "bf16_optimizer", "fsdp2")
@@ -32,13 +33,13 @@ OTHERS = {
 def seen(engine: Engine) -> dict[str, Any]:
     """This rank's pieces of masters and moments, and the rest of what a run goes on with. (Not by DeepSpeed's own
     safe_get_full_optimizer_state, which at ZeRO 1 and 2 finds the moments of the first group alone.)"""
-    live = live_optimizer(engine.optimizer)
+    live = inner_optimizer(engine.optimizer)
     pieces = []
-    for shard in shards(engine.handle, None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer):
+    for shard in locate_shards(engine.handle, None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer):
         if shard.length:
             pieces += [
                 (f"{key} of {shard.name}", shard.start, part.flatten().clone())
-                for key, part in {"master": shard.piece.values, **shard.state}.items()
+                for key, part in {"master": shard.local.values, **shard.state}.items()
             ]
     return {
         "pieces": pieces,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.gpu import BASES, COMPILE, DEVICE, assert_right, copy, row, run, values
+from helpers.optimizers import step_row
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities, in the interpreter
@@ -34,7 +35,7 @@ def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
         before = row("adamw", (1, 7, 129, 0, 1025, 2051)[i % 6], seed=i, step=float(i + 1))
         work.append((a, [copy(before)]))
         alone.append((a, before))
-    gpu.step("adamw", work)
+    gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in work])
     assert launches.count == 1
     for (a, before), (_, [after]) in zip(alone, work):
         single = copy(before)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lp_dist.structured.groups import Groups
+from lp_dist.structured.groups import WeightGroups
 
 SIZES = dict(
     hidden_size=32,
@@ -58,7 +58,7 @@ def model_of(family: str, **more: Any) -> nn.Module:
     return model
 
 
-def slots(model: nn.Module, groups: Groups, group: int, reads: bool) -> list[torch.Tensor]:
+def slots(model: nn.Module, groups: WeightGroups, group: int, reads: bool) -> list[torch.Tensor]:
     """Views of the group's weights, as inputs of what reads it or as its own."""
     params = dict(model.named_parameters())
     return [

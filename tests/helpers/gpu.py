@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from helpers.optimizers import step_row
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPONENTS = (-4.0, -1.0, -0.3, 0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 4.0)
 GAMMAS = (0.0, 0.37, 0.5, 1.0, 1.5, 2.0)
@@ -32,7 +34,7 @@ def values(base: str = "adamw", **changed: Any) -> dict[str, Any]:
         "p": 0.5,
         "l2": 0.0,
         "cutoff": math.inf,
-        "floor": 0.0,
+        "regrowth_below": 0.0,
         "maximize": False,
         **own,
         **changed,
@@ -65,7 +67,7 @@ def copy(of: tuple) -> tuple:
 
 
 def run(gpu, base: str, a: dict[str, Any], *rows: tuple) -> None:
-    gpu.step(base if base in ("adamw", "lion") else "sgd", [(a, list(rows))])
+    gpu.step(base if base in ("adamw", "lion") else "sgd", [(a, [step_row(row) for row in rows])])
 
 
 def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -102,7 +104,7 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         places = x.view(-1, m).sort(descending=True, stable=True).indices[:, :n]
         x = x.view(-1, m).scatter(1, places, math.inf).view(-1)
     pull = torch.where(
-        x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["floor"] if a["cutoff"] > 0 else 0.0)
+        x > a["cutoff"], 0.0, lr * a["weight_decay"] / x.clamp(min=a["regrowth_below"] if a["cutoff"] > 0 else 0.0)
     )
     divisor = 1 + lr * a["l2"] + (pull if a["weight_decay"] > 0 and lr > 0 else 0.0)
     new = (w - move) / divisor
@@ -152,7 +154,7 @@ from triton.backends.compiler import GPUTarget
 from lp_dist.optim.kernels import triton as gpu
 
 signature = dict(rows="*i64", plans="*fp32", count="i32")
-names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "SPARED", "OF", "HAS_STATE", "NESTEROV",
+names = ("OPTIMIZER", "WEIGHT", "GRADIENT", "POWER", "GAMMA", "LATENT", "KEPT", "OF", "HAS_STATE", "NESTEROV",
          "SIZE")
 for values in [("adamw", tl.float32, tl.bfloat16, 3, 0, False, 0, 0, True, False, 1024),
                ("adamw", tl.float32, tl.bfloat16, 3, 2, True, 0, 0, True, False, 1024),

@@ -8,7 +8,7 @@ import json
 import torch
 from torch import nn
 
-from lp_dist.structured.naming import groups_of
+from lp_dist.structured.resolve import groups_of
 
 
 def paired_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:

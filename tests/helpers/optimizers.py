@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from lp_dist.optim.batching import StepRow
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 IMPLEMENTATIONS = ("reference", "foreach")
@@ -53,7 +54,7 @@ def group_of(**changed):
         "p": 0.5,
         "l2": 0.0,
         "cutoff": math.inf,
-        "floor": 0.0,
+        "regrowth_below": 0.0,
         **changed,
     }
 
@@ -71,7 +72,10 @@ CASES = {
         {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1},
     ),
     "adamw cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "cutoff": 0.2}),
-    "adamw floor": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "floor": 0.05}),
+    "adamw floor": (
+        LpAdamW,
+        {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "regrowth_below": 0.05},
+    ),
     "adamw latent": (LpAdamW, {"lr": 0.02, "weight_decay": 0.02, "cutoff": 0.2, "latent": True}),
     "adamw latent all": (
         LpAdamW,
@@ -81,7 +85,7 @@ CASES = {
             "p": 0.8,
             "precondition": 0.37,
             "cutoff": 0.2,
-            "floor": 0.05,
+            "regrowth_below": 0.05,
             "latent": True,
             "l2": 0.1,
             "maximize": True,
@@ -93,7 +97,15 @@ CASES = {
     "sgd momentum": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "l2": 0.2, "p": 1.0}),
     "sgd nesterov": (
         LpSGD,
-        {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8, "nesterov": True, "p": 0.0, "cutoff": 0.5, "floor": 0.02},
+        {
+            "lr": 0.02,
+            "weight_decay": 0.2,
+            "momentum": 0.8,
+            "nesterov": True,
+            "p": 0.0,
+            "cutoff": 0.5,
+            "regrowth_below": 0.02,
+        },
     ),
     "sgd maximize": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "maximize": True}),
     "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2}),
@@ -106,8 +118,14 @@ CASES = {
             "p": 1.0,
             "l2": 0.1,
             "cutoff": 0.7,
-            "floor": 0.1,
+            "regrowth_below": 0.1,
             "maximize": True,
         },
     ),
 }
+
+
+def step_row(row: tuple) -> StepRow:
+    """A row of a step from `(weights, gradients, *states, step)`."""
+    weights, grads, *states, step = row
+    return StepRow(weights, grads, tuple(states), step)

@@ -1,11 +1,11 @@
-"""Models and a work for the tests of the bench of quality."""
+"""Models and a task for the tests of the bench of quality."""
 
 from __future__ import annotations
 
 import torch
 
 from lp_dist.benchmarks.quality import methods
-from lp_dist.benchmarks.quality.tasks import Schedule, Text, Work
+from lp_dist.benchmarks.quality.tasks import Schedule, Task, Text
 
 STEPS, SPARSITY = 40, 0.6
 LINES = [
@@ -14,7 +14,7 @@ LINES = [
     "magnitude:at=0.5,scope=global",
     "lp",
     "lp:scope=layer",
-    "lp:cap=none,lr=0.001,memory=0,p=0",
+    "lp:cap=none,latent_windows=0,lr=0.001,p=0",
 ]
 
 
@@ -57,9 +57,9 @@ def llama() -> torch.nn.Module:
     )
 
 
-def tiny() -> Work:
+def tiny() -> Task:
     tokens = torch.arange(3000) * 7 % 17 * (torch.arange(3000) % 3) % 17
-    return Work(
+    return Task(
         "tiny",
         Text(tokens[:2500], tokens[2500:], 17, "counting"),
         gpt2,

@@ -13,7 +13,7 @@ import math
 SNAP = 1e-13  # a decayed weight below this becomes an exact zero
 
 
-def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, floor=0.0, precondition=0.0, denom=1.0):
+def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, regrowth_below=0.0, precondition=0.0, denom=1.0):
     """The number in [0, 1] that the stepped weight is multiplied by; w_old is the weight from before the step."""
     shrink = 1.0 + lr * l2
     strength = lr * weight_decay
@@ -23,8 +23,8 @@ def lp_factor(w_old, *, lr, weight_decay, p, l2=0.0, cutoff=math.inf, floor=0.0,
     x = _power(abs(w_old), 2.0 - p) * _power(denom, precondition)
     if x > cutoff:  # the penalty is flat up here
         return 1.0 / shrink
-    if floor > 0.0 and x < floor and cutoff > 0.0:
-        return 1.0 / (shrink + strength / floor)
+    if regrowth_below > 0.0 and x < regrowth_below and cutoff > 0.0:
+        return 1.0 / (shrink + strength / regrowth_below)
     if p < 2:
         if x > 1e300:  # strength / x is nil, and x * shrink might overflow
             return 1.0 / shrink
@@ -72,7 +72,7 @@ def adamw_step(
     l2=0.0,
     precondition=0.0,
     cutoff=math.inf,
-    floor=0.0,
+    regrowth_below=0.0,
     latent=False,
     pattern=None,
     maximize=False,
@@ -112,7 +112,7 @@ def adamw_step(
             p=p,
             l2=l2,
             cutoff=cutoff,
-            floor=floor,
+            regrowth_below=regrowth_below,
             precondition=precondition,
             denom=denom,
         )
@@ -138,7 +138,7 @@ def sgd_step(
     p=0.5,
     l2=0.0,
     cutoff=math.inf,
-    floor=0.0,
+    regrowth_below=0.0,
     pattern=None,
     maximize=False,
 ):
@@ -151,7 +151,9 @@ def sgd_step(
         buffer = momentum * state["momentum_buffer"][i] + g if state else g
         direction = g + momentum * buffer if nesterov else buffer
         u = w - lr * direction
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor))
+        new_weights.append(
+            lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, regrowth_below=regrowth_below)
+        )
         new_buffer.append(buffer)
     return new_weights, {"momentum_buffer": new_buffer}
 
@@ -167,7 +169,7 @@ def lion_step(
     p=0.5,
     l2=0.0,
     cutoff=math.inf,
-    floor=0.0,
+    regrowth_below=0.0,
     pattern=None,
     maximize=False,
 ):
@@ -181,7 +183,9 @@ def lion_step(
         mix = beta1 * m + (1.0 - beta1) * g
         direction = (mix > 0) - (mix < 0)
         u = w - lr * direction
-        new_weights.append(lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=limit, floor=floor))
+        new_weights.append(
+            lp_weight(u, w, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=limit, regrowth_below=regrowth_below)
+        )
         new_m.append(beta2 * m + (1.0 - beta2) * g)
     return new_weights, {"exp_avg": new_m}
 
@@ -200,7 +204,9 @@ def _power(base, exponent):
         return math.inf
 
 
-def group_factors(groups, weights, *, lr, weight_decay, p, precondition=0.0, denoms=None, cutoff=math.inf, floor=0.0):
+def group_factors(
+    groups, weights, *, lr, weight_decay, p, precondition=0.0, denoms=None, cutoff=math.inf, regrowth_below=0.0
+):
     """For the penalty (λ/p)·Σ_g ‖w_g‖_2^p the number that every weight of a group is multiplied by after the base
     step.
 
@@ -218,6 +224,6 @@ def group_factors(groups, weights, *, lr, weight_decay, p, precondition=0.0, den
         elif x > cutoff:
             factors.append(1.0)
         else:
-            x = max(x, floor)
+            x = max(x, regrowth_below)
             factors.append(x / (x + lr * weight_decay))
     return factors

@@ -27,7 +27,7 @@ def snapshot(engine: Engine, found: Attachment) -> dict[str, Any]:
     taken = {name: as_bytes(weight) for name, weight in gathered(engine).items()}
     for shard in found.shards:
         taken |= {
-            f"master of {shard.name}": as_bytes(shard.piece.values),
+            f"master of {shard.name}": as_bytes(shard.local.values),
             **{f"{key} of {shard.name}": as_bytes(value) for key, value in shard.state.items()},
         }
     for i, state in enumerate(found.optimizer.state.values()):
@@ -47,4 +47,4 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
-    return [(shard.name, shard.start, shard.piece.values.flatten().clone()) for shard in found.shards if shard.length]
+    return [(shard.name, shard.start, shard.local.values.flatten().clone()) for shard in found.shards if shard.length]

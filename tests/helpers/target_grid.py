@@ -1,14 +1,12 @@
-"""`python tests/helpers/target_grid.py`: reaches every target of the grid under every engine, and writes
-docs/results/target.jsonl and target.md.
+"""`python tests/helpers/target_grid.py`: trains to every target of the grid under every engine.
 
-One line a run; a run whose line is there is not made again, so it may be stopped at any time. `--table` only writes
-the table anew.
+It writes docs/results/target.jsonl, one row a run, and the page target.md. A run that has a row is skipped, so the
+program may be stopped at any time. `--table` only writes the page.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import platform
@@ -23,20 +21,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-if __name__ == "__main__":  # its own folder is not to be looked in, but the one of `helpers`
+if __name__ == "__main__":
+    # Modules are found in the folder of `helpers`, not in this one.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from helpers.paths import ROOT
 from helpers.target_runs import FORMS, LARGE, RANKS, ROWS, Case, run
+from lp_dist.benchmarks import json_lines
+from lp_dist.benchmarks.timing import progress
 from lp_dist.report import environment
 
 RESULTS = ROOT / "docs" / "results"
 COMMAND, SEED = "python tests/helpers/target_grid.py", 0
 PS, TARGETS, SCOPES = (-1.0, 0.0, 0.5, 0.8), (0.3, 0.5, 0.7, 0.9), ("layer", "global")
 ENGINES = {"one process": "plain", "ZeRO 1": "zero1", "ZeRO 2": "zero2", "ZeRO 3": "zero3", "FSDP2": "fsdp2"}
-ALLOWED = 0.005  # of the weights, what the issue that brought targets promises
+# The largest error that is allowed, as a fraction of the weights.
+ALLOWED = 0.005
 KEYS = ("engine", "form", "p", "target", "scope")
 
 
@@ -75,8 +76,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
 
 
-# --- the runs
-# -----------------------------------------------------------------------------
+# -- the runs -----------------------------------------------------------------
 
 
 def on_a_rank(rank: int, directory: str, cells: list[tuple], rows: Any) -> None:
@@ -98,7 +98,7 @@ def on_a_rank(rank: int, directory: str, cells: list[tuple], rows: Any) -> None:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for key in cells:
-        gc.freeze()  # DeepSpeed looks for garbage several times an engine, which would take longer than the steps
+        gc.freeze()  # DeepSpeed collects garbage several times an engine, which would take longer than the steps
         row = row_of(key)
         if rank == 0:
             rows.put(row)
@@ -137,21 +137,18 @@ def sharded(cells: list[tuple]) -> Iterator[dict[str, Any]]:
             process.join()
 
 
-def made(cells: list[tuple]) -> Iterator[dict[str, Any]]:
-    alone = [key for key in cells if key[0] == "one process"]
-    yield from map(row_of, alone)
-    if len(alone) < len(cells):
+def run_cells(cells: list[tuple]) -> Iterator[dict[str, Any]]:
+    one_process = [key for key in cells if key[0] == "one process"]
+    yield from map(row_of, one_process)
+    if len(one_process) < len(cells):
         yield from sharded([key for key in cells if key[0] != "one process"])
 
 
 def read() -> dict[tuple, dict[str, Any]]:
-    path = RESULTS / "target.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-    return {cell(row): row for row in rows}
+    return {cell(row): row for row in json_lines.read(RESULTS / "target.jsonl")}
 
 
-# --- the table
-# -----------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------
 
 
 def in_total(row: dict[str, Any], key: str = "achieved") -> float:
@@ -171,11 +168,11 @@ def points(shares: Iterable[float]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for engine, form, p in product(ENGINES, FORMS, PS):
-        here = [row for row in rows if cell(row)[:3] == (engine, form, p)]
-        decay = [100 * in_total(row, "by_decay") for row in here]
+        form_rows = [row for row in rows if cell(row)[:3] == (engine, form, p)]
+        decay = [100 * in_total(row, "by_decay") for row in form_rows]
         lines.append(
-            f"| {engine} | {form} | {p:g} | {points(map(in_total, here))} |"
-            f" {points(in_a_tensor(row) for row in here if row['scope'] == 'layer')} | {max(decay):.2f} |"
+            f"| {engine} | {form} | {p:g} | {points(map(in_total, form_rows))} |"
+            f" {points(in_a_tensor(row) for row in form_rows if row['scope'] == 'layer')} | {max(decay):.2f} |"
             f" {median(decay):.2f} |"
         )
     return "\n".join(lines)
@@ -201,15 +198,15 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 `{COMMAND}` trains a small model to each target: p in {{{exponents}}}, targets of
 {targets}, LpAdamW plain, preconditioned (γ = 0.5)
-and capped (γ = 0.5, cap 1, memory 8), both scopes, one process and {RANKS} ranks: {len(rows)} runs.
+and capped (γ = 0.5, cap 1, latent_windows 8), both scopes, one process and {RANKS} ranks: {len(rows)} runs.
 Below is the largest |achieved − target| of each {in_a_cell} of them, in points, counted by `measure_sparsity` on the
 model's own copy after the last step. The fp32 masters have as many zeros in each tensor.
 
 **Worst of all: {worst_in_total} points in total, {worst_in_a_tensor} points in a tensor of {LARGE:,} weights or
-more.** That is the rounding to a whole weight, since the last threshold is exact. Before it, the decay by itself had
+more.** That is the rounding to a whole weight, since the final pruning is exact. Before it, the decay by itself had
 come within {100 * max(decay):.2f} points (worst) and {100 * median(decay):.2f} (median), the last two columns.
 
-The model has matrices of {matrices} weights, odd sizes, so that shards end inside of rows and in padding. It takes
+The model has matrices of {matrices} weights, uneven sizes, so that shards end within rows and in padding. It takes
 {steps} steps of {RANKS} × {ROWS} rows that a fixed teacher has labelled, with a cosine schedule after a warm-up, and
 the target's own defaults (window 0.1 to 0.7, cubic). It learns: the median loss falls from {first:.2f} to {last:.2f}.
 Seed {SEED}. {machines}, no GPU, other jobs beside it; gloo; {versions}.
@@ -227,29 +224,27 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     rows = read()
     missing = [] if "--table" in arguments else [key for key in grid() if key not in rows]
-    with (RESULTS / "target.jsonl").open("a") as file:
-        for row in tqdm(made(missing), total=len(missing), desc="runs", disable=not missing):
-            rows[cell(row)] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    wanted = [rows[key] for key in grid() if key in rows]
-    if len(wanted) < len(grid()):
-        raise SystemExit(f"{len(grid()) - len(wanted)} runs are missing; run {COMMAND} without --table")
-    (RESULTS / "target.md").write_text(text(wanted))
-    wrong = [
+    for row in progress(run_cells(missing), "runs", total=len(missing), disable=not missing, leave=True):
+        rows[cell(row)] = row
+        json_lines.append(RESULTS / "target.jsonl", row)
+    measured = [rows[key] for key in grid() if key in rows]
+    if len(measured) < len(grid()):
+        raise SystemExit(f"{len(grid()) - len(measured)} runs are missing; run {COMMAND} without --table")
+    (RESULTS / "target.md").write_text(text(measured))
+    missed = [
         cell(row)
-        for row in wanted
+        for row in measured
         if in_total(row) > ALLOWED
         or (row["scope"] == "layer" and in_a_tensor(row) > ALLOWED)
         or row["masters"] != row["tensors"]
     ]
-    for key in wrong:
+    for key in missed:
         print("missed:", *key)
     print(
-        f"{len(wanted)} runs; {len(wrong)} miss their target by more than {100 * ALLOWED:g} points, or have other"
+        f"{len(measured)} runs; {len(missed)} miss their target by more than {100 * ALLOWED:g} points, or have other"
         " zeros in the masters"
     )
-    raise SystemExit(1 if wrong else 0)
+    raise SystemExit(1 if missed else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from helpers.engines import Engine, ended, make
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import Attachment
-from lp_dist.sharding.shards import live_optimizer
+from lp_dist.sharding.engines import inner_optimizer
 
 RANKS, ROWS, INPUTS, LARGE, PEAK = 2, 64, 64, 10_000, 5e-3
 FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, grace
@@ -55,8 +55,8 @@ class Case:
             scope=self.scope,
             precondition=FORMS[self.form][0],
             cap=FORMS[self.form][1],
-            grace=FORMS[self.form][2],
-            every=self.every,
+            regrowth=FORMS[self.form][2],
+            update_every=self.every,
         )
 
 
@@ -173,7 +173,7 @@ def run(case: Case) -> dict[str, Any]:
 
 def reached(engine: Engine, found: Attachment) -> dict[str, Any]:
     optimizer = engine.handle.optimizer if hasattr(engine.handle, "load_checkpoint") else engine.optimizer
-    assert live_optimizer(optimizer) is found.optimizer
+    assert inner_optimizer(optimizer) is found.optimizer
     counted, masters = measure_sparsity(engine.handle), measure_sparsity(engine.handle, optimizer)
     closed = found.state_dict()["closed"]
     return {
@@ -181,5 +181,5 @@ def reached(engine: Engine, found: Attachment) -> dict[str, Any]:
         "tensors": {name: list(counts) for name, counts in counted.counts.items()},
         "masters": {name: list(counts) for name, counts in masters.counts.items()},
         "by_decay": closed["before"],
-        "by_threshold": closed["by_threshold"],
+        "pruned_at_end": closed["pruned_at_end"],
     }

@@ -92,7 +92,7 @@ def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_p
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
-    export(tmp_path / "out" / "checkpoint", tmp_path / "out" / "model", config=str(tiny_model), verified=True)
+    export(tmp_path / "out" / "checkpoint", tmp_path / "out" / "model", config=str(tiny_model), verify=True)
     assert sparsity_of(tmp_path / "out" / "model") == pytest.approx(0.5, abs=1e-4)
     assert "zero_allow" not in without_marks(EXAMPLES / "deepspeed_engine.py", tmp_path).read_text()
 

@@ -333,6 +333,8 @@ def test_merged_weights_train_on_with_exactly_their_zeros(tmp_path):
 def test_merged_weights_become_sparser_by_a_target(tmp_path):
     model = merge_adapter(adapted(llama(0.4), KINDS["LoRA"])).model
     dead = {name: model.get_parameter(name) == 0 for name in matrix_names(model)}
-    train(model, tmp_path, LpCallback(target=SparsityTarget(0.6, memory=0, grace=0)), param_groups(model, 0.0))
+    train(
+        model, tmp_path, LpCallback(target=SparsityTarget(0.6, latent_windows=0, regrowth=0)), param_groups(model, 0.0)
+    )
     assert abs(measure_sparsity(model).total - 0.6) < 1e-3
     assert all(bool((model.get_parameter(name)[zeros] == 0).all()) for name, zeros in dead.items())

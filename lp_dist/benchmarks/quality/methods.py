@@ -1,12 +1,13 @@
-"""The ways to sparsity that the bench compares. A method is named by a line such as `gmp:c=0.33,lr=3e-4`, which is
-also how to run it again.
+"""The methods of sparsity that the bench compares.
+
+A method is named by a line such as `gmp:c=0.33,lr=3e-4`, which is also how to run it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,13 +15,21 @@ from torch.optim import Optimizer
 from lp_dist.attachment.attach import attach
 from lp_dist.benchmarks.quality import oneshot
 from lp_dist.errors import UsageError
-from lp_dist.targets.target import CURVES, GAMMA, MEMORY, SparsityTarget
+from lp_dist.targets.target import CURVES, DEFAULT_LATENT_WINDOWS, DEFAULT_PRECONDITION, SparsityTarget, WeightTarget
 
 
 @dataclass
-class Run:
-    """What a method works on. names: of the matrices that are to become sparse. inputs: gives token ids of the
-    training text to calibrate on.
+class TrainingRun:
+    """What a method works on.
+
+    Args:
+        model: it is trained, and becomes sparse.
+        optimizer: of the model.
+        scheduler: of the learning rate, stepped after the optimizer.
+        names: of the matrices that become sparse.
+        sparsity: the fraction of exact zeros in them at the end.
+        steps: of the optimizer.
+        inputs: gives token ids of the training text for calibration, int64 [rows, block].
     """
 
     model: nn.Module
@@ -33,29 +42,42 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
+        """The matrices that become sparse, by name; changing them changes the model."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach() for name in self.names}
 
 
 class Method:
-    """start() before the first step, after_step(t) when t are taken (and the scheduler's)."""
+    """A method, attached to one run.
 
-    keys: dict[str, Any] = {}  # what may be set, and its default
+    Args:
+        run: what is trained.
+        settings: values for `keys`; those that are not given have their default.
+    """
 
-    def __init__(self, run: Run, **settings: Any) -> None:
+    # What may be set, and its default.
+    keys: dict[str, Any] = {}
+
+    def __init__(self, run: TrainingRun, **settings: Any) -> None:
         self.run, self.settings = run, {**self.keys, **settings}
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Called once before the first step."""
 
-    def after_step(self, t: int) -> None: ...
+    def after_step(self, t: int) -> None:
+        """Called after each step of the optimizer and the scheduler.
+
+        Args:
+            t: steps taken.
+        """
 
 
 class Dense(Method):
-    """The fine-tune alone: the bound."""
+    """The fine-tune alone, which is the upper bound."""
 
 
 class _Masked(Method):
-    """Weights outside of the masks are put back to zero after each step."""
+    """Weights outside of the masks are set to zero after each step."""
 
     masks: dict[str, Tensor] = {}
 
@@ -66,29 +88,31 @@ class _Masked(Method):
 
 
 class _OneShot(_Masked):
-    """at: which part of the steps lies before the pruning; 1 prunes what the dense fine-tune has made, and nothing
-    mends it.
-    """
+    """Prunes once. at: the fraction of the steps before it; 1 prunes the dense fine-tune, without recovery."""
 
     keys = {"at": 0.0}
-    prune: Callable[[], dict[str, Tensor]]  # of a subclass: the masks
+    # Of a subclass: makes the masks.
+    prune: Callable[[], dict[str, Tensor]]
 
     def start(self) -> None:
-        self._at(0)
+        self._prune_at(0)
 
     def after_step(self, t: int) -> None:
-        self._at(t)
+        self._prune_at(t)
         super().after_step(t)
 
-    def _at(self, t: int) -> None:
+    def _prune_at(self, t: int) -> None:
         if not self.masks and t == round(self.settings["at"] * self.run.steps):
-            self.run.model.eval()  # what calibrates it goes through no dropout
+            # Calibration runs without dropout.
+            self.run.model.eval()
             self.masks = self.prune()
             self.run.model.train()
             _Masked.after_step(self, t)
 
 
 class Magnitude(_OneShot):
+    """One-shot pruning by |w|. scope: "layer" or "global"."""
+
     keys = {**_OneShot.keys, "scope": "layer"}
 
     def prune(self) -> dict[str, Tensor]:
@@ -96,79 +120,108 @@ class Magnitude(_OneShot):
 
 
 class Wanda(_OneShot):
+    """One-shot pruning by Wanda (arXiv 2306.11695)."""
+
     def prune(self) -> dict[str, Tensor]:
         return oneshot.wanda(self.run.model, self.run.names, self.run.sparsity, self.run.inputs())
 
 
 class SparseGPT(_OneShot):
+    """One-shot pruning by SparseGPT (arXiv 2301.00774)."""
+
     def prune(self) -> dict[str, Tensor]:
         return oneshot.sparsegpt(self.run.model, self.run.names, self.run.sparsity, self.run.inputs())
 
 
-class GMP(_Masked):
-    """Gradual magnitude pruning (arXiv 1710.01878) between the parts `start` and `end` of the run, by |w|·(√v̂)^c,
-    with Adam's v; 20 times, or every so many steps. A mask that has fallen stays: its weight is zero."""
+class Window(NamedTuple):
+    """Optimizer steps between which weights are pruned, both included."""
 
-    keys = {"c": 0.0, "start": 0.1, "end": 0.7, "scope": "layer", "every": 0, "curve": "cubic"}
+    first: int
+    last: int
+
+
+class GMP(_Masked):
+    """Gradual magnitude pruning (arXiv 1710.01878) by |w|·(√v̂)^c, with Adam's v.
+
+    Settings: `start` and `end` of the window as fractions of the run; `c`; `scope`, "layer" or "global"; `curve` as of
+    a SparsityTarget; `update_every`, steps between two updates of the masks, 0: 20 updates in the window. A pruned
+    weight is zero and so stays pruned.
+    """
+
+    keys = {"c": 0.0, "start": 0.1, "end": 0.7, "scope": "layer", "update_every": 0, "curve": "cubic"}
 
     def after_step(self, t: int) -> None:
-        s, (first, last) = self.settings, self._window()
-        every = s["every"] or max(1, round((last - first) / 20))
-        if first <= t <= last and ((t - first) % every == 0 or t == last):
-            share = self.run.sparsity * CURVES[s["curve"]]((t - first) / (last - first))
-            self.masks = oneshot.smallest(
-                {name: self._score(name, weight) for name, weight in self.run.weights.items()}, share, s["scope"]
+        settings, (first, last) = self.settings, self.window()
+        update_every = settings["update_every"] or max(1, round((last - first) / 20))
+        if first <= t <= last and ((t - first) % update_every == 0 or t == last):
+            sparsity = self.run.sparsity * CURVES[settings["curve"]]((t - first) / (last - first))
+            self.masks = oneshot.keep_largest(
+                {name: self.saliency(name, weight) for name, weight in self.run.weights.items()},
+                sparsity,
+                settings["scope"],
             )
         super().after_step(t)
 
-    def _window(self) -> tuple[int, int]:
-        return max(1, round(self.settings["start"] * self.run.steps)), round(self.settings["end"] * self.run.steps)
+    def window(self) -> Window:
+        """The steps between which the masks are updated."""
+        return Window(
+            max(1, round(self.settings["start"] * self.run.steps)), round(self.settings["end"] * self.run.steps)
+        )
 
-    def _score(self, name: str, weight: Tensor) -> Tensor:
+    def saliency(self, name: str, weight: Tensor) -> Tensor:
+        """|w|·(√v)^c of a weight: the bias correction of v is the same for all weights, and ranks them the same.
+
+        Args:
+            name: of the weight in the model.
+            weight: its values.
+        Returns:
+            The scores, in the shape of the weight.
+        """
         score = weight.abs()
         if self.settings["c"]:
             state = self.run.optimizer.state[dict(self.run.model.named_parameters())[name]]
-            score = score * state["exp_avg_sq"].sqrt().pow(
-                self.settings["c"]
-            )  # v's own scale is the same for all, and ranks the same
+            score = score * state["exp_avg_sq"].sqrt().pow(self.settings["c"])
         return score
 
 
 class PAT(GMP):
-    """What torchao's pruning-aware training does (`torchao.prototype.pat`, MinSparsityConstraint on its schedule):
-    until the window ends, masks are taken off before each step and chosen anew after it. So what is masked goes on
-    learning, from gradients at the pruned weights, and may come back. Its own saliency is |w|, c = 0."""
+    """torchao's pruning-aware training (`torchao.prototype.pat`, MinSparsityConstraint on its schedule).
 
-    keys = {**GMP.keys, "every": 1}
+    Until the window ends, masks are taken off before each step and chosen anew after it. So a masked weight goes on
+    learning, from gradients at the pruned weights, and may come back. torchao's saliency is |w|, c = 0.
+    """
+
+    keys = {**GMP.keys, "update_every": 1}
 
     def start(self) -> None:
-        self._latent: dict[str, Tensor] = {}
+        self._latents: dict[str, Tensor] = {}
         self.run.optimizer.register_step_pre_hook(lambda *_: self._unmask())
 
     def _unmask(self) -> None:
         weights = self.run.weights
-        for name, latent in self._latent.items():
+        for name, latent in self._latents.items():
             weights[name].copy_(latent)
 
     def after_step(self, t: int) -> None:
-        _, last = self._window()
-        self._latent = {name: weight.clone() for name, weight in self.run.weights.items()} if t < last else {}
+        window = self.window()
+        self._latents = {name: weight.clone() for name, weight in self.run.weights.items()} if t < window.last else {}
         super().after_step(t)
 
 
 class Lp(Method):
-    """Ours: a `SparsityTarget`, with its keys."""
+    """lp_dist: a `SparsityTarget`, with its arguments as settings."""
 
     keys = {
         **{
-            key: SparsityTarget.__dataclass_fields__[key].default
-            for key in ("start", "end", "cap", "grace", "curve", "every")
+            key: WeightTarget.__dataclass_fields__[key].default
+            for key in ("start", "end", "cap", "regrowth", "curve", "update_every")
         },
         "scope": "global",
         "p": 0.5,
-        "precondition": GAMMA,
-        "memory": MEMORY,
-    }  # else what fits the optimizer
+        # These two would else depend on the optimizer.
+        "precondition": DEFAULT_PRECONDITION,
+        "latent_windows": DEFAULT_LATENT_WINDOWS,
+    }
 
     def start(self) -> None:
         target = SparsityTarget(self.run.sparsity, **self.settings)
@@ -194,41 +247,56 @@ FAMILIES: dict[str, type[Method]] = {
     "pat": PAT,
     "lp": Lp,
 }
-# lr: instead of the work's. fall: the part of the run at which it begins to fall. distill: the part of the loss that
-# is the divergence from the dense fine-tune.
-_COMMON = {"lr": None, "fall": 0.0, "distill": 0.0}
+# Settings that all families have.
+# lr: the highest learning rate, instead of the task's.
+# stable_fraction: the fraction of the steps until which the learning rate stays at its highest.
+# distill: the weight of the divergence from the dense fine-tune in the loss.
+COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A method with its settings, as far as they were given."""
+    """A method with the settings that were given.
+
+    Args:
+        family: a key of FAMILIES.
+        given: settings and their values, sorted by name.
+    """
 
     family: str
     given: tuple[tuple[str, Any], ...]
 
     @classmethod
     def read(cls, line: str) -> Spec:
-        """Raises UsageError for a name, a key or a value that there is not."""
-        family, _, rest = line.strip().partition(":")
+        """Reads a line such as "gmp:c=0.33,lr=3e-4".
+
+        Args:
+            line: a family, and settings with their values.
+        Returns:
+            The method.
+        Raises:
+            UsageError: there is no such family or setting, or a value cannot be read.
+        """
+        family, _, words = line.strip().partition(":")
         if family not in FAMILIES:
             raise UsageError(f"--methods {line}: {family!r} is none of {', '.join(FAMILIES)}")
-        known, given = {**FAMILIES[family].keys, **_COMMON}, {}
-        for item in filter(None, rest.split(",")):
-            key, _, value = item.partition("=")
+        known, given = {**FAMILIES[family].keys, **COMMON_SETTINGS}, {}
+        for word in filter(None, words.split(",")):
+            key, _, value = word.partition("=")
             if key not in known:
                 raise UsageError(f"--methods {line}: {family} has no {key!r}; it has {', '.join(known)}")
             given[key] = _value(line, value)
-        fall = given.get("fall", 0)
-        if not isinstance(fall, (int, float)) or not 0 <= fall < 1:
+        stable_fraction = given.get("stable_fraction", 0)
+        if not isinstance(stable_fraction, (int, float)) or not 0 <= stable_fraction < 1:
             raise UsageError(
-                f"--methods {line}: fall={fall} is no part of the run; give one from 0, where the learning rate falls"
-                " from the start, to below 1"
+                f"--methods {line}: stable_fraction={stable_fraction} must be at least 0, where the learning rate"
+                " falls from the start, and below 1"
             )
         return cls(family, tuple(sorted(given.items())))
 
     @property
     def line(self) -> str:
-        """A 1.0 is a 1 in it, as it may have been given."""
+        """The line that is read as this method; a whole float is printed as an integer."""
 
         def word(value: Any) -> Any:
             return (
@@ -241,32 +309,58 @@ class Spec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that it is run with, in plain JSON types: a line means something else when a default changes."""
-        return {**FAMILIES[self.family].keys, **_COMMON, **dict(self.given)}
+        """All settings in plain JSON types: the line alone means something else when a default changes."""
+        return {**FAMILIES[self.family].keys, **COMMON_SETTINGS, **dict(self.given)}
 
     @classmethod
-    def of(cls, family: str, settings: dict[str, Any]) -> Spec:
-        """The shortest that is run with these settings: it names what differs from the defaults."""
-        usual = cls(family, ()).settings
-        return cls(family, tuple(sorted((key, value) for key, value in settings.items() if value != usual.get(key))))
+    def from_settings(cls, family: str, settings: dict[str, Any]) -> Spec:
+        """The shortest method with these settings: it names what differs from the defaults.
+
+        Args:
+            family: a key of FAMILIES.
+            settings: as `settings` gives them, or as a row has them.
+        Returns:
+            The method.
+        """
+        defaults = cls(family, ()).settings
+        return cls(
+            family, tuple(sorted((key, value) for key, value in settings.items() if value != defaults.get(key)))
+        )
 
     def without(self, *keys: str) -> Spec:
+        """The method with some settings at their defaults.
+
+        Args:
+            keys: the settings.
+        Returns:
+            A new method.
+        """
         return Spec(self.family, tuple((key, value) for key, value in self.given if key not in keys))
 
     @property
     def lr(self) -> float | None:
+        """The highest learning rate; None: the task's."""
         return self.settings["lr"]
 
     @property
-    def fall(self) -> float:
-        return self.settings["fall"]
+    def stable_fraction(self) -> float:
+        """The fraction of the steps until which the learning rate stays at its highest."""
+        return self.settings["stable_fraction"]
 
     @property
     def distill(self) -> float:
+        """The weight of the divergence from the dense fine-tune in the loss."""
         return self.settings["distill"]
 
-    def method(self, run: Run) -> Method:
-        return FAMILIES[self.family](run, **{key: value for key, value in self.given if key not in _COMMON})
+    def method(self, run: TrainingRun) -> Method:
+        """The method for a run.
+
+        Args:
+            run: what is trained.
+        Returns:
+            The method; it has not started.
+        """
+        return FAMILIES[self.family](run, **{key: value for key, value in self.given if key not in COMMON_SETTINGS})
 
 
 def _value(line: str, text: str) -> Any:
@@ -298,21 +392,21 @@ BASELINES = [
     "gmp:c=0.33,scope=global",
     "gmp:c=0.67,scope=global",
 ]
-OURS = [
+LP_DIST = [
     "lp",
     "lp:precondition=0.5",
     "lp:precondition=0",
     "lp:scope=layer",
-    "lp:memory=1,precondition=0.5",
-    "lp:memory=0",
-    "lp:memory=0,precondition=0.5",
+    "lp:latent_windows=1,precondition=0.5",
+    "lp:latent_windows=0",
+    "lp:latent_windows=0,precondition=0.5",
 ]
-# Of the decay in the model itself: where weights are latent, p and γ are but how they are ranked. Every p with every γ
-# under the cap; without it, where survivors are bent, with γ = 0 and 1; layer by layer the paper's own form at every
-# p, and every γ at one.
+# Forms of the decay in the model itself: with latent weights, p and γ only rank them. With the cap every p is run with
+# every γ. Without it, where all weights shrink, γ is 0 and 1. Layer by layer there is the paper's form with every p,
+# and every γ with one p.
 _PS, _GAMMAS = (-1, 0, 0.5, 0.8, 1), (0, 0.5, 1, 2)
 FORMS = [
-    f"lp:cap={cap},memory=0,p={p:g},precondition={gamma:g},scope={scope}"
+    f"lp:cap={cap},latent_windows=0,p={p:g},precondition={gamma:g},scope={scope}"
     for scope, cap, ps, gammas in (
         ("global", "1.0", _PS, _GAMMAS),
         ("global", "none", _PS, (0, 1)),
@@ -322,12 +416,20 @@ FORMS = [
     for gamma in gammas
     for p in ps
 ]
-GROUPS = {"baselines": BASELINES, "ours": OURS, "forms": FORMS}
+METHOD_SETS = {"baselines": BASELINES, "lp_dist": LP_DIST, "forms": FORMS}
 
 
-def specs(methods: str) -> list[Spec]:
-    """Of names of GROUPS and of lines, with spaces or semicolons between them; each once."""
-    lines = [line for word in methods.replace(";", " ").split() for line in GROUPS.get(word, [word])]
+def read_specs(methods: str) -> list[Spec]:
+    """Reads what --methods names.
+
+    Args:
+        methods: names of METHOD_SETS and lines, with spaces or semicolons between them.
+    Returns:
+        The methods in that order, each once.
+    Raises:
+        UsageError: nothing is named, or a line cannot be read.
+    """
+    lines = [line for word in methods.replace(";", " ").split() for line in METHOD_SETS.get(word, [word])]
     if not lines:
-        raise UsageError(f"--methods names nothing; give some of {', '.join(GROUPS)}, or lines such as lp:p=0.5")
+        raise UsageError(f"--methods names nothing; give some of {', '.join(METHOD_SETS)}, or lines such as lp:p=0.5")
     return list(dict.fromkeys(map(Spec.read, lines)))

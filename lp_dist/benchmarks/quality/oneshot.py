@@ -1,5 +1,6 @@
-"""One-shot pruning, the published ways: magnitude, Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774).
-Baselines for the bench.
+"""One-shot pruning as published: magnitude, Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774).
+
+They are baselines of the bench.
 """
 
 from __future__ import annotations
@@ -10,41 +11,63 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-# What an input feature is multiplied with: a row of the weight in a linear layer's [out, in], a column in GPT-2's
-# Conv1D, [in, out].
+from lp_dist.benchmarks.timing import progress
+
+# Modules whose weight is [in, out], as GPT-2's; a linear layer's is [out, in].
 _TRANSPOSED = ("Conv1D",)
 
 
-def smallest(scores: dict[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
-    """The exact share `sparsity` of the smallest scores, as masks that are True where a weight stays; scope "layer" or
-    "global".
+def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
+    """Masks without the exact fraction `sparsity` of smallest scores.
+
+    Args:
+        scores: by name of the weight, in its shape.
+        sparsity: the fraction that is pruned, from 0 to 1, rounded to a whole weight.
+        scope: "layer", the fraction of each tensor, or "global", of all together.
+    Returns:
+        Masks by name, bool in the shape of the scores: True where a weight is kept.
     """
     if scope == "layer":
         return {name: _kept(score.flatten(), sparsity).view_as(score) for name, score in scores.items()}
     flat = _kept(torch.cat([score.flatten() for score in scores.values()]), sparsity)
-    return {
-        name: part.view_as(score)
-        for (name, score), part in zip(scores.items(), flat.split([score.numel() for score in scores.values()]))
-    }
+    masks = flat.split([score.numel() for score in scores.values()])
+    return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), masks)}
 
 
 def _kept(scores: Tensor, sparsity: float) -> Tensor:
-    """Along the last dimension, as many as that is; of equal scores any."""
-    dead = scores.topk(round(sparsity * scores.shape[-1]), dim=-1, largest=False, sorted=False).indices
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, dead, False)
+    """The mask along the last dimension; of equal scores any may be pruned."""
+    pruned = scores.topk(round(sparsity * scores.shape[-1]), dim=-1, largest=False, sorted=False).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, pruned, False)
 
 
 def magnitude(model: nn.Module, names: Iterable[str], sparsity: float, scope: str) -> dict[str, Tensor]:
-    """Masks by |w|."""
+    """Masks by |w|.
+
+    Args:
+        model: it is not changed.
+        names: of the matrices that are pruned.
+        sparsity: the fraction that is pruned, from 0 to 1.
+        scope: "layer" or "global".
+    Returns:
+        Masks by name, bool: True where a weight is kept.
+    """
     parameters = dict(model.named_parameters())
-    return smallest({name: parameters[name].detach().abs() for name in names}, sparsity, scope)
+    return keep_largest({name: parameters[name].detach().abs() for name in names}, sparsity, scope)
 
 
 @torch.no_grad()
 def wanda(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor) -> dict[str, Tensor]:
-    """Masks by |w|·‖x‖, compared within each output. inputs: token ids, [rows, block]."""
+    """Prunes by Wanda: |w|·‖x‖, compared within each output (arXiv 2306.11695).
+
+    Args:
+        model: pruned weights are set to zero in it.
+        names: of the matrices that are pruned, all of them in transformer blocks.
+        sparsity: the fraction of each output's weights that is pruned, from 0 to 1.
+        inputs: token ids for calibration, int64 [rows, block].
+    Returns:
+        Masks by name, bool: True where a weight is kept.
+    """
 
     def prune(weight: Tensor, gram: Tensor) -> Tensor:
         return _kept(weight.abs() * gram.diagonal().sqrt(), sparsity)
@@ -54,37 +77,56 @@ def wanda(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tenso
 
 @torch.no_grad()
 def sparsegpt(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor) -> dict[str, Tensor]:
-    """Masks, and weights that stay are moved to make up for those that go. With the paper's blocks of 128 and damping
-    of 1 %.
+    """Prunes by SparseGPT, which moves the kept weights to make up for the pruned ones (arXiv 2301.00774).
+
+    With the paper's blocks of 128 and damping of 1 %.
+
+    Args:
+        model: its weights are changed.
+        names: of the matrices that are pruned, all of them in transformer blocks.
+        sparsity: the fraction of each block of 128 inputs that is pruned, from 0 to 1.
+        inputs: token ids for calibration, int64 [rows, block].
+    Returns:
+        Masks by name, bool: True where a weight is kept.
     """
-    return _block_by_block(model, set(names), inputs, lambda weight, gram: _sparsegpt(weight, gram, sparsity))
+    return _block_by_block(model, set(names), inputs, lambda weight, gram: sparsegpt_layer(weight, gram, sparsity))
 
 
-def _sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, damping: float = 0.01) -> Tensor:
-    """The paper's algorithm 1 on a weight [out, in], changed in place; `gram` is X·Xᵀ. Returns the mask."""
+def sparsegpt_layer(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, damping: float = 0.01) -> Tensor:
+    """Algorithm 1 of the SparseGPT paper, on one matrix.
+
+    Args:
+        weight: [out, in], changed in place: pruned weights become zero, kept ones are updated.
+        gram: X·Xᵀ of the layer's inputs, [in, in].
+        sparsity: the fraction of each block of inputs that is pruned, from 0 to 1.
+        block: inputs a block.
+        damping: added to the diagonal, as a fraction of its mean.
+    Returns:
+        The mask, bool [out, in]: True where a weight is kept.
+    """
     width = weight.shape[1]
     hessian = gram.clone()
     unused = hessian.diagonal() == 0
     hessian.diagonal()[unused] = 1
     weight[:, unused] = 0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    # The inverse's Cholesky factor holds, row by row, the inverses of what remains of the Hessian when one input after
-    # another is done with.
+    # The Cholesky factor of the inverse holds, row by row, the inverses of what remains of the Hessian as inputs are
+    # done one after another.
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     kept = torch.ones_like(weight, dtype=torch.bool)
     for first in range(0, width, block):
         last = min(first + block, width)
-        part, factor = weight[:, first:last].clone(), inverse[first:last, first:last]
-        errors = torch.zeros_like(part)
-        scores = part.square() / factor.diagonal().square()
-        alive = _kept(scores.flatten(), sparsity).view_as(scores)
+        columns, factor = weight[:, first:last].clone(), inverse[first:last, first:last]
+        errors = torch.zeros_like(columns)
+        scores = columns.square() / factor.diagonal().square()
+        mask = _kept(scores.flatten(), sparsity).view_as(scores)
         for i in range(last - first):
-            column = part[:, i].clone()
-            pruned = column * alive[:, i]
+            column = columns[:, i].clone()
+            pruned = column * mask[:, i]
             errors[:, i] = (column - pruned) / factor[i, i]
-            part[:, i:] -= errors[:, i : i + 1] * factor[i : i + 1, i:]
-            part[:, i] = pruned
-        weight[:, first:last], kept[:, first:last] = part, alive
+            columns[:, i:] -= errors[:, i : i + 1] * factor[i : i + 1, i:]
+            columns[:, i] = pruned
+        weight[:, first:last], kept[:, first:last] = columns, mask
         weight[:, last:] -= errors @ inverse[first:last, last:]
     return kept
 
@@ -92,36 +134,35 @@ def _sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, 
 def _block_by_block(
     model: nn.Module, names: set[str], inputs: Tensor, prune: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Prunes one transformer block after another, each on what comes out of the pruned ones before it; weights are set
-    to zero by the masks.
+    """Prunes one transformer block after another, each on the outputs of the pruned ones before it.
 
     prune: gives the mask of a weight [out, in], which it may change, from the sum of x·xᵀ of its inputs.
     """
-    blocks = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
     modules = {f"{name}.weight": module for name, module in model.named_modules() if f"{name}.weight" in names}
-    states, call = _first_inputs(model, blocks[0], inputs)
+    states, call = _first_inputs(model, layers[0], inputs)
     masks: dict[str, Tensor] = {}
-    for block in tqdm(blocks, desc="pruning", leave=False):
-        inside = set(map(id, block.modules()))
-        layers = {name: module for name, module in modules.items() if id(module) in inside}
+    for layer in progress(layers, "pruning"):
+        submodules = set(map(id, layer.modules()))
+        linears = {name: module for name, module in modules.items() if id(module) in submodules}
         grams: dict[str, Tensor] = {}
-        hooks = [module.register_forward_pre_hook(_summing(grams, name)) for name, module in layers.items()]
+        hooks = [module.register_forward_pre_hook(_add_gram(grams, name)) for name, module in linears.items()]
         for state in states:
-            call(block, state)
+            call(layer, state)
         for hook in hooks:
             hook.remove()
-        for name, module in layers.items():
-            turned = type(module).__name__ in _TRANSPOSED
-            weight = (module.weight.data.t() if turned else module.weight.data).float().clone()
+        for name, module in linears.items():
+            transposed = type(module).__name__ in _TRANSPOSED
+            weight = (module.weight.data.t() if transposed else module.weight.data).float().clone()
             mask = prune(weight, grams[name])
             weight *= mask
-            module.weight.data.copy_(weight.t() if turned else weight)
-            masks[name] = mask.t().contiguous() if turned else mask
-        states = [call(block, state) for state in states]
+            module.weight.data.copy_(weight.t() if transposed else weight)
+            masks[name] = mask.t().contiguous() if transposed else mask
+        states = [call(layer, state) for state in states]
     return masks
 
 
-def _summing(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _add_gram(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2).float()
         grams[name] = grams.get(name, 0) + x.t() @ x
@@ -130,21 +171,19 @@ def _summing(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 class _Stop(Exception):
-    pass
+    """Ends a forward pass once the inputs of the first block are known."""
 
 
 def _first_inputs(
     model: nn.Module, first: nn.Module, inputs: Tensor
 ) -> tuple[list[Tensor], Callable[[nn.Module, Tensor], Tensor]]:
-    """What goes into the first block, row by row, and a function that calls a block with all else that it is called
-    with.
-    """
+    """The inputs of the first block, row by row, and a function that calls a block with its other arguments."""
     states: list[Tensor] = []
-    more: list[Any] = []
+    arguments: list[Any] = []
 
     def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
-        more[:] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        arguments[:] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
         raise _Stop
 
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
@@ -155,7 +194,7 @@ def _first_inputs(
     hook.remove()
 
     def call(block: nn.Module, state: Tensor) -> Tensor:
-        out = block(state, *more[0], **more[1])
+        out = block(state, *arguments[0], **arguments[1])
         return out[0] if isinstance(out, tuple) else out
 
     return states, call

@@ -1,7 +1,7 @@
-"""Whole training steps for `lp-dist bench step`: LpAdamW against AdamW under real engines, in turn within the same
-processes.
+"""Training steps for `lp-dist bench step`: LpAdamW against AdamW under real engines, in turn in the same processes.
 
-`python -m lp_dist.benchmarks.step.training_step JSON FILE` is one rank of one engine's run; `whole_runs` starts them.
+`python -m lp_dist.benchmarks.step.training_step JSON FILE` is one rank of one engine's run; `training_rows` starts
+them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lp_dist.attachment.attach import attach
-from lp_dist.benchmarks.timing import wait
+from lp_dist.benchmarks.json_lines import ResultRow
+from lp_dist.benchmarks.timing import note, progress, quartiles, synchronize
 from lp_dist.errors import UsageError
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.sparsity.measure import measure_sparsity
-from lp_dist.structured.naming import structure
+from lp_dist.structured.resolve import resolve_groups
 from lp_dist.targets.target import SparsityTarget
 
 ENGINES = {
@@ -38,59 +38,70 @@ ENGINES = {
     "ZeRO-3": {"stage": 3},
     "ZeRO-2, CPU offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
 }
-# steps between two looks at the weights: the controller's, and a count of the zeros, as for a log; also the steps of a
-# timed block
-LOOK = 10
+# Steps between two updates of λ, and between two counts of the zeros, as for a log; also the steps of a timed round.
+UPDATE_EVERY = 10
 _LR, _LAMBDA, _VOCABULARY, _WARM = 1e-4, 0.1, 8192, 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, and how long it trains: `tokens` a step and rank, `blocks` timed blocks of LOOK steps for each
-    optimizer.
+    """The model, and how long it trains.
 
-    groups, interval: of the target; with no groups it is one for single weights.
+    Args:
+        layers: of the model.
+        hidden_size: width of the model; a head has 64.
+        tokens: of a step on each rank.
+        rounds: timed rounds of UPDATE_EVERY steps for each optimizer.
+        groups: of the target, such as "channels"; empty: it is for single weights.
+        interval: of the target, steps between two decays of groups.
     """
 
     layers: int = 8
-    hidden: int = 320
+    hidden_size: int = 320
     tokens: int = 1024
-    blocks: int = 6
+    rounds: int = 6
     groups: str = ""
     interval: int = 1
 
     def described(self) -> dict[str, Any]:
+        """The shape as keys of a row, which are also the command's options."""
         return {key: value for key, value in asdict(self).items() if self.groups or key not in ("groups", "interval")}
 
     def check(self) -> None:
-        """Raises UsageError if there are no such groups in the model, or an interval is of none."""
+        """Checks the groups.
+
+        Raises:
+            UsageError: the model has no such groups, or there is an interval without groups.
+        """
         if self.interval != 1 and not self.groups:
             raise UsageError(
                 f"--interval {self.interval} is of groups, and none are named; add --groups channels, or leave it out"
             )
         if self.groups:
             with torch.device("meta"):
-                structure(self.model(), self.groups)
+                resolve_groups(self.model(), self.groups)
 
     @property
     def target(self) -> SparsityTarget:
-        """One that acts all the time, of the scope that looks at more."""
-        of = {"groups": self.groups, "interval": self.interval} if self.groups else {"scope": "layer"}
-        return SparsityTarget(0.5, start=_WARM, end=max(2, self.steps), every=LOOK, **of)
+        """A target that acts in all timed steps, with the scope that costs more."""
+        settings = {"groups": self.groups, "interval": self.interval} if self.groups else {"scope": "layer"}
+        return SparsityTarget(0.5, start=_WARM, end=max(2, self.steps), update_every=UPDATE_EVERY, **settings)
 
     @property
     def steps(self) -> int:
-        return _WARM + self.blocks * LOOK
+        """Optimizer steps of the run."""
+        return _WARM + self.rounds * UPDATE_EVERY
 
     def model(self) -> nn.Module:
+        """A new Llama with random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        heads = max(1, self.hidden // 64)
+        heads = max(1, self.hidden_size // 64)
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=_VOCABULARY,
-                hidden_size=self.hidden,
-                intermediate_size=self.hidden * 8 // 3,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.hidden_size * 8 // 3,
                 num_hidden_layers=self.layers,
                 num_attention_heads=heads,
                 num_key_value_heads=heads,
@@ -103,29 +114,39 @@ class Shape:
 # -- starting them ------------------------------------------------------------
 
 
-def whole_runs(
+def training_rows(
     shape: Shape, seed: int, engines: tuple[str, ...] = tuple(ENGINES), timeout: float = 1800
-) -> Iterator[dict[str, Any]]:
-    """One row for each engine; one that fails says why in its row."""
+) -> Iterator[ResultRow]:
+    """Runs the training steps of each engine in new processes.
+
+    Args:
+        shape: the model, and how long it trains.
+        seed: of the weights and tokens.
+        engines: of ENGINES.
+        timeout: seconds for each engine.
+    Returns:
+        A row for each engine; of one that fails, the row says why.
+    """
     threads = torch.get_num_threads()
-    for engine in tqdm(engines, desc="whole training steps", leave=False):
+    for engine in progress(engines, "training steps"):
         try:
             ranks = 1 if engine == "one process" else _ranks()
             yield {
                 "engine": engine,
                 "ranks": ranks,
                 "threads": max(1, threads // ranks),
-                **_launched(engine, ranks, shape, seed, timeout),
+                **launch(engine, ranks, shape, seed, timeout),
             }
         except (ImportError, RuntimeError, subprocess.TimeoutExpired) as error:
-            tqdm.write(f"{engine}: skipped, {error}")
+            note(f"{engine}: skipped, {error}")
             yield {"engine": engine, "skipped": f"{error}"[-600:]}
 
 
 @cache
 def _ranks() -> int:
-    """Two on a CPU; on accelerators, two if there are two. Also compiles what DeepSpeed would compile on each rank,
-    which has aborted runs.
+    """Two on a CPU; on accelerators, two if there are two.
+
+    It also compiles DeepSpeed's ops: compiling them on each rank at once has aborted runs.
     """
     if torch.accelerator.is_available():
         return min(2, torch.accelerator.device_count())
@@ -138,15 +159,29 @@ def _ranks() -> int:
     return 2
 
 
-def _launched(engine: str, ranks: int, shape: Shape, seed: int, timeout: float) -> dict[str, Any]:
+def launch(engine: str, ranks: int, shape: Shape, seed: int, timeout: float) -> ResultRow:
+    """Runs one engine in new processes.
+
+    Args:
+        engine: of ENGINES.
+        ranks: number of processes.
+        shape: the model, and how long it trains.
+        seed: of the weights and tokens.
+        timeout: seconds.
+    Returns:
+        What `train_in_turn` returns on the first rank.
+    Raises:
+        RuntimeError: a process failed; the message is its error.
+        subprocess.TimeoutExpired: it took longer.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        told = Path(directory) / "row.json"
+        row_file = Path(directory) / "row.json"
         launcher = (
             []
             if engine == "one process"
             else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         )
-        words = [json.dumps({"engine": engine, "shape": shape.described(), "seed": seed}), str(told)]
+        words = [json.dumps({"engine": engine, "shape": shape.described(), "seed": seed}), str(row_file)]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks)),
@@ -159,69 +194,84 @@ def _launched(engine: str, ranks: int, shape: Shape, seed: int, timeout: float) 
             text=True,
             timeout=timeout,
         )
-        if done.returncode or not told.exists():
+        if done.returncode or not row_file.exists():
             errors = [line for line in done.stderr.splitlines() if "Error" in line]
             raise RuntimeError(errors[0] if errors else done.stderr[-600:])
-        return json.loads(told.read_text())
+        return json.loads(row_file.read_text())
 
 
 # -- on a rank ----------------------------------------------------------------
 
 
-def trained(engine: str, shape: Shape, seed: int) -> dict[str, Any]:
-    """Both optimizers in turn, a step each; on every rank. Tokens a second of all ranks together, over blocks of LOOK
-    steps.
+def train_in_turn(engine: str, shape: Shape, seed: int) -> ResultRow:
+    """Trains with both optimizers in turn, a step each. Called on every rank.
+
+    Args:
+        engine: of ENGINES.
+        shape: the model, and how long it trains.
+        seed: of the weights and tokens.
+    Returns:
+        Keys of a row: tokens a second of all ranks together (the median over rounds, and quartiles) of "lp_dist" and
+        "peer", the median ratio, and the fraction of zeros at the end.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    runs = {"ours": _ours(engine, shape, seed, device), "peer": _peer(engine, shape, seed, device)}
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    trainers = {
+        "lp_dist": _lp_trainer(engine, shape, seed, device),
+        "peer": _peer_trainer(engine, shape, seed, device),
+    }
     distributed = torch.distributed.is_initialized()
     world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
     generator = torch.Generator().manual_seed(seed + rank)
-    batches = [torch.randint(_VOCABULARY, (1, shape.tokens), generator=generator).to(device) for _ in range(LOOK)]
-    for run in runs.values():
+    batches = [
+        torch.randint(_VOCABULARY, (1, shape.tokens), generator=generator).to(device) for _ in range(UPDATE_EVERY)
+    ]
+    for trainer in trainers.values():
         for i in range(_WARM):
-            run.step(batches[i])
-    for _ in range(shape.blocks):
-        seconds = dict.fromkeys(runs, 0.0)
-        for i, batch in enumerate(batches):
-            for name in (
-                list(runs) if i % 2 else list(runs)[::-1]
-            ):  # in turn, step by step, so that what disturbs the machine disturbs both
-                _together(distributed)
-                start = time.perf_counter()
-                runs[name].step(batch)
-                _together(distributed)
-                seconds[name] += time.perf_counter() - start
-        for name, value in seconds.items():
-            speeds[name].append(world * shape.tokens * LOOK / value)
-    quartiles = {
-        name: (
-            torch.tensor(values, dtype=torch.float64)
-            .quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-            .tolist()
-        )
-        for name, values in speeds.items()
-    }
+            trainer.step(batches[i])
+    speeds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(shape.rounds):
+        for name, seconds in _round_seconds(trainers, batches, distributed).items():
+            speeds[name].append(world * shape.tokens * UPDATE_EVERY / seconds)
     weights = sum(p.numel() for p in shape.model().parameters())
-    return {
+    row: ResultRow = {
         "model": (
-            f"A Llama with {weights:,} random weights ({shape.layers} layers of {shape.hidden}), {shape.tokens} tokens"
-            f" a step and rank, {'bf16' if _low(device) else 'fp32'}"
+            f"A Llama with {weights:,} random weights ({shape.layers} layers of {shape.hidden_size}), {shape.tokens}"
+            f" tokens a step and rank, {'bf16' if _low_precision(device) else 'fp32'}"
         ),
-        "blocks": shape.blocks,
-        "ratio": median(ours / peer for ours, peer in zip(*speeds.values())),
-        "zeros": measure_sparsity(runs["ours"].handle).total,
-        **{
-            name: {"name": runs[name].name, "tokens/s": q[1], "quartiles": [q[0], q[2]]}
-            for name, q in quartiles.items()
-        },
+        "rounds": shape.rounds,
+        "ratio": median(lp_dist / peer for lp_dist, peer in zip(speeds["lp_dist"], speeds["peer"])),
+        "zeros": measure_sparsity(trainers["lp_dist"].handle).total,
     }
+    for name, values in speeds.items():
+        low, middle, high = quartiles(values)
+        row[name] = {"name": trainers[name].name, "tokens/s": middle, "quartiles": [low, high]}
+    return row
+
+
+def _round_seconds(trainers: dict[str, _Trainer], batches: list[torch.Tensor], distributed: bool) -> dict[str, float]:
+    """Seconds of a round by trainer. They take turns step by step, so that a disturbance hits both."""
+    seconds = dict.fromkeys(trainers, 0.0)
+    for i, batch in enumerate(batches):
+        for name in list(trainers) if i % 2 else list(trainers)[::-1]:
+            _barrier(distributed)
+            start = time.perf_counter()
+            trainers[name].step(batch)
+            _barrier(distributed)
+            seconds[name] += time.perf_counter() - start
+    return seconds
 
 
 @dataclass
-class _Run:
-    """handle: the engine, or the plain model. after: what follows each step."""
+class _Trainer:
+    """A model and its optimizer.
+
+    Args:
+        name: of the optimizer.
+        handle: the engine, or the plain model.
+        optimizer: None where the engine has made it.
+        device: of the batches.
+        after: called after each step.
+    """
 
     name: str
     handle: Any
@@ -234,7 +284,7 @@ class _Run:
             self.handle.backward(self.handle(input_ids=batch, labels=batch).loss)
             self.handle.step()
         else:
-            with torch.autocast(self.device.type, torch.bfloat16) if _low(self.device) else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16) if _low_precision(self.device) else nullcontext():
                 loss = self.handle(input_ids=batch, labels=batch).loss
             loss.backward()
             self.optimizer.step()
@@ -242,44 +292,46 @@ class _Run:
         self.after()
 
 
-def _low(device: torch.device) -> bool:
+def _low_precision(device: torch.device) -> bool:
     """Accelerators compute in bf16."""
     return device.type != "cpu"
 
 
-def _ours(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
+def _lp_trainer(engine: str, shape: Shape, seed: int, device: torch.device) -> _Trainer:
     torch.manual_seed(seed)
     model = shape.model().to(device)
     optimizer = LpAdamW(model.parameters(), lr=_LR, precondition=0.5, implementation="fused")
-    run = _Run("LpAdamW", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
-    attached = attach(run.handle, None if ENGINES[engine] else optimizer, target=shape.target, total_steps=shape.steps)
-    taken = 0
+    trainer = _Trainer("LpAdamW", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
+    attached = attach(
+        trainer.handle, None if ENGINES[engine] else optimizer, target=shape.target, total_steps=shape.steps
+    )
+    steps_taken = 0
 
     def after() -> None:
-        nonlocal taken
-        taken += 1
+        nonlocal steps_taken
+        steps_taken += 1
         attached.after_step()
-        if taken % LOOK == 0:
-            measure_sparsity(run.handle)
+        if steps_taken % UPDATE_EVERY == 0:
+            measure_sparsity(trainer.handle)
 
-    run.after = after
-    return run
+    trainer.after = after
+    return trainer
 
 
-def _peer(engine: str, shape: Shape, seed: int, device: torch.device) -> _Run:
+def _peer_trainer(engine: str, shape: Shape, seed: int, device: torch.device) -> _Trainer:
     """torch's fused AdamW, or DeepSpeed's own under offload."""
     torch.manual_seed(seed)
     model = shape.model().to(device)
     if "offload" in engine:
-        own = {"optimizer": {"type": "AdamW", "params": {"lr": _LR, "weight_decay": _LAMBDA}}}
-        handle = _wrapped(engine, model, device, own, model_parameters=model.parameters())
-        return _Run(type(handle.optimizer.optimizer).__name__, handle, None, device)
+        config = {"optimizer": {"type": "AdamW", "params": {"lr": _LR, "weight_decay": _LAMBDA}}}
+        handle = _wrapped(engine, model, device, config, model_parameters=model.parameters())
+        return _Trainer(type(handle.optimizer.optimizer).__name__, handle, None, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=_LAMBDA, fused=True)
-    return _Run("torch AdamW fused", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
+    return _Trainer("torch AdamW fused", _wrapped(engine, model, device, optimizer=optimizer), optimizer, device)
 
 
 def _wrapped(
-    engine: str, model: nn.Module, device: torch.device, config: dict[str, Any] | None = None, **parts: Any
+    engine: str, model: nn.Module, device: torch.device, config: dict[str, Any] | None = None, **arguments: Any
 ) -> Any:
     if ENGINES[engine] is None:
         return model
@@ -294,24 +346,30 @@ def _wrapped(
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": _low(device)},
+            "bf16": {"enabled": _low_precision(device)},
             "zero_optimization": zero,
             "steps_per_print": 10**9,
             **(config or {}),
         },
-        **parts,
+        **arguments,
     )
     return handle
 
 
-def _together(distributed: bool) -> None:
-    wait()
+def _barrier(distributed: bool) -> None:
+    synchronize()
     if distributed:
         torch.distributed.barrier()
 
 
-def main(told: dict[str, Any], path: str) -> None:
-    engine, on_accelerator = told["engine"], torch.accelerator.is_available()
+def main(settings: dict[str, Any], path: str) -> None:
+    """One rank of a run.
+
+    Args:
+        settings: "engine", "shape" and "seed", as `launch` passes them.
+        path: where the first rank writes the row, as JSON.
+    """
+    engine, on_accelerator = settings["engine"], torch.accelerator.is_available()
     if engine != "one process":
         if on_accelerator:
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -320,7 +378,7 @@ def main(told: dict[str, Any], path: str) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="nccl" if on_accelerator else "gloo", auto_mpi_discovery=False)
-    row = trained(engine, Shape(**told["shape"]), told["seed"])
+    row = train_in_turn(engine, Shape(**settings["shape"]), settings["seed"])
     if int(os.environ.get("RANK", "0")) == 0:
         Path(path).write_text(json.dumps(row))
     if torch.distributed.is_initialized():

@@ -1,5 +1,6 @@
-"""`lp-dist bench structure`: a language model with fewer channels or heads, what it loses, and how much smaller and
-faster it is when they are cut out.
+"""`lp-dist bench structured`: a language model with fewer channels or heads.
+
+It measures what the model loses, and how much smaller and faster it is once they are removed.
 """
 
 from __future__ import annotations
@@ -10,31 +11,34 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from lp_dist.benchmarks import json_lines
+from lp_dist.benchmarks.json_lines import ResultRow
 from lp_dist.benchmarks.quality import runs, tasks
 from lp_dist.benchmarks.quality.methods import Spec
-from lp_dist.benchmarks.structured.methods import STRUCTURED, share_of
+from lp_dist.benchmarks.structured.methods import STRUCTURED, fraction_in_groups
+from lp_dist.benchmarks.timing import note, progress, seconds_of
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
-from lp_dist.report import environment
 
 _NAMES = {
-    "groups": "ours",
+    "groups": "lp_dist",
     "gcut": "cut gradually, by the norm",
-    "gcut:c=0.67": "cut gradually, by our saliency ‖w·(√v̂)^⅔‖",
+    "gcut:c=0.67": "cut gradually, by lp_dist's saliency ‖w·(√v̂)^⅔‖",
     "cut": "cut before the fine-tune, by the norm",
     "cut:criterion=taylor": "cut before the fine-tune, by Taylor (LLM-Pruner's)",
     "lp": "single zeros, as many parameters left",
     "dense": "dense fine-tune",
 }
+# What tells one run from another.
+_KEYS = ("task", "device", "method", "settings", "groups", "sparsity", "seed")
 
 
-def structure(
+def structured(
+    *,
     model: str,
     text: str,
     methods: str,
@@ -46,10 +50,23 @@ def structure(
     tokens: int,
     out: str,
 ) -> Path:
-    """See `lp-dist bench structure --help`; returns the page's path.
+    """Runs `lp-dist bench structured`.
 
+    Args:
+        model: a directory, hub id or .gguf file.
+        text: a text file or hub dataset to fine-tune on.
+        methods: lines with spaces between them, of dense, lp and STRUCTURED.
+        shares: percents of each layer's groups, with spaces between them.
+        seeds: integers, with spaces between them.
+        groups: "channels", "heads" or "kv_groups".
+        steps: of the fine-tune; None: 100.
+        block: tokens a sequence.
+        tokens: generated to time a model.
+        out: directory of structured.jsonl and structured.md.
+    Returns:
+        The path of the page.
     Raises:
-        UsageError: something in it can't be read, or is missing.
+        UsageError: an option cannot be read, or is missing.
     """
     if not (model and text):
         raise UsageError(
@@ -57,49 +74,52 @@ def structure(
             " fine-tune it on"
         )
     specs = [Spec.read(line) for line in methods.split()]
-    odd = next((spec.line for spec in specs if spec.family not in ("dense", "lp", *STRUCTURED)), None)
-    if odd is not None:
-        raise UsageError(f"--methods {odd}: this bench has dense, lp, {', '.join(STRUCTURED)}")
+    unknown = next((spec.line for spec in specs if spec.family not in ("dense", "lp", *STRUCTURED)), None)
+    if unknown is not None:
+        raise UsageError(f"--methods {unknown}: this bench has dense, lp, {', '.join(STRUCTURED)}")
     try:
-        parts, numbers = [float(word) / 100 for word in shares.split()], [int(word) for word in seeds.split()]
+        sparsities, numbers = [float(word) / 100 for word in shares.split()], [int(word) for word in seeds.split()]
     except ValueError:
         raise UsageError(
             f"--shares {shares} --seeds {seeds}: these must be numbers, such as '20 30 50' and '0 1'"
         ) from None
-    if not all(0 < part < 1 for part in parts):
+    if not all(0 < sparsity < 1 for sparsity in sparsities):
         raise UsageError(f"--shares {shares}: these are percents between 0 and 100")
-    work, directory = tasks.lm(model, text, steps, block), Path(out)
+    task, directory = tasks.lm(model, text, steps, block), Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "structure.jsonl"
-    asked = [
+    path = directory / "structured.jsonl"
+    planned = _planned_rows(task, specs, sparsities, numbers, groups)
+    measured = {key_of(row) for row in json_lines.read(path)}
+    missing = [row for row in planned if key_of(row) not in measured]
+    note(f"{len(planned) - len(missing)} of {len(planned)} runs are in {path} already")
+    context = runs.run_context(torch.get_num_threads())
+    for row in progress(missing, "runs", unit="run", leave=True):
+        json_lines.append(path, {**row, **_measure_row(task, row, tokens), **context})
+    return draw(json_lines.read(path), directory)
+
+
+def _planned_rows(
+    task: tasks.Task, specs: list[Spec], sparsities: list[float], seeds: list[int], groups: str
+) -> list[ResultRow]:
+    """The rows of runs that are wanted, without their results. A dense run has no sparsity and is planned once."""
+    return [
         {
-            "work": work.described(),
+            "task": task.described(),
             "device": runs.device_name(),
             "method": spec.line,
             "settings": spec.settings,
             "groups": groups,
-            "sparsity": part,
+            "sparsity": sparsity,
             "seed": seed,
         }
-        for seed in numbers
-        for part in parts
+        for seed in seeds
+        for sparsity in sparsities
         for spec in specs
+        if spec.family != "dense" or sparsity == sparsities[0]
     ]
-    asked = [row for i, row in enumerate(asked) if not _is_dense(row) or row["sparsity"] == parts[0]]
-    have = {_key(row) for row in runs.read(path)}
-    left = [row for row in asked if _key(row) not in have]
-    tqdm.write(f"{len(asked) - len(left)} of {len(asked)} runs are in {path} already")
-    context = {
-        "machine": environment.processor(),
-        "threads": torch.get_num_threads(),
-        "versions": environment.versions(),
-    }
-    for row in tqdm(left, desc="runs", unit="run"):
-        runs.append(path, {**row, **_one(work, row, tokens), **context})
-    return _page(runs.read(path), directory)
 
 
-def _is_dense(row: dict[str, Any]) -> bool:
+def _is_dense(row: ResultRow) -> bool:
     return Spec.read(row["method"]).family == "dense"
 
 
@@ -112,134 +132,143 @@ def _name_of(method: str) -> str:
     return f"{name}, learning rate {spec.lr:g}" if spec.lr else name
 
 
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps(
-        [row[key] for key in ("work", "device", "method", "settings", "groups", "sparsity", "seed")], sort_keys=True
-    )
+def key_of(row: ResultRow) -> str:
+    """The key of a run: rows with the same key are the same run.
+
+    Args:
+        row: planned or measured, as `json_lines.read` gives it.
+    Returns:
+        JSON.
+    """
+    return json.dumps([row[key] for key in _KEYS], sort_keys=True)
 
 
-def _one(work: tasks.Work, row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Trains and evaluates; cuts out what is dead, and evaluates and times that beside the whole."""
-    spec, share, start = Spec.read(row["method"]), row["sparsity"], time.perf_counter()
-    model = runs.dense(work, row["seed"])
+def _measure_row(task: tasks.Task, row: ResultRow, tokens: int) -> ResultRow:
+    """Trains and evaluates; removes what is zero, and evaluates and times that beside the full model."""
+    spec, sparsity, start = Spec.read(row["method"]), row["sparsity"], time.perf_counter()
+    model = runs.dense(task, row["seed"])
     if spec.family == "lp":
-        share *= share_of(runs.run_of(work, model, row["seed"], share, work.schedule), row["groups"])
+        run = runs.prepare_run(task, model, row["seed"], sparsity, task.schedule)
+        sparsity *= fraction_in_groups(run, row["groups"])
     if spec.family in STRUCTURED:
         spec = Spec(spec.family, tuple(sorted({**dict(spec.given), "groups": row["groups"]}.items())))
-    run = runs.train(work, model, row["seed"], share, runs.schedule_of(work, spec), spec)
-    told = {
-        "loss": work.evaluate(model),
+    run = runs.train(task, model, row["seed"], sparsity, runs.schedule_for(task, spec), spec)
+    result = {
+        "loss": task.evaluate(model),
         "parameters": sum(param.numel() for param in model.parameters()),
         "zeros": sum(int((weight == 0).sum()) for weight in run.weights.values()),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    return told if spec.family not in STRUCTURED else {**told, **_cut(work, model, tokens)}
+    return result if spec.family not in STRUCTURED else {**result, **_measure_shrunk(task, model, tokens)}
 
 
-def _cut(work: tasks.Work, model: nn.Module, tokens: int) -> dict[str, Any]:
+def _measure_shrunk(task: tasks.Task, model: nn.Module, tokens: int) -> ResultRow:
+    """Loss, size and speed of the model without its zero groups, beside the full one's."""
     with tempfile.TemporaryDirectory() as folder:
-        whole, small = Path(folder) / "whole", Path(folder) / "small"
-        model.save_pretrained(whole)
-        export(whole, small, shrunk=True)
-        cut = (
+        full, small = Path(folder) / "full", Path(folder) / "small"
+        model.save_pretrained(full)
+        export(full, small, shrink=True)
+        shrunk = (
             type(model)
             .from_pretrained(small, dtype=next(model.parameters()).dtype)
             .to(next(model.parameters()).device)
         )
-        sizes = [sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (whole, small)]
-    rates = _rates([model.eval(), cut.eval()], work.text.held_out[:32], tokens)
+        sizes = [sum(file.stat().st_size for file in saved.glob("*.safetensors")) for saved in (full, small)]
+    speeds = _generation_speeds([model.eval(), shrunk.eval()], task.text.held_out[:32], tokens)
     return {
-        "loss cut": work.evaluate(cut),
-        "parameters cut": sum(param.numel() for param in cut.parameters()),
+        "loss cut": task.evaluate(shrunk),
+        "parameters cut": sum(param.numel() for param in shrunk.parameters()),
         "bytes": sizes[0],
         "bytes cut": sizes[1],
-        "tokens a second": rates[0],
-        "tokens a second cut": rates[1],
+        "tokens a second": speeds[0],
+        "tokens a second cut": speeds[1],
         "generated": tokens,
     }
 
 
 @torch.no_grad()
-def _rates(models: list[nn.Module], prompt: torch.Tensor, tokens: int, repeats: int = 5) -> list[float]:
-    """Tokens a second of plain `generate`, greedy; the median of turns taken one after the other, so that what else
-    the machine does hits both.
+def _generation_speeds(models: list[nn.Module], prompt: torch.Tensor, tokens: int, repeats: int = 5) -> list[float]:
+    """Tokens a second of greedy `generate`, the median of several turns.
+
+    The models take turns, so that a disturbance of the machine hits all of them.
     """
-    seconds: list[list[float]] = [[] for _ in models]
+
+    def generate(model: nn.Module) -> None:
+        model.generate(
+            prompt[None].to(model.device),
+            attention_mask=torch.ones_like(prompt[None]).to(model.device),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+        )
+
+    times: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):
-        for model, own in zip(models, seconds):
-            start = time.perf_counter()
-            model.generate(
-                prompt[None].to(model.device),
-                attention_mask=torch.ones_like(prompt[None]).to(model.device),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-            )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                own.append(time.perf_counter() - start)
-    return [round(tokens / median(own), 2) for own in seconds]
+        for model, seconds in zip(models, times):
+            elapsed = seconds_of(lambda model=model: generate(model))
+            # The first turn warms up.
+            if turn:
+                seconds.append(elapsed)
+    return [round(tokens / median(seconds), 2) for seconds in times]
 
 
-def _page(rows: list[dict[str, Any]], directory: Path) -> Path:
-    """structure.md: rows of the same work, groups and device in one table."""
+def draw(rows: list[ResultRow], directory: Path) -> Path:
+    """Writes structured.md, with a table for each task, kind of groups and device.
+
+    Args:
+        rows: as `json_lines.read` gives them.
+        directory: where the page is written.
+    Returns:
+        Its path.
+    """
     lines = [
         "# Fewer channels and heads: what it costs, and what it gains",
         "",
-        (
-            "Perplexity on held-out text (lower is better), mean over seeds; the same data, tokens and evaluation for"
-            " all. `lp-dist export --shrink` cuts out what"
-        ),
-        (
-            "is dead, the result is loaded by `from_pretrained`, and evaluated and timed (greedy `generate`, one"
-            " sequence, medians of turns taken side by side)"
-        ),
-        (
-            "beside the whole. Every run is a row of [structure.jsonl](structure.jsonl); `lp-dist bench structure`"
-            " with its values makes it again."
-        ),
+        "Perplexity on held-out text (lower is better), mean over seeds, with the same data, tokens and evaluation.",
+        "`lp-dist export --shrink` removes the channels and heads that are zero. `from_pretrained` loads the result.",
+        "It is evaluated and timed beside the full model: greedy `generate`, one sequence, medians of turns side by",
+        "side. Every run is a row of [structured.jsonl](structured.jsonl); `lp-dist bench structured` with its values",
+        "makes it again.",
     ]
-    for about in dict.fromkeys(map(_about, rows)):
-        mine = [row for row in rows if _about(row) == about]
-        first = mine[0]
-        machines = dict.fromkeys(
-            f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)})" for row in mine
-        )
-        lines += [
-            "",
-            (
-                f"## {first['groups']}, {first['work']['text']}, {first['work']['schedule']['steps']} steps of"
-                f" {first['work']['block']} tokens, {' and '.join(machines)}"
-            ),
-            "",
-            "| share | method | seeds | perplexity | cut | parameters | file | tokens a second |",
-            "|---:|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
-        for row in mine:
-            cells.setdefault((0.0 if _is_dense(row) else row["sparsity"], row["method"]), []).append(row)
-        for (share, method), of in sorted(
-            cells.items(), key=lambda cell: (cell[0][0], mean(row["loss"] for row in cell[1]))
-        ):
-            lines.append(_line(share, method, of))
-    path = directory / "structure.md"
+    for section in dict.fromkeys(map(_section_of, rows)):
+        lines += _section([row for row in rows if _section_of(row) == section])
+    path = directory / "structured.md"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def _about(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["groups"], row["device"], json.dumps(row["work"], sort_keys=True)
+def _section(rows: list[ResultRow]) -> list[str]:
+    first = rows[0]
+    machines = dict.fromkeys(f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)})" for row in rows)
+    lines = [
+        "",
+        (
+            f"## {first['groups']}, {first['task']['text']}, {first['task']['schedule']['steps']} steps of"
+            f" {first['task']['block']} tokens, {' and '.join(machines)}"
+        ),
+        "",
+        "| share | method | seeds | perplexity | cut | parameters | file | tokens a second |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    cells: dict[tuple[float, str], list[ResultRow]] = {}
+    for row in rows:
+        cells.setdefault((0.0 if _is_dense(row) else row["sparsity"], row["method"]), []).append(row)
+    by_loss = sorted(cells.items(), key=lambda cell: (cell[0][0], mean(row["loss"] for row in cell[1])))
+    return lines + [_line(sparsity, method, cell) for (sparsity, method), cell in by_loss]
 
 
-def _line(share: float, method: str, rows: list[dict[str, Any]]) -> str:
+def _section_of(row: ResultRow) -> tuple[str, str, str]:
+    return row["groups"], row["device"], json.dumps(row["task"], sort_keys=True)
+
+
+def _line(sparsity: float, method: str, rows: list[ResultRow]) -> str:
     def perplexity(key: str) -> str:
         values = sorted(math.exp(row[key]) for row in rows)
         return f"{mean(values):.2f}" + (f" ± {(values[-1] - values[0]) / 2:.2f}" if len(values) > 1 else "")
 
-    cells = [f"{share:.0%}" if share else "", _name_of(method), str(len(rows)), perplexity("loss")]
+    cells = [f"{sparsity:.0%}" if sparsity else "", _name_of(method), str(len(rows)), perplexity("loss")]
     if "loss cut" in rows[0]:
         before, after = rows[0]["parameters"], rows[0]["parameters cut"]
         speed = median(row["tokens a second cut"] / row["tokens a second"] for row in rows)

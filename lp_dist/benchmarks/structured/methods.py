@@ -1,5 +1,6 @@
-"""The ways to fewer channels and heads that `lp-dist bench structure` compares; the share of a run is that of the
-groups of each layer.
+"""The methods that `lp-dist bench structured` compares: fewer channels or heads.
+
+The sparsity of a run is the fraction of each layer's groups that become zero.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import torch
 from torch import Tensor
 
 from lp_dist.attachment.attach import attach
-from lp_dist.benchmarks.quality.methods import FAMILIES, Method, Run
-from lp_dist.sharding.shards import shards
-from lp_dist.structured.group_decay import Grouped
-from lp_dist.structured.naming import structure
-from lp_dist.targets.target import CURVES, GAMMA, SparsityTarget
+from lp_dist.benchmarks.quality.methods import FAMILIES, Method, TrainingRun
+from lp_dist.sharding.shards import locate_shards
+from lp_dist.structured.group_decay import GroupDecayHook
+from lp_dist.structured.resolve import resolve_groups
+from lp_dist.targets.target import CURVES, DEFAULT_PRECONDITION, GroupTarget, SparsityTarget
 
 
 class LpGroups(Method):
-    """Ours: a `SparsityTarget` of groups, with its keys."""
+    """lp_dist: a `SparsityTarget` of groups, with its arguments as settings."""
 
     keys = {
         **{
-            key: SparsityTarget.__dataclass_fields__[key].default
-            for key in ("start", "end", "cap", "grace", "curve", "every", "interval")
+            key: GroupTarget.__dataclass_fields__[key].default
+            for key in ("start", "end", "cap", "regrowth", "curve", "update_every", "interval")
         },
         "p": 0.5,
-        "precondition": GAMMA,
+        "precondition": DEFAULT_PRECONDITION,
         "scope": "layer",
         "groups": "channels",
     }
@@ -46,50 +47,65 @@ class LpGroups(Method):
 
 
 class _Cut(Method):
-    """Groups that are zero stay so. (What kills and holds them is ours; what is compared is which die, and when.)"""
+    """Groups are set to zero and kept there.
+
+    lp_dist's hook does it for all of these methods. What they differ in is which groups become zero, and when.
+    """
 
     keys = {"groups": "channels"}
-    c = 0.0  # of the saliency ‖w·(√v̂)^c‖
+    # Of the saliency ‖w·(√v̂)^c‖.
+    c = 0.0
 
     def start(self) -> None:
-        sets = structure(self.run.model, self.settings["groups"])
-        self.grouped = Grouped(
-            self.run.optimizer, sets, shards(self.run.model, self.run.optimizer), p=0.0, precondition=2.0 * self.c
-        )
+        sets = resolve_groups(self.run.model, self.settings["groups"])
+        shards = locate_shards(self.run.model, self.run.optimizer)
+        self.hook = GroupDecayHook(self.run.optimizer, sets, shards, p=0.0, precondition=2.0 * self.c)
 
-    def kill(self, scores: Tensor, share: float) -> None:
-        """The share of each layer that has the lowest scores."""
-        dead = []
-        for layer in scores.split([groups.count for groups in self.grouped.sets]):
-            dead.append(torch.zeros(len(layer), dtype=torch.bool, device=layer.device))
-            dead[-1][torch.argsort(layer, stable=True)[: round(share * len(layer))]] = True
-        self.grouped.kill(torch.cat(dead))
-        self.grouped.hold(torch.cat(dead))
+    def prune(self, scores: Tensor, sparsity: float) -> None:
+        """Sets the groups with the lowest scores to zero, layer by layer.
+
+        Args:
+            scores: of all groups, [groups].
+            sparsity: the fraction of each layer's groups, from 0 to 1.
+        """
+        masks = []
+        for layer in scores.split([groups.count for groups in self.hook.sets]):
+            pruned = torch.zeros(len(layer), dtype=torch.bool, device=layer.device)
+            pruned[torch.argsort(layer, stable=True)[: round(sparsity * len(layer))]] = True
+            masks.append(pruned)
+        self.hook.prune(torch.cat(masks))
+        self.hook.keep_zero(torch.cat(masks))
 
     def scores(self) -> Tensor:
-        self.grouped.forget()
-        self.grouped.measure()
-        return self.grouped.squares
+        """‖w·(√v̂)^c‖² of all groups, [groups]."""
+        self.hook.forget()
+        self.hook.measure()
+        return self.hook.squares
 
 
 class OneCut(_Cut):
-    """Before the fine-tune, at once. criterion: "norm", or "taylor", Σ|w·∂L/∂w| over the group on text to calibrate
-    on, which is LLM-Pruner's (arXiv 2305.11627; first order, element by element)."""
+    """Cuts once, before the fine-tune.
+
+    Setting `criterion`: "norm", or "taylor", which is LLM-Pruner's (arXiv 2305.11627; first order, element by
+    element): Σ|w·∂L/∂w| over the group, on calibration text.
+    """
 
     keys = {**_Cut.keys, "criterion": "norm"}
 
     def start(self) -> None:
         super().start()
-        self.kill(self.scores() if self.settings["criterion"] == "norm" else self._taylor(), self.run.sparsity)
+        scores = self.scores() if self.settings["criterion"] == "norm" else self.taylor_scores()
+        self.prune(scores, self.run.sparsity)
 
-    def _taylor(self) -> Tensor:
+    def taylor_scores(self) -> Tensor:
+        """Σ|w·∂L/∂w| of all groups, [groups]; the gradients are those of the run's calibration text."""
         model, inputs = self.run.model, self.run.inputs()
         for rows in inputs.split(1):
             rows = rows.to(next(model.parameters()).device)
             model(input_ids=rows, labels=rows).loss.backward()
         params = dict(model.named_parameters())
         scores = []
-        for groups in self.grouped.sets:
+        for groups in self.hook.sets:
             score = torch.zeros(groups.count, device=next(model.parameters()).device)
             for member in groups.members:
                 effect = (
@@ -105,7 +121,7 @@ class OneCut(_Cut):
 
 
 class GradualCut(_Cut):
-    """A cubic ramp over the same window as ours, 20 times, by ‖w·(√v̂)^c‖: what `gmp` is for single weights."""
+    """Cuts 20 times on a cubic ramp, in the window of lp_dist, by ‖w·(√v̂)^c‖: `gmp` for groups."""
 
     keys = {**_Cut.keys, "c": 0.0, "start": 0.1, "end": 0.7, "curve": "cubic"}
 
@@ -114,21 +130,27 @@ class GradualCut(_Cut):
         super().start()
 
     def after_step(self, t: int) -> None:
-        s = self.settings
-        first, last = max(1, round(s["start"] * self.run.steps)), round(s["end"] * self.run.steps)
-        every = max(1, round((last - first) / 20))
-        if first <= t <= last and ((t - first) % every == 0 or t == last):
-            self.kill(self.scores(), self.run.sparsity * CURVES[s["curve"]]((t - first) / (last - first)))
+        settings = self.settings
+        first, last = max(1, round(settings["start"] * self.run.steps)), round(settings["end"] * self.run.steps)
+        update_every = max(1, round((last - first) / 20))
+        if first <= t <= last and ((t - first) % update_every == 0 or t == last):
+            progress = CURVES[settings["curve"]]((t - first) / (last - first))
+            self.prune(self.scores(), self.run.sparsity * progress)
 
 
 STRUCTURED: dict[str, type[Method]] = {"groups": LpGroups, "cut": OneCut, "gcut": GradualCut}
-FAMILIES.update(STRUCTURED)  # their lines can be read wherever this module is imported
+# Their lines can be read wherever this module is imported.
+FAMILIES.update(STRUCTURED)
 
 
-def share_of(run: Run, groups: Any) -> float:
-    """Of the weights that may decay the share that is in groups: what single zeros must be to leave as many
-    parameters.
+def fraction_in_groups(run: TrainingRun, groups: Any) -> float:
+    """The fraction of the weights that may decay and are in groups.
+
+    Args:
+        run: its model and names.
+        groups: as of a SparsityTarget, such as "channels".
+    Returns:
+        From 0 to 1. With this fraction of single zeros as many parameters are left.
     """
-    return sum(one.count * one.elements for one in structure(run.model, groups)) / sum(
-        weight.numel() for weight in run.weights.values()
-    )
+    in_groups = sum(layer.count * layer.elements for layer in resolve_groups(run.model, groups))
+    return in_groups / sum(weight.numel() for weight in run.weights.values())

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from lp_dist.optim.cache import cache_directory
 from lp_dist.optim.decay import SNAP
-from lp_dist.optim.kernels.dispatch import Unavailable, Work
-from lp_dist.optim.nm import parse
+from lp_dist.optim.kernels.dispatch import Unavailable, ValuedRows
+from lp_dist.optim.nm import parse_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,7 @@ def prepare() -> None:
 def _built() -> Path:
     flags = (*_FLAGS, *_for_this_processor())
     name = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16] + ".so"
-    directory = Path(
-        os.environ.get("LP_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist"
-    )
+    directory = cache_directory()
     if (directory / name).exists():
         return directory / name
     compiler = _compiler()
@@ -119,12 +118,12 @@ def _compiler() -> str:
     raise Unavailable("there is no C++ compiler (CXX, c++, g++ or clang++); install g++")
 
 
-def step(base: str, work: Work) -> None:
+def step(base: str, valued_rows: ValuedRows) -> None:
     """See `dispatch.step`. Allocates some numbers for each row, and nothing that grows with the tensors."""
     table, numbers = array("q"), array("d")
-    for i, (values, rows) in enumerate(work):
+    for i, (values, rows) in enumerate(valued_rows):
         betas = values.get("betas", (0.0, 0.0))
-        n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
+        n, m = parse_pattern(values["pattern"]) if values.get("pattern") else (0, 0)
         numbers.extend(
             map(
                 float,
@@ -140,7 +139,7 @@ def step(base: str, work: Work) -> None:
                     values["l2"],
                     values.get("precondition", 0.0),
                     values["cutoff"],
-                    values.get("floor", 0.0),
+                    values.get("regrowth_below", 0.0),
                     SNAP,
                     values.get("latent", False),
                     n,
@@ -150,21 +149,21 @@ def step(base: str, work: Work) -> None:
             )
         )
         for row in rows:
-            weights, grads = row[0], row[1]
-            m = row[2].data_ptr() if len(row) > 3 else 0
-            v = row[3].data_ptr() if len(row) > 4 else 0
+            weights, grads, states = row.weights, row.grads, row.states
+            first_state = states[0].data_ptr() if states else 0
+            second_state = states[1].data_ptr() if len(states) > 1 else 0
             table.extend(
                 (
                     weights.data_ptr(),
                     grads.data_ptr(),
-                    m,
-                    v,
+                    first_state,
+                    second_state,
                     weights.numel(),
                     _TYPES[weights.dtype],
                     _TYPES[grads.dtype],
                     i,
-                    int(row[-1]),
+                    int(row.step),
                 )
             )
-    rows, values = table.buffer_info()[0], numbers.buffer_info()[0]
-    _library.lp_dist_step(_BASES[base], len(table) // 9, rows, values, torch.get_num_threads())
+    table_address, numbers_address = table.buffer_info()[0], numbers.buffer_info()[0]
+    _library.lp_dist_step(_BASES[base], len(table) // 9, table_address, numbers_address, torch.get_num_threads())

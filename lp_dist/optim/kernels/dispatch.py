@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist.optim.batching import Row
+from lp_dist.optim.batching import StepRow
 
 LARGEST_GAMMA = 8.0  # the power's exponent is exact up to here; (√v̂+ε)^γ has left fp32's range long before
 _WEIGHTS = (torch.float32, torch.bfloat16)
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {"cpu": "lp_dist.optim.kernels.cpu", "cuda": "lp_dist.optim.kernels.triton"}
 
-Work = list[tuple[Mapping[str, Any], list[Row]]]
+# Rows, with the hyperparameters that hold for them.
+ValuedRows = list[tuple[Mapping[str, Any], list[StepRow]]]
 
 
 class Unavailable(Exception):
@@ -43,19 +44,19 @@ def _module(device_type: str) -> ModuleType | Unavailable:
 
 def unavailable(device: torch.device) -> str | None:
     """Why the fused step can't run on tensors of `device`; None if it can. The first call for the CPU builds it."""
-    found = _module(device.type)
-    return str(found) if isinstance(found, Unavailable) else None
+    module = _module(device.type)
+    return str(module) if isinstance(module, Unavailable) else None
 
 
-def refusal(row: Row, blocks: bool = False) -> str | None:
-    """What keeps a row from the fused step; None if nothing does. blocks: it has a pattern's."""
-    weights, grads = row[0], row[1]
+def refusal(row: StepRow, blocks: bool = False) -> str | None:
+    """What keeps a row from the fused step; None if nothing does. blocks: whether it has an N:M pattern's."""
+    weights, grads = row.weights, row.grads
     dtype, alike = weights.dtype, weights.is_contiguous() and grads.is_contiguous()
     if dtype not in _WEIGHTS:
         return f"weights of {dtype}; it takes float32 and bfloat16"
     if grads.dtype not in _GRADIENTS:
         return f"gradients of {grads.dtype}; it takes float32, bfloat16 and float16"
-    for state in row[2:-1]:
+    for state in row.states:
         if state.dtype is not dtype:
             return f"state of {state.dtype} for weights of {dtype}; it takes both in one dtype"
         alike = alike and state.is_contiguous()
@@ -64,7 +65,7 @@ def refusal(row: Row, blocks: bool = False) -> str | None:
             f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride"
             f" {weights.stride()})"
         )
-    if not alike and not _laid_out_alike(row[:-1]):
+    if not alike and not _laid_out_alike(row.tensors):
         return (
             f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)},"
             f" stride {weights.stride()})"
@@ -81,24 +82,22 @@ def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
     return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
 
 
-def step(device_type: str, base: str, work: Work) -> None:
+def step(device_type: str, base: str, valued_rows: ValuedRows) -> None:
     """One step of `base` ("adamw", "sgd", "lion") for rows on one kind of device, each list of them with the values
     that hold for it.
 
     Every row has passed `refusal`, and the device is not `unavailable`. Weights and state are changed in place.
     """
-    _module(device_type).step(base, work)
+    module = _module(device_type)
+    assert not isinstance(module, Unavailable)
+    module.step(base, valued_rows)
 
 
-def pull(device_type: str, base: str, values: Mapping[str, Any], row: Row) -> Tensor:
+def pull(device_type: str, base: str, values: Mapping[str, Any], row: StepRow) -> Tensor:
     """αλ/x of each weight of a row with a pattern, in fp32: the very numbers by which a step ranks it in its block.
     The row is used up.
     """
-    weights, grads, *states, count = row
-    weights = weights.float()
-    step(
-        device_type,
-        base,
-        [({**values, "ranked": True}, [(weights, grads, *(state.float() for state in states), count)])],
-    )
+    weights = row.weights.float()
+    ranked = StepRow(weights, row.grads, tuple(state.float() for state in row.states), row.step)
+    step(device_type, base, [({**values, "ranked": True}, [ranked])])
     return weights

@@ -1,4 +1,4 @@
-"""The fused step on a GPU: what `gpu_kernel` needs, and one launch of it for all rows of a kind.
+"""The fused step on a GPU: what `triton_kernel` needs, and one launch of it for all rows of a kind.
 
 A kernel is compiled for a kind of row: its base, its dtypes, and its form (how αλ/x is computed). What rows of a kind
 may differ in comes from two small tables on the device, of addresses and of numbers, each sent when something in it
@@ -17,10 +17,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lp_dist.optim.batching import StepRow
 from lp_dist.optim.decay import SNAP, lp_decay
-from lp_dist.optim.kernels.dispatch import Unavailable, Work
+from lp_dist.optim.kernels.dispatch import Unavailable, ValuedRows
 from lp_dist.optim.kernels.triton_kernel import ANY, FROZEN, LARGEST, NONE, ODD, lp_step
-from lp_dist.optim.nm import parse
+from lp_dist.optim.nm import parse_pattern
 
 _SIZE, _WARPS = 1024, 4  # 8 elements a thread: two vectors of 16 bytes of each fp32 tensor are under way at a time
 _LEAST_PULL = 1e-12
@@ -39,7 +40,7 @@ _GIVEN = (
     "l2",
     "gamma",
     "cutoff",
-    "floor",
+    "regrowth_below",
     "latent",
     "step",
 )
@@ -55,7 +56,7 @@ _ON_THE_HOST = (
     "l2",
     "precondition",
     "cutoff",
-    "floor",
+    "regrowth_below",
     "latent",
 )
 
@@ -90,19 +91,17 @@ def _rehearse(device: torch.device) -> None:
         maximize=False,
     )
     before, g = torch.linspace(-1, 1, 3001, dtype=torch.float64), torch.linspace(1, 2, 3001, dtype=torch.float64).sin()
-    hidden, denom = (
-        torch.arange(3001) % 3 == 0,
-        g.abs() + values["eps"],
-    )  # in a first step Adam's direction is that without momentum
+    was_latent = torch.arange(3001) % 3 == 0
+    denom = g.abs() + values["eps"]  # in a first step Adam's direction is that without momentum
     for latent, cutoff in ((False, math.inf), (True, 0.3)):
         values |= {"latent": latent, "cutoff": cutoff}
         w, m = (
-            (before.masked_fill(hidden, 0.0), before.masked_fill(~hidden, 0.0))
+            (before.masked_fill(was_latent, 0.0), before.masked_fill(~was_latent, 0.0))
             if latent
             else (before, torch.zeros_like(before))
         )
-        row = [t.float().to(device) for t in (w, g, m, torch.zeros_like(w))]
-        step("adamw", [(values, [(*row, 1.0)])])
+        weights, grads, *states = (t.float().to(device) for t in (w, g, m, torch.zeros_like(w)))
+        step("adamw", [(values, [StepRow(weights, grads, tuple(states), 1.0)])])
         exact = lp_decay(
             before - values["lr"] * g / denom,
             before,
@@ -110,10 +109,11 @@ def _rehearse(device: torch.device) -> None:
             **{key: values[key] for key in ("lr", "weight_decay", "p", "l2", "precondition", "cutoff")},
         )
         x = exact.abs() ** (2 - values["p"]) * denom ** values["precondition"]
-        seen, sure = x > cutoff if latent else x >= 0, (x / cutoff - 1).abs() > 1e-4  # there, rounding decides
-        kept = torch.where(seen, torch.where(hidden & latent, 0.0, 0.1 * g), exact)  # what is in the first moments
-        for got, want in ((row[0], torch.where(seen, exact, 0.0)), (row[2], kept)):
-            torch.testing.assert_close(got.cpu().double()[sure], want[sure], rtol=1e-5, atol=1e-7)
+        above = x > cutoff if latent else x >= 0
+        exp_avg = torch.where(above, torch.where(was_latent & latent, 0.0, 0.1 * g), exact)
+        not_rounding = (x / cutoff - 1).abs() > 1e-4  # elsewhere rounding decides which side of the cutoff it is
+        for got, want in ((weights, torch.where(above, exact, 0.0)), (states[0], exp_avg)):
+            torch.testing.assert_close(got.cpu().double()[not_rounding], want[not_rounding], rtol=1e-5, atol=1e-7)
 
 
 class _Table:
@@ -121,7 +121,7 @@ class _Table:
 
     content: list | None = None
     tensor: Tensor | None = None
-    spare: Tensor | None = None  # pinned, for the capture of a graph, when none can be made
+    pinned_spare: Tensor | None = None  # pinned, for the capture of a graph, when none can be made
 
     def of(self, content: list, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         """What `make` makes of `content`. A graph that is captured sends it each time it runs, so what it reads is
@@ -131,8 +131,8 @@ class _Table:
         tensor, pinned = self.tensor, None
         if content != self.content:
             pinned = make()
-            if capturing and self.spare is not None and self.spare.shape == pinned.shape:
-                pinned, self.spare = self.spare.copy_(pinned), None
+            if capturing and self.pinned_spare is not None and self.pinned_spare.shape == pinned.shape:
+                pinned, self.pinned_spare = self.pinned_spare.copy_(pinned), None
             elif device.type == "cuda":  # else it is Triton's interpreter
                 pinned = pinned.pin_memory()
             tensor = pinned.to(device, non_blocking=True)
@@ -140,7 +140,7 @@ class _Table:
             _captured.append((tensor, pinned))
         elif pinned is not None:
             self.content, self.tensor = content, tensor
-            self.spare = torch.empty_like(pinned, pin_memory=device.type == "cuda")
+            self.pinned_spare = torch.empty_like(pinned, pin_memory=device.type == "cuda")
         return tensor
 
 
@@ -152,15 +152,15 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def step(base: str, work: Work) -> None:
+def step(base: str, valued_rows: ValuedRows) -> None:
     """See `dispatch.step`. Here a step count may be a one-element tensor on the device, as torch's `capturable`
     optimizers have it. ValueError: a value other than the learning rate is one. RuntimeError: a graph that is being
     captured would repeat one step count forever.
     """
     kinds: dict[tuple, list[tuple]] = {}
-    for values, rows in work:
+    for values, rows in valued_rows:
         form, lr, nesterov = _form(base, values), values["lr"], bool(values.get("nesterov"))
-        own = tuple(
+        numbers = tuple(
             map(
                 float,
                 (
@@ -173,37 +173,30 @@ def step(base: str, work: Work) -> None:
                     values["l2"],
                     values.get("precondition", 0),
                     values["cutoff"],
-                    values.get("floor", 0),
+                    values.get("regrowth_below", 0),
                     values.get("latent", False),
                 ),
             )
         )
-        alike: dict[
-            tuple, list[tuple]
-        ] = {}  # by what rows with the same values can still differ in; they may be many, so this is quick
+        # By what rows with the same values can still differ in. They may be many, so this is quick.
+        alike: dict[tuple, list[tuple]] = {}
         for row in rows:
-            weights = row[0]
+            weights, grads, states, count = row
             if weights.numel():
-                key = (
-                    weights.device,
-                    weights.dtype,
-                    row[1].dtype,
-                    len(row) > 3,
-                    type(row[-1]) is Tensor and row[-1].device,
-                )
-                alike.setdefault(key, []).append((lr, own, row))
+                count_device = type(count) is Tensor and count.device
+                key = weights.device, weights.dtype, grads.dtype, bool(states), count_device
+                alike.setdefault(key, []).append((lr, numbers, row))
         for (device, weight, gradient, has_state, step_at), members in alike.items():
             there = isinstance(lr, Tensor) and lr.device == device, base == "adamw" and step_at == device
             kinds.setdefault((base, device, weight, gradient, *form, has_state, nesterov, *there), []).extend(members)
     for kind, members in kinds.items():
-        with (
-            torch.cuda.device(kind[1]) if kind[1].type == "cuda" else nullcontext()
-        ):  # a CPU's are for Triton's interpreter
+        # Tensors on a CPU are for Triton's interpreter.
+        with torch.cuda.device(kind[1]) if kind[1].type == "cuda" else nullcontext():
             _launch(kind, members)
 
 
 def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, int]:
-    """POWER, GAMMA, LATENT, SPARED and OF. The learning rate is not looked at: should it be 0, the numbers say so."""
+    """POWER, GAMMA, LATENT, KEPT and OF. The learning rate is not looked at: should it be 0, the numbers say so."""
     for key in _ON_THE_HOST:
         value = values.get(key)
         if type(value) in _PLAIN:  # every tensor of the model may have values of its own, so this is quick
@@ -217,7 +210,7 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, in
     halves, gamma = 2 * (2 - float(values["p"])), 2 * float(values.get("precondition", 0)) * (base == "adamw")
     if not (values["weight_decay"] > 0 and values["cutoff"] > 0):  # frozen at p >= 2 nothing is: SNAPPED is −1
         return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0, False, 0, 0
-    n, m = parse(values["pattern"]) if values.get("pattern") else (0, 0)
+    n, m = parse_pattern(values["pattern"]) if values.get("pattern") else (0, 0)
     form = (
         (int(halves), int(gamma))
         if halves in range(8) and gamma in range(5)
@@ -227,28 +220,32 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, in
 
 
 def _launch(kind: tuple, members: list[tuple]) -> None:
-    base, device, weight, gradient, power, gamma, latent, spared, of, has_state, nesterov, lr_there, step_there = kind
+    base, device, weight, gradient, power, gamma, latent, kept_count, of, has_state, nesterov, lr_there, step_there = (
+        kind
+    )
     if base == "adamw" and not step_there and _is_capturing(device):
         raise RuntimeError(
             "a CUDA graph would repeat this step's count forever; make the step counts tensors on the device"
             " (capturable)"
         )
     addresses, numbers = _tables.setdefault(kind, (_Table(), _Table()))
-    blocks = [(row[0].numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members]  # wherever a row starts
-    places = [(n, row[0].numel(), *[t.data_ptr() for t in row[:-1]]) for n, (*_, row) in zip(blocks, members)]
+    blocks = [
+        (row.weights.numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members
+    ]  # wherever a row starts
+    places = [(n, row.weights.numel(), *[t.data_ptr() for t in row.tensors]) for n, (*_, row) in zip(blocks, members)]
     given = [
-        (0.0 if lr_there else float(lr), *own, 0.0 if step_there or base != "adamw" else float(row[-1]))
-        for lr, own, row in members
+        (0.0 if lr_there else float(lr), *numbers, 0.0 if step_there or base != "adamw" else float(row.step))
+        for lr, numbers, row in members
     ]
     rows = addresses.of(
-        places, lambda: _addresses(places, [t.element_size() for t in members[0][-1][:-1]], of > 0), device
+        places, lambda: _addresses(places, [t.element_size() for t in members[0][-1].tensors], of > 0), device
     )
     if lr_there or step_there:
         plans = _plans(
             base,
             numbers.of(given, lambda: torch.tensor(given, dtype=torch.float64), device),
             lr=torch.stack([lr.reshape(()) for lr, *_ in members]) if lr_there else None,
-            step=torch.stack([row[-1].reshape(()) for *_, row in members]) if step_there else None,
+            step=torch.stack([row.step.reshape(()) for *_, row in members]) if step_there else None,
         )
     else:
         plans = numbers.of(given, lambda: _plans(base, given), device)
@@ -262,7 +259,7 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
         power,
         gamma,
         latent,
-        spared,
+        kept_count,
         of,
         has_state,
         nesterov,
@@ -333,18 +330,18 @@ def _plans(
 
 def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> list[Any]:
     """`plan_of` of step.cpp, in double precision."""
-    lr, cutoff, floor = a["lr"], a["cutoff"], a["floor"]
+    lr, cutoff, regrowth_below = a["lr"], a["cutoff"], a["regrowth_below"]
     strength, exponent = lr * a["weight_decay"], 2 - a["p"]
-    # By its pull it is told whether a weight is hidden, so where α = 0 there is one that changes no weight.
+    # Its pull tells whether a weight is latent, so where α = 0 there is one that changes no weight.
     least = f.where((a["latent"] > 0) & (a["weight_decay"] > 0) & (cutoff > 0), cutoff * _LEAST_PULL, 0.0)
     strength = f.where(strength > least, strength, least)
     active = (strength > 0) & (
         cutoff >= 0
     )  # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
-    kept = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
+    bounded = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact
     (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = (
-        (high := f.round(x * 512) / 512, x - high) for x in (f.log2(kept), exponent, a["gamma"])
+        (high := f.round(x * 512) / 512, x - high) for x in (f.log2(bounded), exponent, a["gamma"])
     )
     return [  # in the order of the columns
         a["sign"],
@@ -356,7 +353,7 @@ def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> li
         -lr / (1 - a["beta1"] ** a["step"]) if base == "adamw" else -lr,
         -lr,
         a["momentum"],
-        f.where(active, kept ** (1 / f.clamp(exponent, 1.0, math.inf)), 0.0),
+        f.where(active, bounded ** (1 / f.clamp(exponent, 1.0, math.inf)), 0.0),
         l_hi,
         l_lo,
         exponent,
@@ -365,8 +362,12 @@ def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> li
         a["gamma"],
         y_hi,
         y_lo,
-        f.where(active & (cutoff > 0), kept / f.where(cutoff > 0, cutoff, 1.0), math.inf),
-        f.where(floor > 0, f.clamp(kept / f.where(floor > 0, floor, 1.0), 0.0, LARGEST.value), math.inf),
+        f.where(active & (cutoff > 0), bounded / f.where(cutoff > 0, cutoff, 1.0), math.inf),
+        f.where(
+            regrowth_below > 0,
+            f.clamp(bounded / f.where(regrowth_below > 0, regrowth_below, 1.0), 0.0, LARGEST.value),
+            math.inf,
+        ),
         f.where(exponent > 0, math.inf, f.where(exponent == 0, -1.0, 0.0)),  # at zero; −1: as of any other weight
         f.clamp(1 + lr * a["l2"], 1.0, LARGEST.value),
         f.where(active & (exponent > 0), SNAP, -1.0),

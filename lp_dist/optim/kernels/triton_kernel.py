@@ -42,7 +42,7 @@ FIRST, HEAD, END, ALIGNED, W, G, M, V, ADDRESSES = map(tl.constexpr, range(9))
     NUMBERS,
 ) = map(tl.constexpr, range(24))
 # Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at
-# most 4, or ODD. SPARED of each OF weights have no pull, and if it is negative what they are ranked by goes into W
+# most 4, or ODD. KEPT of each OF weights have no pull, and if it is negative what they are ranked by goes into W
 # instead of a step; OF = 0: there are no blocks.
 NONE, FROZEN, ANY, ODD = map(tl.constexpr, (-1, -2, -3, -4))
 _PLUS = tl.standard._sum_combine  # tl.sum's own: Triton's interpreter knows it, and is quick
@@ -59,7 +59,7 @@ def lp_step(
     POWER: tl.constexpr,
     GAMMA: tl.constexpr,
     LATENT: tl.constexpr,
-    SPARED: tl.constexpr,
+    KEPT: tl.constexpr,
     OF: tl.constexpr,
     HAS_STATE: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -74,8 +74,8 @@ def lp_step(
         high = tl.where(beyond, middle - 1, high)
     row, plan = rows + low * ADDRESSES, plans + low * NUMBERS
     start = (block - tl.load(row + FIRST)) * SIZE  # int64: a tensor may have more than 2^31 elements
-    whole = (tl.load(row + ALIGNED) != 0) & (start >= tl.load(row + HEAD)) & (start + SIZE <= tl.load(row + END))
-    if whole:  # with a mask, or at an address of which nothing is known, there is no vector load
+    is_aligned = (tl.load(row + ALIGNED) != 0) & (start >= tl.load(row + HEAD)) & (start + SIZE <= tl.load(row + END))
+    if is_aligned:  # with a mask, or at an address of which nothing is known, there is no vector load
         _block(
             row,
             plan,
@@ -86,7 +86,7 @@ def lp_step(
             POWER,
             GAMMA,
             LATENT,
-            SPARED,
+            KEPT,
             OF,
             HAS_STATE,
             NESTEROV,
@@ -104,7 +104,7 @@ def lp_step(
             POWER,
             GAMMA,
             LATENT,
-            SPARED,
+            KEPT,
             OF,
             HAS_STATE,
             NESTEROV,
@@ -124,7 +124,7 @@ def _block(
     POWER: tl.constexpr,
     GAMMA: tl.constexpr,
     LATENT: tl.constexpr,
-    SPARED: tl.constexpr,
+    KEPT: tl.constexpr,
     OF: tl.constexpr,
     HAS_STATE: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -138,12 +138,12 @@ def _block(
     m = _load(row + M, WEIGHT, start, at, inside) if HAS_STATE else g
     if OPTIMIZER == "adamw":
         v = _load(row + V, WEIGHT, start, at, inside)
-        hidden = w == 0
-        w = tl.where(hidden, m, w) if LATENT else w  # where w = 0 the latent weight is in m, and has no momentum
+        was_latent = w == 0
+        w = tl.where(was_latent, m, w) if LATENT else w  # where w = 0 the latent weight is in m, and has no momentum
         m = tl.fma(tl.load(plan + LERP1), g - m, m)
         v = tl.fma(tl.load(plan + LERP2) * g, g, tl.load(plan + BETA2) * v)
         d = tl.div_rn(tl.sqrt_rn(v), tl.load(plan + BC2)) + tl.load(plan + EPS)
-        move = tl.where(hidden, tl.load(plan + PLAIN) * g, step * m) if LATENT else step * m
+        move = tl.where(was_latent, tl.load(plan + PLAIN) * g, step * m) if LATENT else step * m
         u = w + tl.div_rn(move, d)
         _store(row + V, v, WEIGHT, start, at, inside)
     elif OPTIMIZER == "lion":
@@ -159,8 +159,8 @@ def _block(
     divisor = tl.load(plan + BASE)
     if POWER >= 0 or POWER == ANY:
         pull = _pull(tl.abs(w), d if OPTIMIZER == "adamw" else w, plan, POWER, GAMMA)
-        if OF > 0 and SPARED >= 0:
-            pull = _spare(pull, SPARED, OF, SIZE)
+        if OF > 0 and KEPT >= 0:
+            pull = _keep_smallest(pull, KEPT, OF, SIZE)
         divisor += tl.minimum(pull, tl.load(plan + MOST))
     u = tl.div_rn(u, divisor)
     if POWER != NONE:
@@ -170,9 +170,9 @@ def _block(
         u = tl.where(tl.abs(u) <= snapped, 0.0, u)
     if LATENT:  # what is not beyond the cap after the step is zero, and itself in m; a nan shows
         under = _pull(tl.abs(u), d, plan, POWER, GAMMA) > 0
-        _store(row + M, tl.where(under, u, tl.where(hidden, 0.0, m)), WEIGHT, start, at, inside)
+        _store(row + M, tl.where(under, u, tl.where(was_latent, 0.0, m)), WEIGHT, start, at, inside)
         u = tl.where(under, u * 0.0 + 0.0, u)
-    if SPARED < 0:
+    if KEPT < 0:
         u = pull
     _store(row + W, u, WEIGHT, start, at, inside)
 
@@ -222,15 +222,15 @@ def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def _spare(pull, SPARED: tl.constexpr, OF: tl.constexpr, SIZE: tl.constexpr):
-    """0 for the SPARED smallest of each block of OF; of equal ones the earlier."""
+def _keep_smallest(pull, KEPT: tl.constexpr, OF: tl.constexpr, SIZE: tl.constexpr):
+    """0 for the KEPT smallest of each block of OF; of equal ones the earlier."""
     if OF == 1:
         return tl.full([SIZE], 0.0, tl.float32)
     blocks, place = tl.reshape(pull, [SIZE // OF, OF]), tl.arange(0, OF)
-    own, other = tl.expand_dims(blocks, 2), tl.expand_dims(blocks, 1)
+    entry, other = tl.expand_dims(blocks, 2), tl.expand_dims(blocks, 1)
     earlier = tl.expand_dims(tl.expand_dims(place, 0), 0) < tl.expand_dims(tl.expand_dims(place, 0), 2)
-    ahead = tl.reduce(((other < own) | ((other == own) & earlier)).to(tl.int32), 2, _PLUS)
-    return tl.reshape(tl.where(ahead < SPARED, 0.0, blocks), [SIZE])
+    ahead = tl.reduce(((other < entry) | ((other == entry) & earlier)).to(tl.int32), 2, _PLUS)
+    return tl.reshape(tl.where(ahead < KEPT, 0.0, blocks), [SIZE])
 
 
 @triton.jit

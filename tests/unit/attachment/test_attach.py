@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach, param_groups
-from lp_dist.attachment.attach import steps_taken, verify
-from lp_dist.sharding.shards import shards
+from lp_dist.attachment.plan import verify
+from lp_dist.optim.hooks import handle_of
+from lp_dist.optim.state import steps_taken
+from lp_dist.sharding.shards import locate_shards
 
 # -- what decays is decided by name -------------------------------------------
 
@@ -62,8 +64,8 @@ def test_a_pattern_reaches_what_decays_and_a_full_name_reaches_anything():
     optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0)
     attached = attach(model, optimizer, overrides={"*": {"weight_decay": 2.0}, "embed.weight": {"weight_decay": 3.0}})
     assert attached.decayed == {"module.weight", "embed.weight"}
-    assert optimizer.segments.values("norm.weight") == {}
-    assert optimizer.segments.values("module.weight") == {"weight_decay": 2.0}
+    assert optimizer.parameter_map.values("norm.weight") == {}
+    assert optimizer.parameter_map.values("module.weight") == {"weight_decay": 2.0}
     attached = attach(model, optimizer, overrides={"module.*": {"weight_decay": 0.0}})
     assert attached.decayed == frozenset()
 
@@ -86,7 +88,7 @@ def test_bad_overrides_raise_and_change_nothing(overrides, message):
     attach(model, optimizer, overrides={"module.weight": {"p": 0.0}})
     with pytest.raises(ValueError, match=message):
         attach(model, optimizer, overrides=overrides)
-    assert optimizer.segments.values("module.weight") == {"p": 0.0}
+    assert optimizer.parameter_map.values("module.weight") == {"p": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_values_of_one_parameter_can_be_set_later():
     model = Tiny()
     attached = attach(model, _hooked(param_groups(model, 1.0)))
     attached.set("module.weight", cutoff=0.1)
-    assert attached.optimizer.lp_decay.segments.values("module.weight") == {"cutoff": 0.1}
+    assert handle_of(attached.optimizer).parameter_map.values("module.weight") == {"cutoff": 0.1}
     with pytest.raises(ValueError, match="'modul.weight' is not a trainable parameter"):
         attached.set("modul.weight", cutoff=0.1)
 
@@ -244,7 +246,7 @@ def test_trap_1_another_optimizer_is_refused():
 
 
 def test_an_optimizer_must_be_given_unless_an_engine_has_it():
-    for look in (attach, shards):
+    for look in (attach, locate_shards):
         with pytest.raises(ValueError, match="pass the optimizer as well"):
             look(Tiny())
 
@@ -287,4 +289,4 @@ def test_an_untested_deepspeed_is_refused(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"knows the shards of deepspeed 0.19.x, and 0.20.1 is installed; install 'deepspeed==0.19"
     ):
-        shards(Tiny(), wrapper)
+        locate_shards(Tiny(), wrapper)

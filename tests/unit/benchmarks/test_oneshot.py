@@ -25,18 +25,18 @@ def test_what_is_calibrated_goes_through_no_dropout(monkeypatch):
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 1))
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_the_smallest_share_dies_in_every_scope(sizes, sparsity):
+def test_the_smallest_scores_are_pruned_in_every_scope(sizes, sparsity):
     generator = torch.Generator().manual_seed(sum(sizes))
     scores = {str(i): torch.rand(n, generator=generator) for i, n in enumerate(sizes)}
-    layer, whole = (oneshot.smallest(scores, sparsity, scope) for scope in ("layer", "global"))
+    layer, overall = (oneshot.keep_largest(scores, sparsity, scope) for scope in ("layer", "global"))
     for name, score in scores.items():
         assert int((~layer[name]).sum()) == round(sparsity * len(score))
         assert (
             not (~layer[name]).any() or not layer[name].any() or score[~layer[name]].max() <= score[layer[name]].min()
         )
-    every, kept = torch.cat(list(scores.values())), torch.cat([whole[name] for name in scores])
-    assert int((~kept).sum()) == round(sparsity * len(every))
-    assert kept.all() or not kept.any() or every[~kept].max() <= every[kept].min()
+    all_scores, kept = torch.cat(list(scores.values())), torch.cat([overall[name] for name in scores])
+    assert int((~kept).sum()) == round(sparsity * len(all_scores))
+    assert kept.all() or not kept.any() or all_scores[~kept].max() <= all_scores[kept].min()
 
 
 @pytest.mark.parametrize("make", [partial(gpt2, 0), llama], ids=["gpt2", "llama"])
@@ -68,7 +68,7 @@ def test_sparsegpt_mends_by_least_squares():
     """Two inputs with correlation ρ: without the first, the best weight of the second is w2 + ρ·w1."""
     rho, weight = 0.8, torch.tensor([[0.1, 2.0], [0.3, -1.0]], dtype=torch.float64)
     gram = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
-    kept = oneshot._sparsegpt(weight, gram, 0.5, damping=0.0)
+    kept = oneshot.sparsegpt_layer(weight, gram, 0.5, damping=0.0)
     assert kept.tolist() == [[False, True], [False, True]]
     assert weight.mul_(kept).flatten().tolist() == pytest.approx([0.0, 2.0 + rho * 0.1, 0.0, -1.0 + rho * 0.3])
 
@@ -78,10 +78,10 @@ def test_sparsegpt_of_inputs_that_say_nothing_of_each_other_is_magnitude():
     torch.manual_seed(0)
     weight = torch.randn(6, 300)
     before = weight.clone()
-    kept = oneshot._sparsegpt(weight, 3 * torch.eye(300), 0.4)
+    kept = oneshot.sparsegpt_layer(weight, 3 * torch.eye(300), 0.4)
     for first in (0, 128, 256):
-        part = before[:, first : first + 128].abs()
-        assert torch.equal(kept[:, first : first + 128], oneshot.smallest({"w": part}, 0.4, "layer")["w"])
+        columns = before[:, first : first + 128].abs()
+        assert torch.equal(kept[:, first : first + 128], oneshot.keep_largest({"w": columns}, 0.4, "layer")["w"])
     assert torch.allclose(weight * kept, before * kept)
 
 
@@ -93,11 +93,11 @@ def test_sparsegpt_comes_near_the_best_weights_for_its_mask():
     x = torch.randn(3000, 10) @ torch.randn(10, 192) + 1.6 * torch.randn(3000, 192)
     weight, gram = torch.randn(30, 192), x.t() @ x
     mended = weight.clone()
-    kept = oneshot._sparsegpt(mended, gram, 0.5)
+    kept = oneshot.sparsegpt_layer(mended, gram, 0.5)
     best = torch.zeros_like(weight)
     for row, (mask, w) in enumerate(zip(kept, weight)):
         best[row, mask] = torch.linalg.solve(gram[mask][:, mask], gram[mask] @ w)
-    plain = weight * oneshot.smallest({"w": weight.abs()}, 0.5, "layer")["w"]
+    plain = weight * oneshot.keep_largest({"w": weight.abs()}, 0.5, "layer")["w"]
 
     def error(w):
         return float((x @ (w - weight).t()).norm())
@@ -109,5 +109,5 @@ def test_sparsegpt_comes_near_the_best_weights_for_its_mask():
 def test_unused_inputs_need_no_weights():
     weight, gram = torch.randn(4, 8), torch.eye(8)
     gram[3, 3] = 0
-    oneshot._sparsegpt(weight, gram, 0.25)
+    oneshot.sparsegpt_layer(weight, gram, 0.25)
     assert not weight[:, 3].any() and weight.isfinite().all()

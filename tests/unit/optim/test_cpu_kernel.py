@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.memory_runs import Allocated
-from helpers.optimizers import CASES, EXPONENTS, OPTIMIZERS, assert_same, group_of, set_grads, train
+from helpers.optimizers import CASES, EXPONENTS, OPTIMIZERS, assert_same, group_of, set_grads, step_row, train
 from lp_dist import LpAdamW, LpLion, LpSGD
 from lp_dist.optim.kernels import dispatch
 
@@ -155,7 +155,14 @@ def test_rows_have_values_of_their_own_in_one_call():
         (LpLion, {"lr": 0.01, "weight_decay": 0.2}),
         (
             LpAdamW,
-            {"lr": 0.02, "weight_decay": 0.01, "precondition": 0.5, "cutoff": 0.3, "floor": 0.03, "latent": True},
+            {
+                "lr": 0.02,
+                "weight_decay": 0.01,
+                "precondition": 0.5,
+                "cutoff": 0.3,
+                "regrowth_below": 0.03,
+                "latent": True,
+            },
         ),
         (LpAdamW, {"lr": 0.02, "weight_decay": 0.5, "cutoff": 0.0}),
     ],
@@ -193,7 +200,7 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
     results = []
     for taken in (grads, grads.float()):
         row = [torch.linspace(-1, 1, 1010), taken, *(torch.zeros(1010) for _ in range(states))]
-        dispatch.step("cpu", base, [(group, [(*row, 1.0)])])
+        dispatch.step("cpu", base, [(group, [step_row((*row, 1.0))])])
         results.append([row[0], *row[2:]])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

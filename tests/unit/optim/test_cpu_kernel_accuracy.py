@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 
 from helpers.optimizers import EXPONENTS, group_of
+from lp_dist.optim.batching import StepRow
 from lp_dist.optim.kernels import cpu, dispatch
 
 NORMAL = torch.finfo(torch.float32).tiny
@@ -21,7 +22,7 @@ def it_is_built():
 def decayed(weights, **changed):
     """Weights after the decay alone: SGD with a gradient of zero."""
     weights = weights.clone()
-    dispatch.step("cpu", "sgd", [(group_of(**changed), [(weights, torch.zeros_like(weights), 1.0)])])
+    dispatch.step("cpu", "sgd", [(group_of(**changed), [StepRow(weights, torch.zeros_like(weights), (), 1.0)])])
     return weights
 
 
@@ -33,7 +34,9 @@ def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
     lr = 1e-36
     group = group_of(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
     dispatch.step(
-        "cpu", "adamw", [(group, [(weights, denom, torch.zeros_like(weights), torch.zeros_like(weights), 1.0)])]
+        "cpu",
+        "adamw",
+        [(group, [StepRow(weights, denom, (torch.zeros_like(weights), torch.zeros_like(weights)), 1.0)])],
     )
     return weights
 
@@ -156,14 +159,14 @@ def test_the_floor(p, gamma):
     weights, denom = spread(4096, 1e-6, 1e2, 4, signed=True), spread(4096, 1e-4, 1e1, 5)
     weights[::64] = 0
     x = weights.double().abs() ** (2 - p) * denom.double() ** gamma
-    floor = 2 * x.median().item()
-    changed = {"lr_weight_decay": 0.5 * floor, "p": p, "precondition": gamma}
+    regrowth_below = 2 * x.median().item()
+    changed = {"lr_weight_decay": 0.5 * regrowth_below, "p": p, "precondition": gamma}
     floored, plain = (
-        decayed_in_metric(weights, denom, floor=floor, **changed),
+        decayed_in_metric(weights, denom, regrowth_below=regrowth_below, **changed),
         decayed_in_metric(weights, denom, **changed),
     )
     free = decayed_in_metric(weights, denom, lr_weight_decay=0.0, p=p)
-    clear, below = (x / floor - 1).abs() > 1e-5, x < floor
+    clear, below = (x / regrowth_below - 1).abs() > 1e-5, x < regrowth_below
     assert torch.equal(floored[~below & clear], plain[~below & clear])
     torch.testing.assert_close(floored[below & clear], free[below & clear] / 1.5, rtol=2e-6, atol=1e-13)
     assert below.sum() > 1000 and ((~below).sum() > 1000 or (p, gamma) == (2.0, 0.0))
@@ -176,7 +179,7 @@ def test_zero_absorbs_whatever_its_gradient_below_p_2_and_is_any_other_weight_fr
     grads = torch.tensor([1.0, -0.5, 2.0])
     group = group_of(lr=0.1, weight_decay=10.0 if p == 2 else 1e-6, betas=(0.0, 0.0), eps=0.0, p=p, precondition=gamma)
     weights = torch.zeros(3)
-    dispatch.step("cpu", "adamw", [(group, [(weights, grads, torch.zeros(3), torch.zeros(3), 1.0)])])
+    dispatch.step("cpu", "adamw", [(group, [StepRow(weights, grads, (torch.zeros(3), torch.zeros(3)), 1.0)])])
     pull = 1.0 * grads.double().abs() ** -gamma if p == 2 else 0.0  # |0|^(p−2) is infinite, 1 or zero
     exact = torch.zeros(3).double() if p < 2 else -0.1 * grads.double().sign() / (1 + pull)
     torch.testing.assert_close(weights.double(), exact, rtol=3e-7, atol=0)

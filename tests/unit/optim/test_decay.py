@@ -64,18 +64,32 @@ BY_HAND = [
         0.6,
     ),
     # x = 0 is raised to the floor of 0.1: f = 1/(1 + 0.1/0.1), and zero does not absorb; x = 0.5 is above it
-    ("floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1}, 0.3),
-    ("above floor", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "floor": 0.1}, 0.5),
+    ("regrowth_below", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "regrowth_below": 0.1}, 0.3),
+    ("above floor", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "regrowth_below": 0.1}, 0.5),
     # the floor is compared with the preconditioned x = 0.1 < 0.2, and so is the cutoff, with what it was before
     (
         "precondition and floor",
         0.6,
         0.5,
-        {"p": 1.0, "lr": 0.1, "weight_decay": 2.0, "precondition": 1.0, "denom": 0.2, "floor": 0.2, "cutoff": 0.15},
+        {
+            "p": 1.0,
+            "lr": 0.1,
+            "weight_decay": 2.0,
+            "precondition": 1.0,
+            "denom": 0.2,
+            "regrowth_below": 0.2,
+            "cutoff": 0.15,
+        },
         0.3,
     ),
     # a floor keeps what a cutoff of 0 has frozen dead
-    ("frozen with floor", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "floor": 0.1, "cutoff": 0.0}, 0.0),
+    (
+        "frozen with floor",
+        0.6,
+        0.0,
+        {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "regrowth_below": 0.1, "cutoff": 0.0},
+        0.0,
+    ),
     # snap: f = 1/2 takes 1.9e-13 to 0.95e-13 < 1e-13, hence to zero, and 2.1e-13 to 1.05e-13, which stays
     ("snap", 1.9e-13, 0.5, {"p": 1.0, "lr": 0.5, "weight_decay": 1.0}, 0.0),
     ("no snap", 2.1e-13, 0.5, {"p": 1.0, "lr": 0.5, "weight_decay": 1.0}, 1.05e-13),
@@ -150,9 +164,11 @@ def tensors(pairs, dtype):
 
 @few
 @given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs, floors)
-def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2, cutoff, floor):
+def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2, cutoff, regrowth_below):
     u, w_old = tensors(pairs, dtype)
-    result = lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, floor=floor)
+    result = lp_decay(
+        u, w_old, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, regrowth_below=regrowth_below
+    )
     assert result.dtype == dtype
     assert not result.isnan().any()
     assert ((result == 0) | (result.sign() == u.sign())).all()
@@ -184,8 +200,8 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, one, other):
     u, w_old = tensors(pairs, dtype)
     low, high = (
-        lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, floor=floor)
-        for floor in sorted((one, other))
+        lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, regrowth_below=regrowth_below)
+        for regrowth_below in sorted((one, other))
     )
     assert (low.abs() <= high.abs()).all()
 
@@ -216,7 +232,7 @@ huge_range = st.one_of(st.sampled_from([0.0, 5e-324, 1e-50, 1e50, 1.7e308]), st.
     st.sampled_from([0.0, 1.0, math.inf]),
     floors,
 )
-def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff, floor):
+def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff, regrowth_below):
     u, w_old = tensors(pairs, dtype)
     denom = next(tensors([(abs(d), 0.0) for d in denoms[: len(pairs)]], dtype))
     denom.clamp_(
@@ -229,7 +245,7 @@ def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, pre
         weight_decay=weight_decay,
         p=p,
         cutoff=cutoff,
-        floor=floor,
+        regrowth_below=regrowth_below,
         precondition=precondition,
         denom=denom,
     )
@@ -345,6 +361,6 @@ def test_cutoff_equals_the_oracle(pairs, lr, weight_decay, p, cutoff):
     st.sampled_from([-1.0, 0.5, 1.0, 2.0, 3.0]),
     st.sampled_from([0.0, 1e-6, 0.3, 1e3]),
 )
-def test_floor_equals_the_oracle(pairs, lr, weight_decay, p, floor):
+def test_floor_equals_the_oracle(pairs, lr, weight_decay, p, regrowth_below):
     for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
-        assert_equals_oracle(pairs, dtype, rtol, lr=lr, weight_decay=weight_decay, p=p, floor=floor)
+        assert_equals_oracle(pairs, dtype, rtol, lr=lr, weight_decay=weight_decay, p=p, regrowth_below=regrowth_below)

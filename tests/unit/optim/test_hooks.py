@@ -17,7 +17,7 @@ from lp_dist.optim.hooks import add_lp_decay
 from lp_dist.optim.optimizers import LpAdamW, LpSGD
 
 MEMORY = {None: "largest tensor", True: "largest tensor", False: "copy"}  # for torch.optim's own optimizers
-SETTINGS = {"p": 1.0, "l2": 0.1, "cutoff": 1.2, "floor": 0.05}
+SETTINGS = {"p": 1.0, "l2": 0.1, "cutoff": 1.2, "regrowth_below": 0.05}
 BASES = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.02}),
     "AdamW foreach": (torch.optim.AdamW, {"lr": 0.02, "foreach": True}),

@@ -11,7 +11,13 @@ NAN, INF = math.nan, math.inf
 BAD = [("lr", v, "0") for v in (-1.0, NAN)]
 BAD += [("p", 4.5, "4"), ("p", -4.5, "-4"), ("p", NAN, "4"), ("p", INF, "4")]
 BAD += [(key, v, "0") for key in ("weight_decay", "l2", "precondition") for v in (-0.25, NAN, INF)]
-BAD += [("cutoff", NAN, "not nan"), ("floor", -0.1, "zeros stay zero"), ("floor", INF, "finite")]
+BAD += [
+    ("cutoff", NAN, "phase='off'"),
+    ("cutoff", -1.0, "phase='off'"),
+    ("phase", "on", "frozen"),
+    ("regrowth_below", -0.1, "zeros stay zero"),
+    ("regrowth_below", INF, "finite"),
+]
 BAD += [("eps", v, "0") for v in (-1e-3, NAN)]
 BAD += [("betas", v, "1") for v in ((1.0, 0.9), (0.9, 1.0), (-0.25, 0.9), (0.9, NAN))]
 BAD += [("momentum", v, "0") for v in (-0.25, NAN)]
@@ -41,4 +47,5 @@ def test_the_limits_themselves_are_allowed():
     check_hyperparameters(
         lr=1e9, p=4, weight_decay=1e9, l2=1e9, precondition=2.0, cutoff=math.inf, eps=1.0, momentum=0.0
     )
-    check_hyperparameters(cutoff=-1.0)  # switches the decay off
+    for phase in ("decay", "off", "frozen"):
+        check_hyperparameters(phase=phase)

@@ -9,7 +9,7 @@ from torch import nn
 from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, half_dead, layerwise
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.errors import UsageError
-from lp_dist.sparsity.quantiles import Part, settle, smallest
+from lp_dist.sparsity.quantiles import ScoredSlice, restore_latent, thresholds_at
 
 IMPLEMENTATIONS = ("reference", "foreach", "fused")
 
@@ -76,7 +76,7 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
         "p": 0.5,
         "precondition": 0.5,
         "cutoff": 1.0,
-        "floor": 0.01,
+        "regrowth_below": 0.01,
         "implementation": implementation,
     }
     optimizers = (
@@ -93,7 +93,9 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
         assert torch.equal(optimizers[0].state[hidden]["exp_avg_sq"], optimizers[1].state[plain]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("off", [{"cutoff": 0.0}, {"cutoff": -1.0}, {"weight_decay": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "off", [{"cutoff": 0.0}, {"phase": "off"}, {"phase": "frozen"}, {"weight_decay": 0.0}], ids=str
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_where_nothing_decays_nothing_hides(implementation, off):
     """Frozen, off, λ = 0: bit for bit as without."""
@@ -121,7 +123,7 @@ def test_where_nothing_decays_nothing_hides(implementation, off):
     [
         {"p": 0.5},
         {"p": -1.0, "precondition": 0.37},
-        {"p": 0.8, "precondition": 1.0, "floor": 0.0},
+        {"p": 0.8, "precondition": 1.0, "regrowth_below": 0.0},
         {"p": 1.0, "l2": 0.1},
     ],
     ids=str,
@@ -138,7 +140,7 @@ def test_a_step_with_a_learning_rate_of_zero_leaves_weights_and_what_is_latent(i
             "lr": 1e-2,
             "weight_decay": 1e-5,
             "cutoff": 0.2,
-            "floor": 0.02,
+            "regrowth_below": 0.02,
             "latent": True,
             "implementation": implementation,
             **form,
@@ -164,7 +166,7 @@ def test_a_step_with_a_learning_rate_of_zero_leaves_weights_and_what_is_latent(i
 
 def test_what_can_not_be_is_refused():
     for cls, settings, words in [
-        (LpAdamW, {"latent": True}, "latent=True with cutoff=inf would hide every weight; set the cutoff"),
+        (LpAdamW, {"latent": True}, "latent=True with cutoff=inf would make every weight zero; set the cutoff"),
         (LpAdamW, {"latent": 1, "cutoff": 1.0}, "latent=1 must be True or False"),
         (LpAdamW, {"latent": True, "cutoff": 1.0, "lag": 0.5}, "latent=True and lag=0.5 can't be together"),
     ]:
@@ -172,12 +174,12 @@ def test_what_can_not_be_is_refused():
             cls([weights_of(1.0)], **settings)
     hooked = torch.optim.AdamW([weights_of(1.0)], weight_decay=0.0)
     with pytest.raises(
-        ValueError, match="latent=True keeps hidden weights .* of which add_lp_decay knows nothing; use LpAdamW"
+        ValueError, match="latent=True keeps latent weights .* of which add_lp_decay knows nothing; use LpAdamW"
     ):
         add_lp_decay(hooked).check({**hooked.param_groups[0], "latent": True, "cutoff": 1.0})
     for cls in (LpSGD, LpLion):
         with pytest.raises(
-            ValueError, match=f"latent=True keeps hidden weights .* which {cls.__name__} has not or needs; use LpAdamW"
+            ValueError, match=f"latent=True keeps latent weights .* which {cls.__name__} has not or needs; use LpAdamW"
         ):
             cls([{"params": [weights_of(1.0)], "latent": True, "cutoff": 1.0}])
 
@@ -185,8 +187,8 @@ def test_what_can_not_be_is_refused():
 # -- order statistics ---------------------------------------------------------
 
 
-def part_of(weights: torch.Tensor, memory: torch.Tensor | None) -> Part:
-    return Part("a", weights, None, {"p": 1.0}, 0.0, memory)
+def part_of(weights: torch.Tensor, memory: torch.Tensor | None) -> ScoredSlice:
+    return ScoredSlice("a", weights, None, {"p": 1.0}, 0.0, memory)
 
 
 def test_thresholds_see_what_is_latent_and_settling_wakes_what_is_above_them():
@@ -194,16 +196,16 @@ def test_thresholds_see_what_is_latent_and_settling_wakes_what_is_above_them():
     latent = torch.randn(3000)
     hidden = torch.rand(3000) < 0.6
     weights, memory = latent.masked_fill(hidden, 0.0), torch.where(hidden, latent, torch.randn(3000))
-    threshold = smallest([part_of(weights, memory)], {"a": 1500}, passes=3)["a"]
+    threshold = thresholds_at([part_of(weights, memory)], {"a": 1500}, passes=3)["a"]
     assert threshold == latent.abs().sort().values[1499]
-    settle([part_of(weights, memory)], {"a": threshold})
+    restore_latent([part_of(weights, memory)], {"a": threshold})
     awake = ~hidden | (latent.abs() > threshold)
     assert torch.equal(weights, torch.where(awake, latent, 0.0))
     assert (memory[hidden] == 0).all() and (memory[~hidden] != 0).all(), (
         "a weight that comes back has no momentum yet; others keep theirs"
     )
     with pytest.raises(RuntimeError, match="not contiguous"):
-        settle([part_of(torch.zeros(4, 3).t(), torch.zeros(4, 3).t())], {"a": 1.0})
+        restore_latent([part_of(torch.zeros(4, 3).t(), torch.zeros(4, 3).t())], {"a": 1.0})
 
 
 def test_a_sample_has_the_memory_of_its_own_weights():
@@ -211,9 +213,10 @@ def test_a_sample_has_the_memory_of_its_own_weights():
     shard = next(shard for shard in run.attached.shards if shard.name == "0.weight")
     values = {"p": 0.5, "precondition": 0.0}
     whole, some = (
-        torch.cat([x for *_, x in Part.of("a", shard, values, stride=stride, latent=True).x()]) for stride in (1, 7)
+        torch.cat([x for *_, x in ScoredSlice.from_shard("a", shard, values, stride=stride, latent=True).saliency()])
+        for stride in (1, 7)
     )
-    assert torch.equal(some, whole[::7]) and (whole > 0).all() and int((shard.piece.values == 0).sum()) > 1000
+    assert torch.equal(some, whole[::7]) and (whole > 0).all() and int((shard.local.values == 0).sum()) > 1000
 
 
 # -- under a target -----------------------------------------------------------
@@ -221,34 +224,40 @@ def test_a_sample_has_the_memory_of_its_own_weights():
 
 @pytest.mark.parametrize(
     "sparsity, form",
-    [(0.9, {}), (0.5, {"p": -1.0, "precondition": 1.0, "scope": "global"}), (0.7, {"memory": 3.0, "every": 1})],
+    [
+        (0.9, {}),
+        (0.5, {"p": -1.0, "precondition": 1.0, "scope": "global"}),
+        (0.7, {"latent_windows": 3.0, "update_every": 1}),
+    ],
 )
 def test_zeros_follow_the_plan_and_come_back_until_its_end(sparsity, form):
     run = Run(layerwise(sparsity, **form))
-    control = run.attached.control
-    ahead, woken, late = control.every, 0, 0
+    control = run.attached.weight_controller
+    ahead, woken, late = control.update_every, 0, 0
     before = {}
     while run.taken < TOTAL:
-        latent = any(map(control._hides, control.shards))  # the last threshold wakes some
+        latent = any(map(control.keeps_latent, control.shards))  # the last threshold wakes some
         run.to(run.taken + 1)
         now = {name: weight == 0 for name, weight in run.weights().items() if name in MATRICES}
         back = sum(int((before[name] & ~now[name]).sum()) for name in before)
         woken, late, before = woken + back * latent, late + back * (not latent), now
         if START + 1 < run.taken <= CLOSING:
             share = sum(int(zeros.sum()) for zeros in now.values()) / sum(MATRICES.values())
-            low, high = (sparsity * control.plan(min(max(run.taken + shift, START), CLOSING)) for shift in (-1, ahead))
+            low, high = (
+                sparsity * control.planned_share(min(max(run.taken + shift, START), CLOSING)) for shift in (-1, ahead)
+            )
             # Between two looks the cutoff stands still, and weights cross it both ways
             assert low - 0.03 <= share <= high + 0.03, (
                 f"at step {run.taken} {share:.4f} are zeros, and {low:.4f} to {high:.4f} were planned"
             )
     assert woken > 100 and late == 0
     assert sum(run.zeros().values()) == sum(round(sparsity * elements) for elements in MATRICES.values())
-    assert 0 <= control.closed["by_threshold"] < 0.02 * sparsity, "nearly all died before the last threshold"
+    assert 0 <= control.final_pruning["pruned_at_end"] < 0.02 * sparsity, "nearly all died before the last threshold"
 
 
 def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
     """Two small weights without a gradient; from step 14 on one has a large one, after the window the other."""
-    run = Run(layerwise(0.5, every=4), lr=1e-2)
+    run = Run(layerwise(0.5, update_every=4), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -279,7 +288,7 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
 def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
     """No momentum is left in zeros, so that without freeze they start from rest."""
     run = Run(layerwise(0.6, freeze=False)).to(CLOSING - 1)
-    assert all(run.optimizer.segments.values(name)["latent"] for name in MATRICES)
+    assert all(run.optimizer.parameter_map.values(name)["latent"] for name in MATRICES)
     run.step()
     latent = {
         name: torch.where(param == 0, run.optimizer.state[param]["exp_avg"], param).detach().clone()
@@ -288,7 +297,7 @@ def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
     }
     run.attached.after_step()
     run.taken = CLOSING
-    assert not any(map(run.attached.control._hides, run.attached.control.shards))
+    assert not any(map(run.attached.weight_controller.keeps_latent, run.attached.weight_controller.shards))
     for name, weights in run.weights().items():
         if name in MATRICES:
             threshold = latent[name].abs().flatten().sort().values[round(0.6 * MATRICES[name]) - 1]
@@ -305,22 +314,22 @@ def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
 
 def test_a_run_that_ends_while_weights_are_latent_ends_at_its_target():
     run = Run(layerwise(0.6)).to(30)
-    control = run.attached.control
-    assert all(map(control._hides, control.shards))
+    control = run.attached.weight_controller
+    assert all(map(control.keeps_latent, control.shards))
     control.finish()
     assert run.zeros() == {name: round(0.6 * elements) for name, elements in MATRICES.items()} and not any(
-        map(control._hides, control.shards)
+        map(control.keeps_latent, control.shards)
     )
 
 
 @pytest.mark.parametrize("curve", ["cubic", lambda u: max(0.0, 2 * u - 1)], ids=["cubic", "flat at first"])
 def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
     """A mask of before holds zeros whose gradients are large, until something is to die."""
-    run = Run(layerwise(0.8, curve=curve, every=4), model=half_dead())
+    run = Run(layerwise(0.8, curve=curve, update_every=4), model=half_dead())
     weight, dead = run.model[2].weight, run.model[2].weight == 0
 
     def begun():
-        return run.optimizer.segments.values("2.weight").get("cutoff", 0.0) > 0.0
+        return run.optimizer.parameter_map.values("2.weight").get("cutoff", 0.0) > 0.0
 
     weight.register_hook(lambda grad: torch.where(dead, 0.0 if begun() else 100.0, grad))
     while not begun():
@@ -336,35 +345,39 @@ def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
 
 
 def test_memory_is_for_lpadamw_with_a_cap_of_one():
-    assert Run(SparsityTarget(0.5)).attached.control.target.memory == 8.0
-    assert Run(SparsityTarget(0.5, cap=2.0)).attached.control.target.memory == 0.0
-    assert Run(SparsityTarget(0.5, grace=0.0)).attached.control.target.memory == 0.0
-    assert Run(SparsityTarget(0.5), make=LpLion).attached.control.target.memory == 0.0
+    assert Run(SparsityTarget(0.5)).attached.weight_controller.target.latent_windows == 8.0
+    assert Run(SparsityTarget(0.5, cap=2.0)).attached.weight_controller.target.latent_windows == 0.0
+    assert Run(SparsityTarget(0.5, regrowth=0.0)).attached.weight_controller.target.latent_windows == 0.0
+    assert Run(SparsityTarget(0.5), make=LpLion).attached.weight_controller.target.latent_windows == 0.0
 
     def hooked(params, lr):
         optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
         add_lp_decay(optimizer)
         return optimizer
 
-    assert Run(SparsityTarget(0.5), make=hooked).attached.control.target.memory == 0.0
+    assert Run(SparsityTarget(0.5), make=hooked).attached.weight_controller.target.latent_windows == 0.0
 
     def lagging(params, lr):
         return LpAdamW(params, lr=lr, lag=0.5)
 
-    assert Run(SparsityTarget(0.5), make=lagging).attached.control.target.memory == 0.0
+    assert Run(SparsityTarget(0.5), make=lagging).attached.weight_controller.target.latent_windows == 0.0
     for make, name in ((LpSGD, "LpSGD"), (hooked, "AdamW"), (lagging, "LpAdamW with lag")):
         with pytest.raises(
             UsageError,
-            match=f"memory=0.5 needs LpAdamW without lag, .* the optimizer is {name}; use LpAdamW, or memory=0",
+            match=(
+                f"latent_windows=0.5 needs LpAdamW without lag, .* the optimizer is {name}; use LpAdamW, or"
+                " latent_windows=0"
+            ),
         ):
-            Run(SparsityTarget(0.5, memory=0.5), make=make)
+            Run(SparsityTarget(0.5, latent_windows=0.5), make=make)
     with pytest.raises(
         UsageError,
         match=(
-            "memory=1 hides what is below the planned threshold, and so needs cap=1, not None; set cap=1, or memory=0"
+            "latent_windows=1 keeps weights latent below the planned threshold, and so needs cap=1, not None; set"
+            " cap=1, or latent_windows=0"
         ),
     ):
-        Run(SparsityTarget(0.5, memory=1.0, cap=None))
+        Run(SparsityTarget(0.5, latent_windows=1.0, cap=None))
     for bad in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="memory=.* must be a finite number >= 0, of windows"):
-            SparsityTarget(0.5, memory=bad)
+        with pytest.raises(ValueError, match="latent_windows=.* must be a finite number >= 0, of windows"):
+            SparsityTarget(0.5, latent_windows=bad)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from helpers import reference
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
 from lp_dist.optim import nm
-from lp_dist.optim.hyperparameters import FROZEN, OFF
+from lp_dist.optim.batching import StepRow
 from lp_dist.optim.kernels import dispatch
-from lp_dist.optim.nm import CHOICES, Straddling
-from lp_dist.optim.parameter_map import Segment
+from lp_dist.optim.nm import PATTERNS, SplitBlocks
+from lp_dist.optim.parameter_map import ParamSlice
 
 ORACLES = {LpAdamW: reference.adamw_step, LpSGD: reference.sgd_step, LpLion: reference.lion_step}
 CASES = {
@@ -34,15 +34,15 @@ CASES = {
             "p": 0.8,
             "precondition": 0.37,
             "cutoff": 0.3,
-            "floor": 0.02,
+            "regrowth_below": 0.02,
             "maximize": True,
         },
     ),
     "sgd": (LpSGD, {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9, "p": 0.0}),
-    "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2, "p": 1.0, "cutoff": 0.6, "floor": 0.05}),
+    "lion": (LpLion, {"lr": 0.01, "weight_decay": 0.2, "p": 1.0, "cutoff": 0.6, "regrowth_below": 0.05}),
 }
 all_cases = pytest.mark.parametrize(("cls", "values"), CASES.values(), ids=CASES)
-both = pytest.mark.parametrize("pattern", CHOICES)
+both = pytest.mark.parametrize("pattern", PATTERNS)
 ROWS, INPUTS = 5, 64  # more than one block of 256 of the fused step
 
 
@@ -73,7 +73,7 @@ def test_equals_the_oracle(cls, values, pattern, implementation):
     for step in range(1 if dtype is torch.float32 else 8):  # in single precision a later one may find another order
         param.grad = gradient(step).to(dtype)
         weights, state = ORACLES[cls](
-            weights, param.grad.double().flatten().tolist(), state, pattern=CHOICES[pattern], **values
+            weights, param.grad.double().flatten().tolist(), state, pattern=PATTERNS[pattern], **values
         )
         optimizer.step()
     tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 2e-13}
@@ -98,7 +98,7 @@ def test_fused_and_foreach_spare_the_same_for_many_steps(cls, values):
 
 @pytest.mark.parametrize("implementation", ["foreach", "fused"])
 def test_what_is_not_spared_dies_and_the_pattern_is_left(implementation):
-    for pattern, (n, m) in CHOICES.items():
+    for pattern, (n, m) in PATTERNS.items():
         param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
         optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
         largest = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
@@ -109,7 +109,7 @@ def test_what_is_not_spared_dies_and_the_pattern_is_left(implementation):
         assert (alive.sum(1) == n).all() and alive.nonzero()[:, 1].view(-1, n).equal(largest)
 
 
-@pytest.mark.parametrize("phase", [OFF, FROZEN, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
+@pytest.mark.parametrize("phase", [{"phase": "off"}, {"phase": "frozen"}, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
 @pytest.mark.parametrize("implementation", ["foreach", "fused"])
 def test_where_nothing_decays_it_changes_nothing(phase, implementation):
     ends = []
@@ -167,7 +167,7 @@ class Ranks:
         *(("fused", *CASES[case]) for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw odd gamma, cutoff, floor")),
     ],
 )
-@given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(CHOICES)))
+@given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(PATTERNS)))
 @settings(max_examples=10, deadline=None)
 def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, values, cuts, pattern):
     """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
@@ -180,13 +180,16 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
         flats.append(
             (
                 flat,
-                [Segment(name, i * (end - begin), end - begin, begin, whole[i].shape) for i, name in enumerate("ab")],
+                [
+                    ParamSlice(name, i * (end - begin), end - begin, begin, whole[i].shape)
+                    for i, name in enumerate("ab")
+                ],
             )
         )
     optimizers = []
     for flat, segments in flats:
         optimizers.append(cls([flat], pattern=pattern, implementation=implementation, **values))
-        optimizers[-1].segments.replace({flat: segments})
+        optimizers[-1].parameter_map.replace({flat: segments})
     starts = {name: [edge for edge in edges[1:-1] if edge % 8] for name in "ab"}
     starts = {name: edges for name, edges in starts.items() if edges}
     for step in range(3):
@@ -197,7 +200,7 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
         tables = Ranks()
         for dry in (True, False):
             for (flat, segments), optimizer in zip(flats, optimizers):
-                optimizer.segments.straddling = Straddling(starts, {flat: ["a", "b"]}, tables)
+                optimizer.parameter_map.split_blocks = SplitBlocks(starts, {flat: ["a", "b"]}, tables)
                 flat.grad = torch.cat(
                     [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(whole, segments)]
                 )
@@ -277,7 +280,9 @@ def test_ranks_and_pulls_are_those_of_the_step():
         "cutoff": math.inf,
         "pattern": "2:4",
     }
-    pull = dispatch.pull("cpu", "adamw", values, (w, g, torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16(), 1.0))
+    pull = dispatch.pull(
+        "cpu", "adamw", values, StepRow(w, g, (torch.zeros(4).bfloat16(), torch.zeros(4).bfloat16()), 1.0)
+    )
     torch.testing.assert_close(pull, 0.02 / (w.float() ** 2 * g.float().abs()))
-    keys = nm.keys_of(pull, smallest=True)
+    keys = nm.ranking_keys(pull, smallest=True)
     assert keys.argsort(descending=True).tolist() == [3, 0, 1, 2]

@@ -203,7 +203,20 @@ def test_a_late_gradient_starts_at_step_one(implementation):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
-    common = {"params", "lr", "weight_decay", "p", "l2", "cutoff", "floor", "pattern", "lag", "maximize", "capturable"}
+    common = {
+        "params",
+        "lr",
+        "weight_decay",
+        "p",
+        "l2",
+        "cutoff",
+        "regrowth_below",
+        "pattern",
+        "phase",
+        "lag",
+        "maximize",
+        "capturable",
+    }
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),
         (
@@ -484,12 +497,12 @@ def test_a_deep_copy_goes_on_alone(cls, implementation):
 
 
 @every
-def test_a_negative_cutoff_switches_the_decay_off(cls):
+def test_the_phase_off_switches_the_decay_off(cls):
     """The warm-up of a decay window: exactly the base's step, zeros free to move, nothing snapped."""
     torch.manual_seed(0)
     start = torch.randn(9, 5)
     start[::2] = 0.0
     off, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    train(cls([off], lr=1e-2, weight_decay=0.5, cutoff=-1.0), [off], 5)
+    train(cls([off], lr=1e-2, weight_decay=0.5, phase="off"), [off], 5)
     train(cls([plain], lr=1e-2), [plain], 5)
     assert torch.equal(off, plain) and (off != 0).all()

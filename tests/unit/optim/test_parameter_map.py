@@ -12,42 +12,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
-from lp_dist.optim.hyperparameters import FROZEN, OFF
-from lp_dist.optim.parameter_map import Segment, SegmentMap
+from lp_dist.optim.base import LpOptimizer
+from lp_dist.optim.hooks import handle_of
+from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 
 NAMES = ("a", "b", "c", "d")
 
 
-def segments(lengths, gap: int = 0) -> list[Segment]:
+def segments(lengths, gap: int = 0) -> list[ParamSlice]:
     """Neighbours in one flat tensor, each followed by `gap` elements of padding."""
     offsets = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
     return [
-        Segment(name, offset, length, 0, torch.Size([length])) for name, offset, length in zip(NAMES, offsets, lengths)
+        ParamSlice(name, offset, length, 0, torch.Size([length]))
+        for name, offset, length in zip(NAMES, offsets, lengths)
     ]
 
 
 def test_a_tensor_without_segments_is_one_run():
-    book, tensor = SegmentMap(), torch.zeros(5)
-    assert book.runs(tensor, 5) == ((0, 5, {}),)
+    book, tensor = ParameterMap(), torch.zeros(5)
+    assert book.value_spans(tensor, 5) == ((0, 5, {}),)
     assert tensor not in book and book.of(tensor) == ()
 
 
 def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
-    book, tensor = SegmentMap(), torch.zeros(21)
+    book, tensor = ParameterMap(), torch.zeros(21)
     book.replace({tensor: segments([3, 4, 0, 6], gap=2)})
     assert [piece.name for piece in book.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
-    assert book.runs(tensor, 21) == ((0, 21, {}),)
+    assert book.value_spans(tensor, 21) == ((0, 21, {}),)
     book.set("d", p=0.0)
-    assert book.runs(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))  # padding goes with what is before it
+    assert book.value_spans(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))  # padding goes with what is before it
     book.set("b", p=0.0)
-    assert book.runs(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
+    assert book.value_spans(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
     book.set("a", weight_decay=0.5, p=0.0)
-    assert book.runs(tensor, 21) == ((0, 5, {"p": 0.0, "weight_decay": 0.5}), (5, 16, {"p": 0.0}))
+    assert book.value_spans(tensor, 21) == ((0, 5, {"p": 0.0, "weight_decay": 0.5}), (5, 16, {"p": 0.0}))
     book.set("a", weight_decay=None)
-    assert book.runs(tensor, 21) == ((0, 21, {"p": 0.0}),)
+    assert book.value_spans(tensor, 21) == ((0, 21, {"p": 0.0}),)
     assert book.values("a") == {"p": 0.0} and book.values("c") == {}
     book.replace({tensor: segments([21])})
-    assert book.runs(tensor, 21) == ((0, 21, {}),)
+    assert book.value_spans(tensor, 21) == ((0, 21, {}),)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
 )
 def test_bad_values_raise(values, message):
     with pytest.raises(ValueError, match=message):
-        SegmentMap().set("a", **values)
+        ParameterMap().set("a", **values)
 
 
 def adamw(params, implementation):
@@ -98,7 +100,7 @@ VALUES = st.fixed_dictionaries(
         "p": st.sampled_from([-1.0, 0.0, 0.5, 1.0]),
         "l2": st.sampled_from([0.0, 0.3]),
         "cutoff": st.sampled_from([0.02, math.inf]),
-        "floor": st.sampled_from([0.0, 1e-3]),
+        "regrowth_below": st.sampled_from([0.0, 1e-3]),
     },
 )
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
@@ -109,7 +111,7 @@ LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
     lengths=LENGTHS,
     values=st.lists(VALUES, min_size=4, max_size=4),
     gap=st.integers(0, 3),
-    phase=st.sampled_from([{}, OFF, FROZEN]),
+    phase=st.sampled_from([{}, {"phase": "off"}, {"phase": "frozen"}]),
 )
 @settings(max_examples=25, deadline=None)
 def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values, gap, phase):
@@ -123,7 +125,7 @@ def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values
     one = MAKERS[maker]([flat])
     groups = [{"params": [param], **own} for param, own in zip(alone, values)]
     many = MAKERS[maker](groups)
-    book = getattr(one, "segments", None) or one.lp_decay.segments
+    book = one.parameter_map if isinstance(one, LpOptimizer) else handle_of(one).parameter_map
     book.replace({flat: pieces})
     for name, own in zip(NAMES, values):
         book.set(name, **own)
@@ -149,10 +151,10 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
     """A frozen group freezes all its segments, whatever their p, but for those that do not decay."""
     flat = torch.tensor([1e-9, 0.0, 0.5, 0.0], requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
-    optimizer.segments.replace({flat: segments([2, 2])})
-    optimizer.segments.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
-    optimizer.segments.set("b", weight_decay=0.0)
-    optimizer.param_groups[0].update(FROZEN)
+    optimizer.parameter_map.replace({flat: segments([2, 2])})
+    optimizer.parameter_map.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
+    optimizer.parameter_map.set("b", weight_decay=0.0)
+    optimizer.param_groups[0]["phase"] = "frozen"
     flat.grad = torch.tensor([0.0, 1.0, 0.0, 1.0])
     optimizer.step()
     assert flat[0] == 1e-9 and flat[1] == 0  # frozen: alive stays, dead stays
@@ -162,10 +164,10 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
 def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     flat = torch.randn(4000, requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0, implementation="foreach")
-    pieces = [Segment(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
-    optimizer.segments.replace({flat: pieces})
+    pieces = [ParamSlice(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
+    optimizer.parameter_map.replace({flat: pieces})
     for i in range(0, 1000, 2):
-        optimizer.segments.set(str(i), p=0.0)
+        optimizer.parameter_map.set(str(i), p=0.0)
     flat.grad = torch.ones_like(flat)
     calls = []
     update = optimizer._update
@@ -183,7 +185,7 @@ def test_a_copy_of_an_optimizer_has_no_segments():
 
     flat = torch.randn(4, requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
-    optimizer.segments.replace({flat: segments([4])})
+    optimizer.parameter_map.replace({flat: segments([4])})
     twin = copy.deepcopy(optimizer)
-    assert twin.param_groups[0]["params"][0] not in twin.segments
-    assert flat in optimizer.segments
+    assert twin.param_groups[0]["params"][0] not in twin.parameter_map
+    assert flat in optimizer.parameter_map

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import reports as cases
-from lp_dist.report import console, environment, page, schema
+from lp_dist.report import console, environment, numbers, page, schema
 from lp_dist.sparsity.measure import Histogram
 from lp_dist.training import arguments
 
@@ -52,7 +52,7 @@ def test_what_another_run_shows_of_a_report_is_enough_to_draw_it(monkeypatch):
     "value, shown", [(None, "not measured"), (1234.567, "1,234.57"), ("nan", "nan"), ("inf", "inf"), (2e7, "2e+07")]
 )
 def test_a_perplexity_is_for_people(value, shown, capsys):
-    assert console.number(value) == shown
+    assert numbers.perplexity(value) == shown
     console.show(
         cases.full() | {"perplexity_before": value, "perplexity_after": value, "reference": None}
     )  # ends no run with an error
@@ -150,4 +150,4 @@ def test_tables_and_lines_are_printed_as_they_are(capsys):
 
 
 def test_a_percentage_is_printed_in_one_way():
-    assert [console.percent(0.4), console.percent(1 / 3, 1), console.percent(0.005, 0)] == ["40.00 %", "33.3 %", "0 %"]
+    assert [numbers.percent(0.4), numbers.percent(1 / 3, 1), numbers.percent(0.005, 0)] == ["40.00 %", "33.3 %", "0 %"]

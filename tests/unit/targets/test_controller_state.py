@@ -13,6 +13,8 @@ from torch import nn
 
 from helpers.targets import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
+from lp_dist.optim.hyperparameters import Phase, acting_values, phase_of
+from lp_dist.optim.parameter_map import effective_values
 
 
 def hooked(params, lr):
@@ -34,7 +36,7 @@ RUNS = {
     "global, from the first step, preconditioned": {
         "target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)
     },
-    "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, every=7, curve=lambda u: u * u)},
+    "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, update_every=7, curve=lambda u: u * u)},
     "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},
     "Lion without a scheduler": {"target": layerwise(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
     "p of its own": {
@@ -123,7 +125,9 @@ def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
     """It is no longer zero then, and would decay."""
     whole, run = (Run(layerwise(0.5), model=with_a_zero_matrix()) for _ in range(2))
     other = resumed(saved(run.to(10)), 10, target=layerwise(0.5))
-    assert other.model[4].weight.any() and "4.weight" not in {shard.name for shard in other.attached.control.shards}
+    assert other.model[4].weight.any() and "4.weight" not in {
+        shard.name for shard in other.attached.weight_controller.shards
+    }
     assert same(whole.to(TOTAL).weights(), other.to(TOTAL).weights())
     assert whole.zeros()["4.weight"] == 0
 
@@ -132,8 +136,9 @@ def test_the_state_is_plain_json_and_small():
     run = Run(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
-    assert len(text) < 2000 and json.loads(text)["version"] == 3 and json.loads(text)["target"]["curve"] == "<lambda>"
-    assert json.loads(text)["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
+    assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 4
+    assert json.loads(text)["weights"]["target"]["curve"] == "<lambda>"
+    assert json.loads(text)["weights"]["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
 
 
 @pytest.mark.parametrize(
@@ -156,14 +161,18 @@ def test_the_state_is_plain_json_and_small():
             {},
             ["other parameters decay", "'0.bias'"],
         ),
-        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 3", "install the one that wrote it"]),
+        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 4", "install the one that wrote it"]),
         ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
-        ({"target": None}, {}, ["was trained for", "'sparsity': 0.6", "there is no target", "give the same one"]),
+        (
+            {"target": None},
+            {},
+            ["was trained for", "'sparsity': 0.6", "there is no target of weights", "give the same one"],
+        ),
     ],
 )
 def test_the_state_of_another_run_is_refused(how, change, words):
     weights, state = saved(Run(layerwise(0.6)).to(20))
-    state = json.dumps({**json.loads(state), **change})
+    state = json.dumps({"weights": {**json.loads(state)["weights"], **change}})
     with pytest.raises(ValueError) as caught:
         resumed((weights, state), 20, **how)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -182,7 +191,7 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
     before = run.weights()
     run.attached.finish()
     assert all(zeros == round(0.6 * before[name].numel()) for name, zeros in run.zeros().items())
-    assert ("closing what is missing" in caplog.text) == (step < CLOSING)
+    assert ("pruning what is missing" in caplog.text) == (step < CLOSING)
     if step >= CLOSING:
         assert same(before, run.weights())
     again = run.weights()
@@ -201,10 +210,17 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
 )
 def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, gamma):
     run = Run(SparsityTarget(0.5, **asked), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
-    assert run.optimizer.param_groups[0]["precondition"] == gamma and run.attached.state_dict()["target"][
-        "precondition"
-    ] == asked.get("precondition", None if make else 1.0)
-    assert run.to(TOTAL).optimizer.param_groups[0]["precondition"] == 0.0, "frozen zeros need none"
+
+    def values() -> dict:
+        return effective_values(run.optimizer.param_groups[0], run.optimizer.parameter_map.values("2.weight"))
+
+    assert phase_of(values()) is Phase.DECAY and acting_values(values())["precondition"] == gamma
+    saved_target = run.attached.state_dict()["weights"]["target"]
+    assert saved_target["precondition"] == asked.get("precondition", None if make else 1.0)
+    run.to(TOTAL)
+    assert phase_of(values()) is Phase.FROZEN and acting_values(values())["precondition"] == 0.0, (
+        "frozen zeros need none"
+    )
 
 
 def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
@@ -214,12 +230,12 @@ def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_me
 
 def test_without_a_target_there_is_nothing_to_log_or_save():
     run = Run(None).to(2)
-    assert run.attached.control is None and run.attached.logs == {} and run.attached.state_dict() == {}
+    assert run.attached.weight_controller is None and run.attached.logs == {} and run.attached.state_dict() == {}
 
 
 def test_a_look_that_comes_late_does_not_shift_the_later_ones():
     """after_step was not called after two of the steps."""
-    run = Run(layerwise(0.5, every=4)).to(9)
+    run = Run(layerwise(0.5, update_every=4)).to(9)
     run.step(), run.step()
     assert [step for step, _ in run.to(30).history] == [6, 12, 14, 18, 22, 26, 30]
 
@@ -242,7 +258,9 @@ class WithAnExpert(nn.Sequential):
 
 
 @pytest.mark.parametrize("begins", [20, TOTAL])
-@pytest.mark.parametrize("form", [{}, {"memory": 0}, {"scope": "layer", "every": 4}, {"precondition": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"latent_windows": 0}, {"scope": "layer", "update_every": 4}, {"precondition": 0.0}], ids=str
+)
 def test_a_parameter_without_a_gradient_before_the_window_is_ranked_as_one_to_which_the_loss_is_not_sensitive(
     form, begins, caplog
 ):

@@ -31,7 +31,7 @@ def refused(words: list[str], function) -> None:
         ({"p": math.nan}, ["p=nan"]),
         ({"precondition": -1.0}, ["precondition=-1.0", ">= 0", "set it to 0"]),
         ({"cap": 0.9}, ["cap=0.9", "from 1 up", "None"]),
-        ({"cap": math.inf}, ["cap=inf", "None lets all weights feel it"]),
+        ({"cap": math.inf}, ["cap=inf", "None lets all weights decay"]),
         ({"cap": math.nan}, ["cap=nan"]),
         ({"curve": "quadratic"}, ["curve='quadratic'", "cubic, linear", "function"]),
         ({"curve": lambda u: u * (2 - 1.5 * u) / 0.5}, ["curve must rise from f(0) = 0 to f(1) = 1", "never fall"]),
@@ -42,8 +42,8 @@ def refused(words: list[str], function) -> None:
         ({"start": -0.1}, ["start=-0.1", ">= 0"]),
         ({"end": math.inf}, ["end=inf"]),
         ({"scope": "row"}, ["scope='row'", "layer, global"]),
-        ({"of": "some"}, ["of='some'", "decayed, all"]),
-        ({"every": 0}, ["every=0", "at least 1 optimizer step"]),
+        ({"relative_to": "some"}, ["relative_to='some'", "decayed, all"]),
+        ({"update_every": 0}, ["update_every=0", "at least 1 optimizer step"]),
     ],
 )
 def test_bad_values_are_refused_by_the_target_itself(values, words):
@@ -58,7 +58,7 @@ def test_good_values_at_their_limits_are_taken():
         {"cap": None},
         {"start": 0, "end": 1},
         {"start": 0.5, "end": 100},
-        {"every": 1},
+        {"update_every": 1},
         {"curve": lambda u: float(u >= 1.0)},
         {"curve": "linear"},
         {"sparsity": 1e-6},
@@ -121,12 +121,17 @@ def hooked(params, lr):
             ["scope='global'", "must not differ"],
         ),
         (
-            {"of": "all", "sparsity": 0.995},
+            {"relative_to": "all", "sparsity": 0.995},
             {},
-            ["sparsity=0.995 of all 21,160 parameters", "only 20,992 (99.2%)", "less than 0.992", "of='decayed'"],
+            [
+                "sparsity=0.995 of all 21,160 parameters",
+                "only 20,992 (99.2%)",
+                "less than 0.992",
+                "relative_to='decayed'",
+            ],
         ),
         (
-            {"of": "all", "sparsity": 0.51},
+            {"relative_to": "all", "sparsity": 0.51},
             {"overrides": {"0.weight": {"weight_decay": 0.0}}},
             ["only 10,752 (50.8%)", "names="],
         ),
@@ -142,8 +147,8 @@ def test_what_cannot_be_reached_is_refused_by_attach(target, how, words):
 
 
 def test_what_can_just_be_reached_is_not_refused():
-    Run(SparsityTarget(0.99, of="all"))
-    Run(SparsityTarget(0.5, of="all"), overrides={"0.weight": {"weight_decay": 0.0}})
+    Run(SparsityTarget(0.99, relative_to="all"))
+    Run(SparsityTarget(0.5, relative_to="all"), overrides={"0.weight": {"weight_decay": 0.0}})
     Run(SparsityTarget(0.5), total=15)
 
 
@@ -162,8 +167,10 @@ def test_as_many_steps_as_the_error_asks_for_are_enough(start, end):
     with pytest.raises(ValueError, match=r"train for at least (\d+) steps") as caught:
         Run(SparsityTarget(0.5, start=start, end=end), total=7)
     needed = int(str(caught.value).split("at least ")[1].split()[0])
-    control = Run(SparsityTarget(0.5, start=start, end=end), total=needed).attached.control
-    assert control.end - control.start >= 8, f"{needed} steps give a window from {control.start} to {control.end}"
+    control = Run(SparsityTarget(0.5, start=start, end=end), total=needed).attached.weight_controller
+    assert control.window.end - control.window.start >= 8, (
+        f"{needed} steps give a window from {control.window.start} to {control.window.end}"
+    )
 
 
 @pytest.mark.parametrize("off", [(START, END), (0, TOTAL)])
@@ -194,12 +201,12 @@ def test_a_model_that_is_sparser_already():
 
 
 def test_a_model_with_some_zeros_goes_on_from_them():
-    run = Run(layerwise(0.6, start=0, curve="linear", every=5, memory=0.0), model=half_dead())
-    (scope,) = [scope for scope, share in run.attached.control.before.items() if share]
+    run = Run(layerwise(0.6, start=0, curve="linear", update_every=5, latent_windows=0.0), model=half_dead())
+    (scope,) = [scope for scope, share in run.attached.weight_controller.before.items() if share]
     assert scope == "2.weight" and run.attached.logs["lp/plan"] == pytest.approx(5120 / 20992)
     x = run.model[2].weight.detach().abs().pow(1.5).flatten().sort().values
     wanted = x[round((0.5 + 0.1 * 5 / (END - 1)) * 10240) - 1]  # the plan leads from 0.5 to 0.6
-    assert run.optimizer.segments.values("2.weight")["cutoff"] == pytest.approx(float(wanted), rel=2e-4)
+    assert run.optimizer.parameter_map.values("2.weight")["cutoff"] == pytest.approx(float(wanted), rel=2e-4)
     assert run.to(TOTAL).zeros()["2.weight"] == round(0.6 * 10240)
 
 
@@ -210,7 +217,7 @@ def test_a_target_that_is_forgotten_on_the_way_is_told():
     run.step()
     with pytest.raises(
         RuntimeError,
-        match=r"has taken 21 steps, and the window began at 6, .*load it \(load_state_dict of what attach",
+        match=r"has taken 21 steps, and the window of the weights began at 6, .*load it \(load_state_dict of",
     ):
         run.attached.after_step()
 

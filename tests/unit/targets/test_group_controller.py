@@ -19,8 +19,8 @@ from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, measure_sparsity
 from lp_dist.attachment import attach as attach_module
 from lp_dist.errors import UsageError
 from lp_dist.structured.budget import required_costs
-from lp_dist.structured.groups import Groups, Member
-from lp_dist.structured.naming import groups_of
+from lp_dist.structured.groups import Member, WeightGroups
+from lp_dist.structured.resolve import groups_of
 from lp_dist.targets.group_controller import group_budget
 
 TOTAL, PARAMETERS = 60, sum(param.numel() for param in model_of().parameters())
@@ -54,15 +54,15 @@ def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         ({}, (48, 19)),
         ({"scope": "global"}, (48, 19)),
         ({"sparsity": 0.5, "cap": None, "p": 0.0}, (80, 32)),
-        ({"precondition": 0.0, "grace": 0.0}, (48, 19)),
-        ({"interval": 3, "every": 6}, (48, 19)),
+        ({"precondition": 0.0, "regrowth": 0.0}, (48, 19)),
+        ({"interval": 3, "update_every": 6}, (48, 19)),
         ({"curve": "linear", "start": 0, "end": 40}, (48, 19)),
     ],
 )
 def test_exactly_as_many_die_as_were_asked_for(values, wanted):
     run = Run(target_of(**values), total=TOTAL).to(TOTAL)
     assert tuple(int(which.sum()) for which in dead(run.model)) == wanted
-    closed = run.attached.groups.closed
+    closed = run.attached.group_controller.final_pruning
     assert closed["after"] == sum(wanted) / 224
     assert closed["before"] > 0.7 * closed["after"] or "interval" in values, "most of them are to die by decay"
     assert run.attached.logs["lp/groups_measured"] == pytest.approx(sum(wanted) / 224)
@@ -77,7 +77,7 @@ def test_before_the_window_nothing_decays_and_after_it_nothing_changes_but_survi
     run.to(TOTAL)
     assert all(now.equal(then) for now, then in zip(dead(run.model), gone))
     assert all(not same({name: run.weights()[name]}, {name: before[name]}) for name in before)
-    assert run.attached.grouped.active is False
+    assert run.attached.group_decay.active is False
 
 
 def apart() -> list:
@@ -88,7 +88,9 @@ def apart() -> list:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("asked", [{"sparsity": 0.25, "of": "all"}, {"sparsity": None, "budget": PARAMETERS - 2_700}])
+@pytest.mark.parametrize(
+    "asked", [{"sparsity": 0.25, "relative_to": "all"}, {"sparsity": None, "budget": PARAMETERS - 2_700}]
+)
 def test_parameters_may_be_counted_and_not_channels(scope, asked):
     """No more are left than that, and with one channel more (of each layer, where layers are alike) there would be too
     many.
@@ -129,19 +131,19 @@ def test_the_weakest_die_first():
 
 def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
     """On other shards the sums differ in their last bits, of the norms and of what the threshold was made from."""
-    run = Run(target_of(grace=0.0), total=TOTAL).to(20)
-    grouped = run.attached.grouped
+    run = Run(target_of(regrowth=0.0), total=TOTAL).to(20)
+    grouped = run.attached.group_decay
     numbers = []
     for bits in (-1e-15, 0.0, 1e-15):
         grouped.forget()
-        run.attached.groups._look(20)
+        run.attached.group_controller._update(20)
         grouped._squares = grouped._squares * (1.0 + bits)
         grouped._factors, grouped.rates = {}, {0: 1e-3}
-        numbers.append(int((grouped._factor(grouped.places[0].shard, None) < 1.0).sum()))
+        numbers.append(int((grouped._factor(grouped.matrices[0].shard, None) < 1.0).sum()))
     assert numbers[0] == numbers[1] == numbers[2] > 0
 
 
-@pytest.mark.parametrize("values", [{}, {"interval": 4, "every": 8}, {"groups": apart()}])
+@pytest.mark.parametrize("values", [{}, {"interval": 4, "update_every": 8}, {"groups": apart()}])
 @pytest.mark.parametrize("taken", [3, 17, 41, 50])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
     """In the last case gradients of what is dead are not zero, so it must be held."""
@@ -179,14 +181,14 @@ def test_the_state_of_another_target_is_refused():
     for other, words in (
         (target_of(0.4), "another target of groups"),
         (target_of(groups=sets_of(model_of())[:1]), "another target of groups"),
-        (SparsityTarget(0.4), "there is no groups|trained without this target"),
-        (None, "there is no groups"),
+        (SparsityTarget(0.4), "there is no target of groups|trained without this target"),
+        (None, "there is no target of groups"),
     ):
         with pytest.raises(UsageError, match=words):
             Run(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
     with pytest.raises(UsageError, match="trained without this target"):
         Run([target_of(end=0.4), SparsityTarget(0.6, start=0.4)], total=TOTAL).attached.load_state_dict(state)
-    with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 1"):
+    with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 2"):
         Run(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
 
 
@@ -200,7 +202,9 @@ def test_channels_die_first_and_zeros_come_among_what_is_left():
     assert all((first.weight[which] == 0).all() and (second[:, which] == 0).all() for which in gone[:1])
     assert not first.bias[~gone[0]].eq(0).any(), "biases of channels that live are no weights"
     assert {"lp/measured", "lp/groups_measured"} <= run.attached.logs.keys()
-    with pytest.raises(UsageError, match="begins at step 6, and that of the groups ends at 24: groups die first"):
+    with pytest.raises(
+        UsageError, match="begins at step 6, and that of the groups ends at 24: groups are pruned first"
+    ):
         Run([target_of(end=0.4), SparsityTarget(0.7)], total=TOTAL)
 
 
@@ -212,7 +216,9 @@ def test_a_run_that_ends_early_is_closed():
 
 def test_other_bases_need_no_second_moments():
     run = Run(target_of(), make=LpLion, lr=3e-4, total=TOTAL).to(TOTAL)
-    assert run.attached.groups.grouped.precondition == 0.0 and [int(which.sum()) for which in dead(run.model)] == [
+    assert run.attached.group_controller.hook.precondition == 0.0 and [
+        int(which.sum()) for which in dead(run.model)
+    ] == [
         48,
         19,
     ]
@@ -225,7 +231,7 @@ def test_other_bases_need_no_second_moments():
     [
         (dict(sparsity=None), "groups need one of them"),
         (dict(budget=10), "groups need one of them"),
-        (dict(memory=1.0), "memory=1 is of single weights"),
+        (dict(latent_windows=1.0), "latent_windows=1.0 is of single weights"),
         (dict(interval=0), "interval=0 must be a whole number"),
         (dict(interval=2.5), "interval=2.5 must be a whole number"),
         (dict(sparsity=None, budget=0), "budget=0 must be a whole number from 1"),
@@ -249,11 +255,11 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
             "budget=21,160 is no fewer parameters than the model has, which is 21,160",
         ),
         (
-            dict(sparsity=0.995, of="all", groups=apart()),
+            dict(sparsity=0.995, relative_to="all", groups=apart()),
             "20,966|21,160 parameters are in these groups, of which 194 must stay; ask for less than 0.991 of all",
         ),
         (
-            dict(sparsity=0.99, of="all", groups=apart()[:1]),
+            dict(sparsity=0.99, relative_to="all", groups=apart()[:1]),
             (
                 r"sparsity=0.99 of all .* 20,640 parameters are in these groups, of which 129 must stay; .* less than"
                 r" 0.969"
@@ -263,7 +269,7 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
             dict(sparsity=None, budget=100, groups=apart()[:1]),
             "budget=100 can't be reached: .* ask for a budget of 649 at least",
         ),
-        (dict(sparsity=0.1, of="all"), "2.weight are in two groups each"),
+        (dict(sparsity=0.1, relative_to="all"), "2.weight are in two groups each"),
         (
             dict(sparsity=0.003),
             (
@@ -273,7 +279,7 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
         ),
         (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
         (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"),
-        (dict(end=0.15), "has 3 steps, and a collapse takes 8"),
+        (dict(end=0.15), "has 3 steps, and the collapse of a weight takes 8"),
         (
             dict(interval=19),
             (
@@ -352,7 +358,7 @@ def test_two_targets_go_on_where_they_were(p, taken, attached_last):
     run.to(100)
     again.to(100)
     assert flat(run.model) == flat(again.model) and run.attached.state_dict() == again.attached.state_dict()
-    assert int(run.attached.groups.dead.sum()) == 10
+    assert int(run.attached.group_controller.dead.sum()) == 10
 
 
 @pytest.mark.parametrize("steps", [96, 100])
@@ -363,7 +369,7 @@ def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps)
     run = Two(inputs=(), share=0.3).to(60)
     gone = (run.model[0].weight == 0).all(1)
     assert int(gone.sum()) >= 10
-    dead = run.attached.groups.dead
+    dead = run.attached.group_controller.dead
     run.to(steps)
     run.attached.finish()
     assert not run.model[0].weight[dead].any()
@@ -373,11 +379,11 @@ def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps)
 def test_what_groups_leave_is_known_before_they_die():
     with pytest.raises(
         UsageError,
-        match="when the groups have died 25.0% of all that decays is zero, and the target of single weights is 20.0%",
+        match="when the groups are pruned 25.0% of all that decays is zero, and the target of single weights is 20.0%",
     ):
         Two(share=0.2)
     with pytest.raises(
-        UsageError, match=r"when the groups have died 25.0% of 0.weight is zero, .* or use scope='global' for it"
+        UsageError, match=r"when the groups are pruned 25.0% of 0.weight is zero, .* or use scope='global' for it"
     ):
         Two(share=0.25, scope="layer")
     Two(share=0.26, scope="layer")
@@ -392,8 +398,8 @@ def test_ranks_compare_what_does_not_differ_between_processes(monkeypatch):
     assert told and "0x" not in str(told) and "0.weight wide" in str(told)
 
 
-def parts(kind: str, count: int, elements: int, layers: int) -> list[Groups]:
-    return [Groups(f"{i}", kind, count, elements, (Member(f"{i}.{kind}", 0, 0, count),)) for i in range(layers)]
+def parts(kind: str, count: int, elements: int, layers: int) -> list[WeightGroups]:
+    return [WeightGroups(f"{i}", kind, count, elements, (Member(f"{i}.{kind}", 0, 0, count),)) for i in range(layers)]
 
 
 @pytest.mark.parametrize("wanted", [0.02, 0.05, 0.2, 0.5, 0.8, 0.97])
@@ -422,11 +428,11 @@ def test_a_kind_that_a_budget_leaves_whole_stays_whole():
     attached = attach(
         model, optimizer, target=SparsityTarget(None, budget=446 - 30, groups=large + small), total_steps=20
     )
-    assert attached.groups.needs == {"0.weight large": 0.0, "2.weight small": 35.0}
+    assert attached.group_controller.required == {"0.weight large": 0.0, "2.weight small": 35.0}
     for number in range(20):
         step(model, optimizer, number)
         attached.after_step()
-    assert attached.groups.kinds() == {"large": [0, 2], "small": [5, 8]}
+    assert attached.group_controller.kinds() == {"large": [0, 2], "small": [5, 8]}
 
 
 def test_where_several_layers_have_one_threshold_some_of_a_kind_must_stay():

@@ -14,7 +14,7 @@ from torch import nn
 
 from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, model_of
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
-from lp_dist.optim.nm import CHOICES
+from lp_dist.optim.nm import PATTERNS
 
 
 def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
@@ -28,30 +28,31 @@ def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
         ("2:4", LpAdamW, 3e-3, {}),
         ("4:8", LpAdamW, 3e-3, {"scope": "layer", "p": 0.0, "precondition": 0.5}),
         ("2:4", LpAdamW, 3e-3, {"cap": None}),
-        ("2:4", LpAdamW, 3e-3, {"grace": 0.0, "memory": 0.0, "sparsity": 0.5}),
+        ("2:4", LpAdamW, 3e-3, {"regrowth": 0.0, "latent_windows": 0.0, "sparsity": 0.5}),
         ("4:8", LpLion, 3e-4, {"p": 0.0}),
         ("2:4", lambda params, lr: LpSGD(params, lr=lr, momentum=0.9), 0.05, {"scope": "layer"}),
     ],
 )
 def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, lr, form):
-    n, m = CHOICES[pattern]
+    n, m = PATTERNS[pattern]
     run = Run(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
     params = dict(run.model.named_parameters())
     for name in MATRICES:
         assert (alive(params[name], m) == n).all(), name
     assert all((param != 0).all() for name, param in params.items() if name not in MATRICES)
-    control = run.attached.control
+    control = run.attached.weight_controller
     assert (
-        control.target.sparsity == (m - n) / m == control.closed["after"] and control.closed["by_threshold"] < 0.01
-    ), control.closed
+        control.target.sparsity == (m - n) / m == control.final_pruning["after"]
+        and control.final_pruning["pruned_at_end"] < 0.01
+    ), control.final_pruning
     last = 0.0
     for step, logs in run.history[:-1]:
         assert logs["lp/plan"] == pytest.approx(0.5 * (1 - (1 - (step - START) / (CLOSING - START)) ** 3))
-        if step > control.grace_ends:  # what has faded dies
+        if step > control.regrowth_end:  # what has faded dies
             continue
-        assert last - 0.01 <= logs["lp/faded"] <= logs["lp/plan"] + 0.01, (step, logs)
-        assert logs["lp/faded"] >= 0.5 * control.plan(max(step - 10, START)) - 0.01, (step, logs)
-        last = logs["lp/faded"]
+        assert last - 0.01 <= logs["lp/near_zero"] <= logs["lp/plan"] + 0.01, (step, logs)
+        assert logs["lp/near_zero"] >= 0.5 * control.planned_share(max(step - 10, START)) - 0.01, (step, logs)
+        last = logs["lp/near_zero"]
     assert last > 0.45
 
 
@@ -63,20 +64,20 @@ def test_survivors_feel_no_decay_and_train_on_while_zeros_stay():
         now = run.weights()[name]
         assert (now == 0).equal(zeros) and (now != there[name])[~zeros].float().mean() > 0.99
     # As many weights survive as without blocks, and they are no smaller: none of them was pulled down
-    plain = Run(SparsityTarget(0.5, memory=0)).to(TOTAL)
+    plain = Run(SparsityTarget(0.5, latent_windows=0)).to(TOTAL)
     size = [sum(float(weights[name].abs().sum()) for name in MATRICES) for weights in (run.weights(), plain.weights())]
     assert 0.85 < size[0] / size[1] < 1.05, size
 
 
-@pytest.mark.parametrize("pattern", CHOICES)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
     """By hand: the quantile of x over the weights that are not the largest of their block, at the plan's share of all
     weights.
     """
-    n, m = CHOICES[pattern]
-    run, horizon = Run(SparsityTarget(pattern=pattern, scope="layer", p=0.0, every=4, curve="linear")).to(14), 4
+    n, m = PATTERNS[pattern]
+    run, horizon = Run(SparsityTarget(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14), 4
     share = 0.5 * (14 + horizon - START) / (CLOSING - START)
-    rates, found = 0.0, {name: run.optimizer.segments.values(name) for name in MATRICES}
+    rates, found = 0.0, {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     xs = {}
     for name, param in run.model.named_parameters():
         if name in MATRICES:
@@ -92,15 +93,15 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
         assert values["cutoff"] == pytest.approx(xs[name], rel=3e-4) and values["weight_decay"] == pytest.approx(
             xs[name] / (2 * rates), rel=3e-4
         )
-        assert values["floor"] == pytest.approx(0.1 * xs[name], rel=3e-4)
+        assert values["regrowth_below"] == pytest.approx(0.1 * xs[name], rel=3e-4)
 
 
 def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
-    monkeypatch.setattr("lp_dist.sparsity.quantiles._SAMPLE", 2000)
+    monkeypatch.setattr("lp_dist.sparsity.quantiles.SAMPLE_SIZE", 2000)
     run = Run(SparsityTarget(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
-    sample = run.attached.control._parts(whole=False, elements={"all": sum(MATRICES.values())})[0]
-    ((_, _, x),) = sample.x()
+    sample = run.attached.weight_controller._scored(all_local=False, elements={"all": sum(MATRICES.values())})[0]
+    ((_, _, x),) = sample.saliency()
     found = [(blocks == block).all(1).nonzero().item() for block in sample.weights.view(-1, 4)]
     assert 200 < len(found) < 400 and len({place % 16 for place in found}) == 16
     assert (x.view(-1, 4) == math.inf).sum(1).tolist() == [2] * len(found)
@@ -110,19 +111,19 @@ def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
     values=st.lists(
         st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.5, -0.5, 1e-30])), min_size=48, max_size=48
     ),
-    pattern=st.sampled_from(list(CHOICES)),
+    pattern=st.sampled_from(list(PATTERNS)),
     slope=st.floats(0.0, 2.0),
-    grace=st.sampled_from([0.0, 0.1]),
+    regrowth=st.sampled_from([0.0, 0.1]),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_weights_end_in_the_pattern(values, pattern, slope, grace):
-    n, m = CHOICES[pattern]
+def test_any_weights_end_in_the_pattern(values, pattern, slope, regrowth):
+    n, m = PATTERNS[pattern]
     weight = torch.tensor(values).view(6, 8)
     if not weight.any():
         return
     model = nn.Sequential(nn.Linear(8, 6, bias=False))
     model[0].weight.data.copy_(weight)
-    run = Run(SparsityTarget(pattern=pattern, grace=grace), model=model, total=14, attached=False)
+    run = Run(SparsityTarget(pattern=pattern, regrowth=regrowth), model=model, total=14, attached=False)
     run.step = lambda: stepped(run, slope)
     run.attach()
     run.to(14)
@@ -145,8 +146,8 @@ def test_zeros_that_were_there_count_where_they_are_not_spared():
     with torch.no_grad():
         model[0].weight[:80] = 0.0
         model[2].weight.view(-1, 4)[:, 1:3] = 0.0
-    run = Run(SparsityTarget(pattern="2:4", scope="layer", grace=0.0), model=model).to(START)
-    assert run.attached.control.before == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.0}
+    run = Run(SparsityTarget(pattern="2:4", scope="layer", regrowth=0.0), model=model).to(START)
+    assert run.attached.weight_controller.before == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.0}
     run.to(TOTAL)
     assert (alive(model[2].weight, 4) == 2).all() and all((alive(model[i].weight, 4) <= 2).all() for i in (0, 4))
 
@@ -160,8 +161,8 @@ def test_zeros_that_were_there_count_where_they_are_not_spared():
         ({}, ["sparsity=None", "or a pattern"]),
         ({"pattern": "1:4"}, ["pattern='1:4'", "2:4, 4:8"]),
         ({"pattern": "2:4", "sparsity": 0.6}, ["sparsity=0.6 contradicts pattern='2:4', which is 0.5"]),
-        ({"pattern": "2:4", "memory": 8}, ["memory=8", "set memory=0"]),
-        ({"pattern": "2:4", "of": "all"}, ["of='all'", "use of='decayed'"]),
+        ({"pattern": "2:4", "latent_windows": 8}, ["latent_windows=8", "set latent_windows=0"]),
+        ({"pattern": "2:4", "relative_to": "all"}, ["relative_to='all'", "use relative_to='decayed'"]),
     ],
 )
 def test_bad_values_are_refused_by_the_target_itself(values, words):

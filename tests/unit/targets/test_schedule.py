@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lp_dist import LpAdamW
-from lp_dist.optim.hyperparameters import FROZEN, OFF
 from lp_dist.targets.schedule import DecayWindow, Ramp
 
 
@@ -22,9 +21,9 @@ def test_fractions_and_steps_give_the_same_window():
 def test_phases_follow_each_other_at_the_exact_steps():
     window = DecayWindow(2, 5, {"p": 0.5, "precondition": 1.0})
     phases = [window.at(step, 8) for step in range(8)]
-    assert phases[:2] == [OFF] * 2
-    assert phases[2:5] == [{"cutoff": math.inf, "p": 0.5, "precondition": 1.0}] * 3
-    assert phases[5:] == [FROZEN] * 3
+    assert phases[:2] == [{"phase": "off"}] * 2
+    assert phases[2:5] == [{"phase": "decay", "p": 0.5, "precondition": 1.0}] * 3
+    assert phases[5:] == [{"phase": "frozen"}] * 3
 
 
 @pytest.mark.parametrize(
@@ -108,9 +107,14 @@ def test_a_window_moves_its_values_step_by_step():
     assert [window.at(step, 9)["p"] for step in range(2, 7)] == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert [window.at(step, 9)["weight_decay"] for step in (2, 4, 6)] == pytest.approx([1e-3, 1e-2, 1e-1])
     assert [window.at(step, 9)["l2"] for step in (2, 6)] == pytest.approx([0.1, 0.0])
-    assert window.at(1, 9) == OFF and window.at(7, 9) == FROZEN
+    assert window.at(1, 9) == {"phase": "off"} and window.at(7, 9) == {"phase": "frozen"}
     scheduled = window.scheduled()
-    assert 0.123 in scheduled["p"] and 3 in scheduled["weight_decay"] and 0.5 not in scheduled["cutoff"]
+    assert (
+        0.123 in scheduled["p"]
+        and 3 in scheduled["weight_decay"]
+        and "off" in scheduled["phase"]
+        and "cutoff" not in scheduled
+    )
 
 
 def test_a_value_that_leaves_its_range_on_the_way_is_refused():

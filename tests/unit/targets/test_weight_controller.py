@@ -15,9 +15,9 @@ from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, backward,
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
 
 CAPPED, UNCAPPED, PRECONDITIONED = (
-    {"grace": 0.0},
-    {"cap": None, "grace": 0.0},
-    {"cap": None, "precondition": 1.0, "grace": 0.0},
+    {"regrowth": 0.0},
+    {"cap": None, "regrowth": 0.0},
+    {"cap": None, "precondition": 1.0, "regrowth": 0.0},
 )
 
 
@@ -49,15 +49,15 @@ def plain_adamw(params, lr):
         (0.0, 0.9, CAPPED),
         (0.5, 0.3, UNCAPPED),
         (0.5, 0.9, PRECONDITIONED),
-        (0.5, 0.9, {"precondition": 0.5, "grace": 0.0}),
+        (0.5, 0.9, {"precondition": 0.5, "regrowth": 0.0}),
         (0.8, 0.3, CAPPED),
         (0.8, 0.9, PRECONDITIONED),
-        (1.0, 0.3, {"cap": 2.0, "grace": 0.0}),
+        (1.0, 0.3, {"cap": 2.0, "regrowth": 0.0}),
         (1.0, 0.9, CAPPED),
     ],
 )
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
-    run = Run(layerwise(sparsity, p=p, memory=0.0, **form)).to(TOTAL)
+    run = Run(layerwise(sparsity, p=p, latent_windows=0.0, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
         assert abs(zeros - sparsity * MATRICES[name]) <= 1, (
             f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
@@ -69,7 +69,7 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
     # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 looks of 2
     # steps for p <= 0.5, and with a cap of 1 at most 6 whatever p is. Without a cap at p near 1 a large part is left
     # to the last threshold.
-    control, last = run.attached.control, 0.0
+    control, last = run.attached.weight_controller, 0.0
     behind = 10 if p <= 0.5 else 12 if form is CAPPED else 30
     for step, logs in run.history[:-1]:
         plan, measured = logs["lp/plan"], logs["lp/measured"]
@@ -77,17 +77,17 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
             f"the cubic plan at step {step}"
         )
         assert last <= measured <= plan + 1e-3, f"at step {step} {measured:.4f} are zeros, and {plan:.4f} were planned"
-        assert measured >= sparsity * control.plan(max(step - behind, START)), (
+        assert measured >= sparsity * control.planned_share(max(step - behind, START)), (
             f"at step {step} only {measured:.4f} are zeros; planned {plan:.4f}"
         )
         last = measured
-    closed = control.closed
+    closed = control.final_pruning
     assert (
         closed["after"] == pytest.approx(sparsity, abs=1e-4)
-        and closed["by_threshold"] == closed["after"] - closed["before"] >= 0
+        and closed["pruned_at_end"] == closed["after"] - closed["before"] >= 0
     )
     if form is CAPPED:
-        assert closed["by_threshold"] <= 0.012, (
+        assert closed["pruned_at_end"] <= 0.012, (
             f"{closed['by_threshold']:.2%} were left to the last threshold; decay should have done it"
         )
 
@@ -101,7 +101,7 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
     assert max(shares) > min(shares) + 0.05, (
         f"{shares}: tensors of different scale must differ, else it was no global threshold"
     )
-    values = [run.optimizer.segments.values(name) for name in MATRICES]
+    values = [run.optimizer.parameter_map.values(name) for name in MATRICES]
     assert all(one == values[0] for one in values), "one λ and one cutoff for all"
     survivors = run.zeros()
     run.to(TOTAL)
@@ -122,28 +122,31 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
 def test_every_base_reaches_it(make, lr, p):
     run = Run(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
     assert run.zeros() == {name: round(0.7 * elements) for name, elements in MATRICES.items()}
-    assert run.attached.control.closed["by_threshold"] < 0.03, "it is the decay that does it"
+    assert run.attached.weight_controller.final_pruning["pruned_at_end"] < 0.03, "it is the decay that does it"
 
 
 @pytest.mark.parametrize(
     "every, look, form",
     [
-        (4, 10, {"memory": 0.0}),
+        (4, 10, {"latent_windows": 0.0}),
         (4, 14, {"cap": None}),
         (3, 9, {"precondition": 1.0, "cap": 3.0}),
         (10, 36, {}),
         (4, 10, {}),
-        (3, 18, {"precondition": 1.0, "memory": 0.25}),
+        (3, 18, {"precondition": 1.0, "latent_windows": 0.25}),
     ],
 )
 def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
     """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or
     the last threshold.
     """
-    run, horizon = Run(layerwise(0.6, p=0.0, every=every, curve="linear", **form)).to(look), min(every, CLOSING - look)
+    run, horizon = (
+        Run(layerwise(0.6, p=0.0, update_every=every, curve="linear", **form)).to(look),
+        min(every, CLOSING - look),
+    )
     share = 0.6 * (look + horizon - START) / (CLOSING - START)
-    control, beta2 = run.attached.control, 0.999
-    found = {name: run.optimizer.segments.values(name) for name in MATRICES}
+    control, beta2 = run.attached.weight_controller, 0.999
+    found = {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     x = {}
     for name, param in run.model.named_parameters():
         if name in MATRICES:
@@ -153,12 +156,12 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
             x[name] = float(
                 (weight.detach().double() ** 2 * denom).flatten().sort().values[round(share * param.numel()) - 1]
             )
-    rates, latent = 0.0, control.target.memory > 0
+    rates, latent = 0.0, control.target.latent_windows > 0
     for _ in range(horizon):
         rates += run.optimizer.param_groups[0]["lr"]
         run.step()
     if latent:  # as long as that many windows
-        rates *= control.target.memory * (END - START) / horizon
+        rates *= control.target.latent_windows * (END - START) / horizon
     for name, values in found.items():
         assert values["weight_decay"] == pytest.approx(x[name] / (2 * rates), rel=3e-4), f"λ of {name}"
         assert values.get("latent", False) == latent
@@ -171,41 +174,53 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
 
 @pytest.mark.parametrize(
     "p, sparsity, form",
-    [(0.5, 0.9, {}), (0.0, 0.3, {"scope": "global", "precondition": 0.5}), (0.5, 0.6, {"cap": None, "grace": 0.02})],
+    [
+        (0.5, 0.9, {}),
+        (0.0, 0.3, {"scope": "global", "precondition": 0.5}),
+        (0.5, 0.6, {"cap": None, "regrowth": 0.02}),
+    ],
 )
 def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
-    form = {"memory": 0.0, **form}
+    form = {"latent_windows": 0.0, **form}
     run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
-    control, grace = run.attached.control, form.get("grace", 0.1)
-    assert control.grace_ends == END - 8
+    control, grace = run.attached.weight_controller, form.get("regrowth", 0.1)
+    assert control.regrowth_end == END - 8
     last = 0.0
     for step, logs in run.history[:-1]:
-        faded = logs["lp/faded"]
-        if step <= control.grace_ends:
+        faded = logs["lp/near_zero"]
+        if step <= control.regrowth_end:
             assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
             assert last - 0.01 <= faded <= logs["lp/plan"] + 0.01, f"at step {step}"
-            assert faded >= sparsity * control.plan(max(step - 16, START)) - 0.01, (
+            assert faded >= sparsity * control.planned_share(max(step - 16, START)) - 0.01, (
                 f"at step {step} only {faded:.4f} have faded"
             )
         else:
-            assert logs["lp/measured"] >= last - 0.01 or step <= control.grace_ends + 4
+            assert logs["lp/measured"] >= last - 0.01 or step <= control.regrowth_end + 4
         last = faded
     assert last > 0.9 * sparsity
-    assert control.closed["after"] == pytest.approx(sparsity, abs=1e-4) and control.closed["by_threshold"] <= 0.012
+    assert (
+        control.final_pruning["after"] == pytest.approx(sparsity, abs=1e-4)
+        and control.final_pruning["pruned_at_end"] <= 0.012
+    )
 
     again = Run(layerwise(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
     for name in MATRICES:
-        values = again.optimizer.segments.values(name)
-        assert values["floor"] == pytest.approx(grace * values["cutoff"], rel=1e-6) and values["floor"] > 0
+        values = again.optimizer.parameter_map.values(name)
+        assert (
+            values["regrowth_below"] == pytest.approx(grace * values["cutoff"], rel=1e-6)
+            and values["regrowth_below"] > 0
+        )
     assert all(
-        again.optimizer.segments.values(name)["floor"] == 0.0 for name in MATRICES if again.to(control.grace_ends + 2)
+        again.optimizer.parameter_map.values(name)["regrowth_below"] == 0.0
+        for name in MATRICES
+        if again.to(control.regrowth_end + 2)
     )
 
 
 @pytest.mark.parametrize("grace", [0.1, 0.0])
 def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
     """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
-    run = Run(layerwise(0.5, p=0.5, memory=0.0, grace=grace, every=12), lr=1e-2)
+    run = Run(layerwise(0.5, p=0.5, latent_windows=0.0, regrowth=grace, update_every=12), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -325,7 +340,7 @@ def test_names_that_are_given_decay_instead():
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_share_of_all_parameters(scope):
-    run = Run(SparsityTarget(0.8, of="all", scope=scope)).to(TOTAL)
+    run = Run(SparsityTarget(0.8, relative_to="all", scope=scope)).to(TOTAL)
     everything = sum(param.numel() for param in run.model.parameters())
     assert abs(sum(run.zeros().values()) - 0.8 * everything) <= len(MATRICES)
     assert run.attached.logs["lp/target"] == pytest.approx(0.8 * everything / sum(MATRICES.values()))
@@ -335,7 +350,7 @@ def test_a_share_of_all_parameters(scope):
 
 
 def test_a_curve_of_ones_own():
-    run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, every=1)).to(TOTAL)
+    run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, update_every=1)).to(TOTAL)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     middle = (CLOSING - START) / 2 + START
     assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, (
@@ -346,11 +361,11 @@ def test_a_curve_of_ones_own():
 
 def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     caplog.set_level("INFO", "lp_dist")
-    run = Run(layerwise(0.5, every=10)).to(TOTAL)
+    run = Run(layerwise(0.5, update_every=10)).to(TOTAL)
     assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
     assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
-    assert "50.00% zeros of 20992 weights from optimizer step 6 to 42 of 60, a look every 10" in caplog.text
-    assert "50.00% after the last threshold" in caplog.text
+    assert "target: prune 50.00 % of 20,992 weights, steps 6–42 of 60, λ updated every 10 steps" in caplog.text
+    assert "pruned in the final step; furthest from 50.00 %" in caplog.text and ", at 50.00 %" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -360,7 +375,12 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
 def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, every):
     model = model_of()
     optimizer = LpAdamW(model.parameters())
-    assert attach(model, optimizer, target=SparsityTarget(0.5, every=given), total_steps=total).control.every == every
+    assert (
+        attach(
+            model, optimizer, target=SparsityTarget(0.5, update_every=given), total_steps=total
+        ).weight_controller.update_every
+        == every
+    )
 
 
 def test_dead_channels_are_logged():
@@ -368,7 +388,7 @@ def test_dead_channels_are_logged():
     with torch.no_grad():
         model[0].weight[:10] *= 1e-6
         model[0].weight[150] = 0.0
-    run = Run(layerwise(0.5, start=0, end=12, memory=0.0), model=model, lr=1e-5, total=12)
+    run = Run(layerwise(0.5, start=0, end=12, latent_windows=0.0), model=model, lr=1e-5, total=12)
     assert run.attached.logs["lp/dead_channels"] == pytest.approx(1 / 232)
     run.to(12)
     dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)

@@ -1,0 +1,193 @@
+"""The last step of `attach`: what was planned, and agreed on, is done."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lp_dist.attachment.attachment import Attachment
+from lp_dist.attachment.plan import Plan
+from lp_dist.attachment.restoring import restore_rates, restore_values, warn_of_other_rates
+from lp_dist.optim import nm
+from lp_dist.optim.base import LpOptimizer
+from lp_dist.optim.nm import SplitBlocks
+from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
+from lp_dist.optim.state import steps_taken
+from lp_dist.sharding.collectives import all_gather_objects, all_reduce_max
+from lp_dist.sharding.deepspeed import in_checkpoints, is_wrapped, undo_dry_step
+from lp_dist.sharding.engines import inner_scheduler
+from lp_dist.sharding.shards import Shard, all_zero_names, full_shape
+from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
+from lp_dist.targets.controller import RunContext
+from lp_dist.targets.group_controller import GroupController
+from lp_dist.targets.target import GroupTarget
+from lp_dist.targets.weight_controller import WeightController
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadGuard:
+    """Puts back what a checkpoint loader has overwritten.
+
+    Args:
+        plan: what was requested.
+        engine: the model as it was handed to `attach`, for its own scheduler.
+    """
+
+    plan: Plan
+    engine: Any
+
+    def after_state_load(self, *_: Any) -> None:
+        """A hook of the optimizer's `load_state_dict`."""
+        restore_values(self.plan.optimizer, self.plan.requested, self.plan.scheduled)
+
+    def after_engine_load(self, lr_scheduler: Any = None) -> None:
+        """An engine may load the state past `load_state_dict`, and learning rates too."""
+        self.after_state_load()
+        optimizer = self.plan.optimizer
+        if isinstance(optimizer, LpOptimizer):
+            for shard in self.plan.shards:
+                optimizer.check_state(optimizer.state.get(shard.tensor, {}), optimizer.param_groups[shard.group])
+        # While an engine loads, only its own scheduler is sure to have been loaded with it.
+        scheduler = inner_scheduler(lr_scheduler or getattr(self.engine, "lr_scheduler", None))
+        restore_rates(optimizer, self.plan.requested, scheduler)
+        warn_of_other_rates(optimizer, self.plan.requested, scheduler)
+
+
+def apply_plan(model: Any, plan: Plan) -> Attachment:
+    """Does what was planned. Collective.
+
+    Args:
+        model: as it was handed to `attach`.
+        plan: the same on every rank.
+    Raises:
+        ValueError: a matrix that is to decay is all zeros, or a target can't be reached.
+    """
+    undo_dry_step(plan.engine_optimizer)
+    attached_state = plan.attachable.attached
+    parameter_map = _parameter_map(plan.shards)
+    for name, values in plan.overrides.items():
+        parameter_map.set(name, **values)
+    if plan.weight_target is None and not steps_taken(plan.optimizer):
+        _refuse_all_zero([s for s in plan.shards if plan.decays_by_hand(s) and plan.values_of(s)["p"] < 2])
+    attached_state.parameter_map = parameter_map
+    attached_state.hooks.remove()
+    guard = LoadGuard(plan, model)
+    attached_state.hooks.after_load = plan.optimizer.register_load_state_dict_post_hook(guard.after_state_load)
+    if is_wrapped(plan.engine_optimizer):
+        guard.after_engine_load(plan.lr_scheduler)
+    else:
+        guard.after_state_load()
+        warn_of_other_rates(plan.optimizer, plan.requested, inner_scheduler(plan.lr_scheduler))
+    run = RunContext(
+        plan.optimizer,
+        plan.engine_optimizer,
+        plan.lr_scheduler or getattr(model, "lr_scheduler", None),
+        plan.total_steps or 0,
+        sum(full_shape(param).numel() for param in plan.model.parameters()),
+    )
+    group_decay, group_controller = _start_groups(plan, run)
+    attached_state.hooks.group_decay = group_decay
+    weight_controller = _start_weights(plan, run, parameter_map, group_controller)
+    if weight_controller is not None:
+        decayed = frozenset(shard.name for shard in weight_controller.shards)
+    else:
+        decayed = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
+    in_groups = {member.name for groups in plan.sets for member in groups.members}
+    matrices = in_groups & {shard.name for shard in plan.shards if len(shard.shape) > 1}
+    attachment = Attachment(
+        plan.optimizer, plan.shards, decayed | matrices, weight_controller, group_decay, group_controller
+    )
+
+    def load(state: dict[str, Any] | None) -> None:
+        guard.after_engine_load()
+        if group_decay is not None:
+            group_decay.forget()
+        if state is not None:
+            attachment.load_state_dict(state)
+
+    in_checkpoints(model, lambda: attachment.state_dict() or None, load)
+    beside = f", and on {sum(groups.count for groups in plan.sets):,} groups in {len(matrices)}" if plan.sets else ""
+    logger.info("Lp decay on %d of %d parameters%s", len(decayed), len(plan.shards), beside)
+    return attachment
+
+
+def _start_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, GroupController | None]:
+    """What decays the weight groups from now on, and what brings them to their target if they have one."""
+    request = plan.group_request
+    if request is None:
+        return None, None
+    if isinstance(request, GroupTarget):
+        controller = GroupController(request, run, plan.sets, plan.shards)
+        controller.begin(steps_taken(plan.optimizer))
+        return controller.hook, controller
+    hook = GroupDecayHook(
+        plan.optimizer,
+        plan.sets,
+        plan.shards,
+        p=request.p,
+        precondition=request.precondition,
+        interval=request.interval,
+    )
+    hook.settings = [DecaySettings(request.weight_decay, request.cutoff) for _ in plan.sets]
+    return hook, None
+
+
+def _start_weights(
+    plan: Plan, run: RunContext, parameter_map: ParameterMap, group_controller: GroupController | None
+) -> WeightController | None:
+    """What brings single weights to their target, if there is one."""
+    if plan.weight_target is None:
+        return None
+    candidates = plan.candidates()
+    left_out = [] if steps_taken(plan.optimizer) else all_zero_names(candidates)
+    if left_out:
+        logger.info(
+            "no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0]
+        )
+    controller = WeightController(plan.weight_target, run, parameter_map, candidates, left_out)
+    if group_controller is not None:
+        group_controller.check_order(controller)
+        group_controller.check_room(controller)
+    controller.begin(steps_taken(plan.optimizer))
+    return controller
+
+
+def _parameter_map(shards: list[Shard]) -> ParameterMap:
+    """Which parameter each part of a tensor belongs to, and which N:M blocks lie on several ranks. One exchange, of
+    where shards begin inside of a block.
+    """
+    parameter_map = ParameterMap()
+    slices: dict[Tensor, list[ParamSlice]] = {}
+    names: dict[Tensor, list[str]] = {}
+    for shard in shards:
+        param_slice = ParamSlice(shard.name, shard.offset, shard.length, shard.start, shard.shape)
+        slices.setdefault(shard.tensor, []).append(param_slice)
+        names.setdefault(shard.tensor, []).append(shard.name)
+    parameter_map.replace(slices)
+    inside_of_blocks = [
+        (shard.name, shard.start)
+        for shard in shards
+        if shard.length and len(shard.shape) == 2 and (shard.start or 0) % nm.LARGEST_BLOCK
+    ]
+    starts: dict[str, list[int]] = {}
+    for name, start in (pair for of_rank in all_gather_objects(inside_of_blocks) for pair in of_rank):
+        starts.setdefault(name, []).append(start)
+    parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max) if starts else None
+    return parameter_map
+
+
+def _refuse_all_zero(decaying: list[Shard]) -> None:
+    """Raises ValueError, on every rank, for a parameter that is to decay and is all zeros."""
+    zero_names = all_zero_names(decaying)
+    if zero_names:
+        raise ValueError(
+            f"{len(zero_names)} parameters are to decay, but are all zeros, such as {zero_names[0]!r}: zero absorbs"
+            " for p < 2, so they could never move. Give them weight_decay=0: attach(...,"
+            f" overrides={{{zero_names[0]!r}: {{'weight_decay': 0.0}}}}), or build the groups by lp_dist.param_groups,"
+            " which does so by itself"
+        )
