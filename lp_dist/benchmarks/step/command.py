@@ -364,7 +364,7 @@ def print_tables(results: StepResults) -> None:
     machine = f"{run['machine']}, {run['device']}"
     for (kind, n), rows in results.steps.items():
         title = f"{n:,} weights, {_TITLES[kind]}: a step, median of {run['repeats']} rounds on {machine}"
-        print_table(f"{title}, {run['threads']} threads", _COLUMNS, map(_cells, rows), width=150)
+        print_table(f"{title}, threads: {run['threads']}", _COLUMNS, map(_cells, rows), width=150)
     if results.training_steps:
         print_table(
             f"Training steps on {machine}", _TRAINING_COLUMNS, map(_training_cells, results.training_steps), width=150
