@@ -221,8 +221,8 @@ def test_the_program_takes_the_recipe(path: Path):
 
     recipe = yaml.safe_load(path.read_text())
     missing = [word for key, value in NEEDED.items() if key not in recipe for word in (f"--{key}", value)]
-    *ours, training = arguments.parse([str(path), *missing])
-    parsed = {key: value for part in (*ours, training) for key, value in vars(part).items()}
+    *lp_dist_arguments, training = arguments.parse([str(path), *missing])
+    parsed = {key: value for each_class in (*lp_dist_arguments, training) for key, value in vars(each_class).items()}
     for key, value in recipe.items():
         if isinstance(value, (bool, int, float)) or key in ("model", "dataset", "base", "deepspeed"):
             assert parsed[key] == value and isinstance(parsed[key], bool) == isinstance(value, bool), key

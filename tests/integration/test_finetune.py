@@ -104,14 +104,16 @@ def test_the_report_counts_every_weight_in_the_order_of_the_model(run, tiny_mode
     assert all(
         counts == [int((weights[name] == 0).sum()), weights[name].numel()] for name, counts in saved["tensors"].items()
     )
-    found = saved["histograms"]
+    histograms = saved["histograms"]
     for when, of in (("before", load_file(tiny_model / "model.safetensors")), ("after", weights)):
         values = torch.cat([of[name].abs().flatten() for name in saved["tensors"]])
-        wanted = torch.histogram(values[values > 0].double(), torch.tensor(found["edges"], dtype=torch.float64)).hist
-        assert found[when] == wanted.tolist() and sum(found[when]) + found[f"zeros_{when}"] == saved[
+        wanted = torch.histogram(
+            values[values > 0].double(), torch.tensor(histograms["edges"], dtype=torch.float64)
+        ).hist
+        assert histograms[when] == wanted.tolist() and sum(histograms[when]) + histograms[f"zeros_{when}"] == saved[
             "decayed_weights"
         ] == len(values)
-    assert found["zeros_after"] == saved["zeros"] > found["zeros_before"] == 0
+    assert histograms["zeros_after"] == saved["zeros"] > histograms["zeros_before"] == 0
 
 
 def test_the_run_leaves_its_page(run):
@@ -144,23 +146,26 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, common, tmp_path):
     finetune.main(
         [*common, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", str(run / "checkpoint-6")]
     )
-    whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "resumed" / "model.safetensors")
-    assert all(torch.equal(resumed[name], w) for name, w in whole.items())
-    one, two = schema.read(run), schema.read(tmp_path / "resumed")
-    assert one["perplexity_before"] == two["perplexity_before"]
-    assert [(e["step"], e["eval_perplexity"]) for e in one["log"] if "eval_perplexity" in e] == [
-        (e["step"], e["eval_perplexity"]) for e in two["log"] if "eval_perplexity" in e
+    uninterrupted, resumed = (
+        load_file(run / "model.safetensors"),
+        load_file(tmp_path / "resumed" / "model.safetensors"),
+    )
+    assert all(torch.equal(resumed[name], w) for name, w in uninterrupted.items())
+    first, second = schema.read(run), schema.read(tmp_path / "resumed")
+    assert first["perplexity_before"] == second["perplexity_before"]
+    assert [(e["step"], e["eval_perplexity"]) for e in first["log"] if "eval_perplexity" in e] == [
+        (e["step"], e["eval_perplexity"]) for e in second["log"] if "eval_perplexity" in e
     ]  # nothing is evaluated again
 
 
 @pytest.mark.parametrize(
-    "base, more", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])]
+    "base, words", [("sgd", ["--weight_decay", "0.02"]), ("lion", ["--learning_rate", "2e-3", "--p", "0"])]
 )
-def test_other_bases_and_a_compared_run(base, more, run, common, tmp_path, capsys):
+def test_other_bases_and_a_compared_run(base, words, run, common, tmp_path, capsys):
     finetune.main(
         [
             *common,
-            *more,
+            *words,
             "--base",
             base,
             "--output_dir",
@@ -278,8 +283,8 @@ def test_a_pattern_is_in_the_saved_model(common, tmp_path):
             "no",
         ]
     )
-    found = inspection.inspect(tmp_path)
-    matrices = [tensor for tensor in found.tensors if tensor.counted]
+    zeros = inspection.inspect(tmp_path)
+    matrices = [tensor for tensor in zeros.tensors if tensor.counted]
     assert len(matrices) == 14
     assert all(
         tensor.conforming == tensor.blocks == tensor.elements / 4 and tensor.zeros == tensor.elements / 2
@@ -289,7 +294,7 @@ def test_a_pattern_is_in_the_saved_model(common, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, parts",
+    "words, phrases",
     [
         (["--p", "5"], ["--p 5.0", "[-4, 4]"]),
         (["--weight_decay", "-1"], ["--weight_decay -1.0", ">= 0"]),
@@ -321,11 +326,11 @@ def test_a_pattern_is_in_the_saved_model(common, tmp_path):
         (["--load_best_model_at_end", "true", "--save_steps", "3"], ["--load_best_model_at_end", "set it to false"]),
     ],
 )
-def test_bad_input_ends_with_one_line_that_says_what_to_do(words, parts, common, tmp_path):
+def test_bad_input_ends_with_one_line_that_says_what_to_do(words, phrases, common, tmp_path):
     with pytest.raises(SystemExit) as caught:
         finetune.main([*common, "--output_dir", str(tmp_path), *words])
     message = str(caught.value.code)
-    assert message.startswith("lp-dist: error: ") and all(part in message for part in parts), message
+    assert message.startswith("lp-dist: error: ") and all(phrase in message for phrase in phrases), message
 
 
 @pytest.mark.parametrize("words, dtype", [([], torch.float32), (["--bf16", "true"], torch.bfloat16)])

@@ -21,7 +21,7 @@ def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
         SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", update_every=2),
         SparsityTarget(0.6, start=14, end=24),
     ]
-    whole = train(tmp_path / "whole", [LpCallback(target=targets)], steps=30)
+    uninterrupted = train(tmp_path / "whole", [LpCallback(target=targets)], steps=30)
     train(tmp_path / "cut", [LpCallback(target=targets), Interrupted(9)], steps=30)
     again = train(
         tmp_path / "cut",
@@ -30,7 +30,7 @@ def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
         resume=get_last_checkpoint(tmp_path / "cut"),
         restore_callback_states_from_checkpoint=True,
     )
-    assert same_models(whole, again)
+    assert same_models(uninterrupted, again)
     mlp = again.model.model.layers[0].mlp
     gone = (mlp.down_proj.weight == 0).all(0)
     assert int(gone.sum()) == 16 and not mlp.up_proj.weight[gone].any() and not mlp.gate_proj.weight[gone].any()
@@ -43,10 +43,12 @@ def test_a_lambda_for_groups_in_trainer_is_logged_and_kept(tmp_path):
     from helpers.trainer_runs import train
     from lp_dist import GroupDecay, LpCallback, LpTrainer
 
-    one = train(tmp_path, [LpCallback(groups=GroupDecay("channels", 0.5, p=0.0))], trainer=LpTrainer, logging_steps=8)
-    channels = (one.model.model.layers[0].mlp.down_proj.weight == 0).all(0)
+    trainer = train(
+        tmp_path, [LpCallback(groups=GroupDecay("channels", 0.5, p=0.0))], trainer=LpTrainer, logging_steps=8
+    )
+    channels = (trainer.model.model.layers[0].mlp.down_proj.weight == 0).all(0)
     assert channels.all(), "they are all of about one size, and die together"
-    assert all("lp/measured" in logs for logs in one.state.log_history if "loss" in logs)
+    assert all("lp/measured" in logs for logs in trainer.state.log_history if "loss" in logs)
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more, says",
+    "added, says",
     [
         (["--group_sparsity", "0.3"], "--group_sparsity 0.3 belongs to --groups, and none are named"),
         (["--groups", "channels"], "--groups need one of --group_sparsity"),
@@ -139,8 +141,8 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
         ),
     ],
 )
-def test_the_program_refuses_what_contradicts_itself(words, more, says):
+def test_the_program_refuses_what_contradicts_itself(words, added, says):
     from lp_dist.training import finetune
 
     with pytest.raises(SystemExit, match=says):
-        finetune.main([*words, *more])
+        finetune.main([*words, *added])

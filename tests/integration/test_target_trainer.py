@@ -25,20 +25,20 @@ def zeros(trainer: Trainer) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Trainer:
+def uninterrupted(tmp_path_factory) -> Trainer:
     """A run that was not interrupted."""
     return train(tmp_path_factory.mktemp("whole"), [LpCallback(target=TARGET)])
 
 
-def test_every_matrix_ends_with_its_share_of_zeros(whole):
-    assert {name: count for name, (count, _) in zeros(whole).items()} == {
-        name: round(0.6 * numel) for name, (_, numel) in zeros(whole).items()
+def test_every_matrix_ends_with_its_share_of_zeros(uninterrupted):
+    assert {name: count for name, (count, _) in zeros(uninterrupted).items()} == {
+        name: round(0.6 * numel) for name, (_, numel) in zeros(uninterrupted).items()
     }
-    assert len(zeros(whole)) == 7
+    assert len(zeros(uninterrupted)) == 7
 
 
-def test_a_target_may_be_a_mapping_of_its_arguments(whole, tmp_path):
-    assert same(train(tmp_path, [LpCallback(target={"sparsity": 0.6, "p": 0.0, "scope": "layer"})]), whole)
+def test_a_target_may_be_a_mapping_of_its_arguments(uninterrupted, tmp_path):
+    assert same(train(tmp_path, [LpCallback(target={"sparsity": 0.6, "p": 0.0, "scope": "layer"})]), uninterrupted)
 
 
 # Before the start, at it, in the window, at the last threshold, after the end; and with callbacks that Trainer makes
@@ -47,7 +47,7 @@ def test_a_target_may_be_a_mapping_of_its_arguments(whole, tmp_path):
     "step, restored",
     [(1, False), (START, False), (10, False), (END - 1, False), (20, False), (1, True), (10, True), (20, True)],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(step, restored, whole, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(step, restored, uninterrupted, tmp_path):
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(step)])
     checkpoint = get_last_checkpoint(str(tmp_path))
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["stateful_callbacks"]["LpCallback"]
@@ -56,7 +56,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, whole, tmp_path)
     resumed = train(
         tmp_path, [LpCallback(target=TARGET)], resume=checkpoint, restore_callback_states_from_checkpoint=restored
     )
-    assert resumed.state.global_step == STEPS and same(resumed, whole)
+    assert resumed.state.global_step == STEPS and same(resumed, uninterrupted)
 
 
 def test_a_curve_of_ones_own_can_not_come_from_a_checkpoint(tmp_path):
@@ -85,12 +85,12 @@ def test_skipped_steps_do_not_keep_a_run_from_its_target(tmp_path):
     assert all(count == round(0.6 * elements) for count, elements in zeros(trainer).values())
 
 
-def test_a_run_can_be_resumed_twice(whole, tmp_path):
+def test_a_run_can_be_resumed_twice(uninterrupted, tmp_path):
     """The second checkpoint is one that a resumed run has written."""
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(6)])
     train(tmp_path, [LpCallback(target=TARGET), Interrupted(11)], resume=True)
     assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-11")
-    assert same(train(tmp_path, [LpCallback(target=TARGET)], resume=True), whole)
+    assert same(train(tmp_path, [LpCallback(target=TARGET)], resume=True), uninterrupted)
 
 
 def test_another_target_than_that_of_the_checkpoint_is_refused(tmp_path):
@@ -138,18 +138,18 @@ def test_a_run_too_short_for_its_window_is_refused(tmp_path):
 )
 def test_trap_4_trainers_own_groups_leave_embeddings_head_and_norms_dense(arguments, tmp_path):
     """They hold embeddings and head in the group that decays."""
-    one = train(
+    trainer = train(
         tmp_path,
         [LpCallback(target=TARGET)],
         lambda model: {"optimizer_cls_and_kwargs": (LpAdamW, {"lr": 1e-2})},
         **arguments,
     )
-    everything = measure_sparsity(one.model, names=[name for name, _ in one.model.named_parameters()]).counts
-    assert {name for name, (count, _) in everything.items() if count} == set(zeros(one))
-    assert all(count == round(0.6 * numel) for count, numel in zeros(one).values())
+    everything = measure_sparsity(trainer.model, names=[name for name, _ in trainer.model.named_parameters()]).counts
+    assert {name for name, (count, _) in everything.items() if count} == set(zeros(trainer))
+    assert all(count == round(0.6 * numel) for count, numel in zeros(trainer).values())
 
 
-class Looks(TrainerCallback):
+class Updates(TrainerCallback):
     """At which of Trainer's steps the target had looked at the weights."""
 
     def __init__(self, callback: LpCallback) -> None:
@@ -164,9 +164,9 @@ class Looks(TrainerCallback):
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_looks_come_at_optimizer_steps_and_not_at_batches(accumulation, tmp_path):
     callback = LpCallback(target=SparsityTarget(0.5, update_every=4))
-    looks = Looks(callback)
-    train(tmp_path, [callback, looks], gradient_accumulation_steps=accumulation)
-    assert [step for step, _ in looks.steps] == [2, 6, 10, 14, END - 1]
+    updates = Updates(callback)
+    train(tmp_path, [callback, updates], gradient_accumulation_steps=accumulation)
+    assert [step for step, _ in updates.steps] == [2, 6, 10, 14, END - 1]
 
 
 def test_the_learning_rates_ahead_are_those_of_trainers_scheduler(tmp_path):
@@ -212,8 +212,8 @@ KEYS = {
 def test_progress_reaches_the_loggers_through_lp_trainer(tmp_path):
     reporter = Reporter()
     target = replace(TARGET, latent_windows=0.0)  # with a memory zeros come and go
-    one = train(tmp_path, [reporter, LpCallback(target=target)], trainer=LpTrainer, logging_steps=1)
-    for seen in (one.state.log_history, reporter.logs):
+    trainer = train(tmp_path, [reporter, LpCallback(target=target)], trainer=LpTrainer, logging_steps=1)
+    for seen in (trainer.state.log_history, reporter.logs):
         losses = [logs for logs in seen if "loss" in logs]
         assert len(losses) == STEPS and not any("lp/target" in logs for logs in losses[: START - 1])
         assert all(logs.keys() >= KEYS for logs in losses[START - 1 :])
@@ -225,7 +225,7 @@ def test_progress_reaches_the_loggers_through_lp_trainer(tmp_path):
     assert not any(KEYS & logs.keys() for logs in plain.state.log_history), (
         "a plain Trainer trains the same, and its logs are its own"
     )
-    assert same(plain, one)
+    assert same(plain, trainer)
 
 
 # -- the program --------------------------------------------------------------
@@ -281,8 +281,8 @@ def test_the_program_reaches_its_sparsity_and_reports_it(program):
 
 def test_the_program_resumes_to_the_same_files(program, common, tmp_path):
     finetune.main([*common, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(program / "checkpoint-8")])
-    one, other = load_file(program / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+    first, second = load_file(program / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
     assert schema.read(tmp_path)["target"] == schema.read(program)["target"]
 
 
@@ -335,7 +335,7 @@ def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, commo
 
 
 @pytest.mark.parametrize(
-    "words, parts",
+    "words, phrases",
     [
         (["--weight_decay", "0.1"], ["--sparsity 0.5 finds λ by itself", "--weight_decay", "leave one of them out"]),
         (["--overrides", '{"*": {"weight_decay": 0.1}}'], ["--sparsity 0.5 finds λ by itself", "overrides"]),
@@ -358,11 +358,11 @@ def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, commo
         ),
     ],
 )
-def test_a_sparsity_that_contradicts_something_ends_with_one_line(words, parts, common, tmp_path):
+def test_a_sparsity_that_contradicts_something_ends_with_one_line(words, phrases, common, tmp_path):
     with pytest.raises(SystemExit) as caught:
         finetune.main([*common, "--output_dir", str(tmp_path), *words])
     message = str(caught.value.code)
-    assert message.startswith("lp-dist: error: ") and all(part in message for part in parts), message
+    assert message.startswith("lp-dist: error: ") and all(phrase in message for phrase in phrases), message
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,13 @@ def by_instance(model):
 
 
 def test_both_ways_into_trainer_give_the_same_sparse_model(tmp_path):
-    one, two = (train(tmp_path, way, [LpCallback(WINDOW)]) for way in (by_class, by_instance))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
-    counted = measure_sparsity(one)
+    from_class, from_instance = (train(tmp_path, way, [LpCallback(WINDOW)]) for way in (by_class, by_instance))
+    assert all(
+        torch.equal(a, b) for a, b in zip(from_class.state_dict().values(), from_instance.state_dict().values())
+    )
+    counted = measure_sparsity(from_class)
     assert counted.total > 0.05
-    everything = measure_sparsity(one, names=[name for name, _ in one.named_parameters()])
+    everything = measure_sparsity(from_class, names=[name for name, _ in from_class.named_parameters()])
     assert everything.zeros == counted.zeros  # embeddings, head and norms have none
 
 
@@ -100,12 +102,12 @@ def test_trap_1_accelerate_really_replaces_our_optimizer_under_offload(monkeypat
             },
         ),
     )
-    live = map_pytorch_optim_to_deepspeed(LpAdamW(param_groups(tiny_llama(), 0.1), lr=1e-3))
-    assert type(live).__name__ == "DeepSpeedCPUAdam"
+    replaced = map_pytorch_optim_to_deepspeed(LpAdamW(param_groups(tiny_llama(), 0.1), lr=1e-3))
+    assert type(replaced).__name__ == "DeepSpeedCPUAdam"
     with pytest.raises(
         RuntimeError, match='DeepSpeedCPUAdam, not one of lp_dist.*"zero_force_ds_cpu_optimizer": false'
     ):
-        verify(live)
+        verify(replaced)
 
 
 def test_trap_4_trainers_own_groups_leave_embeddings_and_head_dense(tmp_path):
@@ -176,8 +178,8 @@ def test_a_cutoff_of_the_groups_holds_in_a_window_that_names_none(tmp_path):
 
 def test_verify_sees_through_wrappers():
     model = tiny_llama()
-    ours = LpAdamW(param_groups(model, 0.1), lr=1e-3)
-    assert verify(Accelerator(cpu=True).prepare(ours)) is ours
+    optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-3)
+    assert verify(Accelerator(cpu=True).prepare(optimizer)) is optimizer
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with pytest.raises(RuntimeError, match="torch.optim.adamw.AdamW"):
         verify(Accelerator(cpu=True).prepare(other))

@@ -12,21 +12,24 @@ from transformers import AutoTokenizer
 from lp_dist.data import gguf
 
 
-def gguf_file(path: Path, tokenizer: Path, layers: int = 2, hidden: int = 64, wide: int = 96) -> None:
+def gguf_file(path: Path, tokenizer: Path, layers: int = 2, width: int = 64, wide: int = 96) -> None:
     """A small Llama in Q4_1, the format of the demo's file."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-    told, writer = json.loads(tokenizer.read_text())["model"], GGUFWriter(path, "llama")
-    tokens, merges = sorted(told["vocab"], key=told["vocab"].get), [" ".join(pair) for pair in told["merges"]]
+    tokenizer_model, writer = json.loads(tokenizer.read_text())["model"], GGUFWriter(path, "llama")
+    tokens, merges = (
+        sorted(tokenizer_model["vocab"], key=tokenizer_model["vocab"].get),
+        [" ".join(pair) for pair in tokenizer_model["merges"]],
+    )
     for add, value in (
         (writer.add_context_length, 128),
-        (writer.add_embedding_length, hidden),
+        (writer.add_embedding_length, width),
         (writer.add_block_count, layers),
         (writer.add_feed_forward_length, wide),
         (writer.add_head_count, 4),
         (writer.add_head_count_kv, 2),
         (writer.add_layer_norm_rms_eps, 1e-5),
-        (writer.add_rope_dimension_count, hidden // 4),
+        (writer.add_rope_dimension_count, width // 4),
         (writer.add_vocab_size, len(tokens)),
         (writer.add_tokenizer_model, "gpt2"),
         (writer.add_token_list, tokens),
@@ -37,17 +40,17 @@ def gguf_file(path: Path, tokenizer: Path, layers: int = 2, hidden: int = 64, wi
     ):
         add(value)
     layer = {
-        "attn_norm": (hidden,),
-        "ffn_norm": (hidden,),
-        "attn_q": (hidden, hidden),
-        "attn_k": (hidden // 2, hidden),
-        "attn_v": (hidden // 2, hidden),
-        "attn_output": (hidden, hidden),
-        "ffn_gate": (wide, hidden),
-        "ffn_up": (wide, hidden),
-        "ffn_down": (hidden, wide),
+        "attn_norm": (width,),
+        "ffn_norm": (width,),
+        "attn_q": (width, width),
+        "attn_k": (width // 2, width),
+        "attn_v": (width // 2, width),
+        "attn_output": (width, width),
+        "ffn_gate": (wide, width),
+        "ffn_up": (wide, width),
+        "ffn_down": (width, wide),
     }
-    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,)} | {
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)} | {
         f"blk.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()
     }
     for name, shape in shapes.items():

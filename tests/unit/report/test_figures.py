@@ -18,7 +18,7 @@ ALL = ["loss", "perplexity", "sparsity", "lambda", "heat", "weights"]
 
 
 def drawn(of: dict) -> dict:
-    return {one.name: figure for one in figures.DRAWINGS if (figure := one.draw(of)) is not None}
+    return {drawing.name: figure for drawing in figures.DRAWINGS if (figure := drawing.draw(of)) is not None}
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +184,12 @@ def test_areas_of_the_histogram_are_shares_of_the_weights(figure):
     figure = figure["weights"]
     outlines = [patch for patch in figure.axes[0].patches if not patch.get_fill()]
     steps = {
-        when: [one.get_data() for one in outlines if to_hex(one.get_edgecolor()) == canvas.COLOURS[colour]]
+        when: [outline.get_data() for outline in outlines if to_hex(outline.get_edgecolor()) == canvas.COLOURS[colour]]
         for when, colour in (("before", "muted"), ("after", "primary"))
     }
     area = {
-        label: [float(np.sum(one.values * np.diff(np.log2(one.edges)))) for one in found]
-        for label, found in steps.items()
+        label: [float(np.sum(outline.values * np.diff(np.log2(outline.edges)))) for outline in drawn_steps]
+        for label, drawn_steps in steps.items()
     }
     assert area["before"] == pytest.approx([1.0])  # no zeros, no bar
     assert area["after"] == pytest.approx([112 / 160, 48 / 160])
@@ -204,10 +204,10 @@ def test_as_svg_they_are_whole_take_the_page_s_colours_and_do_not_disturb_each_o
     for name in ALL:
         text = canvas.svg(name, figure[name])
         root = ElementTree.fromstring(text)
-        mine = [node.get("id") for node in root.iter() if node.get("id")]
-        assert mine and not set(mine) & ids and len(mine) == len(set(mine))
-        ids |= set(mine)
-        wanted = {one or other for one, other in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)}
+        own_ids = [node.get("id") for node in root.iter() if node.get("id")]
+        assert own_ids and not set(own_ids) & ids and len(own_ids) == len(set(own_ids))
+        ids |= set(own_ids)
+        wanted = {in_url or in_href for in_url, in_href in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)}
         assert wanted <= ids and "href" not in re.sub(r'href="#|xmlns:xlink', "", text), "what is referred to is there"
         assert (
             "<style" not in text
@@ -225,9 +225,9 @@ def test_as_svg_they_are_whole_take_the_page_s_colours_and_do_not_disturb_each_o
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path):
-    one, other = (drawn(cases.full()) for _ in range(2))
-    assert all(canvas.svg(name, one[name]) == canvas.svg(name, other[name]) for name in ALL)
-    for name, of in (("a", one), ("b", other)):
+    first, second = (drawn(cases.full()) for _ in range(2))
+    assert all(canvas.svg(name, first[name]) == canvas.svg(name, second[name]) for name in ALL)
+    for name, of in (("a", first), ("b", second)):
         canvas.png(of["loss"], tmp_path / name)
     picture = (tmp_path / "a").read_bytes()
     assert picture == (tmp_path / "b").read_bytes() and picture[:8] == b"\x89PNG\r\n\x1a\n"

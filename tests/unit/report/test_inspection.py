@@ -62,9 +62,9 @@ def test_every_tensor_is_counted_once_and_in_the_order_of_the_model(llama):
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(llama)
-    found = inspect(llama)
-    assert [tensor.name for tensor in found.tensors] == [name for name, _ in model.named_parameters()]
-    for tensor, (name, param) in zip(found.tensors, model.named_parameters()):
+    inspection = inspect(llama)
+    assert [tensor.name for tensor in inspection.tensors] == [name for name, _ in model.named_parameters()]
+    for tensor, (name, param) in zip(inspection.tensors, model.named_parameters()):
         assert (tensor.zeros, tensor.elements, tensor.shape, tensor.dtype) == (
             int((param == 0).sum()),
             param.numel(),
@@ -73,13 +73,13 @@ def test_every_tensor_is_counted_once_and_in_the_order_of_the_model(llama):
         )
         assert tensor.counted == name.endswith("_proj.weight")
     decayed = [param for name, param in model.named_parameters() if name.endswith("_proj.weight")]
-    assert found.total() == (
+    assert inspection.total() == (
         sum(int((param == 0).sum()) for param in decayed),
         sum(param.numel() for param in decayed),
     )
-    assert found.total(counted_alone=False)[1] == sum(param.numel() for param in model.parameters())
-    assert list(found.tensors_by("layer")) == list(range(12))
-    assert list(found.tensors_by("kind")) == [
+    assert inspection.total(counted_alone=False)[1] == sum(param.numel() for param in model.parameters())
+    assert list(inspection.tensors_by("layer")) == list(range(12))
+    assert list(inspection.tensors_by("kind")) == [
         "q_proj",
         "k_proj",
         "v_proj",
@@ -115,10 +115,13 @@ def logits(model) -> Tensor:
 def test_dead_channels_and_heads_have_no_effect_and_others_have(llama):
     from transformers import LlamaForCausalLM
 
-    found = inspect(llama)
-    assert found.channels["model.layers.1.mlp"] == [3, 10] and found.channels["model.layers.3.mlp"][1] == 10
-    assert found.heads["model.layers.2.self_attn"] == [3, 4] and found.heads["model.layers.3.self_attn"] == [0, 4]
-    assert len(found.channels) == len(found.heads) == 12
+    inspection = inspect(llama)
+    assert inspection.channels["model.layers.1.mlp"] == [3, 10] and inspection.channels["model.layers.3.mlp"][1] == 10
+    assert inspection.heads["model.layers.2.self_attn"] == [3, 4] and inspection.heads["model.layers.3.self_attn"] == [
+        0,
+        4,
+    ]
+    assert len(inspection.channels) == len(inspection.heads) == 12
 
     model = LlamaForCausalLM.from_pretrained(llama)
     before = logits(model)
@@ -196,11 +199,11 @@ def test_gpt2_stores_its_matrices_the_other_way(tmp_path):
         layer.mlp.c_proj.weight[9] = 0.0  # a channel
         layer.attn.c_proj.weight[4:8] = 0.0  # a head
     model.save_pretrained(tmp_path)
-    found = inspect(tmp_path)
-    fc = next(tensor for tensor in found.tensors if tensor.name == "transformer.h.0.mlp.c_fc.weight")
+    inspection = inspect(tmp_path)
+    fc = next(tensor for tensor in inspection.tensors if tensor.name == "transformer.h.0.mlp.c_fc.weight")
     assert (fc.dead_rows, fc.dead_columns, fc.counted) == (2, 1, True)
-    assert found.channels == {"transformer.h.0.mlp": [1, 64], "transformer.h.1.mlp": [0, 64]}
-    assert found.heads == {"transformer.h.0.attn": [1, 4], "transformer.h.1.attn": [0, 4]}
+    assert inspection.channels == {"transformer.h.0.mlp": [1, 64], "transformer.h.1.mlp": [0, 64]}
+    assert inspection.heads == {"transformer.h.0.attn": [1, 4], "transformer.h.1.attn": [0, 4]}
 
 
 # Of the first layer: weights and biases of one head of values; and of two channels, one of either of the two rows that
@@ -229,9 +232,9 @@ def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
     from lp_dist.structured.resolve import resolve_groups
 
     model, (width, heads, shared) = model_of(family), FAMILIES[family][1]
-    found = {kind: resolve_groups(model, kind)[0] for kind in ("channels", "heads")}
+    structures = {kind: resolve_groups(model, kind)[0] for kind in ("channels", "heads")}
     values, ups = SILENT.get(family, (lambda layer: [], lambda layer: []))
-    layer = model.get_submodule(re.match(r".*?\.0(?=\.|$)", found["channels"].name)[0])
+    layer = model.get_submodule(re.match(r".*?\.0(?=\.|$)", structures["channels"].name)[0])
     dead = {
         "channels": [2, *([5, 9] if ups(layer) else [])],
         "heads": [0, *range(heads - heads // shared, heads if values(layer) else 0)],
@@ -239,20 +242,20 @@ def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
     for slot in (*values(layer), *ups(layer)):
         slot.data.zero_()
     for kind, first in (("channels", 2), ("heads", 0)):
-        for slot in slots(model, found[kind], first, reads=True):
+        for slot in slots(model, structures[kind], first, reads=True):
             slot.zero_()
     model.save_pretrained(tmp_path)
-    told = inspect(tmp_path)
-    assert told.channels[found["channels"].name] == [len(dead["channels"]), width]
-    assert told.heads[found["heads"].name] == [len(dead["heads"]), heads]
-    assert [sum(counts[0] for counts in of.values()) for of in (told.channels, told.heads)] == [
+    inspection = inspect(tmp_path)
+    assert inspection.channels[structures["channels"].name] == [len(dead["channels"]), width]
+    assert inspection.heads[structures["heads"].name] == [len(dead["heads"]), heads]
+    assert [sum(counts[0] for counts in of.values()) for of in (inspection.channels, inspection.heads)] == [
         len(dead["channels"]),
         len(dead["heads"]),
     ]
     before = logits(model)
     for kind, groups in dead.items():
         for group in groups[1:]:
-            for slot in slots(model, found[kind], group, reads=True):
+            for slot in slots(model, structures[kind], group, reads=True):
                 slot.add_(1.0)
     assert torch.equal(logits(model), before)
 
@@ -272,7 +275,7 @@ def test_gpt2_as_it_is_on_the_hub_without_a_prefix(tmp_path):
             tensors["transformer.h.0.attn.c_proj.weight"][:4].zero_(),
         ],
     )
-    whole = inspect(tmp_path)
+    prefixed = inspect(tmp_path)
     rewritten(
         tmp_path,
         lambda tensors: [
@@ -280,10 +283,10 @@ def test_gpt2_as_it_is_on_the_hub_without_a_prefix(tmp_path):
         ],
     )
     bare = inspect(tmp_path)
-    assert bare.channels == whole.channels == {"transformer.h.0.mlp": [1, 64]} and bare.heads == whole.heads == {
+    assert bare.channels == prefixed.channels == {"transformer.h.0.mlp": [1, 64]} and bare.heads == prefixed.heads == {
         "transformer.h.0.attn": [1, 4]
     }
-    assert [replace(t, name="") for t in bare.tensors] == [replace(t, name="") for t in whole.tensors]
+    assert [replace(t, name="") for t in bare.tensors] == [replace(t, name="") for t in prefixed.tensors]
 
 
 def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_path):
@@ -310,9 +313,9 @@ def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_p
             if param.ndim > 2:
                 param.view(-1)[::3] = 0.0
     model.save_pretrained(tmp_path)
-    counted, found = measure_sparsity(model), inspect(tmp_path)
-    assert found.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
-    assert {"w1", "w2", "w3"} <= set(found.tensors_by("kind"))
+    counted, inspection = measure_sparsity(model), inspect(tmp_path)
+    assert inspection.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
+    assert {"w1", "w2", "w3"} <= set(inspection.tensors_by("kind"))
 
 
 def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
@@ -334,11 +337,11 @@ def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
 
 def test_without_a_config_names_decide(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
-    bare, whole = inspect(tmp_path), inspect(llama)
+    bare, with_config = inspect(tmp_path), inspect(llama)
     assert {tensor.name for tensor in bare.tensors if tensor.counted} == {
-        tensor.name for tensor in whole.tensors if tensor.counted
+        tensor.name for tensor in with_config.tensors if tensor.counted
     }
-    assert bare.total() == whole.total() and bare.channels == bare.heads == {}
+    assert bare.total() == with_config.total() and bare.channels == bare.heads == {}
     assert list(bare.tensors_by("layer")) == list(range(12))
 
 
@@ -362,10 +365,10 @@ def test_a_tensor_is_gone_before_the_next_is_read(llama, monkeypatch):
 
 def test_the_command(llama, tmp_path):
     result = CliRunner().invoke(app, ["inspect", str(llama), "--json"])
-    found = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    printed = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert (
-        found["sparsity"] == inspect(llama).total()[0] / inspect(llama).total()[1]
-        and len(found["tensors"]) == 1 + 12 * 9 + 1
+        printed["sparsity"] == inspect(llama).total()[0] / inspect(llama).total()[1]
+        and len(printed["tensors"]) == 1 + 12 * 9 + 1
     )
     text = CliRunner().invoke(app, ["inspect", str(llama)]).stdout
     for words in ("q_proj", "of 48 attention heads", "3 of 120 feed-forward", "weights that decay are exactly zero"):
@@ -392,8 +395,8 @@ def test_layers_are_the_first_number_in_a_name(name, layer):
 def test_the_page_has_the_map_and_the_numbers_and_loads_nothing(llama, tmp_path):
     result = CliRunner().invoke(app, ["inspect", str(llama), "--page", str(tmp_path / "zeros.html")])
     assert result.exit_code == 0 and result.stdout.strip().splitlines()[-1] == str(tmp_path / "zeros.html")
-    page, found = (tmp_path / "zeros.html").read_text(), inspect(llama)
-    zeros, elements = found.total()
+    page, inspection = (tmp_path / "zeros.html").read_text(), inspect(llama)
+    zeros, elements = inspection.total()
     for words in (
         f"{100 * zeros / elements:.2f} %",
         f"{zeros:,} of {elements:,} weights that decay",
@@ -404,8 +407,8 @@ def test_the_page_has_the_map_and_the_numbers_and_loads_nothing(llama, tmp_path)
         "q_proj",
     ):
         assert words in page, words
-    dead = sum(tensor.dead_rows or 0 for tensor in found.tensors if tensor.counted)
-    assert f"{dead:,} of {sum(tensor.rows or 0 for tensor in found.tensors if tensor.counted):,}" in page
+    dead = sum(tensor.dead_rows or 0 for tensor in inspection.tensors if tensor.counted)
+    assert f"{dead:,} of {sum(tensor.rows or 0 for tensor in inspection.tensors if tensor.counted):,}" in page
     assert "<script" not in page and "src=" not in page and "How to load it" not in page
     refused = CliRunner().invoke(app, ["inspect", str(llama), "--page", str(tmp_path / "nowhere" / "zeros.html")])
     assert refused.exit_code != 0 and "can't write" in str(refused.exception or refused.output)

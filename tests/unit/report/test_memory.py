@@ -98,12 +98,12 @@ def test_offload_leaves_on_the_device_what_forward_and_backward_need(stage, on_d
 
 
 def test_what_adds_to_what():
-    ours, adamw = (footprint(10**9, 8, 3, optimizer=name, counted=7, bins=10) for name in ("LpAdamW", "AdamW"))
-    assert ours.sent_per_step == adamw.sent_per_step
-    assert ours.device == adamw.device
+    lp_adamw, adamw = (footprint(10**9, 8, 3, optimizer=name, counted=7, bins=10) for name in ("LpAdamW", "AdamW"))
+    assert lp_adamw.sent_per_step == adamw.sent_per_step
+    assert lp_adamw.device == adamw.device
     foreach = footprint(10**9, 8, 3, fused=False)
     assert foreach.device.total - adamw.device.total == foreach.device.temporaries > 0
-    assert ours.sent_per_interval == 2 * 7 * 8 * 11  # 84 numbers in 8 chunks of 11
+    assert lp_adamw.sent_per_interval == 2 * 7 * 8 * 11  # 84 numbers in 8 chunks of 11
     alone = footprint(10**9, 1, 0, counted=7)
     assert alone.sent_per_step == alone.sent_per_interval == 0
     assert footprint(9, 8, 3).device.masters == 4 * 2  # the rank with the larger part
@@ -133,7 +133,7 @@ def test_bad_input_says_the_value_the_limit_and_the_way_out(change, words):
 
 
 def test_the_page_has_the_table_that_the_module_prints():
-    found = re.search(
+    match = re.search(
         r"<!-- table: python -m lp_dist.footprint -->\n(.*?)\n<!-- end of table -->", PAGE.read_text(), re.DOTALL
     )
-    assert found and found[1] == table(), f"run python -m lp_dist.footprint and put what it prints into {PAGE.name}"
+    assert match and match[1] == table(), f"run python -m lp_dist.footprint and put what it prints into {PAGE.name}"

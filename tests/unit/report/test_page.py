@@ -47,7 +47,7 @@ class Page(HTMLParser):
             self.text.append(" ".join(data.split()))
 
     def count(self, tag: str) -> int:
-        return sum(tag == one for one, _ in self.elements)
+        return sum(tag == name for name, _ in self.elements)
 
 
 @pytest.fixture(scope="module")

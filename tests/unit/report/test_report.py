@@ -62,14 +62,14 @@ def test_a_perplexity_is_for_people(value, shown, capsys):
 def test_the_environment_is_of_the_device_that_trains_and_names_no_host():
     import platform
 
-    found = environment.environment(torch.device("cpu"), 3)
-    assert (found["device"], found["ranks"], found["threads"], found["processor"]) == (
+    machine = environment.environment(torch.device("cpu"), 3)
+    assert (machine["device"], machine["ranks"], machine["threads"], machine["processor"]) == (
         "CPU",
         3,
         torch.get_num_threads(),
         environment.processor(),
     )
-    assert platform.node() not in json.dumps({**found, "processor": ""})
+    assert platform.node() not in json.dumps({**machine, "processor": ""})
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ def dataset() -> list[dict]:
 
 def trainer(directory, model=None, **given) -> LpTrainer:
     model = model or student()
-    ours = {key: given.pop(key) for key in ("teacher", "distill", "compute_loss_func", "callbacks") if key in given}
+    trainer_arguments = {
+        key: given.pop(key) for key in ("teacher", "distill", "compute_loss_func", "callbacks") if key in given
+    }
     args = TrainingArguments(
         directory,
         **{
@@ -51,22 +53,22 @@ def trainer(directory, model=None, **given) -> LpTrainer:
         train_dataset=dataset(),
         eval_dataset=dataset(),
         optimizer_cls_and_kwargs=(LpAdamW, {"params": param_groups(model, 0.0), "lr": 1e-2}),
-        **ours,
+        **trainer_arguments,
     )
 
 
 def trained(directory, **given) -> LpTrainer:
-    one = trainer(directory, **given)
-    one.train()
-    return one
+    lp_trainer = trainer(directory, **given)
+    lp_trainer.train()
+    return lp_trainer
 
 
-def weights(one: LpTrainer) -> list[torch.Tensor]:
-    return [param.detach().clone() for param in one.model.parameters()]
+def weights(lp_trainer: LpTrainer) -> list[torch.Tensor]:
+    return [param.detach().clone() for param in lp_trainer.model.parameters()]
 
 
-def losses(one: LpTrainer) -> list[float]:
-    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+def losses(lp_trainer: LpTrainer) -> list[float]:
+    return [entry["loss"] for entry in lp_trainer.state.log_history if "loss" in entry]
 
 
 # -- the loss -----------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_the_loss_is_written_out_in_float64(tokens, weight):
         for t in range(4):
             if labels[i, t + 1] == -100:
                 continue
-            p, q = (one[i, t].double().softmax(-1).tolist() for one in (teacher_logits, logits))
+            p, q = (each[i, t].double().softmax(-1).tolist() for each in (teacher_logits, logits))
             total += (1 - weight) * -math.log(q[labels[i, t + 1]]) + weight * sum(
                 a * math.log(a / b) for a, b in zip(p, q)
             )
@@ -137,8 +139,8 @@ def test_the_model_comes_near_its_teacher_and_the_teacher_stays(tmp_path):
     with torch.no_grad():
         teacher_logits = teacher(ids).logits
         apart = [
-            float(divergence(one.model.eval()(ids).logits, teacher_logits).mean())
-            for one in (tiny_trainer(tmp_path), near, far)
+            float(divergence(lp_trainer.model.eval()(ids).logits, teacher_logits).mean())
+            for lp_trainer in (tiny_trainer(tmp_path), near, far)
         ]
     assert apart[1] < 0.7 * apart[0] < apart[2]
     assert all(
@@ -159,12 +161,12 @@ def test_an_evaluation_knows_the_text_alone(tmp_path):
 
 def test_micro_batches_make_the_same_step(tmp_path):
     """In other sums, so to rounding; labels that don't count lie unevenly in them."""
-    whole = trained(tmp_path / "a", teacher=student(7), max_steps=4)
-    parts = trained(
+    batches = trained(tmp_path / "a", teacher=student(7), max_steps=4)
+    micro_batches = trained(
         tmp_path / "b", teacher=student(7), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
-    for a, b in zip(weights(whole), weights(parts)):
+    assert losses(micro_batches) == pytest.approx(losses(batches), rel=1e-3)
+    for a, b in zip(weights(batches), weights(micro_batches)):
         torch.testing.assert_close(a, b, rtol=0.0, atol=1e-3)
 
 
@@ -179,13 +181,13 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
             **given,
         )
 
-    whole = make(tmp_path / "a")
-    whole.train()
-    assert whole.measure_sparsity().total == pytest.approx(0.5, abs=1e-3)
+    uninterrupted = make(tmp_path / "a")
+    uninterrupted.train()
+    assert uninterrupted.measure_sparsity().total == pytest.approx(0.5, abs=1e-3)
     saved = tmp_path / "a" / "checkpoint-8"
     resumed = make(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(saved))
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed)))
+    assert all(torch.equal(a, b) for a, b in zip(weights(uninterrupted), weights(resumed)))
     with pytest.raises(
         UsageError, match="had a teacher with distill=0.5, and now there is a teacher with distill=0.25"
     ):
@@ -195,7 +197,9 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
             resume_from_checkpoint=str(saved)
         )
     plain = trained(tmp_path / "c", callbacks=[LpCallback(target=SparsityTarget(0.5))])
-    assert not all(torch.equal(a, b) for a, b in zip(weights(whole), weights(plain))), "the teacher does something"
+    assert not all(torch.equal(a, b) for a, b in zip(weights(uninterrupted), weights(plain))), (
+        "the teacher does something"
+    )
 
 
 @pytest.mark.parametrize(

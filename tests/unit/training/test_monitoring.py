@@ -45,7 +45,7 @@ def trained(
     weight_decay: float,
     kind: type[Trainer] = LpTrainer,
     last: TrainerCallback | None = None,
-    **more,
+    **arguments,
 ) -> tuple[LpTrainer, list[dict]]:
     model = tiny_llama(num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
     data = [
@@ -61,7 +61,7 @@ def trained(
         logging_steps=5,
         save_strategy="no",
         disable_tqdm=True,
-        **{"report_to": "none", **more},
+        **{"report_to": "none", **arguments},
     )
     trainer = kind(
         model=model,
