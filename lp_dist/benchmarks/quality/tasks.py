@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lp_dist.data.text import load_text
 from lp_dist.errors import UsageError
+from lp_dist.optim.cache import cache_directory
 from lp_dist.training.distillation import divergence
 
 # How the description of a text ends.
@@ -347,13 +348,7 @@ def cached(key: Any, make: Callable[[], Any]) -> Any:
     Returns:
         Tensors and plain types, on the device on which they were made.
     """
-    folder = (
-        Path(
-            os.environ.get("LP_DIST_CACHE")
-            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lp_dist"
-        )
-        / "quality"
-    )
+    folder = cache_directory("quality")
     path = folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20] + ".pt")
     if path.exists():
         return torch.load(path, weights_only=True)
