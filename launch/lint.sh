@@ -5,4 +5,5 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run "$PYTHON" -m ruff format --check .
 run "$PYTHON" -m ruff check .
+run "$PYTHON" -m mypy
 run "$PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'

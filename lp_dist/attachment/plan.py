@@ -276,8 +276,8 @@ def _requested_values(attachable: Attachable, optimizer: Optimizer, shards: list
     made = attachable.attached.requested
     by_group = {shard.group: values for shard in shards if (values := made.of(shard.param)) is not None}
     positional = made.groups if len(made.groups) == len(optimizer.param_groups) else optimizer.param_groups
-    values = [by_group.get(i, positional[i]) for i in range(len(optimizer.param_groups))]
-    return [{key: value for key, value in group.items() if key not in ("params", "initial_lr")} for group in values]
+    groups = [by_group.get(i, positional[i]) for i in range(len(optimizer.param_groups))]
+    return [{key: value for key, value in group.items() if key not in ("params", "initial_lr")} for group in groups]
 
 
 def _resolve_overrides(

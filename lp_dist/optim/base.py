@@ -108,7 +108,7 @@ class LpOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own has groups and state alone.
-        own_state = {"implementation": self.implementation, "_checked": set(), "_counts": {}}
+        own_state: dict[str, Any] = {"implementation": self.implementation, "_checked": set(), "_counts": {}}
         return {**super().__getstate__(), **own_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -40,20 +40,20 @@ def saliency(weights: list[Tensor], p: float) -> list[Tensor]:
         New tensors: fp32 for 16-bit weights (|w|^6 leaves their range), else in the weights' dtype. For p < 2, x = 0
         exactly where w = 0, so that zero absorbs.
     """
-    x = torch._foreach_abs([w.float() if w.dtype.itemsize < 4 else w for w in weights])
+    x = list(torch._foreach_abs([w.float() if w.dtype.itemsize < 4 else w for w in weights]))
     exponent = 2.0 - p
     if exponent == 1.5:  # the default p; twice as fast as pow, and no less exact
         torch._foreach_mul_(x, torch._foreach_sqrt(x))
     elif exponent != 1.0:
         torch._foreach_pow_(x, exponent)
-    return list(x)
+    return x
 
 
 def precondition_(x: list[Tensor], denom: list[Tensor], gamma: float) -> None:
     """x ← x·denom^γ, in place, with denom = √v̂+ε: weights to which the loss is sensitive decay less."""
     denom = [d.to(t.dtype) for d, t in zip(denom, x)]
     if gamma != 1.0:
-        denom = torch._foreach_pow(denom, gamma)
+        denom = list(torch._foreach_pow(denom, gamma))
         for d in denom:  # out of range, it would make 0·inf of a zero weight
             d.clamp_(torch.finfo(d.dtype).tiny, torch.finfo(d.dtype).max)
     torch._foreach_mul_(x, denom)
@@ -183,7 +183,7 @@ def lp_decay(
     x = None
     if is_active(lr, weight_decay):
         x = saliency([w_old], p)
-        if precondition:
+        if precondition and denom is not None:
             precondition_(x, [denom], precondition)
     decay_([out], x, lr=lr, weight_decay=weight_decay, p=p, l2=l2, cutoff=cutoff, regrowth_below=regrowth_below)
     return out

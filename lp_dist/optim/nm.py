@@ -163,7 +163,7 @@ class SplitBlocks:
             For each of `entries`, a bool for each of its keys.
         """
         places: dict[tuple[str, int], int] = {}
-        counts = []
+        counts: list[int] = []
         for name, (n, m) in patterns.items():
             for block in sorted({start // m for start in self._starts.get(name, ()) if start % m}):
                 places[name, block] = len(counts)

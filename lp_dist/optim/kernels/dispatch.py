@@ -78,8 +78,9 @@ def _laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
     walked flat.
     """
     first = tensors[0]
-    order = sorted(range(first.ndim), key=lambda i: (-first.stride(i), i))
-    return all(t.stride() == first.stride() for t in tensors) and first.permute(order).is_contiguous()
+    strides = first.stride()
+    order = sorted(range(first.ndim), key=lambda i: (-strides[i], i))
+    return all(t.stride() == strides for t in tensors) and first.permute(order).is_contiguous()
 
 
 def step(device_type: str, base: str, valued_rows: ValuedRows) -> None:

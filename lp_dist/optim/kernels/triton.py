@@ -79,7 +79,7 @@ def _rehearse(device: torch.device) -> None:
     """Two preconditioned steps with a general p on `device`, without and with latent weights, against `decay.py` in
     double precision. Raises AssertionError.
     """
-    values = dict(
+    values: dict[str, Any] = dict(
         lr=0.01,
         betas=(0.9, 0.999),
         eps=1e-8,
@@ -141,6 +141,7 @@ class _Table:
         elif pinned is not None:
             self.content, self.tensor = content, tensor
             self.pinned_spare = torch.empty_like(pinned, pin_memory=device.type == "cuda")
+        assert tensor is not None
         return tensor
 
 
@@ -314,9 +315,8 @@ def _plans(
     """The numbers of rows, [rows, NUMBERS] in fp32, from the values of _GIVEN: of the host, or of a tensor [rows,
     _GIVEN] on the device, where `lr` and `step` are instead of those among them."""
     if not isinstance(given, Tensor):
-        made = {
-            values: _plan(base, dict(zip(_GIVEN, values)), _Floats) for values in dict.fromkeys(given)
-        }  # most rows have the same
+        # Most rows have the same.
+        made = {values: _plan(base, dict(zip(_GIVEN, values)), _Floats) for values in dict.fromkeys(given)}
         plans = torch.tensor(list(made.values()), dtype=torch.float64).float()
         places = dict(zip(made, range(len(made))))
         return (
@@ -328,16 +328,15 @@ def _plans(
     return torch.stack(_plan(base, {**dict(zip(_GIVEN, given.unbind(1))), **there}, _Tensors), dim=1).float()
 
 
-def _plan(base: str, a: dict[str, Any], f: type[_Floats] | type[_Tensors]) -> list[Any]:
-    """`plan_of` of step.cpp, in double precision."""
+def _plan(base: str, a: dict[str, Any], f: Any) -> list[Any]:
+    """`plan_of` of step.cpp, in double precision. f: `_Floats` or `_Tensors`, by what `a` holds."""
     lr, cutoff, regrowth_below = a["lr"], a["cutoff"], a["regrowth_below"]
     strength, exponent = lr * a["weight_decay"], 2 - a["p"]
     # Its pull tells whether a weight is latent, so where α = 0 there is one that changes no weight.
     least = f.where((a["latent"] > 0) & (a["weight_decay"] > 0) & (cutoff > 0), cutoff * _LEAST_PULL, 0.0)
     strength = f.where(strength > least, strength, least)
-    active = (strength > 0) & (
-        cutoff >= 0
-    )  # else αλ/x is to be 0 in every form: no number reaches an infinite least pull
+    # Where it is not, αλ/x is to be 0 in every form: no number reaches an infinite least pull.
+    active = (strength > 0) & (cutoff >= 0)
     bounded = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact
     (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = (
