@@ -238,7 +238,7 @@ class LpOptimizer(Optimizer):
         for param, state, count in zip(params, states, counts):
             step = count.item() if count.device.type == "cpu" else count
             weights, grads, *local_states = self._local(param, [state[name] for name in names])
-            whole = StepRow(weights, grads, tuple(local_states), step)
+            param_row = StepRow(weights, grads, tuple(local_states), step)
             numel = weights.numel()
             for offset, length, overrides in self.parameter_map.value_spans(param, numel):
                 if id(overrides) not in by_values:
@@ -247,11 +247,11 @@ class LpOptimizer(Optimizer):
                 values, rows = by_values[id(overrides)]
                 if values.get("pattern"):
                     for param_slice in slices_in(self.parameter_map, param, weights, offset, length):
-                        rows.extend(split_rows.complete_blocks(param_slice, values, whole))
+                        rows.extend(split_rows.complete_blocks(param_slice, values, param_row))
                 elif length == numel:
-                    rows.append(whole)
+                    rows.append(param_row)
                 else:
-                    rows.append(whole.with_tensors(tuple(flat_view(t, offset, length) for t in whole.tensors)))
+                    rows.append(param_row.with_tensors(tuple(flat_view(t, offset, length) for t in param_row.tensors)))
         return [*by_values.values(), *split_rows.divided(self.parameter_map, group, self._ranking_keys)]
 
     def _ranking_keys(self, values: dict[str, Any], row: StepRow) -> Tensor:
