@@ -1,5 +1,5 @@
 """A loop of Hugging Face Accelerate, for one process, DDP, DeepSpeed or FSDP2. (+) makes the model sparse; (-) is what
-stood there before.
+was there before.
 
 accelerate launch --config_file configs/accelerate_zero2.yaml docs/examples/accelerate_loop.py MODEL TEXT OUT
 """

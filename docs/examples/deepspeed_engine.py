@@ -1,4 +1,4 @@
-"""A bare DeepSpeed engine, ZeRO-2. (+) makes the model sparse; (-) is what stood there before.
+"""A bare DeepSpeed engine, ZeRO-2. (+) makes the model sparse; (-) is what was there before.
 
 torchrun --nproc_per_node 2 docs/examples/deepspeed_engine.py MODEL TEXT OUT, or deepspeed instead of torchrun. The
 engine's checkpoint becomes a model by: lp-dist export OUT/checkpoint OUT/model --config MODEL

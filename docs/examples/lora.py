@@ -1,8 +1,8 @@
-"""A LoRA adapter on a sparse model, merged with the zeros kept (+), and some steps in which all but the zeros trains
-(+).
+"""A LoRA adapter on a sparse model, merged with the zeros kept. Then some steps in which all but the zeros trains.
+(+) marks what lp_dist does.
 
-python docs/examples/lora.py SPARSE_MODEL TEXT.jsonl OUT, where SPARSE_MODEL is what lp-dist finetune --sparsity 0.5
-left, or any model with zeros
+python docs/examples/lora.py SPARSE_MODEL TEXT.jsonl OUT. SPARSE_MODEL is what lp-dist finetune --sparsity 0.5 made,
+or any model with zeros.
 """
 
 import sys
@@ -40,15 +40,14 @@ trainer.save_model()
 print("with the adapter", trainer.evaluate()["eval_loss"])
 
 merged = merge_adapter(trainer.model)  # (+)
-groups = param_groups(
-    merged.model, weight_decay=1.0, p=1.0, cutoff=0.0
-)  # (+) above the cutoff, 0, weights feel no decay: zeros stay, others train
+# (+) Zeros stay zero, and all other weights train without decay.
+frozen = {"params": param_groups(merged.model, 1.0), "lr": 1e-5, "phase": "frozen"}  # (+)
 trainer = trainer_of(
     merged.model,
     "merged",
     processing_class=trainer.processing_class,
-    optimizer_cls_and_kwargs=(LpAdamW, {"params": groups, "lr": 1e-5}),
-)  # (+)
+    optimizer_cls_and_kwargs=(LpAdamW, frozen),  # (+)
+)
 print(f"merged, {merged.left_out:.1%} of the adapter's change left out", trainer.evaluate()["eval_loss"])
 trainer.train()
 print(f"after some steps with {measure_sparsity(trainer.model).total:.2%} zeros", trainer.evaluate()["eval_loss"])

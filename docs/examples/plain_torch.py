@@ -1,4 +1,4 @@
-"""A loop of plain torch. What makes the model sparse is marked with (+); (-) is what stood there before.
+"""A loop of plain torch. (+) makes the model sparse; (-) is what was there before.
 
 python docs/examples/plain_torch.py MODEL TEXT OUT, such as HuggingFaceTB/SmolLM2-135M book.txt runs/plain
 """
