@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash launch/deepspeed.sh RECIPE.yaml [--key value ...]      paths from the project root
 # DeepSpeed's own launcher.
-#   The recipe names its DeepSpeed config (`deepspeed: configs/ds_zero3.json`), or add --deepspeed configs/ds_zero2.json
+#   The recipe names its DeepSpeed config (`deepspeed: configs/ds_zero3.json`); or add --deepspeed FILE
 #   GPUS=n          use n GPUs of this machine (default: all)
 #   HOSTFILE=file   many machines: lines such as `node1 slots=8`; needs pdsh, ssh without a password, and this folder
 #                   with its environment at the same path on each

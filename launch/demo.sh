@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash launch/demo.sh [--key value ...]        the keys go to both runs, e.g. --sparsity 0.6
 # Fine-tunes SmolLM2-135M on Python's own language reference, once dense and once to a sparsity, and compares the two.
-# All GPUs that are there; without any, 2 CPU processes with DeepSpeed ZeRO-2 all the same. Writes to runs/demo.
+# On all GPUs of this machine; without any, on 2 CPU processes. DeepSpeed ZeRO-2 in both cases. Writes to runs/demo.
 #   GPUS=n          use n GPUs; 0 means CPU even if there are some
 #   DRY_RUN=1       only print the commands
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: bash launch/lint.sh        what a change must pass besides the tests; the same as pre-commit and CI
+# usage: bash launch/lint.sh        what a change must pass besides the tests: ruff, mypy, import-linter; as CI runs it
 #   DRY_RUN=1       only print the commands
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
