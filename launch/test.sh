@@ -4,7 +4,7 @@
 #   DRY_RUN=1       only print the command
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-# One process more than there are cores, since ranks wait for each other, and up to 4. Each takes a file at a time: most
-# of the time goes into starting ranks and importing, on one core. In the order of names: the files that take longest
-# have few tests, and would come last.
+# One process more than there are cores, since ranks wait for each other, and up to 4. Each takes a file at a time:
+# most of the time goes into starting ranks and importing, on one core. In the order of names: the files that take
+# longest have few tests, and would come last.
 run "$PYTHON" -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
