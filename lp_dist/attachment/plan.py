@@ -238,8 +238,8 @@ def split_targets(
 ) -> tuple[WeightTarget | PatternTarget | None, GroupTarget | None]:
     """The target of single weights and that of groups, of one or two targets; raises UsageError for two of a kind."""
     targets = [target] if isinstance(target, SparsityTarget) else list(target or ())
-    of_weights = [one_target for one_target in targets if isinstance(one_target, (WeightTarget, PatternTarget))]
-    of_groups = [one_target for one_target in targets if isinstance(one_target, GroupTarget)]
+    of_weights = [item for item in targets if isinstance(item, (WeightTarget, PatternTarget))]
+    of_groups = [item for item in targets if isinstance(item, GroupTarget)]
     if len(of_weights) > 1 or len(of_groups) > 1:
         raise UsageError(
             f"{len(targets)} targets are given, and two of them are for"

@@ -64,8 +64,7 @@ class SparsityTarget(metaclass=_KindByArguments):
             shrink; None: all decay.
         regrowth: for the first four fifths of the window, weights with a saliency below `regrowth` times the planned
             threshold decay no faster than at it. They get near zero without being lost, and grow again if their
-            gradient
-            asks for it. 0: what is zero stays zero from the first step on.
+            gradient asks for it. 0: what is zero stays zero from the first step on.
         curve: "cubic" or "linear", or a function of the elapsed part of the window, rising from f(0) = 0 to f(1) = 1.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains.
         update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
@@ -77,8 +76,8 @@ class SparsityTarget(metaclass=_KindByArguments):
         latent_windows: in the window weights below the planned threshold are set to zero in the model, while the
             optimizer keeps their values and goes on training them. They return when they grow beyond the threshold.
             Their decay is such that at the threshold they would be forgotten in so many windows. When the window ends
-            they are pruned. 0: weights decay in the model itself. None: 8 with LpAdamW, a cap of 1 and regrowth; else
-                0.
+            they are pruned. 0: weights decay in the model itself. None: 8 with LpAdamW, a cap of 1 and regrowth;
+            else 0.
 
     For N:M blocks instead:
         pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer

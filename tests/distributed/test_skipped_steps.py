@@ -66,7 +66,7 @@ class Recorder(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         live = verify(optimizer)
         self.seen.append(
-            (state.global_step, steps_taken(live), live.param_groups[0]["cutoff"], lr_scheduler.last_epoch)
+            (state.global_step, steps_taken(live), live.param_groups[0]["phase"], lr_scheduler.last_epoch)
         )
 
 
@@ -155,7 +155,7 @@ def test_trap_11_a_skipped_step_advances_nothing(run_ranks, tmp_path_factory):
         assert [step for step, *_ in window] == list(range(1, 11))
         taken = [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
         assert [(steps, rate) for _, steps, _, rate in window] == [(n, n) for n in taken]
-        assert [cutoff for _, _, cutoff, _ in window] == [-1.0] * 3 + [math.inf] * 5 + [0.0] * 2
+        assert [phase for _, _, phase, _ in window] == ["off"] * 3 + ["decay"] * 5 + ["frozen"] * 2
 
 
 @pytest.mark.parametrize(
@@ -227,13 +227,13 @@ def test_trap_11_the_window_of_the_callback_does_not_count_skipped_steps(optimiz
     callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
     for skipped in (True, False, True, False, False, False, True, False):
         callback.on_step_begin(None, state, None)
-        phases.append(optimizer.param_groups[0]["cutoff"])
+        phases.append(optimizer.param_groups[0]["phase"])
         model(torch.ones(2, 5)).sum().backward()
         if not skipped:
             optimizer.step()
         callback.on_optimizer_step(None, state, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
         state.global_step += 1
-    assert phases == [-1.0, -1.0, -1.0, -1.0, math.inf, math.inf, 0.0, 0.0]
+    assert phases == ["off"] * 4 + ["decay"] * 2 + ["frozen"] * 2
 
 
 def hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

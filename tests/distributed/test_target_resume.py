@@ -184,12 +184,12 @@ def test_the_state_is_in_the_engines_own_checkpoint_and_the_users_is_beside_it(t
 
 def test_it_was_stopped_in_every_phase(told):
     for name, seen in told[0][0].items():
-        states = seen["states"]
+        states = {tag: state["weights"] for tag, state in seen["states"].items()}
         assert (
             states["before"]["before"] == {}
-            and states["before"]["next"] == START < STOPS["saved"] < states["saved"]["next"] == 10
+            and states["before"]["next_update"] == START < STOPS["saved"] < states["saved"]["next_update"] == 10
         ), name
-        assert [states[tag]["closed"] is not None for tag in STOPS] == [False, False, True, True], name
+        assert [states[tag]["final_pruning"] is not None for tag in STOPS] == [False, False, True, True], name
         assert (
             0.0
             < states["saved"]["logs"]["lp/measured"]

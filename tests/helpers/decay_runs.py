@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from helpers.engines import Engine
 from lp_dist import DecayWindow, LpAdamW, attach
-from lp_dist.attachment.attach import Attachment, steps_taken
+from lp_dist.attachment.attach import Attachment
+from lp_dist.optim.state import steps_taken
 
 STEPS, WINDOW = 12, DecayWindow(3, 9)
 DECAYED = ("0.weight", "3.weight", "4.weight")

@@ -43,7 +43,7 @@ class Case:
     scope: str = "layer"
     end: float = 0.7
     steps: int = 60
-    every: int | None = None
+    update_every: int | None = None
     dtype: str = "fp32"
     seed: int = 0
 
@@ -56,7 +56,7 @@ class Case:
             precondition=FORMS[self.form][0],
             cap=FORMS[self.form][1],
             regrowth=FORMS[self.form][2],
-            update_every=self.every,
+            update_every=self.update_every,
         )
 
 
@@ -175,11 +175,11 @@ def reached(engine: Engine, found: Attachment) -> dict[str, Any]:
     optimizer = engine.handle.optimizer if hasattr(engine.handle, "load_checkpoint") else engine.optimizer
     assert inner_optimizer(optimizer) is found.optimizer
     counted, masters = measure_sparsity(engine.handle), measure_sparsity(engine.handle, optimizer)
-    closed = found.state_dict()["closed"]
+    final_pruning = found.state_dict()["weights"]["final_pruning"]
     return {
         "achieved": counted.total,
         "tensors": {name: list(counts) for name, counts in counted.counts.items()},
         "masters": {name: list(counts) for name, counts in masters.counts.items()},
-        "by_decay": closed["before"],
-        "pruned_at_end": closed["pruned_at_end"],
+        "by_decay": final_pruning["before"],
+        "pruned_at_end": final_pruning["pruned_at_end"],
     }

@@ -1,4 +1,4 @@
-"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `gpu` is
+"""The fused step: the base's step and the decay in one pass over memory. `cpu` is C++, built on first use; `triton` is
 Triton.
 """
 

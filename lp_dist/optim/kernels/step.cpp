@@ -57,8 +57,8 @@ struct Row {
 };
 
 struct Values {
-    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, floor, snap, latent;
-    double spared, of, ranked;                          // the pattern's N and M, or 0; ranked: not a step, but what it would rank by goes into w
+    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, regrowth_below, snap, latent;
+    double kept, of, ranked;                          // the pattern's N and M, or 0; ranked: not a step, but what it would rank by goes into w
 };
 
 // -- what a row needs, in single precision ------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ struct Plan {
     float L_hi, L_lo, c, c_hi, c_lo, y, y_hi, y_lo;     // log2(αλ), 2−p and γ: see power_any
     float least, most;                                  // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
     float at_zero, base, inv_base;
-    int spared, of;                                     // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
+    int kept, of;                                     // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
     bool ranked;
     int32_t snap;                                       // bits of the largest magnitude that becomes zero; −1: none does
 };
@@ -107,11 +107,11 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.plain = static_cast<float>(-a.lr);
     s.step = static_cast<float>(-a.lr / (base == ADAMW ? 1 - std::pow(a.beta1, double(step)) : 1));
 
-    s.spared = static_cast<int>(a.spared);
+    s.kept = static_cast<int>(a.kept);
     s.of = static_cast<int>(a.of);
     s.ranked = a.ranked != 0;
     s.latent = base == ADAMW && a.latent != 0 && a.weight_decay > 0 && a.cutoff > 0;
-    // By its pull it is told whether a weight is hidden, so where α = 0 there is one that changes no weight.
+    // Its pull tells whether a weight is latent, so where α = 0 there is one that changes no weight.
     const double strength = std::max(a.lr * a.weight_decay, s.latent ? a.cutoff * LEAST_PULL : 0), exponent = 2 - a.p;
     const bool active = strength > 0 && a.cutoff >= 0;
     s.base = clamped(1 + a.lr * a.l2, 1, LARGEST);
@@ -120,12 +120,12 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.power = !active || (a.cutoff == 0 && exponent <= 0) ? NONE : a.cutoff == 0 ? FROZEN : ANY;
     if (s.power != ANY) return s;
 
-    const double kept = clamped(strength, SMALLEST, LARGEST);
-    s.least = static_cast<float>(kept / a.cutoff);
-    s.most = a.floor > 0 ? clamped(kept / a.floor, 0, LARGEST) : INFINITY;
-    s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(kept);
+    const double bounded = clamped(strength, SMALLEST, LARGEST);
+    s.least = static_cast<float>(bounded / a.cutoff);
+    s.most = a.regrowth_below > 0 ? clamped(bounded / a.regrowth_below, 0, LARGEST) : INFINITY;
+    s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(bounded);
     s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : ODD;
-    const double k = exponent == 0 ? kept : std::pow(kept, 1 / exponent);
+    const double k = exponent == 0 ? bounded : std::pow(bounded, 1 / exponent);
     if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != ODD && k >= SMALLEST && k <= LARGEST) {
         s.power = HALVES;
         s.halves = static_cast<int>(exponent * 2);
@@ -133,7 +133,7 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     }
     s.c = static_cast<float>(exponent);
     s.y = static_cast<float>(a.gamma);
-    split(std::log2(kept), s.L_hi, s.L_lo);
+    split(std::log2(bounded), s.L_hi, s.L_lo);
     split(exponent, s.c_hi, s.c_lo);
     split(a.gamma, s.y_hi, s.y_lo);
     return s;
@@ -161,14 +161,14 @@ void moments_adam(const Plan& s, const float* w, const float* g, float* m, float
         N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
     });
     else if (s.latent) sweep(next, [=](int i) {                             // where w = 0 the latent weight is in m, and has no momentum
-        const bool hidden = magnitude(w[i]) == 0;
-        const float now = hidden ? m[i] : w[i];
+        const bool latent_now = magnitude(w[i]) == 0;
+        const float now = latent_now ? m[i] : w[i];
         float mi, vi;
         moments(i, mi, vi);
         const float d = FMA(std::sqrt(vi), inv_bc2, eps);
         D[i] = d;
         L[i] = now;
-        N[i] = FMA(now, d, hidden ? plain * sign * g[i] : step * mi);
+        N[i] = FMA(now, d, latent_now ? plain * sign * g[i] : step * mi);
     });
     else sweep(next, [=](int i) {                                           // one division in all, the last phase's
         float mi, vi;
@@ -291,7 +291,7 @@ template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* to, cons
 }
 
 // What is not beyond the cap after the step is zero in w, and itself in m. L: the decayed weights; S: their αλ/x.
-template <int GAMMA_HALVES> void hide(const Plan& s, float* w, float* m, const Buffers& b, const float* next) {
+template <int GAMMA_HALVES> void make_latent(const Plan& s, float* w, float* m, const Buffers& b, const float* next) {
     const float *D = b.D, *S = b.S, *L = b.L, least = s.least;
     sweep(next, [=](int i) {
         const float d = D[i], root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
@@ -347,8 +347,8 @@ template <int GAMMA_HALVES> void rank(Buffers& b) {
     });
 }
 
-// S = 0 for the `spared` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each comparison is one over all blocks.
-template <int M> void spare(int spared, Buffers& b) {
+// S = 0 for the `kept` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each comparison is one over all blocks.
+template <int M> void keep_smallest(int kept, Buffers& b) {
     constexpr int BLOCKS = B / M;
     float *S = b.S, *Z = b.Z;
     alignas(64) float turned[M][BLOCKS], ahead[M][BLOCKS];
@@ -359,7 +359,7 @@ template <int M> void spare(int spared, Buffers& b) {
         ahead[j][k] += one;
         ahead[i][k] -= one;
     }
-    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < spared ? 0.f : S[k * M + j];
+    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < kept ? 0.f : S[k * M + j];
 }
 
 void pattern(const Plan& s, float* w, Buffers& b) {
@@ -372,8 +372,8 @@ void pattern(const Plan& s, float* w, Buffers& b) {
     }
     if (s.ranked) std::memcpy(w, b.Z, sizeof b.Z);
     else if (s.of == 1) std::memset(b.S, 0, sizeof b.S);
-    else if (s.of == 4) spare<4>(s.spared, b);
-    else if (s.of == 8) spare<8>(s.spared, b);
+    else if (s.of == 4) keep_smallest<4>(s.kept, b);
+    else if (s.of == 8) keep_smallest<8>(s.kept, b);
 }
 
 void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers& b, const float* const next[4]) {
@@ -391,11 +391,11 @@ void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers&
     decay_adam(s, b.L, b, next[0]);
     powers(s, b.L, b, next);
     switch (s.gamma_halves) {
-        case 1: return hide<1>(s, w, m, b, next[0]);
-        case 2: return hide<2>(s, w, m, b, next[0]);
-        case 3: return hide<3>(s, w, m, b, next[0]);
-        case 4: return hide<4>(s, w, m, b, next[0]);
-        default: return hide<0>(s, w, m, b, next[0]);
+        case 1: return make_latent<1>(s, w, m, b, next[0]);
+        case 2: return make_latent<2>(s, w, m, b, next[0]);
+        case 3: return make_latent<3>(s, w, m, b, next[0]);
+        case 4: return make_latent<4>(s, w, m, b, next[0]);
+        default: return make_latent<0>(s, w, m, b, next[0]);
     }
 }
 

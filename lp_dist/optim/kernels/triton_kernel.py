@@ -1,4 +1,4 @@
-"""The kernel of the fused step on a GPU, in Triton: one pass over memory. The mathematics is `step.cpp`'s; `gpu.py`
+"""The kernel of the fused step on a GPU, in Triton: one pass over memory. The mathematics is `step.cpp`'s; `triton.py`
 launches it.
 
 A program finds its row by bisection of a table of addresses. Divisions are cheap beside the memory that is walked: the
