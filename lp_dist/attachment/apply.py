@@ -94,13 +94,14 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     attached_state.hooks.group_decay = group_decay
     weight_controller = _start_weights(plan, run, parameter_map, group_controller)
     if weight_controller is not None:
-        decayed = frozenset(shard.name for shard in weight_controller.shards)
+        decayed = counted = frozenset(shard.name for shard in weight_controller.shards)
     else:
         decayed = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
+        counted = decayed | {shard.name for shard in plan.candidates()}
     in_groups = {member.name for groups in plan.sets for member in groups.members}
     matrices = in_groups & {shard.name for shard in plan.shards if len(shard.shape) > 1}
     attachment = Attachment(
-        plan.optimizer, plan.shards, decayed | matrices, weight_controller, group_decay, group_controller
+        plan.optimizer, plan.shards, decayed | matrices, counted, weight_controller, group_decay, group_controller
     )
 
     def load(state: dict[str, Any] | None) -> None:

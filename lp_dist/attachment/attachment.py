@@ -26,6 +26,8 @@ class Attachment:
         optimizer: the inner optimizer, which steps.
         shards: where each trainable parameter lies on this rank.
         decayed: names of the parameters that decay.
+        counted: names of the parameters of which a sparsity is a share: those of a target of single weights; without
+            one, those that may decay.
         weight_controller: brings single weights to their target, if there is one.
         group_decay: decays weight groups, if there are some.
         group_controller: brings these to their target, if there is one.
@@ -34,6 +36,7 @@ class Attachment:
     optimizer: Optimizer
     shards: list[Shard]
     decayed: frozenset[str]
+    counted: frozenset[str]
     weight_controller: WeightController | None = None
     group_decay: GroupDecayHook | None = None
     group_controller: GroupController | None = None

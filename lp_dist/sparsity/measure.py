@@ -42,6 +42,10 @@ class Sparsity:
         """The fraction of the counted weights that is exactly zero, 0 to 1."""
         return self.zeros / max(1, self.elements)
 
+    def only(self, names: Iterable[str]) -> Sparsity:
+        """The counts of these parameters alone."""
+        return Sparsity({name: self.counts[name] for name in sorted(names)})
+
     def by_kind(self) -> dict[str, ZeroCount]:
         """Zeros and elements per kind of layer (see `kind_of`): q_proj, down_proj, ..."""
         kinds: dict[str, ZeroCount] = {}
@@ -78,6 +82,13 @@ class Histogram:
     edges: tuple[float, ...]
     counts: dict[str, list[int]]
     zeros: dict[str, int]
+
+    def only(self, names: Iterable[str]) -> Histogram:
+        """The counts of these parameters alone."""
+        names = sorted(names)
+        return Histogram(
+            self.edges, {name: self.counts[name] for name in names}, {name: self.zeros[name] for name in names}
+        )
 
 
 _LOWEST, _OCTAVES, _BITS = -44, 60, 2

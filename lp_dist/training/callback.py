@@ -179,10 +179,8 @@ class LpCallback(TrainerCallback, ExportableState):
         if self.attached is None or not self.attached.decayed:
             return {}
         logs = dict(self.attached.logs)
-        # Of all that may decay, as at the end of a run. If groups alone are pruned, these are more than their members.
-        names = self.attached.decayed if self.names is None else self.names
         if self.attached.weight_controller is None:
-            logs["lp/measured"] = measure_sparsity(model, names=names).total
+            logs["lp/measured"] = measure_sparsity(model, names=self.attached.counted).total
         return logs
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):

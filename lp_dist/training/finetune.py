@@ -243,7 +243,6 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=_optimizer(prepared.model, prepared.counted, decay_args, args),
         callbacks=[callback],
-        counted=prepared.counted,
         teacher=prepared.teacher,
         distill=decay_args.distill,
     )
@@ -251,7 +250,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     sparsity = trainer.measure_sparsity()
-    histogram = measure_histogram(trainer.model, names=prepared.counted)
+    histogram = measure_histogram(trainer.model, names=trainer.counted)
     if trainer.is_fsdp_enabled:
         # A sharded state dict is no checkpoint for from_pretrained.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -412,9 +411,9 @@ def _report(
         "dataset": settings.data.dataset,
         "configuration": configuration,
         "decay": dataclasses.asdict(settings.decay),
-        "sparsity_before": prepared.sparsity.total,
+        "sparsity_before": prepared.sparsity.only(trained.trainer.counted).total,
         "parameters": prepared.parameters,
-        "histograms": schema.histograms(prepared.histogram, trained.histogram),
+        "histograms": schema.histograms(prepared.histogram.only(trained.trainer.counted), trained.histogram),
         "window": _window(trained),
         "target": target,
         "groups": groups,

@@ -66,7 +66,8 @@ class LpTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._counted = set(counted) if counted is not None else decayed_names(self.model)
+        self._requested_names = None if counted is None else frozenset(counted)
+        self._decayed_names = frozenset(decayed_names(self.model)) if counted is None else frozenset()
         self._teacher, self._distill, self._prepared_teacher = teacher, distill, None
         self._distillation = DistillationState()
         self._distillation.distill = distill if teacher is not None else 0.0
@@ -125,10 +126,24 @@ class LpTrainer(Trainer):
         show_on_bar(self.callback_handler.callbacks, logs)
         # The same on all ranks, as a histogram is collective.
         if "eval_loss" in logs and "tensorboard" in self.args.report_to:
-            histogram = measure_histogram(self.model, names=self._counted)
+            histogram = measure_histogram(self.model, names=self.counted)
             for writer in tensorboards(self.callback_handler.callbacks):
                 write_histograms(writer, histogram, self.state.global_step)
 
+    @property
+    def counted(self) -> frozenset[str]:
+        """Names of the parameters of which a sparsity is a share. The same ones as a target's, once the callback has
+        attached the optimizer.
+        """
+        if self._requested_names is not None:
+            return self._requested_names
+        attached = (
+            callback.attached
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, LpCallback) and callback.attached is not None
+        )
+        return next((attachment.counted for attachment in attached), self._decayed_names)
+
     def measure_sparsity(self) -> Sparsity:
         """The sparsity of the counted parameters, over all ranks. Collective."""
-        return measure_sparsity(self.model, names=self._counted)
+        return measure_sparsity(self.model, names=self.counted)
