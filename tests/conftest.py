@@ -200,14 +200,14 @@ def gpu_module():
     """The GPU's step; where there is no GPU, in Triton's interpreter."""
     from helpers.gpu import DEVICE
 
-    ours = ("lp_dist.optim.kernels.triton", "lp_dist.optim.kernels.triton_kernel")
+    module_names = ("lp_dist.optim.kernels.triton", "lp_dist.optim.kernels.triton_kernel")
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":  # read where the kernel is defined
             patch.setenv("TRITON_INTERPRET", "1")
-        for name in ours:
+        for name in module_names:
             sys.modules.pop(name, None)
-        yield importlib.import_module(ours[0])
-        for name in ours:
+        yield importlib.import_module(module_names[0])
+        for name in module_names:
             sys.modules.pop(name, None)
 
 

@@ -62,7 +62,7 @@ def another_script(model: nn.Sequential) -> LpAdamW:
 
 def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     quiet()
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for cell in ENGINES:
         place = directory / cell
 
@@ -77,37 +77,41 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
                 scheduler_of,
                 **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
             )
-            found = attached(engine)
-            return engine, found, error_of(lambda: engine.load(where, tag)) if tag else ""
+            attachment = attached(engine)
+            return engine, attachment, error_of(lambda: engine.load(where, tag)) if tag else ""
 
-        engine, found, _ = new()
-        trained(engine, found, 0, 2)
+        engine, attachment, _ = new()
+        trained(engine, attachment, 0, 2)
         engine.save(place, "2")
-        trained(engine, found, 2, 4)
-        seen = told[cell] = {"disk": full_disk(lambda: engine.save(place, "4")), "broken": {}}
-        trained(engine, found, 4, STEPS)
-        wanted = snapshot(engine, found)
+        trained(engine, attachment, 2, 4)
+        seen = results[cell] = {"disk": full_disk(lambda: engine.save(place, "4")), "broken": {}}
+        trained(engine, attachment, 4, STEPS)
+        wanted = snapshot(engine, attachment)
         ended(engine)
         seen["latest"] = (place / "latest").read_text() if "zero" in cell or "BF16" in cell else "2"
-        engine, found, seen["half"] = new("4")
+        engine, attachment, seen["half"] = new("4")
         ended(engine)
 
-        engine, found, error = new(seen["latest"])
-        trained(engine, found, 2, STEPS)
+        engine, attachment, error = new(seen["latest"])
+        trained(engine, attachment, 2, STEPS)
         seen["differs"] = (
-            [error] if error else [key for key, value in snapshot(engine, found).items() if wanted[key] != value]
+            [error] if error else [key for key, value in snapshot(engine, attachment).items() if wanted[key] != value]
         )
         ended(engine)
 
         for file in sorted(path.relative_to(place) for path in (place / "2").rglob("*") if path.is_file()):
             shutil.rmtree(directory / "broken", ignore_errors=True)
             shutil.copytree(place, directory / "broken")
-            whole = (place / file).read_bytes()
-            for how, part in {"half": whole[: len(whole) // 2], "all but a byte": whole[:-1], "nothing": None}.items():
-                if part is None:
+            content = (place / file).read_bytes()
+            for how, damaged in {
+                "half": content[: len(content) // 2],
+                "all but a byte": content[:-1],
+                "nothing": None,
+            }.items():
+                if damaged is None:
                     (directory / "broken" / file).unlink()
                 else:
-                    (directory / "broken" / file).write_bytes(part)
+                    (directory / "broken" / file).write_bytes(damaged)
                 engine, _, seen["broken"][f"{how} of {file.name}"] = new("2", where=directory / "broken")
                 ended(engine)
 
@@ -115,14 +119,14 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         ended(engine)
         log: list[str] = []
         logging.getLogger("lp_dist.attachment.restoring").addFilter(lambda record: log.append(record.getMessage()))
-        engine, found, seen["error"] = new("2", optimizer_of=another_script)
+        engine, attachment, seen["error"] = new("2", optimizer_of=another_script)
         seen["groups"], seen["log"] = (
-            [(group["weight_decay"], group["p"]) for group in found.optimizer.param_groups],
+            [(group["weight_decay"], group["p"]) for group in attachment.optimizer.param_groups],
             log,
         )
         logging.getLogger("lp_dist.attachment.restoring").filters.clear()
         ended(engine)
-    return told
+    return results
 
 
 _one_rank: list[dict[str, Any]] = []
@@ -151,10 +155,10 @@ def test_another_script_on_a_checkpoint_gets_its_own_values_with_a_warning_or_an
         assert "size" in seen["model"].lower(), f"{cell}: {seen['model']!r}"
         assert seen["error"] == "" and seen["groups"] == [(4.0, 0.5), (0.25, 0.0), (0.0, 0.5)], cell
         text = "\n".join(seen["log"])
-        for part in (
+        for phrase in (
             "param group 0 has weight_decay=3.0, from a checkpoint perhaps; going on with weight_decay=4.0",
             "weight_decay=0.005",
             "going on with weight_decay=0.25",
             "param group 1 has p=-1.0, from a checkpoint perhaps; going on with p=0.0",
         ):
-            assert part in text, f"{cell}: {text}"
+            assert phrase in text, f"{cell}: {text}"

@@ -45,51 +45,51 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, dict[str
     last stop.
     """
     quiet()
-    told: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for cell in CELLS:
         engine = started(cell)
-        found = attached(engine)
-        rates, wanted = trained(engine, found, 0, STEPS), snapshot(engine, found)
-        told[cell] = {
+        attachment = attached(engine)
+        rates, wanted = trained(engine, attachment, 0, STEPS), snapshot(engine, attachment)
+        results[cell] = {
             "differs": {},
             "zeros": {STEPS: zeros_of(engine)},
             "counted": len(wanted),
-            "rates": {"whole": rates},
+            "rates": {"uninterrupted": rates},
         }
         ended(engine)
 
         engine, step = started(cell), 0  # another one saves, so that saving is seen to change nothing
-        found = attached(engine)
+        attachment = attached(engine)
         for stop in STOPS:
-            trained(engine, found, step, stop)
+            trained(engine, attachment, step, stop)
             engine.save(directory / cell, str(stop))
-            told[cell]["zeros"][stop], step = zeros_of(engine), stop
+            results[cell]["zeros"][stop], step = zeros_of(engine), stop
         if CELLS[cell][0] in ZERO:
-            told[cell]["masters"] = masters_of(engine)
+            results[cell]["masters"] = masters_of(engine)
         ended(engine)
 
         for stop, phase in STOPS.items():
             engine = started(cell)
             if stop != 7:  # either order is right
-                found = attached(engine)
+                attachment = attached(engine)
                 engine.load(directory / cell, str(stop))
             else:
                 engine.load(directory / cell, str(stop))
-                found = attached(engine)
-            told[cell]["rates"][stop] = trained(engine, found, stop, STEPS)
-            got = snapshot(engine, found)
-            told[cell]["differs"][phase] = sorted(
+                attachment = attached(engine)
+            results[cell]["rates"][stop] = trained(engine, attachment, stop, STEPS)
+            got = snapshot(engine, attachment)
+            results[cell]["differs"][phase] = sorted(
                 key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)
             )
             ended(engine)
-    return told
+    return results
 
 
 _told: list[dict[str, dict[str, Any]]] = []
 
 
 @pytest.fixture
-def told(run_ranks, checkpoints) -> list[dict[str, dict[str, Any]]]:
+def results(run_ranks, checkpoints) -> list[dict[str, dict[str, Any]]]:
     """By rank what `on_a_rank` tells, run once."""
     if not _told:
         _told.extend(run_ranks(on_a_rank, 2, checkpoints))
@@ -101,39 +101,39 @@ def checkpoints(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(results):
     wrong = {
         f"{cell}, rank {rank}, stopped in {phase}": differs
-        for rank, cells in enumerate(told)
+        for rank, cells in enumerate(results)
         for cell, seen in cells.items()
         for phase, differs in seen["differs"].items()
         if differs
     }
     assert not wrong
-    for cells in told:
+    for cells in results:
         assert cells.keys() == CELLS.keys()
         assert all(set(seen["differs"]) == set(STOPS.values()) and seen["counted"] > 40 for seen in cells.values())
 
 
-def test_trap_15_a_resume_does_not_reset_the_learning_rates(told):
+def test_trap_15_a_resume_does_not_reset_the_learning_rates(results):
     wanted = [(lr, 2 * lr, lr) for lr in (1e-2 * (1.0 - step / 16) for step in range(STEPS))]
-    for cell, seen in told[0].items():
-        assert [lr for rates in seen["rates"]["whole"] for lr in rates] == pytest.approx(
+    for cell, seen in results[0].items():
+        assert [lr for rates in seen["rates"]["uninterrupted"] for lr in rates] == pytest.approx(
             [lr for rates in wanted for lr in rates]
         )
         for stop in STOPS:
-            assert seen["rates"][stop] == seen["rates"]["whole"][stop:], f"{cell}, stopped at {stop}"
+            assert seen["rates"][stop] == seen["rates"]["uninterrupted"][stop:], f"{cell}, stopped at {stop}"
 
 
-def test_the_runs_were_stopped_in_every_phase(told):
+def test_the_runs_were_stopped_in_every_phase(results):
     assert not {
         cell: seen["zeros"]
-        for cell, seen in told[0].items()
+        for cell, seen in results[0].items()
         if not 0 == seen["zeros"][2] < seen["zeros"][7] < seen["zeros"][10] == seen["zeros"][STEPS]
     }
 
 
-def test_zero_to_fp32_gives_the_masters_with_their_zeros(told, checkpoints, tmp_path):
+def test_zero_to_fp32_gives_the_masters_with_their_zeros(results, checkpoints, tmp_path):
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
     from safetensors.torch import load_file
 
@@ -143,12 +143,12 @@ def test_zero_to_fp32_gives_the_masters_with_their_zeros(told, checkpoints, tmp_
         convert_zero_checkpoint_to_fp32_state_dict(
             checkpoints / cell, tmp_path / cell, tag="10", safe_serialization=True
         )
-        written, masters = load_file(tmp_path / cell / "model.safetensors"), told[0][cell]["masters"]
+        written, masters = load_file(tmp_path / cell / "model.safetensors"), results[0][cell]["masters"]
         assert written.keys() == masters.keys()
         for name, master in masters.items():
             assert as_bytes(written[name]) == as_bytes(master) and written[name].shape == master.shape, (
                 f"{cell}: {name}"
             )
-        assert sum(int((written[name] == 0).sum()) for name in DECAYED) == told[0][cell]["zeros"][10], cell
+        assert sum(int((written[name] == 0).sum()) for name in DECAYED) == results[0][cell]["zeros"][10], cell
     with pytest.raises(ValueError, match="is not a zero checkpoint"):  # BF16_Optimizer's it can't read
         convert_zero_checkpoint_to_fp32_state_dict(checkpoints / "BF16_Optimizer", tmp_path / "bf16", tag="10")

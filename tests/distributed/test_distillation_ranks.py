@@ -82,7 +82,7 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
         assert schema.read(runs[name])["sparsity"] == pytest.approx(0.5, abs=2e-3), name
     for name in ("ddp", "zero3"):
         weights = load_file(runs[name] / "model.safetensors")
-        zeros = [sum(int((w == 0).sum()) for w in one.values()) for one in (weights, wanted)]
+        zeros = [sum(int((w == 0).sum()) for w in state_dict.values()) for state_dict in (weights, wanted)]
         assert abs(zeros[0] - zeros[1]) <= 4, name
         apart = torch.cat([(weights[key] - w).abs().flatten() for key, w in wanted.items()])
         assert float(apart.mean()) < 1e-5 and float((apart > 1e-3).float().mean()) < 1e-3, (
@@ -93,20 +93,20 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
 def test_the_teacher_s_part_is_in_the_loss(runs, words, tmp_path):
     plain = [word for word in words if word not in ("--teacher", "--distill", "0.7") and "teacher" not in word]
     finetune.main([*plain, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path)])
-    one, other = (
+    with_teacher, without_teacher = (
         load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
         for path in (runs["alone"], tmp_path)
     )
-    assert float((one - other).abs().max()) > 1e-3
+    assert float((with_teacher - without_teacher).abs().max()) > 1e-3
 
 
 def _sharded(accelerator: SimpleNamespace, rank: int) -> tuple[torch.nn.Module, dict]:
     """The teacher as it is on this rank, and what it has to do with the whole one."""
     ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():
-        whole = student(7).eval()(ids).logits
+        unsharded_logits = student(7).eval()(ids).logits
         teacher = sharded_alike(student(7), accelerator)
-        same = torch.equal(teacher(input_ids=ids).logits, whole)
+        same = torch.equal(teacher(input_ids=ids).logits, unsharded_logits)
     return teacher, {
         "same": same,
         "trains": any(param.requires_grad for param in teacher.parameters()),
@@ -124,7 +124,7 @@ def _fsdp2(rank: int, world_size: int) -> dict:
         cpu_ram_efficient_loading=False,
     )
     # What accelerate's own has; on CPUs it would make none for FSDP.
-    teacher, found = _sharded(
+    teacher, results = _sharded(
         SimpleNamespace(
             distributed_type="FSDP",
             is_fsdp2=True,
@@ -137,7 +137,7 @@ def _fsdp2(rank: int, world_size: int) -> dict:
     )
     params = list(teacher.parameters())
     return {
-        **found,
+        **results,
         "here": sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params),
     }
 
@@ -150,7 +150,7 @@ def _zero3(rank: int, world_size: int) -> dict:
             "offload_optimizer": {"device": "cpu"},
         }
     }
-    teacher, found = _sharded(
+    teacher, results = _sharded(
         SimpleNamespace(
             distributed_type="DEEPSPEED",
             state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)),
@@ -161,12 +161,12 @@ def _zero3(rank: int, world_size: int) -> dict:
     params = list(teacher.parameters())
     assert sum(param.numel() for param in params) == 0, "gathered after the pass"
     return {
-        **found,
+        **results,
         "here": sum(param.ds_tensor.numel() for param in params) / sum(param.ds_numel for param in params),
     }
 
 
 @pytest.mark.parametrize("engine", [_fsdp2, _zero3])
 def test_engines_that_shard_weights_shard_the_teacher_as_well(engine, run_ranks):
-    for found in run_ranks(engine, 2):
-        assert found == {"same": True, "trains": False, "mode": False, "here": pytest.approx(0.5, abs=0.05)}
+    for results in run_ranks(engine, 2):
+        assert results == {"same": True, "trains": False, "mode": False, "here": pytest.approx(0.5, abs=0.05)}

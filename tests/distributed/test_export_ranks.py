@@ -111,11 +111,11 @@ def test_deepspeeds_own_conversion_gives_the_same(three):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     directory, masters = three
-    theirs = get_fp32_state_dict_from_zero_checkpoint(
+    converted = get_fp32_state_dict_from_zero_checkpoint(
         directory / "zero2"
     )  # with the head, which it can't write as safetensors
-    assert not wrong({name: theirs[name] for name in masters["zero2"]}, masters["zero2"]) and torch.equal(
-        theirs["lm_head.weight"], theirs[EMBEDDING]
+    assert not wrong({name: converted[name] for name in masters["zero2"]}, masters["zero2"]) and torch.equal(
+        converted["lm_head.weight"], converted[EMBEDDING]
     )
 
 
@@ -164,10 +164,10 @@ def test_files_cut_short_or_gone_are_an_error_at_once(two, tmp_path):
             path.relative_to(directory / cell) for path in (directory / cell / place).iterdir() if path.is_file()
         )
         for file in files:
-            whole = (directory / cell / file).read_bytes()
-            for part in (None, b"", whole[:100], whole[:-1]):
+            content = (directory / cell / file).read_bytes()
+            for shortened in (None, b"", content[:100], content[:-1]):
                 broken = copied(directory / cell, tmp_path / "broken")
-                (broken / file).unlink() if part is None else (broken / file).write_bytes(part)
+                (broken / file).unlink() if shortened is None else (broken / file).write_bytes(shortened)
                 with pytest.raises(UsageError) as caught:
                     open_checkpoint(broken)
                 assert any(word in str(caught.value) for word in ("anew", "holds no weights")), caught.value
@@ -189,18 +189,18 @@ def test_a_trainers_checkpoint_has_the_models_own_weights_and_the_engines(two, t
         step = run / f"checkpoint-{10 if cell == 'zero3' else 9}"
         shutil.copytree(directory / cell, step)
         shutil.copyfile(directory / "config.json", step / "config.json")
-        own = {name: tensor.bfloat16() for name, tensor in masters[cell].items()}
-        save_file(own, step / "model.safetensors")
+        model_weights = {name: tensor.bfloat16() for name, tensor in masters[cell].items()}
+        save_file(model_weights, step / "model.safetensors")
         done = export(step, tmp_path / cell)
-        assert done.form == "safetensors" and not wrong(load_file(done.out / "model.safetensors"), own)
+        assert done.form == "safetensors" and not wrong(load_file(done.out / "model.safetensors"), model_weights)
         done = export(step, tmp_path / f"{cell} masters", masters=True)
         assert done.form.startswith("DeepSpeed ZeRO") and not wrong(
             load_file(done.out / "model.safetensors"), masters[cell]
         )
     # What ZeRO-3 leaves without stage3_gather_16bit_weights_on_model_save: no such file, names alone, or small tensors
     # that it keeps whole.
-    empty = {name: torch.empty(0) for name in own}
-    for kept in (None, empty, {**empty, "model.norm.weight": own["model.norm.weight"]}):
+    empty = {name: torch.empty(0) for name in model_weights}
+    for kept in (None, empty, {**empty, "model.norm.weight": model_weights["model.norm.weight"]}):
         (step / "model.safetensors").unlink(missing_ok=True)
         if kept is not None:
             save_file(kept, step / "model.safetensors")
@@ -232,25 +232,25 @@ def ranks_of(directory: Path, flats: list[Tensor], shapes: list[dict[str, Any]],
 
 
 def test_rank_10_comes_after_rank_9_and_padding_is_cut(tmp_path):
-    whole = torch.arange(1.0, 36.0)  # 4 elements a rank, and nothing but padding on the last 2 of 11
+    values = torch.arange(1.0, 36.0)  # 4 elements a rank, and nothing but padding on the last 2 of 11
     flats = [
-        torch.cat([part, torch.full((4 - len(part) + 1,), -1.0)])
-        for part in torch.nn.functional.pad(whole, (0, 9), value=-1.0).split(4)
+        torch.cat([shard, torch.full((4 - len(shard) + 1,), -1.0)])
+        for shard in torch.nn.functional.pad(values, (0, 9), value=-1.0).split(4)
     ]
     place = ranks_of(tmp_path / "ranks", flats, [{"w": torch.Size([5, 7])}])
-    assert torch.equal(open_checkpoint(place).entries["w"].read(), whole.view(5, 7))
+    assert torch.equal(open_checkpoint(place).entries["w"].read(), values.view(5, 7))
 
 
 @pytest.mark.parametrize(
-    "shape, more, part",
+    "shape, more, message",
     [
         ((5, 9), {}, "only 35 of the 45 elements of w .*NVMe offload"),
         ((5, 7), {"ds_zero_partition_groups": [{"partition_count": 2}]}, "MiCS"),
     ],
 )
-def test_weights_that_are_elsewhere_are_refused(shape, more, part, tmp_path):
+def test_weights_that_are_elsewhere_are_refused(shape, more, message, tmp_path):
     place = ranks_of(tmp_path / "ranks", list(torch.arange(35.0).split(5)), [{"w": torch.Size(shape)}], **more)
-    with pytest.raises(UsageError, match=part):
+    with pytest.raises(UsageError, match=message):
         open_checkpoint(place)
 
 

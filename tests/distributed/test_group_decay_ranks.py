@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers.engines import Engine, ended, gathered, quiet
-from helpers.snapshots import pieces_of, snapshot, whole
+from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_runs import Case, engine_of, trained
 from lp_dist import GroupDecay, SparsityTarget, attach
 from lp_dist.attachment.attachment import Attachment
@@ -26,7 +26,7 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 of
 
 
 @dataclass(frozen=True)
-class GroupDecayHook(Case):
+class GroupCase(Case):
     """What is asked: "λ", "target", or "both" targets, one after the other. Dtypes as of `Case`."""
 
     asked_for: str = "target"
@@ -44,7 +44,7 @@ def sets_of(model: torch.nn.Module) -> list:
     )
 
 
-def attached_to(engine: Engine, case: GroupDecayHook, **values: Any) -> Attachment:
+def attached_to(engine: Engine, case: GroupCase, **values: Any) -> Attachment:
     from lp_dist.sharding.engines import unwrap
 
     others = (
@@ -68,114 +68,114 @@ def attached_to(engine: Engine, case: GroupDecayHook, **values: Any) -> Attachme
 
 
 RUNS = [
-    GroupDecayHook(engine, steps=STEPS, asked_for=asked, interval=interval, precondition=gamma)
+    GroupCase(engine, steps=STEPS, asked_for=targets, interval=interval, precondition=gamma)
     for i, engine in enumerate(ENGINES)
-    for asked, interval, gamma in [
+    for targets, interval, gamma in [
         [("λ", 1, 0.0), ("target", 1, 1.0)],
         [("target", 2, 0.5), ("both", 1, 1.0)],
         [("λ", 3, 1.0), ("target", 1, 0.0)],
     ][i % 3]
 ]
 MIXED = [
-    GroupDecayHook(engine, steps=STEPS, asked_for="target", dtype="bf16")
+    GroupCase(engine, steps=STEPS, asked_for="target", dtype="bf16")
     for engine in ("zero1", "zero2", "zero3", "bf16_optimizer")
 ]
 
 
-def followed(case: GroupDecayHook) -> dict[str, Any]:
+def followed(case: GroupCase) -> dict[str, Any]:
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    trained(engine, found, case, 0, STEPS)
-    found.finish()
+    attachment = attached_to(engine, case)
+    trained(engine, attachment, case, 0, STEPS)
+    attachment.finish()
     # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
-    squares = found.group_decay.squares.clone() if found.group_decay._squares is not None else None
-    told = {
-        "pieces": pieces_of(found),
+    squares = attachment.group_decay.squares.clone() if attachment.group_decay._squares is not None else None
+    results = {
+        "shards": local_shards_of(attachment),
         "model": gathered(engine),
-        "state": json.dumps(found.state_dict()),
+        "state": json.dumps(attachment.state_dict()),
         "squares": squares,
     }
     ended(engine)
-    return told
+    return results
 
 
 @cache
-def alone(case: GroupDecayHook) -> dict[str, Any]:
+def alone(case: GroupCase) -> dict[str, Any]:
     return followed(replace(case, engine="plain", dtype="fp32"))
 
 
-def resumed(case: GroupDecayHook, directory: Path) -> tuple[list[str], int]:
+def resumed(case: GroupCase, directory: Path) -> tuple[list[str], int]:
     """What differs between a run that was stopped in the window and one that was not, and how much was compared."""
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    trained(engine, found, case, 0, STEPS)
-    wanted = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
+    attachment = attached_to(engine, case)
+    trained(engine, attachment, case, 0, STEPS)
+    wanted = snapshot(engine, attachment) | {"target": json.dumps(attachment.state_dict())}
     ended(engine)
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    trained(engine, found, case, 0, 7)
+    attachment = attached_to(engine, case)
+    trained(engine, attachment, case, 0, 7)
     engine.save(directory, "stop")
-    state = found.state_dict()
+    state = attachment.state_dict()
     ended(engine)
     engine = engine_of(case)
-    found = attached_to(engine, case)
+    attachment = attached_to(engine, case)
     engine.load(directory, "stop")
     if not hasattr(engine.handle, "load_checkpoint"):
-        found.load_state_dict(state)
-    trained(engine, found, case, 7, STEPS)
-    got = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
+        attachment.load_state_dict(state)
+    trained(engine, attachment, case, 7, STEPS)
+    got = snapshot(engine, attachment) | {"target": json.dumps(attachment.state_dict())}
     ended(engine)
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
-def went_back(case: GroupDecayHook, directory: Path) -> tuple[bool, bool]:
+def went_back(case: GroupCase, directory: Path) -> tuple[bool, bool]:
     """Loads the weights alone of a checkpoint from before lp_dist was attached: whether norms are those of the weights
     that are there, and not as before.
     """
     engine = engine_of(case)
     trained(engine, SimpleNamespace(after_step=lambda: None), case, 0, 3)
     engine.save(directory, "before")
-    trained(engine, found := attached_to(engine, case), case, 3, 6)  # the next step's norms are under way
-    before = found.group_decay.squares.clone()
+    trained(engine, attachment := attached_to(engine, case), case, 3, 6)  # the next step's norms are under way
+    before = attachment.group_decay.squares.clone()
     engine.handle.load_checkpoint(directory, tag="before", load_optimizer_states=False)
-    found.group_decay.measure()
-    got = found.group_decay.squares.clone()
-    found.group_decay.forget()
-    found.group_decay.measure()
-    told = got.equal(found.group_decay.squares), before.equal(got)
+    attachment.group_decay.measure()
+    got = attachment.group_decay.squares.clone()
+    attachment.group_decay.forget()
+    attachment.group_decay.measure()
+    results = got.equal(attachment.group_decay.squares), before.equal(got)
     ended(engine)
-    return told
+    return results
 
 
 RESUMED = [
-    GroupDecayHook(engine, steps=STEPS, asked_for=asked, interval=3)
-    for engine, asked in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))
+    GroupCase(engine, steps=STEPS, asked_for=targets, interval=3)
+    for engine, targets in (("zero2", "target"), ("zero3", "both"), ("fsdp2", "λ"))
 ]
 
 
 def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     quiet()
-    told: dict[str, Any] = {case: followed(case) for case in (RUNS + MIXED if world_size == 2 else [])}
+    results: dict[str, Any] = {case: followed(case) for case in (RUNS + MIXED if world_size == 2 else [])}
     reductions: list[int] = []
     if world_size == 2:
-        told["resumed"] = {case: resumed(case, directory / case.engine.replace(" ", "-")) for case in RESUMED}
-        told["went back"] = went_back(GroupDecayHook("zero2", steps=STEPS, asked_for="λ"), directory / "back")
-        told["reductions"] = reductions_of(GroupDecayHook("zero3", steps=STEPS, asked_for="λ"), reductions)
-    return told
+        results["resumed"] = {case: resumed(case, directory / case.engine.replace(" ", "-")) for case in RESUMED}
+        results["went back"] = went_back(GroupCase("zero2", steps=STEPS, asked_for="λ"), directory / "back")
+        results["reductions"] = reductions_of(GroupCase("zero3", steps=STEPS, asked_for="λ"), reductions)
+    return results
 
 
-def reductions_of(case: GroupDecayHook, seen: list[int]) -> list[int]:
+def reductions_of(case: GroupCase, seen: list[int]) -> list[int]:
     """Sizes of what our code reduces over 5 steps of ZeRO-3, whose optimizer steps its tensors in many calls."""
     engine = engine_of(case)
-    found = attached_to(engine, case)
+    attachment = attached_to(engine, case)
     reduce = torch.distributed.all_reduce
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "lp_dist.structured.group_decay.torch.distributed.all_reduce",
             lambda tensor, **more: (seen.append(tensor.numel()), reduce(tensor, **more))[1],
         )
-        trained(engine, found, case, 0, 5)
-        found.finish()
+        trained(engine, attachment, case, 0, 5)
+        attachment.finish()
     ended(engine)
     return [numel for numel in seen if numel == 163 + 101 + 1]
 
@@ -184,24 +184,24 @@ _told: list[dict[Any, Any]] = []
 
 
 @pytest.fixture
-def told(run_ranks, tmp_path_factory) -> list[dict[Any, Any]]:
+def results(run_ranks, tmp_path_factory) -> list[dict[Any, Any]]:
     if not _told:
         _told.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("groups")))
     return _told
 
 
-def test_every_engine_comes_to_the_weights_of_one_process(told):
+def test_every_engine_comes_to_the_weights_of_one_process(results):
     for case in RUNS:
-        wanted = whole([{"pieces": alone(case)["pieces"]}])
-        masters = whole([{"pieces": rank[case]["pieces"]} for rank in told])
+        wanted = joined([{"shards": alone(case)["shards"]}])
+        masters = joined([{"shards": rank[case]["shards"]} for rank in results])
         for name, weights in wanted.items():
             assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
-        assert all(rank[case]["state"] == alone(case)["state"] for rank in told), case
+        assert all(rank[case]["state"] == alone(case)["state"] for rank in results), case
 
 
-def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(told):
+def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(results):
     for case in (case for case in RUNS + MIXED if case.asked_for != "λ"):
-        masters, model = whole([{"pieces": rank[case]["pieces"]} for rank in told]), told[0][case]["model"]
+        masters, model = joined([{"shards": rank[case]["shards"]} for rank in results]), results[0][case]["model"]
         for name, weights in model.items():
             assert (weights.flatten() == 0).equal(masters[name].flatten() == 0), f"{case}: {name}"
         gone = (model["0.weight"] == 0).all(1), (model["3.weight"] == 0).all(1)
@@ -213,19 +213,19 @@ def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(told):
         ), case
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(told):
-    for rank in told:
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(results):
+    for rank in results:
         for case, (differs, compared) in rank["resumed"].items():
             assert not differs and compared > 15, case
 
 
-def test_weights_that_an_engine_has_loaded_are_measured_anew(told):
+def test_weights_that_an_engine_has_loaded_are_measured_anew(results):
     """Where nothing else tells of it: with the optimizer's states its own hook does."""
-    assert all(rank["went back"] == (True, False) for rank in told)
+    assert all(rank["went back"] == (True, False) for rank in results)
 
 
-def test_a_step_costs_one_reduction_of_as_many_numbers_as_there_are_groups(told):
+def test_a_step_costs_one_reduction_of_as_many_numbers_as_there_are_groups(results):
     """And one more is under way for the next step. (In the first step nothing is measured: there are no second moments
     yet.)
     """
-    assert told[0]["reductions"] == [163 + 101 + 1] * 5
+    assert results[0]["reductions"] == [163 + 101 + 1] * 5

@@ -84,13 +84,13 @@ def words(tiny_model, topics, cpu_op) -> list[str]:
 @pytest.fixture(scope="session")
 def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
     """One run under each launcher and of each engine, by name; a failure shows what the launcher printed."""
-    found = {name: tmp_path_factory.mktemp("launchers") / name for name in (*ENGINES, *LAUNCHERS)}
+    directories = {name: tmp_path_factory.mktemp("launchers") / name for name in (*ENGINES, *LAUNCHERS)}
     for name, (launcher, more) in LAUNCHERS.items():
-        done = launch(launcher, [*words, *more, "--output_dir", str(found[name])])
+        done = launch(launcher, [*words, *more, "--output_dir", str(directories[name])])
         assert done.returncode == 0, f"{name}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         assert done.stdout.count("Perplexity on held-out text") == 1, f"{name}: the table is for rank 0 alone"
-    run_program([[*words, *more, "--output_dir", str(found[name])] for name, more in ENGINES.items()])
-    return found
+    run_program([[*words, *more, "--output_dir", str(directories[name])] for name, more in ENGINES.items()])
+    return directories
 
 
 def test_every_launcher_leaves_a_sparse_checkpoint_that_reloads(runs):
@@ -113,16 +113,17 @@ def test_every_launcher_leaves_a_sparse_checkpoint_that_reloads(runs):
 def test_every_launcher_reports_its_engine_and_the_sizes_of_all_weights(runs):
     before = {}
     for name, out in runs.items():
-        saved, stage = schema.read(out), next((part[4] for part in name.split("-") if part.startswith("zero")), None)
+        saved, stage = schema.read(out), next((word[4] for word in name.split("-") if word.startswith("zero")), None)
         assert saved["engine"] == (
             "DDP" if stage is None else f"DeepSpeed ZeRO-{stage}" + (", offloaded" if "offload" in name else "")
         ), name
-        found = saved["histograms"]
-        assert found["zeros_after"] == saved["zeros"], name
+        histograms = saved["histograms"]
+        assert histograms["zeros_after"] == saved["zeros"], name
         assert all(
-            sum(found[when]) + found[f"zeros_{when}"] == saved["decayed_weights"] for when in ("before", "after")
+            sum(histograms[when]) + histograms[f"zeros_{when}"] == saved["decayed_weights"]
+            for when in ("before", "after")
         ), name
-        before[name] = {edge: count for edge, count in zip(found["edges"], found["before"]) if count}
+        before[name] = {edge: count for edge, count in zip(histograms["edges"], histograms["before"]) if count}
         assert before[name] == before["torchrun-ddp"], name
         assert (out / "report.html").exists(), name
 

@@ -34,15 +34,18 @@ def under_deepspeed(rank: int, world_size: int, directory: str) -> list[str]:
     other, again = started()
     other.handle.load_checkpoint(directory, tag="6", load_module_strict=False)
     stepped(other, again, range(6, 20))
-    whole, resumed = gathered(engine), gathered(other)
+    uninterrupted, resumed = gathered(engine), gathered(other)
     zeros, elements = (
         sum(counts)
         for counts in zip(
-            *((int((whole[name] == 0).sum()), whole[name].numel()) for name in matrix_names(engine.handle.module))
+            *(
+                (int((uninterrupted[name] == 0).sum()), uninterrupted[name].numel())
+                for name in matrix_names(engine.handle.module)
+            )
         )
     )
     assert abs(zeros / elements - 0.5) < 1e-3
-    return [name for name, weight in whole.items() if not torch.equal(weight, resumed[name])]
+    return [name for name, weight in uninterrupted.items() if not torch.equal(weight, resumed[name])]
 
 
 def test_deepspeeds_checkpoints_hold_a_base_that_decays(run_ranks, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers import matrix
-from helpers.matrix import DEEPSPEED, DTYPES, ENGINES, OPTIMIZERS, Cell, How, Run, cells_of, how, one_process
+from helpers.matrix import DEEPSPEED, DTYPES, ENGINES, OPTIMIZERS, Cell, How, TrainedRun, cells_of, how, one_process
 from helpers.paths import ROOT
 
 TOLERANCE, WITHIN = {"rtol": 1e-5, "atol": 1e-6}, "rtol 1e-5, atol 1e-6"
@@ -47,11 +47,11 @@ UNTESTED, OFFLOAD, FP16, NO_BF16 = ASKED
 
 
 @cache
-def unclipped(does: How, cell: Cell, world_size: int) -> Run:
+def unclipped(does: How, cell: Cell, world_size: int) -> TrainedRun:
     return one_process(does, cell, world_size, [])
 
 
-def verdict(cell: Cell, runs: list[Run], world_size: int) -> str:
+def verdict(cell: Cell, runs: list[TrainedRun], world_size: int) -> str:
     """Compares what the ranks hold with one process: "bitwise", or the tolerance within which it is. Fails beyond
     that.
     """
@@ -64,8 +64,10 @@ def verdict(cell: Cell, runs: list[Run], world_size: int) -> str:
         pairs = zip(sum(run.weights, []), sum(other.weights, []), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), f"{cell}: the ranks differ"
     if cell.clipped:
-        told = (cell.engine, cell.dtype) != ("ZeRO 0", "fp32")  # there, DeepSpeed keeps the norm to itself
-        assert len(run.norms) == told * matrix.STEPS and any(norm > matrix.MAX_NORM for norm in wanted.norms)
+        norm_is_reported = (cell.engine, cell.dtype) != ("ZeRO 0", "fp32")  # there, DeepSpeed keeps the norm to itself
+        assert len(run.norms) == norm_is_reported * matrix.STEPS and any(
+            norm > matrix.MAX_NORM for norm in wanted.norms
+        )
         for step, norm in enumerate(run.norms):
             assert float(norm) == pytest.approx(float(wanted.norms[step]), rel=1e-6), f"{cell}: norm of step {step}"
     share = float((matrix.decayed(run.weights[-1]) == 0).float().mean())
@@ -112,7 +114,7 @@ def get_fp16() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
-def on_a_rank(rank: int, world_size: int, cells: list[Cell]) -> list[Run]:
+def on_a_rank(rank: int, world_size: int, cells: list[Cell]) -> list[TrainedRun]:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -149,7 +151,7 @@ def test_three_ranks(run_ranks):
         RESULTS[cell.engine, THREE].append(WITHIN)  # bitwise is luck here
 
 
-def ask(rank: int, world_size: int) -> tuple[dict[str, str], list[Run]]:
+def ask(rank: int, world_size: int) -> tuple[dict[str, str], list[TrainedRun]]:
     import deepspeed
 
     def answer(cell: Cell, changes: dict) -> str:
@@ -240,8 +242,8 @@ def works_with(results: dict[tuple[str, str], list[str]]) -> str:
 
     def compared(engine: str) -> str:
         ranks = results.get((engine, THREE))
-        every = {verdict for column in DTYPES for verdict in results.get((engine, column), [])}
-        return " or ".join(sorted(every)) + (f"; on 3 ranks {ranks[0]}" if ranks else "")
+        verdicts = {verdict for column in DTYPES for verdict in results.get((engine, column), [])}
+        return " or ".join(sorted(verdicts)) + (f"; on 3 ranks {ranks[0]}" if ranks else "")
 
     return rows(
         ["engine", *DTYPES, "compared with one process"],

@@ -73,8 +73,8 @@ def test_two_nodes_are_one_process(tmp_path, cpu_op):
     assert statuses == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
 
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for rank, one in enumerate(saved):
-        assert one["place"] == {
+    for rank, result in enumerate(saved):
+        assert result["place"] == {
             "GROUP_RANK": rank,
             "GROUP_WORLD_SIZE": 2,
             "LOCAL_RANK": 0,
@@ -84,5 +84,5 @@ def test_two_nodes_are_one_process(tmp_path, cpu_op):
     cell = Cell("ZeRO 2")
     wanted = one_process(how(cell), cell, 2, []).weights[-1]
     assert 0.05 < float((decayed(wanted) == 0).float().mean()) < 0.95
-    for one in saved:
-        assert all(torch.equal(a, b) for a, b in zip(one["weights"], wanted, strict=True))
+    for result in saved:
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], wanted, strict=True))

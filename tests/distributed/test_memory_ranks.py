@@ -49,5 +49,5 @@ def test_memory_and_communication_of_every_engine(run_ranks):
             f"{cell}: {[r[cell] for r in results]}, {on_paper}"
         )
     for result in results:
-        ours = result[2, "bf16", False]
-        assert result["AdamW"] == {key: ours[key] for key in result["AdamW"]}
+        lp_adamw = result[2, "bf16", False]
+        assert result["AdamW"] == {key: lp_adamw[key] for key in result["AdamW"]}

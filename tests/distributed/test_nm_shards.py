@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.engines import Engine, gathered, make, quiet
-from helpers.snapshots import whole
+from helpers.snapshots import joined
 from helpers.target_runs import BF16
 from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups
 from lp_dist.attachment.attach import Attachment
@@ -121,11 +121,11 @@ def loss_of(engine: Engine, case: Case, step: int, rank: int) -> Tensor:
     inputs, slopes = (
         torch.randint(-1, 2, (4, n), generator=generator).float() for n in (SIZES[case.pattern][0][0], outputs)
     )
-    found = engine(inputs.to(next(engine.handle.parameters()).dtype))
-    return (found.float() * (6 * slopes / 64)).sum()
+    predictions = engine(inputs.to(next(engine.handle.parameters()).dtype))
+    return (predictions.float() * (6 * slopes / 64)).sum()
 
 
-def trained(engine: Engine, found: Attachment, case: Case, start: int, until: int) -> None:
+def trained(engine: Engine, attachment: Attachment, case: Case, start: int, until: int) -> None:
     for step in range(start, until):
         if case.engine == "plain":
             for rank in range(case.world - 1):
@@ -133,45 +133,45 @@ def trained(engine: Engine, found: Attachment, case: Case, start: int, until: in
             engine.step(loss_of(engine, case, step, case.world - 1) / case.world)
         else:
             engine.step(loss_of(engine, case, step, torch.distributed.get_rank()))
-        found.after_step()
+        attachment.after_step()
 
 
-def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
+def shards_of(attachment: Attachment) -> list[tuple[str, int, Tensor]]:
     return [
         (f"{key} of {shard.name}", shard.start, values.flatten().clone())
-        for shard in found.shards
+        for shard in attachment.shards
         if shard.length
         for key, values in {"master": shard.local.values, **shard.state}.items()
     ]
 
 
-def told_of(engine: Engine, found: Attachment, case: Case) -> dict[str, Any]:
+def results_of(engine: Engine, attachment: Attachment, case: Case) -> dict[str, Any]:
     m = parse_pattern(case.pattern)[1]
     ends = [
         (shard.name, shard.start + at)
-        for shard in found.shards
+        for shard in attachment.shards
         if shard.length and shard.name.endswith("weight")
         for head, middle in [split_at_blocks(shard.start, shard.length, m)]
         for at, length in ((0, head), (head + middle, shard.length - head - middle))
         if length
     ]
-    told = {
-        "pieces": pieces_of(found),
+    results = {
+        "shards": shards_of(attachment),
         "model": gathered(engine),
-        "state": json.dumps(found.state_dict()),
+        "state": json.dumps(attachment.state_dict()),
         "ends": ends,
     }
     if hasattr(engine.handle, "destroy"):
         engine.handle.destroy()
-    return told
+    return results
 
 
 def followed(case: Case) -> dict[str, Any]:
     assert quantiles.SAMPLE_SIZE == SAMPLE
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    trained(engine, found, case, 0, STEPS)
-    return told_of(engine, found, case)
+    attachment = attached_to(engine, case)
+    trained(engine, attachment, case, 0, STEPS)
+    return results_of(engine, attachment, case)
 
 
 @cache
@@ -182,32 +182,32 @@ def alone(pattern: str, how: str, world: int) -> dict[str, Any]:
 def resumed(case: Case, directory: Path) -> dict[str, Any]:
     """Saved in the middle of the window, and gone on with by new objects."""
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    trained(engine, found, case, 0, STOP)
+    attachment = attached_to(engine, case)
+    trained(engine, attachment, case, 0, STOP)
     engine.save(directory, case.engine)
-    state = json.loads(json.dumps(found.state_dict()))
+    state = json.loads(json.dumps(attachment.state_dict()))
     engine = engine_of(case)
-    found = attached_to(engine, case)
+    attachment = attached_to(engine, case)
     engine.load(directory, case.engine)
     if not hasattr(engine.handle, "load_checkpoint"):
-        found.load_state_dict(state)
-    trained(engine, found, case, STOP, STEPS)
-    return told_of(engine, found, case)
+        attachment.load_state_dict(state)
+    trained(engine, attachment, case, STOP, STEPS)
+    return results_of(engine, attachment, case)
 
 
 def on_ranks(rank: int, world_size: int, directory: Path) -> dict[str, dict[Case, dict[str, Any]]]:
     quiet()
     quantiles.SAMPLE_SIZE = SAMPLE
-    told = {"runs": {case: followed(case) for case in (CASES if world_size == 2 else THREE)}}
-    return told | {"resumed": {case: resumed(case, directory) for case in RESUMED if world_size == 2}}
+    results = {"runs": {case: followed(case) for case in (CASES if world_size == 2 else THREE)}}
+    return results | {"resumed": {case: resumed(case, directory) for case in RESUMED if world_size == 2}}
 
 
 _told: dict[int, list[Any]] = {}
 
 
 @pytest.fixture
-def told(run_ranks, tmp_path, tmp_path_factory):
-    """`told(world)` → by rank what `on_ranks` tells, run once."""
+def results(run_ranks, tmp_path, tmp_path_factory):
+    """`results(world)` → by rank what `on_ranks` tells, run once."""
 
     def of(world: int) -> list[Any]:
         if world not in _told:
@@ -220,21 +220,21 @@ def told(run_ranks, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_shards_are_one_process_bit_for_bit(told, world, monkeypatch):
+def test_shards_are_one_process_bit_for_bit(results, world, monkeypatch):
     monkeypatch.setattr(quantiles, "SAMPLE_SIZE", SAMPLE)
-    ranks = told(world)
+    ranks = results(world)
     for case, _run in ranks[0]["runs"].items():
-        one = alone(case.pattern, case.how, world)
-        mine, wanted = whole([rank["runs"][case] for rank in ranks]), whole([one])
-        assert mine.keys() == wanted.keys() and len(mine) >= 12, case
-        differs = [key for key in mine if not mine[key].equal(wanted[key])]
+        single = alone(case.pattern, case.how, world)
+        sharded, wanted = joined([rank["runs"][case] for rank in ranks]), joined([single])
+        assert sharded.keys() == wanted.keys() and len(sharded) >= 12, case
+        differs = [key for key in sharded if not sharded[key].equal(wanted[key])]
         assert not differs, f"{case}: {differs}"
-        assert all(rank["runs"][case]["state"] == one["state"] for rank in ranks), case
+        assert all(rank["runs"][case]["state"] == single["state"] for rank in ranks), case
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_some_blocks_do_lie_on_several_ranks(told, world):
-    ranks, names = told(world), set()
+def test_some_blocks_do_lie_on_several_ranks(results, world):
+    ranks, names = results(world), set()
     for case in ranks[0]["runs"]:
         ends = [end for rank in ranks for end in rank["runs"][case]["ends"]]
         assert bool(ends) == case.divides, case
@@ -245,11 +245,11 @@ def test_some_blocks_do_lie_on_several_ranks(told, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_each_block_ends_in_the_pattern_in_masters_and_copies(told, world):
-    ranks = told(world)
+def test_each_block_ends_in_the_pattern_in_masters_and_copies(results, world):
+    ranks = results(world)
     for case, run in ranks[0]["runs"].items():
         n, m = parse_pattern(case.pattern)
-        masters = whole([rank["runs"][case] for rank in ranks])
+        masters = joined([rank["runs"][case] for rank in ranks])
         for name, weight in run["model"].items():
             master = masters[f"master of {name}"]
             assert (weight.flatten() == 0).equal(master == 0), (case, name)
@@ -258,10 +258,10 @@ def test_each_block_ends_in_the_pattern_in_masters_and_copies(told, world):
         assert case.how != "by hand" or (masters["master of 0.weight"] == 0).float().mean() > 0.1, "it decays"
 
 
-def test_resumed_in_the_middle_of_the_window_it_goes_on_bit_for_bit(told):
-    for rank in told(2):
+def test_resumed_in_the_middle_of_the_window_it_goes_on_bit_for_bit(results):
+    for rank in results(2):
         for case, run in rank["resumed"].items():
             wanted = rank["runs"][case]
-            assert run["state"] == wanted["state"] and len(run["pieces"]) == len(wanted["pieces"]), case
-            for (what, start, values), (other, begins, theirs) in zip(run["pieces"], wanted["pieces"]):
-                assert (what, start) == (other, begins) and values.equal(theirs), (case, what)
+            assert run["state"] == wanted["state"] and len(run["shards"]) == len(wanted["shards"]), case
+            for (what, start, values), (other, begins, expected) in zip(run["shards"], wanted["shards"]):
+                assert (what, start) == (other, begins) and values.equal(expected), (case, what)

@@ -70,7 +70,7 @@ def examine(engine: Engine, attached, optimizer) -> dict:
         shard.name: (shard.start, shard.local.values.float().flatten().clone(), shard.shape, set(shard.state))
         for shard in attached.shards
     }
-    segments = [
+    param_slices = [
         (segment, shard.tensor.numel())
         for shard in attached.shards
         for segment in attached.optimizer.parameter_map.of(shard.tensor)
@@ -89,7 +89,7 @@ def examine(engine: Engine, attached, optimizer) -> dict:
         "steps": steps_taken(attached.optimizer),
         "shards": shards,
         "before": before,
-        "segments": segments,
+        "param_slices": param_slices,
         "unsharded": {name: tensor.float() for name, tensor in unsharded.items()},
         "counts": counts,
         "masters": masters,
@@ -152,10 +152,10 @@ def test_every_engine_has_its_shards_named(run_ranks, world_size):
                     values.to(dtype_of(kind)).float(), inside, rtol=0, atol=0, msg=lambda m: f"{where}: {name}: {m}"
                 )
                 assert shape == wanted[name].shape and states == {"exp_avg", "exp_avg_sq"}, where
-            for segment, numel in result["segments"]:
+            for param_slice, numel in result["param_slices"]:
                 assert (
-                    segment.offset + segment.length <= numel
-                    and segment.start + segment.length <= segment.shape.numel()
+                    param_slice.offset + param_slice.length <= numel
+                    and param_slice.start + param_slice.length <= param_slice.shape.numel()
                 ), where
         for name in trainable:
             counted, full = results[0]["counts"][name], results[0]["unsharded"][name]

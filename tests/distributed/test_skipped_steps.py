@@ -43,18 +43,18 @@ PRECISION = {
 def with_bad_steps(cell: str, rank: int, bad: dict[int, float]) -> dict[str, Any]:
     """STEPS good steps in a window; before those in `bad`, one whose gradients overflow on the last rank."""
     engine = make(SKIPPING[cell][0], model_of(), optimizer_of, scheduler_of, **PRECISION[SKIPPING[cell][1]])
-    found, weights = attached(engine), next(engine.handle.parameters())
+    attachment, weights = attached(engine), next(engine.handle.parameters())
     counts = []
     for step in range(STEPS):
         if step in bad:
-            for group in found.optimizer.param_groups[:2]:
-                group.update(WINDOW.at(steps_taken(found.optimizer), STEPS))
+            for group in attachment.optimizer.param_groups[:2]:
+                group.update(WINDOW.at(steps_taken(attachment.optimizer), STEPS))
             loss = engine(batch_of(step, rank, 2).to(weights.dtype)).float().square().mean()
             engine.step(loss * bad[step] if rank == 1 else loss)
-            counts.append((steps_taken(found.optimizer), engine.lr_scheduler.last_epoch))
-        trained(engine, found, step, step + 1)
-    taken = snapshot(engine, found)
-    nan = sum(int(shard.local.values.isnan().sum()) for shard in found.shards)
+            counts.append((steps_taken(attachment.optimizer), engine.lr_scheduler.last_epoch))
+        trained(engine, attachment, step, step + 1)
+    taken = snapshot(engine, attachment)
+    nan = sum(int(shard.local.values.isnan().sum()) for shard in attachment.shards)
     ended(engine)
     return {"taken": taken, "counts": counts, "nan": nan}
 
@@ -64,9 +64,9 @@ class Recorder(transformers.TrainerCallback):
         self.seen: list[tuple] = []
 
     def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        live = verify(optimizer)
+        inner = verify(optimizer)
         self.seen.append(
-            (state.global_step, steps_taken(live), live.param_groups[0]["phase"], lr_scheduler.last_epoch)
+            (state.global_step, steps_taken(inner), inner.param_groups[0]["phase"], lr_scheduler.last_epoch)
         )
 
 
@@ -123,10 +123,10 @@ def on_two_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 
     quiet()
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16; torch computes it on any CPU
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for cell in SKIPPING:
         good, bad = with_bad_steps(cell, rank, {}), with_bad_steps(cell, rank, {0: math.inf, 5: math.nan})
-        told[cell] = {
+        results[cell] = {
             "differs": sorted(
                 key
                 for key in good["taken"].keys() | bad["taken"].keys()
@@ -136,17 +136,17 @@ def on_two_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
             "nan": (good["nan"], bad["nan"]),
             "compared": len(good["taken"]),
         }
-    return told | {"trainer": through_trainer(directory)}
+    return results | {"trainer": through_trainer(directory)}
 
 
 def test_trap_11_a_skipped_step_advances_nothing(run_ranks, tmp_path_factory):
     """Neither Adam's step count nor the learning rate nor the window: the run is bit for bit the one without that
     step.
     """
-    for rank, told in enumerate(run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("trainer"))):
-        window = told.pop("trainer")
-        unchecked = told.pop("zero2, bf16, unchecked")
-        for cell, seen in told.items():
+    for rank, results in enumerate(run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("trainer"))):
+        window = results.pop("trainer")
+        unchecked = results.pop("zero2, bf16, unchecked")
+        for cell, seen in results.items():
             assert seen["differs"] == [] and seen["compared"] > 40, f"{cell}, rank {rank}"
             assert seen["counts"] == [(0, 0), (5, 5)] and seen["nan"] == (0, 0), f"{cell}, rank {rank}"
         assert (
@@ -159,7 +159,7 @@ def test_trap_11_a_skipped_step_advances_nothing(run_ranks, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "make_it, theirs",
+    "make_it, make_torch_optimizer",
     [
         (
             lambda groups, how: LpAdamW(groups, lr=0.1, implementation=how),
@@ -175,21 +175,21 @@ def test_trap_11_a_skipped_step_advances_nothing(run_ranks, tmp_path_factory):
 )
 @pytest.mark.parametrize("how", ["reference", "foreach"])
 @pytest.mark.parametrize("p", [-1.0, 0.5, 1.0, 1.5, 2.0])
-def test_a_nan_gradient_makes_the_weight_nan_and_never_zero(make_it, theirs, how, p):
+def test_a_nan_gradient_makes_the_weight_nan_and_never_zero(make_it, make_torch_optimizer, how, p):
     """As it does in torch's optimizers, where nothing skips the step; a weight that is zero is no exception, and its
     neighbours are.
     """
     start, bad = torch.tensor([0.5, -0.5, 0.0, 0.3, -0.2]), torch.tensor([math.nan, math.inf, math.nan, 1.0, -1.0])
     weights, others = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizer = make_it([{"params": [weights], "weight_decay": 0.01, "p": p}], how)
-    other = theirs([others]) if theirs else None
+    other = make_torch_optimizer([others]) if make_torch_optimizer else None
     for gradient in (torch.ones(5), bad, torch.ones(5)):
         for param, step in ((weights, optimizer), (others, other)):
             param.grad = gradient.clone()
             if step is not None:
                 step.step()
     assert not (weights[:2] == 0).any() and weights[3:].isfinite().all() and weights[[0, 2]].isnan().all()
-    if theirs:
+    if make_torch_optimizer:
         assert torch.equal(weights.isfinite(), others.isfinite()) and torch.equal(weights.isnan(), others.isnan())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.engines import convert, ended, gathered, make, quiet
-from helpers.snapshots import snapshot, whole
+from helpers.snapshots import joined, snapshot
 from helpers.target_runs import Case, attached_to, engine_of, model_of, reached, scheduler_of, trained
 from lp_dist import LpLion, attach, param_groups
 from lp_dist.attachment.attach import Attachment
@@ -21,7 +21,7 @@ RUN = Case("", "capped", 0.5, 0.6, steps=24, update_every=4)
 START, END = 2, 17
 # tag → steps. Looks are at 2, 6, 10, 14; the last threshold comes after step 16, and the next step carries it into an
 # engine's copies.
-STOPS = {"before": 1, "saved": 8, "closed": 16, "frozen": 20}
+STOPS = {"before": 1, "saved": 8, "pruned": 16, "frozen": 20}
 CELLS = {
     **{kind: replace(RUN, engine=kind) for kind in ("ddp", "fsdp2", "zero1", "zero2", "zero3", "accelerate zero2")},
     "zero2 bf16": replace(RUN, engine="zero2", dtype="bf16", scope="global"),
@@ -34,7 +34,7 @@ def is_engine(case: Case) -> bool:
     return case.engine.startswith("zero")
 
 
-def saved(engine: Any, found: Attachment, case: Case, directory: Path, tag: str) -> dict[str, Any]:
+def saved(engine: Any, attachment: Attachment, case: Case, directory: Path, tag: str) -> dict[str, Any]:
     """Saves by the engine's own means, and gives what a user would have to save beside it: DeepSpeed's engine takes it
     along by itself.
     """
@@ -42,7 +42,7 @@ def saved(engine: Any, found: Attachment, case: Case, directory: Path, tag: str)
         engine.handle.save_checkpoint(directory, tag=tag, **({"client_state": MINE} if tag == "saved" else {}))
     else:
         engine.save(directory, tag)
-    return found.state_dict()
+    return attachment.state_dict()
 
 
 def resumed(case: Case, directory: Path, tag: str, state: dict[str, Any]) -> tuple[Any, Attachment, bool]:
@@ -51,8 +51,8 @@ def resumed(case: Case, directory: Path, tag: str, state: dict[str, Any]) -> tup
     """
     engine, kept = engine_of(case), True
     state = json.loads(json.dumps(state, allow_nan=False))
-    late = tag == "closed"  # attached after loading: then the state is handed over by hand
-    found = None if late else attached_to(engine, case)
+    late = tag == "pruned"  # attached after loading: then the state is handed over by hand
+    attachment = None if late else attached_to(engine, case)
     if is_engine(case):
         path, client = engine.handle.load_checkpoint(directory, tag=tag)
         kept = (
@@ -63,52 +63,54 @@ def resumed(case: Case, directory: Path, tag: str, state: dict[str, Any]) -> tup
     else:
         engine.load(directory, tag)
     if late:
-        found = attached_to(engine, case)
+        attachment = attached_to(engine, case)
     if late or not (is_engine(case) or case.engine.startswith("accelerate ")):
-        found.load_state_dict(state)
-    return engine, found, kept and found.state_dict() == state
+        attachment.load_state_dict(state)
+    return engine, attachment, kept and attachment.state_dict() == state
 
 
-def taken(engine: Any, found: Attachment) -> dict[str, Any]:
-    return snapshot(engine, found) | {"target": json.dumps(found.state_dict()), "logs": found.logs}
+def taken(engine: Any, attachment: Attachment) -> dict[str, Any]:
+    return snapshot(engine, attachment) | {"target": json.dumps(attachment.state_dict()), "logs": attachment.logs}
 
 
-def zeros_of(found: Attachment) -> dict[str, Any]:
-    return {shard.name: shard.local.values == 0 for shard in found.shards}
+def zeros_of(attachment: Attachment) -> dict[str, Any]:
+    return {shard.name: shard.local.values == 0 for shard in attachment.shards}
 
 
 def stopped_and_resumed(case: Case, directory: Path) -> dict[str, Any]:
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    window = found.weight_controller.window.start, found.weight_controller.window.end
-    trained(engine, found, case, 0, case.steps)
-    wanted, zeros = taken(engine, found), zeros_of(found)
-    told: dict[str, Any] = {
+    attachment = attached_to(engine, case)
+    window = attachment.weight_controller.window.start, attachment.weight_controller.window.end
+    trained(engine, attachment, case, 0, case.steps)
+    wanted, zeros = taken(engine, attachment), zeros_of(attachment)
+    results: dict[str, Any] = {
         "differs": {},
         "other zeros": {},
         "kept": {},
         "window": window,
-        "reached": reached(engine, found),
+        "reached": reached(engine, attachment),
     }
     ended(engine)
 
     engine, step, states = engine_of(case), 0, {}
-    found = attached_to(engine, case)
+    attachment = attached_to(engine, case)
     for tag, stop in STOPS.items():
-        trained(engine, found, case, step, stop)
-        states[tag], step = saved(engine, found, case, directory, tag), stop
+        trained(engine, attachment, case, step, stop)
+        states[tag], step = saved(engine, attachment, case, directory, tag), stop
         if tag == "saved":
-            told["model"] = gathered(engine)
+            results["model"] = gathered(engine)
     ended(engine)
 
     for tag, stop in STOPS.items():
-        engine, found, told["kept"][tag] = resumed(case, directory, tag, states[tag])
-        trained(engine, found, case, stop, case.steps)
-        got = taken(engine, found)
-        told["other zeros"][tag] = [name for name, where in zeros_of(found).items() if not where.equal(zeros[name])]
-        told["differs"][tag] = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
+        engine, attachment, results["kept"][tag] = resumed(case, directory, tag, states[tag])
+        trained(engine, attachment, case, stop, case.steps)
+        got = taken(engine, attachment)
+        results["other zeros"][tag] = [
+            name for name, where in zeros_of(attachment).items() if not where.equal(zeros[name])
+        ]
+        results["differs"][tag] = sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
         ended(engine)
-    return told | {"states": states, "compared": len(wanted)}
+    return results | {"states": states, "compared": len(wanted)}
 
 
 def on_two_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
@@ -119,21 +121,21 @@ def on_two_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """From the universal checkpoints of two ranks to the end; and what LpLion says to them."""
     quiet()
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     universal = {"checkpoint": {"load_universal": True}}
     for kind in UNIVERSAL:
         case = CELLS[kind]
         engine = engine_of(case, **universal)
-        found = attached_to(engine, case)
+        attachment = attached_to(engine, case)
         engine.load(directory / kind, "universal")
-        loaded = {"state": found.state_dict(), "model": gathered(engine)}
-        trained(engine, found, case, STOPS["saved"], case.steps)
-        pieces = [(shard.name, shard.start, shard.local.values.clone()) for shard in found.shards]
-        told[kind] = {
+        loaded = {"state": attachment.state_dict(), "model": gathered(engine)}
+        trained(engine, attachment, case, STOPS["saved"], case.steps)
+        shards = [(shard.name, shard.start, shard.local.values.clone()) for shard in attachment.shards]
+        results[kind] = {
             **loaded,
             "end": gathered(engine),
-            "masters at the end": whole([{"pieces": pieces}]),
-            "reached": reached(engine, found),
+            "masters at the end": joined([{"shards": shards}]),
+            "reached": reached(engine, attachment),
         }
         ended(engine)
 
@@ -143,16 +145,16 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         attach(engine.handle)
         with pytest.raises(ValueError) as error:
             engine.load(directory / kind, "universal")
-        told[kind]["LpLion"] = str(error.value)
+        results[kind]["LpLion"] = str(error.value)
         ended(engine)
-    return told
+    return results
 
 
 _told: list[Any] = []
 
 
 @pytest.fixture
-def told(run_ranks, tmp_path, tmp_path_factory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def results(run_ranks, tmp_path, tmp_path_factory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What two ranks tell, and what one tells that goes on from their universal checkpoints; run once."""
     if not _told:
         directory = tmp_path_factory.mktemp("checkpoints")
@@ -165,8 +167,8 @@ def told(run_ranks, tmp_path, tmp_path_factory) -> tuple[list[dict[str, Any]], d
     return tuple(_told)
 
 
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
-    for rank, cells in enumerate(told[0]):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(results):
+    for rank, cells in enumerate(results[0]):
         assert cells.keys() == CELLS.keys()
         for name, seen in cells.items():
             assert seen["window"] == (START, END) and seen["compared"] > 40
@@ -176,14 +178,14 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(told):
             assert seen["differs"].keys() == STOPS.keys()
 
 
-def test_the_state_is_in_the_engines_own_checkpoint_and_the_users_is_beside_it(told):
-    for rank, cells in enumerate(told[0]):
+def test_the_state_is_in_the_engines_own_checkpoint_and_the_users_is_beside_it(results):
+    for rank, cells in enumerate(results[0]):
         for name, seen in cells.items():
             assert seen["kept"] == dict.fromkeys(STOPS, True), f"{name}, rank {rank}"
 
 
-def test_it_was_stopped_in_every_phase(told):
-    for name, seen in told[0][0].items():
+def test_it_was_stopped_in_every_phase(results):
+    for name, seen in results[0][0].items():
         states = {tag: state["weights"] for tag, state in seen["states"].items()}
         assert (
             states["before"]["before"] == {}
@@ -197,36 +199,36 @@ def test_it_was_stopped_in_every_phase(told):
             < RUN.target
             == round(states["frozen"]["logs"]["lp/measured"], 4)
         ), name
-        assert all(seen["states"] == cells[name]["states"] for cells in told[0]), (
+        assert all(seen["states"] == cells[name]["states"] for cells in results[0]), (
             f"{name}: the ranks have other states"
         )
 
 
-def test_all_of_them_reach_the_target(told):
-    for name, seen in told[0][0].items():
+def test_all_of_them_reach_the_target(results):
+    for name, seen in results[0][0].items():
         assert seen["reached"]["tensors"] == seen["reached"]["masters"], name
         assert abs(seen["reached"]["achieved"] - RUN.target) < 1e-4, name
 
 
-def test_a_universal_checkpoint_goes_on_with_another_number_of_ranks(told):
+def test_a_universal_checkpoint_goes_on_with_another_number_of_ranks(results):
     """Loaded it is what was saved. Then one rank adds up gradients in another order than two, so that a few weights
     fare otherwise.
     """
-    two, one = told[0][0], told[1]
+    two_ranks, one_rank = results[0][0], results[1]
     for kind in UNIVERSAL:
-        seen = one[kind]
-        assert seen["state"] == two[kind]["states"]["saved"], kind
-        assert all(seen["model"][name].equal(weights) for name, weights in two[kind]["model"].items()), kind
-        assert seen["reached"]["tensors"] == seen["reached"]["masters"] == two[kind]["reached"]["tensors"], kind
+        seen = one_rank[kind]
+        assert seen["state"] == two_ranks[kind]["states"]["saved"], kind
+        assert all(seen["model"][name].equal(weights) for name, weights in two_ranks[kind]["model"].items()), kind
+        assert seen["reached"]["tensors"] == seen["reached"]["masters"] == two_ranks[kind]["reached"]["tensors"], kind
         assert all(
             (seen["end"][name].flatten() == 0).equal(weights == 0)
             for name, weights in seen["masters at the end"].items()
         ), kind
-        assert seen["reached"]["by_decay"] == pytest.approx(two[kind]["reached"]["by_decay"], abs=1e-3), kind
+        assert seen["reached"]["by_decay"] == pytest.approx(two_ranks[kind]["reached"]["by_decay"], abs=1e-3), kind
 
 
-def test_lions_does_not_take_the_state_of_adam_from_a_universal_checkpoint(told):
+def test_lions_does_not_take_the_state_of_adam_from_a_universal_checkpoint(results):
     for kind in UNIVERSAL:
-        assert told[1][kind]["LpLion"].startswith(
+        assert results[1][kind]["LpLion"].startswith(
             "the checkpoint is of another optimizer than LpLion: it has exp_avg_sq in its state"
         ), kind

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.engines import ended, gathered, make, quiet
-from helpers.snapshots import pieces_of, snapshot, whole
+from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_grid import PS, SCOPES, TARGETS
 from helpers.target_runs import FORMS, Case, attached_to, engine_of, model_of, reached, trained
 from lp_dist import LpAdamW, attach
@@ -62,21 +62,21 @@ BAD = {
 def followed(case: Case) -> dict[str, Any]:
     """The masters right after the last threshold, and everything at the end."""
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    end = found.weight_controller.window.end
-    losses = trained(engine, found, case, 0, end - 1)
-    told: dict[str, Any] = {"closed": pieces_of(found)}
-    losses += trained(engine, found, case, end - 1, case.steps)
-    told |= {
-        "pieces": pieces_of(found),
+    attachment = attached_to(engine, case)
+    end = attachment.weight_controller.window.end
+    losses = trained(engine, attachment, case, 0, end - 1)
+    results: dict[str, Any] = {"pruned": local_shards_of(attachment)}
+    losses += trained(engine, attachment, case, end - 1, case.steps)
+    results |= {
+        "shards": local_shards_of(attachment),
         "model": gathered(engine),
-        "state": found.state_dict(),
-        "logs": found.logs,
+        "state": attachment.state_dict(),
+        "logs": attachment.logs,
         "losses": losses,
-        **reached(engine, found),
+        **reached(engine, attachment),
     }
     ended(engine)
-    return told
+    return results
 
 
 @cache
@@ -87,15 +87,15 @@ def alone(case: Case) -> dict[str, Any]:
 def with_bad_steps(case: Case, bad: dict[int, float]) -> dict[str, Any]:
     """A whole run of good steps; before those in `bad`, one whose gradients overflow on the last rank."""
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    start, end, states = found.weight_controller.window.start, found.weight_controller.window.end, []
+    attachment = attached_to(engine, case)
+    start, end, states = attachment.weight_controller.window.start, attachment.weight_controller.window.end, []
     for step in range(case.steps):
         if step in bad:
-            before = json.dumps(found.state_dict()), found.weight_controller.last_step
-            trained(engine, found, case, step, step + 1, scale=bad[step])
-            states.append((json.dumps(found.state_dict()), found.weight_controller.last_step) == before)
-        trained(engine, found, case, step, step + 1)
-    taken = snapshot(engine, found) | {"target": json.dumps(found.state_dict())}
+            before = json.dumps(attachment.state_dict()), attachment.weight_controller.last_step
+            trained(engine, attachment, case, step, step + 1, scale=bad[step])
+            states.append((json.dumps(attachment.state_dict()), attachment.weight_controller.last_step) == before)
+        trained(engine, attachment, case, step, step + 1)
+    taken = snapshot(engine, attachment) | {"target": json.dumps(attachment.state_dict())}
     ended(engine)
     return {"taken": taken, "unchanged": states, "window": (start, end)}
 
@@ -119,9 +119,12 @@ def on_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     quiet()
-    told: dict[str, Any] = {"runs": {case: followed(case) for case in (*COVERING, *LAST)}, "said": disagreeing(rank)}
+    results: dict[str, Any] = {
+        "runs": {case: followed(case) for case in (*COVERING, *LAST)},
+        "said": disagreeing(rank),
+    }
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for fast fp16; torch computes it on any CPU
-    return told | {
+    return results | {
         "skipping": {kind: (with_bad_steps(case, {}), with_bad_steps(case, BAD)) for kind, case in SKIPPING.items()}
     }
 
@@ -130,7 +133,7 @@ _told: list[dict[str, Any]] = []
 
 
 @pytest.fixture
-def told(run_ranks) -> list[dict[str, Any]]:
+def results(run_ranks) -> list[dict[str, Any]]:
     """By rank what `on_a_rank` tells, run once."""
     if not _told:
         _told.extend(run_ranks(on_a_rank, 2))
@@ -138,14 +141,17 @@ def told(run_ranks) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def runs(told) -> dict[Case, dict[str, Any]]:
+def runs(results) -> dict[Case, dict[str, Any]]:
     """As rank 0 saw them, with the masters put together."""
     return {
         case: {
             **run,
-            **{when: whole([{"pieces": rank["runs"][case][when]} for rank in told]) for when in ("closed", "pieces")},
+            **{
+                when: joined([{"shards": rank["runs"][case][when]} for rank in results])
+                for when in ("pruned", "shards")
+            },
         }
-        for case, run in told[0]["runs"].items()
+        for case, run in results[0]["runs"].items()
     }
 
 
@@ -190,9 +196,9 @@ def test_the_decay_does_the_work_and_the_last_threshold_the_rest(runs):
         assert case.target > 0.5 or run["losses"][-1] < 0.8 * run["losses"][0], f"{case}: it learns nothing"
 
 
-def test_ranks_agree(told):
-    for case, run in told[0]["runs"].items():
-        other = told[1]["runs"][case]
+def test_ranks_agree(results):
+    for case, run in results[0]["runs"].items():
+        other = results[1]["runs"][case]
         assert same(run["model"], other["model"]), case
         assert (
             run["state"] == other["state"] and run["logs"] == other["logs"] and run["tensors"] == other["tensors"]
@@ -202,8 +208,8 @@ def test_ranks_agree(told):
 
 def test_model_and_masters_have_the_same_zeros(runs):
     for case, run in runs.items():
-        assert run["pieces"].keys() == run["model"].keys() and len(run["model"]) == 9, case
-        assert same(zeros_of(run["model"], run["model"]), zeros_of(run["pieces"], run["model"])), case
+        assert run["shards"].keys() == run["model"].keys() and len(run["model"]) == 9, case
+        assert same(zeros_of(run["model"], run["model"]), zeros_of(run["shards"], run["model"])), case
         assert all(weights.isfinite().all() for weights in run["model"].values()), case
     assert {run["model"]["0.weight"].dtype for case, run in runs.items() if case.dtype == "bf16"} == {torch.bfloat16}
 
@@ -214,18 +220,18 @@ def test_shards_are_one_process(runs):
     for case in [*COVERING, *LAST]:
         if case.dtype != "fp32":
             continue
-        run, one = runs[case], alone(case)
-        wanted = whole([{"pieces": one["closed"]}])
+        run, single = runs[case], alone(case)
+        wanted = joined([{"shards": single["pruned"]}])
         if case.p != 0.8:
-            assert same(run["closed"], wanted), case
-            assert run["state"] == one["state"], case
+            assert same(run["pruned"], wanted), case
+            assert run["state"] == single["state"], case
         for name, weights in wanted.items():
             torch.testing.assert_close(
-                run["closed"][name], weights, rtol=1e-5, atol=1e-6, msg=lambda m: f"{case}: {name}: {m}"
+                run["pruned"][name], weights, rtol=1e-5, atol=1e-6, msg=lambda m: f"{case}: {name}: {m}"
             )
-        assert same(zeros_of(run["model"], wanted), zeros_of(one["model"], wanted)), f"{case}: other zeros"
-        assert case.p == 0.8 or same(run["model"], one["model"]), case
-        for name, weights in one["model"].items():
+        assert same(zeros_of(run["model"], wanted), zeros_of(single["model"], wanted)), f"{case}: other zeros"
+        assert case.p == 0.8 or same(run["model"], single["model"]), case
+        for name, weights in single["model"].items():
             torch.testing.assert_close(
                 run["model"][name], weights, rtol=0, atol=2e-3, msg=lambda m: f"{case}: {name}: {m}"
             )
@@ -233,15 +239,15 @@ def test_shards_are_one_process(runs):
 
 def test_survivors_train_without_decay_after_the_window(runs):
     for case in COVERING:
-        closed, last = runs[case]["closed"], runs[case]["pieces"]
-        assert same(zeros_of(closed, closed), zeros_of(last, closed)), f"{case}: zeros were not frozen"
+        pruned, last = runs[case]["pruned"], runs[case]["shards"]
+        assert same(zeros_of(pruned, pruned), zeros_of(last, pruned)), f"{case}: zeros were not frozen"
         assert all(
-            (closed[name] != last[name]).sum() > 0.9 * (closed[name] != 0).sum() for name in runs[case]["tensors"]
+            (pruned[name] != last[name]).sum() > 0.9 * (pruned[name] != 0).sum() for name in runs[case]["tensors"]
         ), case
 
 
-def test_fp16_steps_that_are_skipped_advance_nothing(told):
-    for rank, seen in enumerate(told):
+def test_fp16_steps_that_are_skipped_advance_nothing(results):
+    for rank, seen in enumerate(results):
         for kind, (good, bad) in seen["skipping"].items():
             start, end = good["window"]
             assert [step < start for step in BAD] == [True, False, False, False] and list(BAD)[-1] == end - 1
@@ -254,9 +260,9 @@ def test_fp16_steps_that_are_skipped_advance_nothing(told):
             assert not differs and len(good["taken"]) > 40, f"{kind}, rank {rank}: {sorted(differs)}"
 
 
-def test_ranks_that_disagree_on_the_target_are_refused_on_all_of_them(told):
-    assert told[0]["said"] == told[1]["said"] and len(told[0]["said"]) == 10
-    for said in told[0]["said"]:
+def test_ranks_that_disagree_on_the_target_are_refused_on_all_of_them(results):
+    assert results[0]["said"] == results[1]["said"] and len(results[0]["said"]) == 10
+    for said in results[0]["said"]:
         assert said.startswith(
             ("ranks disagree: the target is ", "ranks disagree: total_steps is 30 on rank 0 and 31")
         ), said
@@ -265,29 +271,29 @@ def test_ranks_that_disagree_on_the_target_are_refused_on_all_of_them(told):
 def test_a_plain_model_is_followed_without_ranks():
     case = Case("plain", "capped", 0.5, 0.5, steps=20)
     engine = engine_of(case)
-    found = attach(
-        engine.handle, engine.optimizer, target=case.asked, total_steps=case.steps
+    attachment = attach(
+        engine.handle, engine.optimizer, target=case.sparsity_target, total_steps=case.steps
     )  # no scheduler: the rates are as they are
-    trained(engine, found, case, 0, case.steps)
-    for name, (zeros, elements) in reached(engine, found)["tensors"].items():
+    trained(engine, attachment, case, 0, case.steps)
+    for name, (zeros, elements) in reached(engine, attachment)["tensors"].items():
         assert (
             zeros == round(0.5 * elements)
             and dict(unwrap(engine.handle).named_parameters())[name].count_nonzero() == elements - zeros
         )
 
 
-def closed(rank: int, world_size: int) -> dict[str, bool]:
+def pruned_in_all_copies(rank: int, world_size: int) -> dict[str, bool]:
     """Whether the last threshold is in the model's copy as soon as it is in the masters."""
     kinds = {
         "zero0": {"bf16": {"enabled": True}},
         "zero3": {"zero_optimization": {"stage": 3}},
         "bf16_optimizer": {},
     }  # ZeRO-3's persistent ones
-    found = {}
+    same_zeros = {}
     for kind, more in kinds.items():
         case = Case(kind, "capped", steps=20)
         engine = make(kind, model_of(), lambda model: LpAdamW(model.parameters(), lr=1e-3, precondition=0.5), **more)
-        attached = attach(engine.handle, target=case.asked, total_steps=case.steps)
+        attached = attach(engine.handle, target=case.sparsity_target, total_steps=case.steps)
         low = torch.float32 if kind == "zero3" else torch.bfloat16
         step = 0
         while attached.weight_controller.final_pruning is None:
@@ -300,12 +306,12 @@ def closed(rank: int, world_size: int) -> dict[str, bool]:
             attached.after_step()
             step += 1
         masters = {shard.name: shard.local.values.view(shard.shape) for shard in attached.shards}
-        found[kind] = all(
+        same_zeros[kind] = all(
             torch.equal(masters[name].to(low), weight.to(low)) for name, weight in gathered(engine).items()
         )
-    return found
+    return same_zeros
 
 
 def test_the_last_threshold_is_in_every_engines_copies_at_once(run_ranks):
-    (found,) = run_ranks(closed, 1)
-    assert found == {"zero0": True, "zero3": True, "bf16_optimizer": True}
+    (same_zeros,) = run_ranks(pruned_in_all_copies, 1)
+    assert same_zeros == {"zero0": True, "zero3": True, "bf16_optimizer": True}

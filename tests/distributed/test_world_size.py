@@ -16,7 +16,7 @@ import torch
 
 from helpers.decay_runs import DECAYED, STEPS, attached, groups_of, model_of, optimizer_of, scheduler_of, trained
 from helpers.engines import Engine, convert, ended, gathered, make, quiet
-from helpers.snapshots import whole
+from helpers.snapshots import joined
 from lp_dist import LpLion, LpSGD
 from lp_dist.sharding.engines import inner_optimizer
 from lp_dist.sharding.shards import locate_shards
@@ -33,20 +33,20 @@ OTHERS = {
 def seen(engine: Engine) -> dict[str, Any]:
     """This rank's pieces of masters and moments, and the rest of what a run goes on with. (Not by DeepSpeed's own
     safe_get_full_optimizer_state, which at ZeRO 1 and 2 finds the moments of the first group alone.)"""
-    live = inner_optimizer(engine.optimizer)
-    pieces = []
+    inner = inner_optimizer(engine.optimizer)
+    shards = []
     for shard in locate_shards(engine.handle, None if hasattr(engine.handle, "load_checkpoint") else engine.optimizer):
         if shard.length:
-            pieces += [
-                (f"{key} of {shard.name}", shard.start, part.flatten().clone())
-                for key, part in {"master": shard.local.values, **shard.state}.items()
+            shards += [
+                (f"{key} of {shard.name}", shard.start, values.flatten().clone())
+                for key, values in {"master": shard.local.values, **shard.state}.items()
             ]
     return {
-        "pieces": pieces,
+        "shards": shards,
         "model": {name: weight.float().flatten() for name, weight in gathered(engine).items()},
-        "groups": [{key: value for key, value in group.items() if key != "params"} for group in live.param_groups],
-        "steps": [float(state["step"]) for state in live.state.values()],
-        "step tensors": len({id(state["step"]) for state in live.state.values()}),
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups],
+        "steps": [float(state["step"]) for state in inner.state.values()],
+        "step tensors": len({id(state["step"]) for state in inner.state.values()}),
         "schedule": engine.lr_scheduler.last_epoch,
     }
 
@@ -54,15 +54,15 @@ def seen(engine: Engine) -> dict[str, Any]:
 def before(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """On 2 ranks: each engine saved at STOP, and trained on to the end."""
     quiet()
-    told = {}
+    results = {}
     for kind in KINDS:
         engine = make(kind, model_of(), optimizer_of, scheduler_of)
-        found = attached(engine)
-        trained(engine, found, 0, STOP)
+        attachment = attached(engine)
+        trained(engine, attachment, 0, STOP)
         engine.save(directory / kind, "saved")
-        told[kind] = {"saved": seen(engine)}
-        trained(engine, found, STOP, STEPS)
-        told[kind]["end"] = seen(engine)
+        results[kind] = {"saved": seen(engine)}
+        trained(engine, attachment, STOP, STEPS)
+        results[kind]["end"] = seen(engine)
         ended(engine)
     for name, other_of in OTHERS.items():
         for kind in ("zero1", "zero3"):
@@ -70,37 +70,37 @@ def before(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
             trained(engine, attached(engine), 0, 1)
             engine.save(directory / f"{name} {kind}", "saved")
             ended(engine)
-    return told
+    return results
 
 
 def after(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """On another number of ranks: each engine as it is after loading, and at the end."""
     quiet()
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind in KINDS:
         more, tag = ({}, "saved") if kind == "fsdp2" else ({"checkpoint": {"load_universal": True}}, "universal")
-        told[kind] = {}
+        results[kind] = {}
         for when in WHEN:
             engine = make(kind, model_of(), optimizer_of, scheduler_of, **more)
-            found = attached(engine) if when == "attach before" else None
+            attachment = attached(engine) if when == "attach before" else None
             engine.load(directory / kind, tag)
             if when == "attach after":
-                found = attached(engine)
-            told[kind][when] = {"loaded": seen(engine)}
-            if found is not None:
-                trained(engine, found, STOP, STEPS)
-                told[kind][when]["end"] = seen(engine)
+                attachment = attached(engine)
+            results[kind][when] = {"loaded": seen(engine)}
+            if attachment is not None:
+                trained(engine, attachment, STOP, STEPS)
+                results[kind][when]["end"] = seen(engine)
             ended(engine)
     engine = make("zero3", model_of(), optimizer_of, checkpoint={"load_universal": True})
     attached(engine)
     engine.load(directory / "zero3", "universal")
-    told["rates without a scheduler"] = [group["lr"] for group in engine.optimizer.param_groups]
+    results["rates without a scheduler"] = [group["lr"] for group in engine.optimizer.param_groups]
     ended(engine)
     engine = make("zero2", model_of(), optimizer_of)
     with pytest.raises(Exception, match="DP world size of 2 but the current world size is"):
         engine.load(directory / "zero2", "saved")
     ended(engine)
-    return told
+    return results
 
 
 _saved: list[Any] = []
@@ -132,13 +132,13 @@ def loaded(request, run_ranks, saved) -> list[dict[str, Any]]:
 def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
     for kind in KINDS:
         old = [rank[kind]["saved"] for rank in saved[1]]
-        wanted = whole(old)
+        wanted = joined(old)
         assert len(wanted) == 21 and all((wanted[f"master of {name}"] == 0).any() for name in DECAYED), (
             "nothing has died"
         )
         for when in WHEN:
             new = [rank[kind][when]["loaded"] for rank in loaded]
-            got = whole(new)
+            got = joined(new)
             assert got.keys() == wanted.keys()
             assert not [what for what in wanted if not torch.equal(got[what], wanted[what])], f"{kind}, {when}"
             for rank in new:
@@ -152,14 +152,14 @@ def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
 
 def test_trap_13_universal_stage_3_copies_group_0(saved, loaded):
     """Into every group; attach puts back what was asked for, before loading or after it."""
-    asked = {"weight_decay": [3.0, 0.005, 0.0], "p": [0.5, -1.0, 0.5], "cutoff": [math.inf] * 3}
+    requested = {"weight_decay": [3.0, 0.005, 0.0], "p": [0.5, -1.0, 0.5], "cutoff": [math.inf] * 3}
     rates = [group["lr"] for group in saved[1][0]["zero3"]["saved"]["groups"]]
     assert rates[1] == 2 * rates[0] == 2 * rates[2]
     for rank in loaded:
         for kind in KINDS:
             for when in ("attach before", "attach after"):
                 groups = rank[kind][when]["loaded"]["groups"]
-                assert {key: [group[key] for group in groups] for key in asked} == asked, f"{kind}, {when}"
+                assert {key: [group[key] for group in groups] for key in requested} == requested, f"{kind}, {when}"
                 assert [group["lr"] for group in groups] == rates, f"{kind}, {when}"
         unguarded = rank["zero3"]["no attach"]["loaded"]["groups"]
         assert [group["weight_decay"] for group in unguarded] == [
@@ -189,10 +189,10 @@ def test_step_counts_stay_right_though_the_loader_gives_all_sub_groups_one_tenso
 
 def test_it_goes_on_as_it_would_have(saved, loaded):
     for kind in KINDS:
-        start, wanted = (whole([rank[kind][phase] for rank in saved[1]]) for phase in ("saved", "end"))
+        start, wanted = (joined([rank[kind][phase] for rank in saved[1]]) for phase in ("saved", "end"))
         assert all((start[f"master of {name}"] - wanted[f"master of {name}"]).abs().max() > 1e-2 for name in DECAYED)
         for when in ("attach before", "attach after"):
-            got = whole([rank[kind][when]["end"] for rank in loaded])
+            got = joined([rank[kind][when]["end"] for rank in loaded])
             for what, tensor in wanted.items():
                 torch.testing.assert_close(
                     got[what],

@@ -39,10 +39,10 @@ def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
     bits = torch.linspace(1, 0x7F7FFFFF, 1800, dtype=torch.float64).to(torch.int32)  # all magnitudes, denormals too
     w = torch.cat([bits, torch.arange(1, 2**23, 2**16 + 1, dtype=torch.int32)]).view(torch.float32)
     d = 10 ** (torch.rand(len(w), generator=generator) * 12 - 9)
-    work = []
+    batches = []
     for strength in (1e-9, 1e-3, 30.0):
         a = values(lr=1.0, weight_decay=strength, p=p, precondition=gamma, betas=(0.0, 0.0), eps=0.0)
-        work.append(
+        batches.append(
             (
                 a,
                 [
@@ -55,9 +55,9 @@ def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
                 ],
             )
         )
-    gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in work])
+    gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in batches])
     assert len(gpu._tables) == 1
-    for a, [(got, *_)] in work:
+    for a, [(got, *_)] in batches:
         pull = (math.log(a["weight_decay"]) + (p - 2) * w.double().log() - gamma * d.double().log()).exp()
         want = (w + 1).double() / (1 + pull)
         got, ordinary = (
@@ -147,15 +147,15 @@ def test_what_blocks_are_ranked_by_and_entries_that_are_spared(gpu, base, more):
     whole block's step.
     """
     a = values(base, pattern="4:8", **more)
-    whole, told = copy(before := row(base, 80)), copy(before)
-    run(gpu, base, a, whole)
-    run(gpu, base, {**a, "ranked": True}, told)
-    cut, spared = copy(before), torch.zeros(80, dtype=torch.bool)
-    spared.view(10, 8).scatter_(1, told[0].cpu().view(10, 8).sort(stable=True).indices[:, :4], True)
-    entries = [(*(t[i : i + 1] for t in cut[:-1]), cut[-1]) for i in range(80)]
-    for pattern, where in (("1:1", spared), (None, ~spared)):
+    stepped, ranked = copy(before := row(base, 80)), copy(before)
+    run(gpu, base, a, stepped)
+    run(gpu, base, {**a, "ranked": True}, ranked)
+    by_entry, kept = copy(before), torch.zeros(80, dtype=torch.bool)
+    kept.view(10, 8).scatter_(1, ranked[0].cpu().view(10, 8).sort(stable=True).indices[:, :4], True)
+    entries = [(*(t[i : i + 1] for t in by_entry[:-1]), by_entry[-1]) for i in range(80)]
+    for pattern, where in (("1:1", kept), (None, ~kept)):
         run(gpu, base, {**a, "pattern": pattern}, *(entries[i] for i in where.nonzero()[:, 0].tolist()))
-    assert all(map(torch.equal, cut[:-1], whole[:-1]))
+    assert all(map(torch.equal, by_entry[:-1], stepped[:-1]))
 
 
 @pytest.mark.parametrize("base", BASES)

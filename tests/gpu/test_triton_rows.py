@@ -22,7 +22,7 @@ TENSOR = {"dtype": torch.float64, "device": DEVICE}
 
 @pytest.mark.parametrize("p", (0.5, 0.8))
 def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
-    work, alone = [], []
+    batches, alone = [], []
     for i in range(23):
         a = values(
             weight_decay=0.1 * (i + 1),
@@ -33,11 +33,11 @@ def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
             lr=0.01 * (1 + i % 2),
         )
         before = row("adamw", (1, 7, 129, 0, 1025, 2051)[i % 6], seed=i, step=float(i + 1))
-        work.append((a, [copy(before)]))
+        batches.append((a, [copy(before)]))
         alone.append((a, before))
-    gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in work])
+    gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in batches])
     assert launches.count == 1
-    for (a, before), (_, [after]) in zip(alone, work):
+    for (a, before), (_, [after]) in zip(alone, batches):
         single = copy(before)
         run(gpu, "adamw", a, single)
         assert all(map(torch.equal, single[:-1], after[:-1]))
@@ -119,9 +119,9 @@ def test_numbers_on_the_device_are_as_good(gpu, base, a, there):
     if there != "lr":
         device = [(*r[:-1], torch.tensor([r[-1]], device=DEVICE)) for r in device]
     run(gpu, base, values(base, lr=lr, **a), *device)
-    for mine, theirs in zip(device, host):
+    for on_device, on_host in zip(device, host):
         close = torch.equal if DEVICE == "cpu" else lambda x, y: torch.allclose(x, y, rtol=1e-6, atol=1e-9)
-        assert all(map(close, mine[:-1], theirs[:-1]))
+        assert all(map(close, on_device[:-1], on_host[:-1]))
     assert rows[0][0].tolist() != host[0][0].tolist()
 
 
@@ -176,9 +176,9 @@ def test_what_a_graph_reads_is_kept_and_not_taken_for_sent(gpu, monkeypatch):
         run(gpu, "adamw", values(), now)
         assert [id(tensor) for tensor, _ in gpu._captured] == list(map(id, kept))  # they were there before
         other = row("adamw", 10, seed=1, step=torch.ones(1, device=DEVICE))
-        spare = addresses.spare
+        pinned_spare = addresses.pinned_spare
         run(gpu, "adamw", values(), other)
-        assert gpu._captured[2][1] is spare and addresses.spare is None
+        assert gpu._captured[2][1] is pinned_spare and addresses.pinned_spare is None
         assert addresses.tensor is kept[0]
         with pytest.raises(RuntimeError, match="capturable"):
             run(gpu, "adamw", values(), row("adamw", 10))

@@ -66,10 +66,13 @@ def attached(engine: Engine) -> Attachment:
     return attach(engine.handle, optimizer, overrides=OVERRIDES, lr_scheduler=engine.lr_scheduler)
 
 
-def trained(engine: Engine, found: Attachment, start: int, until: int) -> list[tuple[float, ...]]:
+def trained(engine: Engine, attachment: Attachment, start: int, until: int) -> list[tuple[float, ...]]:
     """As a user drives a window by hand: the step is asked of the optimizer, so that it needs no checkpoint of its
     own. Gives the learning rates of each step."""
-    live, decayed = found.optimizer, {shard.group for shard in found.shards if shard.name in found.decayed}
+    inner, decayed = (
+        attachment.optimizer,
+        {shard.group for shard in attachment.shards if shard.name in attachment.decayed},
+    )
     dtype, alone = (
         next(engine.handle.parameters()).dtype,
         isinstance(engine.handle, nn.Sequential) and not engine.is_sharded(),
@@ -78,7 +81,7 @@ def trained(engine: Engine, found: Attachment, start: int, until: int) -> list[t
     rates = []
     for step in range(start, until):
         for group in decayed:
-            live.param_groups[group].update(WINDOW.at(steps_taken(live), STEPS))
-        rates.append(tuple(float(group["lr"]) for group in live.param_groups))
+            inner.param_groups[group].update(WINDOW.at(steps_taken(inner), STEPS))
+        rates.append(tuple(float(group["lr"]) for group in inner.param_groups))
         engine.step(engine(batch_of(step, *share).to(dtype)).float().square().mean())
     return rates

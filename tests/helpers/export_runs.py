@@ -86,45 +86,45 @@ def masters_of(engine: Engine) -> dict[str, Tensor]:
     """What DeepSpeed itself gathers on the ranks; of frozen parameters, and without masters, the model's own."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    own = gathered(engine)
+    weights = gathered(engine)
     if not hasattr(engine.handle, "zero_optimization") or not engine.handle.zero_optimization():
-        return own
+        return weights
     if getattr(engine.handle.optimizer, "round_robin_gradients", False):
-        found = flat_masters_of(engine)  # safe_get_full_fp32_param gives other parameters' (DeepSpeed 0.19.8)
+        masters = flat_masters_of(engine)  # safe_get_full_fp32_param gives other parameters' (DeepSpeed 0.19.8)
     else:
-        found = {
+        masters = {
             name: safe_get_full_fp32_param(param).clone()
             for name, param in engine.handle.module.named_parameters()
             if param.requires_grad
         }
-    found = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
-    assert all(torch.equal(tensor.to(own[name].dtype), own[name]) for name, tensor in found.items()), (
+    masters = {name.removeprefix("_orig_mod."): tensor for name, tensor in masters.items()}
+    assert all(torch.equal(tensor.to(weights[name].dtype), weights[name]) for name, tensor in masters.items()), (
         "these are not the masters"
     )
-    return {name: found.get(name, tensor) for name, tensor in own.items()}
+    return {name: masters.get(name, tensor) for name, tensor in weights.items()}
 
 
 def flat_masters_of(engine: Engine) -> dict[str, Tensor]:
-    found, optimizer = {}, engine.handle.optimizer
+    masters, optimizer = {}, engine.handle.optimizer
     groups = zip(
         optimizer.round_robin_bit16_groups,
         optimizer.round_robin_bit16_offsets,
         optimizer.single_partition_of_fp32_groups,
     )
-    for params, offsets, part in groups:
-        parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, part.detach())
+    for params, offsets, partition in groups:
+        partitions = [torch.empty_like(partition) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(partitions, partition.detach())
         for param, offset in zip(params, offsets):
-            found[engine.handle.param_names[param]] = (
-                torch.cat(parts)[offset : offset + param.numel()].view(param.shape).detach().clone()
+            masters[engine.handle.param_names[param]] = (
+                torch.cat(partitions)[offset : offset + param.numel()].view(param.shape).detach().clone()
             )
-    return found
+    return masters
 
 
 def save(rank: int, world_size: int, directory: Path, cells: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Trains and saves each; gives their master weights."""
     quiet()
-    told = {}
+    masters = {}
     for cell in cells:
         engine = started(cell)
         for step in range(0 if cell == "compiled" else 2):  # only its names are of interest
@@ -139,6 +139,6 @@ def save(rank: int, world_size: int, directory: Path, cells: tuple[str, ...]) ->
             state = engine.handle.state_dict()
             dcp.save(state, checkpoint_id=directory / "bare")
             dcp.save({"model": state}, checkpoint_id=directory / "accelerate" / "pytorch_model_fsdp_0")
-        told[cell] = masters_of(engine)
+        masters[cell] = masters_of(engine)
         ended(engine)
-    return told
+    return masters

@@ -21,7 +21,7 @@ SNAP = 1e-13
 
 def values(base: str = "adamw", **changed: Any) -> dict[str, Any]:
     """A group of hyperparameters. "momentum" and "nesterov" are SGD with it."""
-    own = {
+    base_values = {
         "adamw": {"betas": (0.9, 0.99), "eps": 1e-6, "precondition": 0.0},
         "lion": {"betas": (0.9, 0.99)},
         "sgd": {"momentum": 0.0},
@@ -36,7 +36,7 @@ def values(base: str = "adamw", **changed: Any) -> dict[str, Any]:
         "cutoff": math.inf,
         "regrowth_below": 0.0,
         "maximize": False,
-        **own,
+        **base_values,
         **changed,
     }
 
@@ -82,22 +82,25 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
         m = beta1 * states[0] + (1 - beta1) * g
         v = beta2 * states[1] + (1 - beta2) * g * g
         denom = torch.sqrt(v / (1 - beta2**t)) + a["eps"]
-        parts = lr * (beta1 * states[0].abs() + (1 - beta1) * g.abs()) / (1 - beta1**t) / denom
+        magnitude = lr * (beta1 * states[0].abs() + (1 - beta1) * g.abs()) / (1 - beta1**t) / denom
         move, states = lr * m / (1 - beta1**t) / denom, [m, v]
     elif base == "lion":
         move, states = lr * torch.sign(beta1 * states[0] + (1 - beta1) * g), [beta2 * states[0] + (1 - beta2) * g]
-        parts = move.abs()
+        magnitude = move.abs()
     elif base == "sgd":
         move = lr * g
-        parts = move.abs()
+        magnitude = move.abs()
     else:
         buffer = a["momentum"] * states[0] + g
-        parts = lr * (a["momentum"] * states[0].abs() + g.abs()) * (1 + a["momentum"])
+        magnitude = lr * (a["momentum"] * states[0].abs() + g.abs()) * (1 + a["momentum"])
         move, states = lr * (g + a["momentum"] * buffer if base == "nesterov" else buffer), [buffer]
-    hidden = (w == 0) & a.get("latent", False)
+    is_latent = (w == 0) & a.get("latent", False)
     if a.get("latent"):  # where w = 0 the latent weight is in exp_avg, and steps without momentum
-        w = torch.where(hidden, of[2].cpu().double(), w)
-        move, parts = torch.where(hidden, lr * g / denom, move), torch.where(hidden, lr * g.abs() / denom, parts)
+        w = torch.where(is_latent, of[2].cpu().double(), w)
+        move, magnitude = (
+            torch.where(is_latent, lr * g / denom, move),
+            torch.where(is_latent, lr * g.abs() / denom, magnitude),
+        )
     x = w.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
     if a.get("pattern"):  # of each block the n largest x, of equal ones the earlier
         n, m = map(int, a["pattern"].split(":"))
@@ -110,14 +113,14 @@ def oracle(base: str, a: dict[str, Any], of: tuple) -> tuple[list[torch.Tensor],
     new = (w - move) / divisor
     if lr * a["weight_decay"] > 0 and a["cutoff"] >= 0 and a["p"] < 2:
         new = torch.where(new.abs() <= SNAP, 0.0, new)
-    scale = (w.abs() + parts) / divisor  # the parts of a move may cancel each other
+    scale = (w.abs() + magnitude) / divisor  # the parts of a move may cancel each other
     if a.get("latent"):
         x_new = new.abs() ** (2 - a["p"]) * denom ** a.get("precondition", 0.0)
         under = x_new <= a["cutoff"]
         scale = torch.where(
             (x_new / a["cutoff"] - 1).abs() < 1e-4, math.nan, scale
         )  # of a sum that cancels, x is less sure
-        states[0] = torch.where(under, new, torch.where(hidden, 0.0, states[0]))
+        states[0] = torch.where(under, new, torch.where(is_latent, 0.0, states[0]))
         new = torch.where(under, 0.0, new)
     return [new, *states], torch.where((x / a["cutoff"] - 1).abs() < 1e-5, math.nan, scale)
 
@@ -132,8 +135,8 @@ def assert_right(base: str, a: dict[str, Any], before: tuple, after: tuple, boun
     assert error.max() <= bound, (float(error.max()), before[0][sure.to(DEVICE)][error.argmax()])
     if scale.nan_to_num(1).min() > 0:
         assert torch.equal((got == 0)[sure], (new == 0)[sure])
-    for mine, theirs in zip(got_states, states, strict=True):
-        assert ((mine - theirs).abs() <= bound * (theirs.abs() + 0.1)).all()
+    for got_state, state in zip(got_states, states, strict=True):
+        assert ((got_state - state).abs() <= bound * (state.abs() + 0.1)).all()
 
 
 class Launches:

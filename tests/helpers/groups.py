@@ -33,4 +33,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Non
 
 
 def saved(*what) -> list:
-    return [*copy.deepcopy([one.state_dict() for one in what[:-1]]), json.loads(json.dumps(what[-1].state_dict()))]
+    return [
+        *copy.deepcopy([stateful.state_dict() for stateful in what[:-1]]),
+        json.loads(json.dumps(what[-1].state_dict())),
+    ]

@@ -56,7 +56,7 @@ class Cell:
 
 
 @dataclass
-class Run:
+class TrainedRun:
     """weights: in fp32, after each half. norms: of each step's gradients, if told. wrapper: DeepSpeed's, around the
     optimizer.
     """
@@ -145,20 +145,20 @@ def how(cell: Cell) -> How:
     return How(sums=low, averages=low, each=DEEPSPEED[cell.engine] >= 2, late=late, scale=1.0 if late else scale)
 
 
-def summed(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def sum_in(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return reduce(torch.add, [t.to(dtype) for t in tensors])
 
 
 def averaged(tensors: list[Tensor], does: How) -> Tensor:
     if does.late:
-        return summed(tensors, does.averages) / len(tensors)
-    return summed([t.to(does.averages) / len(tensors) for t in tensors], does.averages)
+        return sum_in(tensors, does.averages) / len(tensors)
+    return sum_in([t.to(does.averages) / len(tensors) for t in tensors], does.averages)
 
 
-def one_process(does: How, cell: Cell, world_size: int, norms: list[Any]) -> Run:
+def one_process(does: How, cell: Cell, world_size: int, norms: list[Any]) -> TrainedRun:
     """The ranks one after another, then one step of the optimizer. It clips by the engine's `norms`, where there are
     any, since each engine adds up squares in an order of its own; its own norms are in the result, to be compared."""
-    low, run, masters = DTYPES[cell.dtype], Run(), model_of()
+    low, run, masters = DTYPES[cell.dtype], TrainedRun(), model_of()
     if does.copies and does.rounded:
         masters.to(low).float()
     params, optimizer = list(masters.parameters()), optimizer_of(cell, masters)
@@ -174,11 +174,11 @@ def one_process(does: How, cell: Cell, world_size: int, norms: list[Any]) -> Run
         ranks = [[gradients(step, micro, rank) for micro in range(cell.accumulation)] for rank in range(world_size)]
         for i, p in enumerate(params):
             if does.each:
-                total = summed(
+                total = sum_in(
                     [averaged([micros[m][i] for micros in ranks], does) for m in range(cell.accumulation)], does.sums
                 )
             else:
-                total = averaged([summed([micro[i] for micro in micros], does.sums) for micros in ranks], does)
+                total = averaged([sum_in([micro[i] for micro in micros], does.sums) for micros in ranks], does)
             p.grad = total.float() / does.scale
         run.norms.append(torch.stack([p.grad.norm() for p in params]).pow(2).sum().sqrt())
         if cell.clipped:
@@ -204,10 +204,10 @@ def clip(cell: Cell, params: list[Tensor], norm: Any) -> None:
 # -----------------------------------------------------------------------------
 
 
-def torch_run(cell: Cell, rank: int, world_size: int) -> Run:
+def torch_run(cell: Cell, rank: int, world_size: int) -> TrainedRun:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    run, low, model, fsdp = Run(), DTYPES[cell.dtype], model_of(), cell.engine == "FSDP2"
+    run, low, model, fsdp = TrainedRun(), DTYPES[cell.dtype], model_of(), cell.engine == "FSDP2"
     if fsdp:
         mesh, policy = (
             torch.distributed.init_device_mesh("cpu", (world_size,)),
@@ -262,11 +262,11 @@ def config_of(cell: Cell) -> dict[str, Any]:
     return config | ({"data_types": {"grad_accum_dtype": "fp32"}} if cell.engine == "BF16_Optimizer" else {})
 
 
-def deepspeed_run(cell: Cell, rank: int, world_size: int, attached: bool = True, **changes: Any) -> Run:
+def deepspeed_run(cell: Cell, rank: int, world_size: int, attached: bool = True, **changes: Any) -> TrainedRun:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    run, low, model = Run(), DTYPES[cell.dtype], model_of()
+    run, low, model = TrainedRun(), DTYPES[cell.dtype], model_of()
     params, optimizer = list(model.parameters()), optimizer_of(cell, model)
     places = {id(p): i for i, p in enumerate(q for group in optimizer.param_groups for q in group["params"])}
     engine, *_ = deepspeed.initialize(

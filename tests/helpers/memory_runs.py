@@ -37,19 +37,19 @@ class Allocated:
     def __exit__(self, *error) -> None:
         self._profile.__exit__(*error)
         self.at, self.peak = {}, {}
-        blocks, live, mark = {}, 0, "start"
+        blocks, allocated, mark = {}, 0, "start"
         for event in self._events():
             if event["name"] != "[memory]":
                 mark = event["name"][len("mark ") :]
-                self.at[mark] = self.peak[mark] = live
+                self.at[mark] = self.peak[mark] = allocated
                 continue
             # By address: a block from before counts nothing when it is freed, and one that another thread freed (gloo
             # does that), which is not seen, is known to be gone when its address is given out again.
-            live -= blocks.pop(event["args"]["Addr"], 0)
+            allocated -= blocks.pop(event["args"]["Addr"], 0)
             if event["args"]["Bytes"] > 0:
                 blocks[event["args"]["Addr"]] = event["args"]["Bytes"]
-                live += event["args"]["Bytes"]
-            self.peak[mark] = max(self.peak.get(mark, 0), live)
+                allocated += event["args"]["Bytes"]
+            self.peak[mark] = max(self.peak.get(mark, 0), allocated)
 
     def _events(self) -> list[dict]:
         with tempfile.TemporaryDirectory() as directory:
@@ -101,8 +101,8 @@ def bytes_of(tensors) -> int:
 def alive() -> list[torch.Tensor]:
     """All tensors that Python knows of since `gc.freeze`, and the gradients of those."""
     gc.collect()
-    found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-    return found + [t.grad for t in found if t.is_leaf]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return tensors + [t.grad for t in tensors if t.is_leaf]
 
 
 # -- on the ranks -------------------------------------------------------------
@@ -221,13 +221,13 @@ def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int
             step()
         finally:
             LpAdamW.step = step_of_ours
-    own, at, peak = held(), allocated.at, allocated.peak
+    held_bytes, at, peak = held(), allocated.at, allocated.peak
     # gloo may free what it takes on a thread that the profiler does not see. So only spans without gathers are read,
     # on top of what is alive when they begin; the buckets of DDP, of which Python knows nothing, as they were made.
     if stage in (3, "fsdp2"):
         most = before_step + peak["step"] - at["step"]
     else:
-        buckets = at["made"] - own["masters"] if stage == 0 else 0
+        buckets = at["made"] - held_bytes["masters"] if stage == 0 else 0
         most = at_rest + buckets + max(peak["rest"], peak["step"]) - at["rest"]
     with Collectives() as seen:
         backward(loss())
@@ -239,8 +239,8 @@ def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int
     if make is deepspeed_run:
         engine.destroy()
     return dict(
-        own,
-        beside=most - sum(own.values()),
+        held_bytes,
+        beside=most - sum(held_bytes.values()),
         sent=seen.sent(),
         calls_of_inner_step=len(inner.calls),
         counted=counted,

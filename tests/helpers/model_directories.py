@@ -41,12 +41,12 @@ def written(directory: Path, model: torch.nn.Module) -> int:
     torch.save(
         {"module": {}, "buffer_names": [], "param_shapes": shapes}, directory / "zero" / "mp_rank_00_model_states.pt"
     )
-    for rank, part in enumerate(flat.chunk(2)):
+    for rank, partition in enumerate(flat.chunk(2)):
         state = {
             "zero_stage": 2,
             "partition_count": [2],
-            "single_partition_of_fp32_groups": [part.clone()],
-            "base_optimizer_state": {"exp_avg": part.clone()},
+            "single_partition_of_fp32_groups": [partition.clone()],
+            "base_optimizer_state": {"exp_avg": partition.clone()},
         }
         torch.save(
             {"optimizer_state_dict": state}, directory / "zero" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"

@@ -16,7 +16,7 @@ from torch.testing._internal.common_optimizers import (
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 
 
-def inputs(*own):
+def inputs(*specific):
     """OptimizerInputs for every optimizer, and an optimizer's own ones given as (kwargs, description)."""
     common = [
         ({}, "default"),
@@ -28,10 +28,12 @@ def inputs(*own):
         ({"weight_decay": 0.01, "implementation": "reference"}, "reference"),
         ({"weight_decay": 0.01, "implementation": "foreach"}, "foreach"),
     ]
-    return lambda device, dtype=None: [OptimizerInput(None, dict(kwargs), desc) for kwargs, desc in (*common, *own)]
+    return lambda device, dtype=None: [
+        OptimizerInput(None, dict(kwargs), desc) for kwargs, desc in (*common, *specific)
+    ]
 
 
-def errors(*own):
+def errors(*specific):
     """PyTorch's errors for every optimizer, the decay's, and an optimizer's own, the latter as (kwargs, message)."""
     cases = [
         ({"lr": -0.5}, "lr.*-0.5"),
@@ -39,7 +41,7 @@ def errors(*own):
         ({"p": 9.0}, "p.*9.0"),
         ({"l2": -0.5}, "l2.*-0.5"),
         ({"cutoff": float("nan")}, "cutoff.*nan"),
-        *own,
+        *specific,
     ]
 
     def error_inputs(device, dtype):

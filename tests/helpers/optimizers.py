@@ -45,7 +45,7 @@ def assert_same(params, others):
         assert torch.equal(param, other), (param.shape, (param - other).abs().max())
 
 
-def group_of(**changed):
+def param_group_of(**changed):
     """Values of a param group, for `kernels.step`."""
     return {
         "lr": 1.0,

@@ -46,7 +46,7 @@ def cutoffs(weights, pattern, cutoff, *, p, precondition=0.0, denoms=None):
     """The cutoff of each weight: below every x for the n largest x of each block of m, of equal ones the earlier.
     pattern: (n, m) or None.
     """
-    found = [cutoff] * len(weights)
+    limits = [cutoff] * len(weights)
     if pattern and cutoff > 0.0:
         n, m = pattern
         xs = [
@@ -55,8 +55,8 @@ def cutoffs(weights, pattern, cutoff, *, p, precondition=0.0, denoms=None):
         ]
         for start in range(0, len(xs), m):
             for i in sorted(range(start, start + m), key=lambda i: (-xs[i], i))[:n]:
-                found[i] = -1.0
-    return found
+                limits[i] = -1.0
+    return limits
 
 
 def adamw_step(
@@ -95,15 +95,15 @@ def adamw_step(
         weights, _signed(grads, maximize), state["exp_avg"], state["exp_avg_sq"], limits, strict=True
     ):
         acts = latent and weight_decay > 0.0 and cutoff > 0.0
-        hidden, old = acts and w == 0.0, w
-        if hidden:
+        is_latent, old = acts and w == 0.0, w
+        if is_latent:
             old = m
         m = beta1 * m + (1.0 - beta1) * g
         v = beta2 * v + (1.0 - beta2) * g * g
         m_hat = m / (1.0 - beta1**t)
         v_hat = v / (1.0 - beta2**t)
         denom = math.sqrt(v_hat) + eps
-        u = old - lr * (g if hidden else m_hat) / denom
+        u = old - lr * (g if is_latent else m_hat) / denom
         w_new = lp_weight(
             u,
             old,
@@ -118,7 +118,7 @@ def adamw_step(
         )
         if acts and _power(abs(w_new), 2.0 - p) * _power(denom, precondition) <= cutoff:
             w_new, m = 0.0, w_new
-        elif hidden:
+        elif is_latent:
             m = 0.0
         new_weights.append(w_new)
         new_m.append(m)

@@ -19,32 +19,36 @@ def as_bytes(value: Any) -> Any:
     return str(value.dtype), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def snapshot(engine: Engine, found: Attachment) -> dict[str, Any]:
+def snapshot(engine: Engine, attachment: Attachment) -> dict[str, Any]:
     """All that a run goes on with, on this rank: weights, masters, states, step counts, groups, learning rates.
 
     But not the padding: under ZeRO-3 it is whatever the memory held before.
     """
     taken = {name: as_bytes(weight) for name, weight in gathered(engine).items()}
-    for shard in found.shards:
+    for shard in attachment.shards:
         taken |= {
             f"master of {shard.name}": as_bytes(shard.local.values),
             **{f"{key} of {shard.name}": as_bytes(value) for key, value in shard.state.items()},
         }
-    for i, state in enumerate(found.optimizer.state.values()):
+    for i, state in enumerate(attachment.optimizer.state.values()):
         taken |= {f"{key} of tensor {i}": as_bytes(value) if key == "step" else "" for key, value in state.items()}
-    for i, group in enumerate(found.optimizer.param_groups):
+    for i, group in enumerate(attachment.optimizer.param_groups):
         taken |= {f"{key} of group {i}": value for key, value in group.items() if key != "params"}
     return taken | {"scheduler": str(engine.lr_scheduler.state_dict())}
 
 
-def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
+def joined(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Masters and moments put together from the ranks' pieces, flat, by what they are of."""
-    pieces: dict[str, dict[int, Tensor]] = {}
+    tensors: dict[str, dict[int, Tensor]] = {}
     for rank in ranks:
-        for what, start, part in rank["pieces"]:
-            pieces.setdefault(what, {})[start] = part
-    return {what: torch.cat([parts[start] for start in sorted(parts)]) for what, parts in sorted(pieces.items())}
+        for name, start, values in rank["shards"]:
+            tensors.setdefault(name, {})[start] = values
+    return {
+        name: torch.cat([by_start[start] for start in sorted(by_start)]) for name, by_start in sorted(tensors.items())
+    }
 
 
-def pieces_of(found: Attachment) -> list[tuple[str, int, Tensor]]:
-    return [(shard.name, shard.start, shard.local.values.flatten().clone()) for shard in found.shards if shard.length]
+def local_shards_of(attachment: Attachment) -> list[tuple[str, int, Tensor]]:
+    return [
+        (shard.name, shard.start, shard.local.values.flatten().clone()) for shard in attachment.shards if shard.length
+    ]

@@ -48,7 +48,7 @@ class Case:
     seed: int = 0
 
     @property
-    def asked(self) -> SparsityTarget:
+    def sparsity_target(self) -> SparsityTarget:
         return SparsityTarget(
             self.target,
             end=self.end,
@@ -123,7 +123,7 @@ def attached_to(engine: Engine, case: Case) -> Attachment:
         others = {"lr_scheduler": engine.lr_scheduler} if case.engine.startswith("accelerate ") else {}
     else:
         others = {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
-    return attach(engine.handle, target=case.asked, total_steps=case.steps, **others)
+    return attach(engine.handle, target=case.sparsity_target, total_steps=case.steps, **others)
 
 
 def loss_of(engine: Engine, seed: int, step: int, rank: int) -> Tensor:
@@ -131,7 +131,9 @@ def loss_of(engine: Engine, seed: int, step: int, rank: int) -> Tensor:
     return (engine(inputs.to(next(engine.handle.parameters()).dtype)).float() - wanted).square().mean()
 
 
-def trained(engine: Engine, found: Attachment, case: Case, start: int, until: int, scale: float = 1.0) -> list[float]:
+def trained(
+    engine: Engine, attachment: Attachment, case: Case, start: int, until: int, scale: float = 1.0
+) -> list[float]:
     """Takes the steps from `start` to `until`, and gives their losses (this rank's). scale: of the last rank's loss,
     to have it overflow.
     """
@@ -150,7 +152,7 @@ def trained(engine: Engine, found: Attachment, case: Case, start: int, until: in
                 loss.backward()
             losses.append(first.item() * RANKS)
             engine.step(first)
-        found.after_step()
+        attachment.after_step()
     return losses
 
 
@@ -160,22 +162,22 @@ def run(case: Case) -> dict[str, Any]:
     """
     began = time.perf_counter()
     engine = engine_of(case)
-    found = attached_to(engine, case)
-    losses = trained(engine, found, case, 0, case.steps)
-    told = {
+    attachment = attached_to(engine, case)
+    losses = trained(engine, attachment, case, 0, case.steps)
+    results = {
         "losses": [losses[0], losses[-1]],
         "seconds": round(time.perf_counter() - began, 2),
-        **reached(engine, found),
+        **reached(engine, attachment),
     }
     ended(engine)
-    return told
+    return results
 
 
-def reached(engine: Engine, found: Attachment) -> dict[str, Any]:
+def reached(engine: Engine, attachment: Attachment) -> dict[str, Any]:
     optimizer = engine.handle.optimizer if hasattr(engine.handle, "load_checkpoint") else engine.optimizer
-    assert inner_optimizer(optimizer) is found.optimizer
+    assert inner_optimizer(optimizer) is attachment.optimizer
     counted, masters = measure_sparsity(engine.handle), measure_sparsity(engine.handle, optimizer)
-    final_pruning = found.state_dict()["weights"]["final_pruning"]
+    final_pruning = attachment.state_dict()["weights"]["final_pruning"]
     return {
         "achieved": counted.total,
         "tensors": {name: list(counts) for name, counts in counted.counts.items()},

@@ -41,7 +41,7 @@ def backward(model: nn.Module, step: int) -> None:
     (model(x) - x[:, :8].sin()).square().mean().backward()
 
 
-class Run:
+class TargetRun:
     """A model, its optimizer, scheduler and attachment, which go step by step."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Run:
             self.scheduler.step()
         self.taken += 1
 
-    def to(self, steps: int) -> Run:
+    def to(self, steps: int) -> TargetRun:
         """Until so many steps are taken; notes what is logged."""
         while self.taken < steps:
             self.step()
@@ -96,5 +96,5 @@ class Run:
         return {name: param.detach().clone() for name, param in self.model.named_parameters()}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)

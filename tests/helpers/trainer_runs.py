@@ -38,15 +38,15 @@ def train(directory, callbacks, ways=groups, trainer=Trainer, resume=None, steps
             **arguments,
         },
     )
-    one = trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **ways(model))
-    one.train(resume_from_checkpoint=resume)
-    return one
+    instance = trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **ways(model))
+    instance.train(resume_from_checkpoint=resume)
+    return instance
 
 
-def same(one: Trainer, other: Trainer) -> bool:
+def same(left: Trainer, right: Trainer) -> bool:
     return all(
         torch.equal(a, b)
-        for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+        for a, b in zip(left.model.state_dict().values(), right.model.state_dict().values(), strict=True)
     )
 
 

@@ -20,13 +20,13 @@ FOREIGN = (
 
 def texts_of(tree: ast.AST) -> list[str]:
     """Every string in a module; what an f-string fills in is left out."""
-    found = []
+    texts = []
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            found.append("\0".join(part.value if isinstance(part, ast.Constant) else "" for part in node.values))
+            texts.append("\0".join(value.value if isinstance(value, ast.Constant) else "" for value in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-    return found
+            texts.append(node.value)
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_is_printed(said):
     for message in messages:
         if message.startswith(FOREIGN):
             continue
-        for part in re.split(r"\.\.\.|\bN\b|\bM\b", message):
-            assert len(part.strip(" .%,")) < 3 or part.strip(" .%,=") in said, (message, part)
+        for phrase in re.split(r"\.\.\.|\bN\b|\bM\b", message):
+            assert len(phrase.strip(" .%,")) < 3 or phrase.strip(" .%,=") in said, (message, phrase)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -51,7 +51,7 @@ def without_marks(script: Path, directory: Path) -> Path:
     return dense
 
 
-def sparsity_of(directory: Path) -> float:
+def zero_fraction_of(directory: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(directory)
@@ -68,9 +68,9 @@ def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not
         pytest.importorskip("trl")
     data = topics if name == "trl_sft" else text
     run(EXAMPLES / f"{name}.py", tiny_model, data, tmp_path / "sparse")
-    assert sparsity_of(tmp_path / "sparse") == pytest.approx(0.5, abs=1e-4)
+    assert zero_fraction_of(tmp_path / "sparse") == pytest.approx(0.5, abs=1e-4)
     run(without_marks(EXAMPLES / f"{name}.py", tmp_path), tiny_model, data, tmp_path / "dense")
-    assert sparsity_of(tmp_path / "dense") < 1e-3
+    assert zero_fraction_of(tmp_path / "dense") < 1e-3
 
 
 def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_path, cpu_op):
@@ -93,7 +93,7 @@ def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_p
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     export(tmp_path / "out" / "checkpoint", tmp_path / "out" / "model", config=str(tiny_model), verify=True)
-    assert sparsity_of(tmp_path / "out" / "model") == pytest.approx(0.5, abs=1e-4)
+    assert zero_fraction_of(tmp_path / "out" / "model") == pytest.approx(0.5, abs=1e-4)
     assert "zero_allow" not in without_marks(EXAMPLES / "deepspeed_engine.py", tmp_path).read_text()
 
 

@@ -131,7 +131,7 @@ def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_
 
     again = ["--resume_from_checkpoint", "true"]
     for runs, death in (
-        ([run("whole", 2), run("whole", 3), run("killed", 2)], kill([chance.randrange(2)])),
+        ([run("uninterrupted", 2), run("uninterrupted", 3), run("killed", 2)], kill([chance.randrange(2)])),
         ([run("killed", 2, *again), run("killed", 3)], kill([0, 1])),
         ([run("killed", 3, *again)], None),
     ):
@@ -141,35 +141,37 @@ def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_
         )
         assert Path(runs[-1][-1], schema.FILE).exists() == (death is None), f"seed {SEED}"
     for stage in (2, 3):
-        whole, killed = (load_file(tmp_path / f"{name}{stage}" / "model.safetensors") for name in ("whole", "killed"))
-        assert sum(int((w == 0).sum()) for w in whole.values()) > 1000
-        assert [name for name, w in whole.items() if not torch.equal(w, killed[name])] == [], (
+        uninterrupted, killed = (
+            load_file(tmp_path / f"{name}{stage}" / "model.safetensors") for name in ("uninterrupted", "killed")
+        )
+        assert sum(int((w == 0).sum()) for w in uninterrupted.values()) > 1000
+        assert [name for name, w in uninterrupted.items() if not torch.equal(w, killed[name])] == [], (
             f"ZeRO-{stage}, seed {SEED}"
         )
-        told = [
+        logged = [
             [
                 (entry["step"], entry["learning_rate"], entry["loss"])
                 for entry in schema.read(tmp_path / f"{name}{stage}")["log"]
                 if "learning_rate" in entry
             ]
-            for name in ("whole", "killed")
+            for name in ("uninterrupted", "killed")
         ]
-        assert told[0] == told[1] and len(told[0]) == 10, f"ZeRO-{stage}, seed {SEED}"
+        assert logged[0] == logged[1] and len(logged[0]) == 10, f"ZeRO-{stage}, seed {SEED}"
 
 
 # -- full disks, broken checkpoints, another script ---------------------------
 
 
 @pytest.fixture(scope="module")
-def whole(words, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole")
+def uninterrupted(words, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
     finetune.main([*words, "--output_dir", str(out)])
     return out
 
 
-def interrupted(whole: Path, out: Path, *steps: int) -> Path:
+def interrupted(uninterrupted: Path, out: Path, *steps: int) -> Path:
     for step in steps:
-        shutil.copytree(whole / f"checkpoint-{step}", out / f"checkpoint-{step}")
+        shutil.copytree(uninterrupted / f"checkpoint-{step}", out / f"checkpoint-{step}")
     return out
 
 
@@ -178,11 +180,11 @@ def resumed(words: list[str], out: Path, *more: str) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], weight) for name, weight in two.items())
+def same(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
-def test_a_checkpoint_that_a_full_disk_cut_short_is_passed_over(words, whole, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_that_a_full_disk_cut_short_is_passed_over(words, uninterrupted, tmp_path, monkeypatch, caplog):
     save = torch.save
 
     def full(thing, path, *args, **kwargs):
@@ -197,41 +199,41 @@ def test_a_checkpoint_that_a_full_disk_cut_short_is_passed_over(words, whole, tm
     monkeypatch.undo()
     assert (tmp_path / "checkpoint-6" / "model.safetensors").exists()
     with caplog.at_level(logging.WARNING):
-        assert same(resumed(words, tmp_path), load_file(whole / "model.safetensors"))
+        assert same(resumed(words, tmp_path), load_file(uninterrupted / "model.safetensors"))
     assert "checkpoint-6 is incomplete" in caplog.text
 
 
-def test_a_checkpoint_whose_last_file_was_cut_short_is_passed_over(words, whole, tmp_path, caplog):
-    out = interrupted(whole, tmp_path, 3, 6)
+def test_a_checkpoint_whose_last_file_was_cut_short_is_passed_over(words, uninterrupted, tmp_path, caplog):
+    out = interrupted(uninterrupted, tmp_path, 3, 6)
     (out / "checkpoint-6" / "trainer_state.json").write_text('{"global_step": ')
     (out / "checkpoint-best").mkdir()  # somebody's own
     with caplog.at_level(logging.WARNING):
-        assert same(resumed(words, out), load_file(whole / "model.safetensors"))
+        assert same(resumed(words, out), load_file(uninterrupted / "model.safetensors"))
     assert "checkpoint-6 is incomplete" in caplog.text
 
 
-def test_a_truncated_checkpoint_is_an_error(words, whole, tmp_path):
+def test_a_truncated_checkpoint_is_an_error(words, uninterrupted, tmp_path):
     for file in ("optimizer.pt", "scheduler.pt", "model.safetensors"):
-        out = interrupted(whole, tmp_path / file, 6)
+        out = interrupted(uninterrupted, tmp_path / file, 6)
         os.truncate(out / "checkpoint-6" / file, (out / "checkpoint-6" / file).stat().st_size // 2)
         with pytest.raises(Exception, match="failed finding central directory|incomplete metadata"):
             resumed(words, out)
 
 
-def test_a_checkpoint_without_optimizer_state_is_gone_on_with_but_said(words, whole, tmp_path, caplog):
-    out = interrupted(whole, tmp_path, 6)
+def test_a_checkpoint_without_optimizer_state_is_gone_on_with_but_said(words, uninterrupted, tmp_path, caplog):
+    out = interrupted(uninterrupted, tmp_path, 6)
     (out / "checkpoint-6" / "optimizer.pt").unlink()
     with caplog.at_level(logging.WARNING):
         resumed(words, out)
     assert "resuming at step 6 without optimizer state" in caplog.text
 
 
-def test_other_values_than_the_checkpoints_hold_with_a_warning(words, whole, tmp_path, caplog):
+def test_other_values_than_the_checkpoints_hold_with_a_warning(words, uninterrupted, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for step in (6, 9):  # of the decay, and frozen
             assert same(
-                resumed(words, interrupted(whole, tmp_path / f"same {step}", step)),
-                load_file(whole / "model.safetensors"),
+                resumed(words, interrupted(uninterrupted, tmp_path / f"same {step}", step)),
+                load_file(uninterrupted / "model.safetensors"),
             )
     assert "param group" not in caplog.text  # the phases of the window are no news
     for name, more, message in (
@@ -244,21 +246,22 @@ def test_other_values_than_the_checkpoints_hold_with_a_warning(words, whole, tmp
     ):
         with caplog.at_level(logging.WARNING):
             assert not same(
-                resumed(words, interrupted(whole, tmp_path / name, 6), *more), load_file(whole / "model.safetensors")
+                resumed(words, interrupted(uninterrupted, tmp_path / name, 6), *more),
+                load_file(uninterrupted / "model.safetensors"),
             )
         assert message in caplog.text
 
     with caplog.at_level(logging.WARNING):  # the schedule is the checkpoint's, and says so
         assert same(
-            resumed(words, interrupted(whole, tmp_path / "rate", 6), "--learning_rate", "2e-2"),
-            load_file(whole / "model.safetensors"),
+            resumed(words, interrupted(uninterrupted, tmp_path / "rate", 6), "--learning_rate", "2e-2"),
+            load_file(uninterrupted / "model.safetensors"),
         )
     assert "from a rate of 0.01; the rate of 0.02 with which the optimizer was made" in caplog.text
 
 
-def test_another_base_or_model_is_an_error(words, whole, tiny_model, tmp_path):
+def test_another_base_or_model_is_an_error(words, uninterrupted, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="checkpoint is of another optimizer than LpLion: it has exp_avg_sq"):
-        resumed(words, interrupted(whole, tmp_path / "base", 6), "--base", "lion")
+        resumed(words, interrupted(uninterrupted, tmp_path / "base", 6), "--base", "lion")
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     for name, change in (("narrower", {"intermediate_size": 64}), ("deeper", {"num_hidden_layers": 3})):
         shutil.copytree(tiny_model, tmp_path / name)
@@ -266,4 +269,4 @@ def test_another_base_or_model_is_an_error(words, whole, tiny_model, tmp_path):
             tmp_path / name
         )
         with pytest.raises((RuntimeError, ValueError), match="size"):
-            resumed(words, interrupted(whole, tmp_path / f"{name} run", 6), "--model", str(tmp_path / name))
+            resumed(words, interrupted(uninterrupted, tmp_path / f"{name} run", 6), "--model", str(tmp_path / name))

@@ -21,7 +21,7 @@ def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
         SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", update_every=2),
         SparsityTarget(0.6, start=14, end=24),
     ]
-    uninterrupted = train(tmp_path / "whole", [LpCallback(target=targets)], steps=30)
+    uninterrupted = train(tmp_path / "uninterrupted", [LpCallback(target=targets)], steps=30)
     train(tmp_path / "cut", [LpCallback(target=targets), Interrupted(9)], steps=30)
     again = train(
         tmp_path / "cut",

@@ -155,7 +155,7 @@ def test_demo(project: Project, gpus: str, ranks: str, on_cpu: bool):
         rest = parsed.training_script_args[1:]
         keys.append(dict(zip(rest[::2], rest[1::2])))
     dense, sparse = keys
-    ends = [list(one.items())[-2:] for one in keys]
+    ends = [list(mapping.items())[-2:] for mapping in keys]
     assert ends[1][1] == ends[0][0] == ("--max_steps", "3"), "the user's keys must come last, so that they win"
     assert ends[0][1] == ("--sparsity", "0"), "but the dense run stays dense"
     assert dense["--overwrite"] == sparse["--overwrite"] == "true", "the demo can be started again"

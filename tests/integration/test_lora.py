@@ -84,13 +84,13 @@ def test_the_base_becomes_sparse_while_adapters_train(tmp_path):
     model = unfrozen(get_peft_model(llama(), KINDS["LoRA"]))
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     train(model, tmp_path, LpCallback(target=SparsityTarget(0.5)), param_groups(model, 0.0))
-    found = measure_sparsity(model)
-    assert abs(found.total - 0.5) < 1e-3 and set(found.by_kind()) == set(EVERYWHERE)
+    sparsity = measure_sparsity(model)
+    assert abs(sparsity.total - 0.5) < 1e-3 and set(sparsity.by_kind()) == set(EVERYWHERE)
     for name, param in model.named_parameters():
         if "lora_" in name:  # B began at zero, where a decay of any λ would have kept it
             assert not torch.equal(param, before[name]) and bool((param != 0).all()), name
     merged = merge_adapter(model)
-    assert measure_sparsity(merged.model).zeros == found.zeros
+    assert measure_sparsity(merged.model).zeros == sparsity.zeros
 
 
 def test_a_lambda_of_their_own_spares_adapters_too(tmp_path):
@@ -153,8 +153,8 @@ def test_by_hand():
         for tensor in (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     )
     merged = merge_adapter(model)
-    found = merged.model.model.layers[0].self_attn.q_proj.weight.double()
-    assert torch.allclose(found, weight + (weight != 0) * 3.0 * (b @ a), rtol=0, atol=1e-6)
+    merged_weight = merged.model.model.layers[0].self_attn.q_proj.weight.double()
+    assert torch.allclose(merged_weight, weight + (weight != 0) * 3.0 * (b @ a), rtol=0, atol=1e-6)
     change = (3.0 * (b @ a)).square()
     assert merged.layers["model.layers.0.self_attn.q_proj.weight"].lost == pytest.approx(
         float(change[weight == 0].sum()), rel=1e-5
@@ -191,11 +191,11 @@ def test_gpt2_whose_matrices_lie_the_other_way():
 
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     wanted, merged = adapted(gpt2(), config).merge_and_unload(), merge_adapter(adapted(gpt2(), config)).model
-    ours, theirs = (model.transformer.h[0].attn.c_attn.weight for model in (merged, wanted))
+    merged_weight, wanted_weight = (model.transformer.h[0].attn.c_attn.weight for model in (merged, wanted))
     assert (
-        bool((ours[:, ::3] == 0).all())
-        and torch.equal(ours[:, 1::3], theirs[:, 1::3])
-        and bool((theirs[:, ::3] != 0).all())
+        bool((merged_weight[:, ::3] == 0).all())
+        and torch.equal(merged_weight[:, 1::3], wanted_weight[:, 1::3])
+        and bool((wanted_weight[:, ::3] != 0).all())
     )
 
 
@@ -280,13 +280,13 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
 
 
 def test_what_is_not_there_is_told_in_one_line(saved, tmp_path, monkeypatch):
-    for base, adapter, part in (
+    for base, adapter, message in (
         (tmp_path / "nothing", saved[1], "can't be read as a language model"),
         (saved[0], tmp_path / "nothing", "is not there, or not one of"),
     ):
         result = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])
         assert (
-            part in str(result.exception)
+            message in str(result.exception)
             and isinstance(result.exception, SystemExit)
             and not (tmp_path / "out").exists()
         )

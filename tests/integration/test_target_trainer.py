@@ -27,7 +27,7 @@ def zeros(trainer: Trainer) -> dict[str, tuple[int, int]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Trainer:
     """A run that was not interrupted."""
-    return train(tmp_path_factory.mktemp("whole"), [LpCallback(target=TARGET)])
+    return train(tmp_path_factory.mktemp("uninterrupted"), [LpCallback(target=TARGET)])
 
 
 def test_every_matrix_ends_with_its_share_of_zeros(uninterrupted):
@@ -35,6 +35,16 @@ def test_every_matrix_ends_with_its_share_of_zeros(uninterrupted):
         name: round(0.6 * numel) for name, (_, numel) in zeros(uninterrupted).items()
     }
     assert len(zeros(uninterrupted)) == 7
+
+
+def test_the_trainer_counts_what_the_target_counts(tmp_path):
+    """A matrix that an override leaves dense is no part of the share, of the target's or of an evaluation's."""
+    left_out = {"*.0.mlp.*": {"weight_decay": 0.0}}
+    target = SparsityTarget(0.6, p=0.0, relative_to="decayed")
+    trainer = train(tmp_path, [LpCallback(target=target, overrides=left_out)], trainer=LpTrainer)
+    sparsity = trainer.measure_sparsity()
+    assert sparsity.counts.keys() == {name for name in zeros(trainer) if ".0.mlp." not in name} != zeros(trainer).keys()
+    assert sparsity.zeros == round(0.6 * sparsity.elements)
 
 
 def test_a_target_may_be_a_mapping_of_its_arguments(uninterrupted, tmp_path):
@@ -177,8 +187,8 @@ def test_the_learning_rates_ahead_are_those_of_trainers_scheduler(tmp_path):
         def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
             rates.append(lr_scheduler.get_last_lr()[0])
             if state.global_step == 6:
-                segments = callback.attached.optimizer.parameter_map
-                self.values = [segments.values(name) for name in callback.attached.decayed]
+                parameter_map = callback.attached.optimizer.parameter_map
+                self.values = [parameter_map.values(name) for name in callback.attached.decayed]
 
     seen = Rates()
     train(tmp_path, [callback, seen], lr_scheduler_type="cosine", warmup_steps=8)

@@ -182,8 +182,8 @@ def test_the_state_of_another_base_is_refused():
         LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0).load_state_dict(lion.state_dict())
 
 
-@pytest.mark.parametrize("lr, told", [(0.1, False), (0.2, True)])
-def test_a_learning_rate_that_the_resumed_schedule_does_not_take_is_told(lr, told, caplog):
+@pytest.mark.parametrize("lr, warned", [(0.1, False), (0.2, True)])
+def test_a_learning_rate_that_the_resumed_schedule_does_not_take_is_told(lr, warned, caplog):
     def made(rate):
         model = Tiny()
         optimizer = LpAdamW(param_groups(model, 1.0), lr=rate, precondition=0.0)
@@ -199,7 +199,7 @@ def test_a_learning_rate_that_the_resumed_schedule_does_not_take_is_told(lr, tol
     optimizer.load_state_dict(saved[0]), schedule.load_state_dict(saved[1])
     attach(model, optimizer, lr_scheduler=schedule)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.09)
-    assert ("from a rate of 0.1; the rate of 0.2" in caplog.text) == told
+    assert ("from a rate of 0.1; the rate of 0.2" in caplog.text) == warned
 
 
 def test_an_optimizer_that_counts_no_steps_is_counted_for_and_through_a_checkpoint():
@@ -246,9 +246,9 @@ def test_trap_1_another_optimizer_is_refused():
 
 
 def test_an_optimizer_must_be_given_unless_an_engine_has_it():
-    for look in (attach, locate_shards):
+    for function in (attach, locate_shards):
         with pytest.raises(ValueError, match="pass the optimizer as well"):
-            look(Tiny())
+            function(Tiny())
 
 
 class _Wrapper:
@@ -275,16 +275,16 @@ class _Wrapper:
     ],
 )
 def test_trap_3_engines_that_step_sub_groups_by_another_optimizer_are_refused(name, attributes, message):
-    ours = LpAdamW(Tiny().parameters(), weight_decay=1.0)
+    optimizer = LpAdamW(Tiny().parameters(), weight_decay=1.0)
     with pytest.raises(RuntimeError, match=message):
-        verify(type(name, (_Wrapper,), {"__module__": "deepspeed.runtime.x"})(ours, **attributes))
+        verify(type(name, (_Wrapper,), {"__module__": "deepspeed.runtime.x"})(optimizer, **attributes))
 
 
 def test_an_untested_deepspeed_is_refused(monkeypatch):
     import importlib.metadata
 
-    ours = LpAdamW(Tiny().parameters(), weight_decay=1.0)
-    wrapper = type("DeepSpeedZeroOptimizer", (_Wrapper,), {"__module__": "deepspeed.runtime.x"})(ours)
+    optimizer = LpAdamW(Tiny().parameters(), weight_decay=1.0)
+    wrapper = type("DeepSpeedZeroOptimizer", (_Wrapper,), {"__module__": "deepspeed.runtime.x"})(optimizer)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.1")
     with pytest.raises(
         RuntimeError, match=r"knows the shards of deepspeed 0.19.x, and 0.20.1 is installed; install 'deepspeed==0.19"

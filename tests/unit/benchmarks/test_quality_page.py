@@ -87,10 +87,10 @@ def test_no_two_lines_of_a_plot_look_alike(rows):
         (axes_of_another,) = page.draw_figure(
             "all", [{**line, "loss": 2.0} if line["method"] == black else line for line in lines]
         ).axes
-        looks = {
+        styles = {
             (to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth()) for line in axes_of_another.lines
         }
-        assert len(looks) == len(drawn), "nor where another form of lp_dist is the black one"
+        assert len(styles) == len(drawn), "nor where another form of lp_dist is the black one"
     greys = [
         page.name_of(method)
         for method in page.DRAWN

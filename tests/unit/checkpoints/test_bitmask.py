@@ -59,7 +59,7 @@ def test_unpack_gives_back_what_pack_took_apart_and_it_is_smaller_or_not_done(te
     assert (packed is None) == (size >= tensor.nbytes)
     if packed is not None:
         assert (
-            sum(part.nbytes for part in packed) == size
+            sum(array.nbytes for array in packed) == size
             and packed[1].dtype == tensor.dtype
             and len(packed[1]) == nonzero
         )
@@ -122,9 +122,11 @@ def test_there_and_back_every_file_is_the_same(model, size, dtype, tmp_path):
     wanted = sum(
         min(math.ceil(w.numel() / 8) + int((w != 0).sum()) * itemsize, w.numel() * itemsize) for w in weights.values()
     )
-    parts = sum(part.nbytes for name in packed.files for part in load_file(tmp_path / "packed" / name).values())
+    bitmask_bytes = sum(
+        tensor.nbytes for name in packed.files for tensor in load_file(tmp_path / "packed" / name).values()
+    )
     assert (
-        parts
+        bitmask_bytes
         == wanted
         < packed.bytes_after
         == again.bytes_before

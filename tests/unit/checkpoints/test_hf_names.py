@@ -58,7 +58,7 @@ MODELS = {
 }
 
 
-def live(tensors: dict[str, Tensor], **more: Any) -> Checkpoint:
+def checkpoint_of(tensors: dict[str, Tensor], **more: Any) -> Checkpoint:
     return Checkpoint(
         Path("somewhere"),
         "a test",
@@ -69,10 +69,10 @@ def live(tensors: dict[str, Tensor], **more: Any) -> Checkpoint:
 
 
 def written(checkpoint: Checkpoint, config: Path | None) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for piece in hf_tensors(checkpoint, config):
-        found |= piece.read()
-    return found
+    tensors: dict[str, Tensor] = {}
+    for hf_tensor in hf_tensors(checkpoint, config):
+        tensors |= hf_tensor.read()
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def test_it_gives_the_names_and_bits_of_save_pretrained(name, tmp_path):
     for param in model.parameters():
         param.data.normal_()  # biases and norms too, which would be alike
     model.save_pretrained(tmp_path)
-    found, wanted = written(live(model.state_dict()), tmp_path), load_file(tmp_path / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    assert not [key for key in wanted if as_bytes(found[key]) != as_bytes(wanted[key])]
+    got, wanted = written(checkpoint_of(model.state_dict()), tmp_path), load_file(tmp_path / "model.safetensors")
+    assert got.keys() == wanted.keys()
+    assert not [key for key in wanted if as_bytes(got[key]) != as_bytes(wanted[key])]
     if name in ("Mixtral", "Qwen2Moe"):
         assert len(wanted) > len(model.state_dict()), "the experts are not taken apart"
     if name == "HRM":
@@ -112,31 +112,31 @@ def test_a_form_that_needs_all_tensors_at_once_is_refused(config, tensors, monke
 
     monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", revert)
     with pytest.raises(UsageError, match="LlamaForCausalLM's weights .* trainer.save_model"):
-        hf_tensors(live(tensors), config)
+        hf_tensors(checkpoint_of(tensors), config)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "state.model."])
 def test_the_name_under_which_a_script_kept_the_model_is_taken_off(prefix, config, tensors):
     kept = {prefix + name: tensor for name, tensor in tensors.items()}
-    found = written(
-        live({**kept, "step": torch.tensor(3), "lr_scheduler.last_lr": torch.ones(1)}), config
+    got = written(
+        checkpoint_of({**kept, "step": torch.tensor(3), "lr_scheduler.last_lr": torch.ones(1)}), config
     )  # the script's own
-    assert found.keys() == tensors.keys()
-    assert not [name for name in tensors if as_bytes(found[name]) != as_bytes(tensors[name])]
+    assert got.keys() == tensors.keys()
+    assert not [name for name in tensors if as_bytes(got[name]) != as_bytes(tensors[name])]
 
 
 def test_a_tied_tensor_may_have_either_name(config, tensors):
     embedding = tensors.pop("model.embed_tokens.weight")
-    found = written(live({**tensors, "lm_head.weight": embedding}), config)
-    assert "lm_head.weight" not in found and as_bytes(found["model.embed_tokens.weight"]) == as_bytes(embedding)
+    got = written(checkpoint_of({**tensors, "lm_head.weight": embedding}), config)
+    assert "lm_head.weight" not in got and as_bytes(got["model.embed_tokens.weight"]) == as_bytes(embedding)
 
 
 def test_a_script_may_tie_what_the_config_does_not(tensors, tmp_path):
     llama(tie_word_embeddings=False).config.save_pretrained(tmp_path)
-    found = written(live(tensors, tied={"lm_head.weight": "model.embed_tokens.weight"}), tmp_path)
+    got = written(checkpoint_of(tensors, tied={"lm_head.weight": "model.embed_tokens.weight"}), tmp_path)
     assert (
-        as_bytes(found["lm_head.weight"]) == as_bytes(tensors["model.embed_tokens.weight"])
-        and len(found) == len(tensors) + 1
+        as_bytes(got["lm_head.weight"]) == as_bytes(tensors["model.embed_tokens.weight"])
+        and len(got) == len(tensors) + 1
     )
 
 
@@ -144,7 +144,7 @@ NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
-    "change, parts",
+    "change, words",
     [
         (lambda tensors: tensors.pop(NORM), [f"has no {NORM}", "LlamaForCausalLM needs", "--config MODEL", "frozen"]),
         (
@@ -174,15 +174,15 @@ NORM = "model.norm.weight"
     ],
     ids=["missing", "shape", "foreign", "an adapter's", "an adapter around it"],
 )
-def test_other_tensors_than_the_models_are_refused(change, parts, config, tensors):
+def test_other_tensors_than_the_models_are_refused(change, words, config, tensors):
     change(tensors)
     with pytest.raises(UsageError) as caught:
-        hf_tensors(live(tensors), config)
-    assert all(part in str(caught.value) for part in parts), caught.value
+        hf_tensors(checkpoint_of(tensors), config)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize(
-    "text, parts",
+    "text, words",
     [
         (None, ["no config.json", "--config MODEL"]),
         ({"model_type": "nothing_like_it"}, ["does not read", "--config MODEL", "--trust-remote-code"]),
@@ -198,13 +198,13 @@ def test_other_tensors_than_the_models_are_refused(change, parts, config, tensor
     ],
     ids=["none", "model_type", "architecture", "no architecture", "of no model"],
 )
-def test_a_config_of_no_known_model_is_refused_for_an_engines_tensors_alone(text, parts, tensors, tmp_path):
+def test_a_config_of_no_known_model_is_refused_for_an_engines_tensors_alone(text, words, tensors, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(json.dumps(text))
-    checkpoint = live(tensors)
+    checkpoint = checkpoint_of(tensors)
     with pytest.raises(UsageError) as caught:
         hf_tensors(checkpoint, tmp_path if text is not None else None)
-    assert all(part in str(caught.value) for part in parts), caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
     plain = Checkpoint(checkpoint.path, checkpoint.form, checkpoint.entries)
     assert [*written(plain, tmp_path if text is not None else None)] == [*tensors]
 
@@ -212,7 +212,7 @@ def test_a_config_of_no_known_model_is_refused_for_an_engines_tensors_alone(text
 def test_a_tied_tensor_that_was_published_twice_is_written_once_if_it_is_the_same(config, tensors):
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].detach().clone()}
     plain = [
-        Checkpoint(Path("somewhere"), "a test", live({**tensors, "lm_head.weight": weight}).entries)
+        Checkpoint(Path("somewhere"), "a test", checkpoint_of({**tensors, "lm_head.weight": weight}).entries)
         for weight in (head["lm_head.weight"], head["lm_head.weight"] + 1e-3, head["lm_head.weight"].bfloat16())
     ]
     assert [written(checkpoint, config).keys() == tensors.keys() for checkpoint in plain] == [True, False, False]

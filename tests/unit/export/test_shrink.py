@@ -127,22 +127,25 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
     assert (
         done.verification["logits"] and done.verification["difference"] <= 1e-6 < done.verification["rounding"] < 1e-4
     )
-    told = [one.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, use_cache=True) for one in (model, small)]
-    assert torch.equal(*told) and told[0].shape == (1, 10)
+    generated = [
+        network.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, use_cache=True)
+        for network in (model, small)
+    ]
+    assert torch.equal(*generated) and generated[0].shape == (1, 10)
     config = config_of(tmp_path / "masked")
     changes = {name: value for name, value in config_of(tmp_path / "out").items() if config.get(name) != value}
     stated = {"head_dim": 8} if sized and config.get("head_dim") is None else {}
     fewer = {"num_attention_heads": 2, "num_key_value_heads": 1, **stated} if sized else {}
     assert changes == ({key: FAMILIES[family][1][0] - 4} if key else {}) | fewer
-    stays = [str(one) for one in done.shrink_plan.removals if not one.removed]
+    stays = [str(removal) for removal in done.shrink_plan.removals if not removal.removed]
     assert len(stays) == (sized is False)
     assert all(
         re.match(
             "4 of 8 attention heads are dead and stay: .* and with fewer the config makes a model of other ones, not"
             " of these$",
-            one,
+            message,
         )
-        for one in stays
+        for message in stays
     )
     assert done.bytes_dense == sum(t.nbytes for t in before.values())
 
@@ -159,7 +162,7 @@ def test_what_a_target_for_groups_takes_to_zero_is_what_goes(tmp_path):
         optimizer.zero_grad()
         attached.after_step()
     done = export(save(model, tmp_path / "sparse"), tmp_path / "out", shrink=True, verify=True)
-    assert [str(one) for one in done.shrink_plan.removals] == [
+    assert [str(removal) for removal in done.shrink_plan.removals] == [
         "48 of 96 feed-forward channels are dead, 48 are removed: 48 → 24 in each of 2 layers",
         "2 of 4 groups of 2 attention heads are dead, 2 are removed: 2 → 1 in each of 2 layers",
     ]
@@ -175,7 +178,7 @@ def test_dead_heads_beyond_whole_groups_go_where_every_group_loses_as_many(tmp_p
     gone = kill(model, "heads", [0, 2, 5, 6], [1, 3, 4, 5])
     kill(model, "heads", [], [7])
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrink=True, verify=True)
-    assert [str(one) for one in done.shrink_plan.removals] == [
+    assert [str(removal) for removal in done.shrink_plan.removals] == [
         "9 of 16 attention heads in groups that stay are dead, 8 are removed: 8 → 4 in each of 2 layers; every group"
         " must lose as many, and one of model.layers.0.self_attn has 2 dead ones"
     ]
@@ -195,7 +198,7 @@ def test_numbers_of_heads_that_a_config_refuses_are_passed_over(tmp_path):
     )  # its width is to be a multiple of their number
     kill(model, "kv_groups", [0, 1, 6], [2, 3, 4, 5, 7])
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrink=True, verify=True)
-    assert [str(one) for one in done.shrink_plan.removals] == [
+    assert [str(removal) for removal in done.shrink_plan.removals] == [
         "8 of 16 attention heads are dead, 4 are removed: 8 → 6 in each of 2 layers; all layers have one number,"
         " model.layers.0.self_attn needs 5, and the model's configuration takes no number below 6"
     ]
@@ -228,7 +231,7 @@ def test_where_the_config_has_a_list_each_layer_has_its_own_width(tmp_path):
         layer.per_layer_projection.weight.data[:, 2] = 0
     done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrink=True, verify=True)
     assert config_of(tmp_path / "out")["intermediate_size"] == [48, 44, 47, 1]
-    assert [str(one) for one in done.shrink_plan.removals] == [
+    assert [str(removal) for removal in done.shrink_plan.removals] == [
         "53 of 144 feed-forward channels are dead, 52 are removed: 48 → 1 to 47 in each of 3 layers",
         (
             "4 of 48 feed-forward channels are dead and stay: no entry of config.json, changed alone, makes them fewer"
@@ -265,22 +268,22 @@ def test_the_width_is_rounded_up(half, multiple, width, tmp_path):
         == loaded(tmp_path / "out").model.layers[1].mlp.up_proj.out_features
         == width
     )
-    (told,) = map(str, done.shrink_plan.removals)
+    (message,) = map(str, done.shrink_plan.removals)
     rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
-    assert told.startswith(
+    assert message.startswith(
         f"52 of 96 feed-forward channels are dead, {2 * (48 - width)} are removed: 48 → {width} in each of 2 layers; "
     )
-    assert told.endswith(f"all layers have one width, and model.layers.0.mlp needs 24{rounded}")
+    assert message.endswith(f"all layers have one width, and model.layers.0.mlp needs 24{rounded}")
     assert "lm_head.weight" not in done.counts
 
 
 @pytest.mark.parametrize(
-    "multiple, part",
+    "multiple, reason",
     [(48, "needs 24, rounded up to a multiple of 48"), (100, "needs 24, rounded up to a multiple of 100")],
 )
-def test_it_is_never_more_than_it_was(half, multiple, part, tmp_path):
+def test_it_is_never_more_than_it_was(half, multiple, reason, tmp_path):
     with pytest.raises(
-        UsageError, match=f"can remove nothing: 52 of 96 feed-forward channels are dead and stay: .* {part}"
+        UsageError, match=f"can remove nothing: 52 of 96 feed-forward channels are dead and stay: .* {reason}"
     ):
         export(half, tmp_path / "out", shrink=True, multiple=multiple)
 
@@ -316,7 +319,7 @@ def test_engines_checkpoints_and_what_was_saved_without_its_head(half, tmp_path)
     written(tmp_path / "forms", model)
     for form in FORMS:
         done = export(tmp_path / "forms" / form, tmp_path / form, shrink=True, verify=True)
-        assert [str(one) for one in done.shrink_plan.removals] == [
+        assert [str(removal) for removal in done.shrink_plan.removals] == [
             "14 of 46 feed-forward channels are dead, 14 are removed: 23 → 16 in each of 2 layers"
         ]
         assert load_file(tmp_path / form / "model.safetensors").keys() == dict(model.named_parameters()).keys()
@@ -349,11 +352,11 @@ def test_widths_that_stand_in_several_places_are_changed_together_or_each_by_its
         export(save(model, tmp_path / f"bart {decoder}"), tmp_path / f"out {decoder}", shrink=True, verify=True)
         config = config_of(tmp_path / f"out {decoder}")
         assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == after
-    part = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     model = CLIPModel(
         CLIPConfig(
-            text_config={**part, "vocab_size": 64},
-            vision_config={**part, "image_size": 8, "patch_size": 4},
+            text_config={**tower, "vocab_size": 64},
+            vision_config={**tower, "image_size": 8, "patch_size": 4},
             projection_dim=8,
         )
     )
@@ -421,7 +424,7 @@ def of_other_names(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make, parts",
+    "make, words",
     [
         (
             of("llama"),
@@ -453,11 +456,11 @@ def of_other_names(directory: Path) -> None:
     ],
     ids=["nothing dead", "heads alone", "other names", "uneven", "neither", "no config"],
 )
-def test_what_can_not_be_shrunk_says_why(make, parts, tmp_path):
+def test_what_can_not_be_shrunk_says_why(make, words, tmp_path):
     make(tmp_path / "model")
     with pytest.raises(UsageError) as caught:
         export(tmp_path / "model", tmp_path / "out", shrink=True)
-    assert all(part in str(caught.value) for part in parts), caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "out").exists() and "groups_of" not in str(caught.value)
 
 
@@ -471,8 +474,8 @@ def test_verify_tells_of_a_live_channel_that_went_and_of_another_model(half, tmp
         patch.setattr(
             shrink,
             "_dead",
-            lambda parts, *_: {
-                groups.label: torch.arange(groups.count) < 30 * (groups.kind == "channels") for groups in parts
+            lambda weight_groups, *_: {
+                groups.label: torch.arange(groups.count) < 30 * (groups.kind == "channels") for groups in weight_groups
             },
         )
         with pytest.raises(
@@ -491,23 +494,23 @@ def test_verify_tells_of_a_live_channel_that_went_and_of_another_model(half, tmp
 
 def test_the_command_tells_what_went_and_what_stayed(half, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    told = (
+    printed = (
         CliRunner()
         .invoke(app, ["export", str(half), str(tmp_path / "out"), "--shrink", "--multiple", "16", "--verify"])
         .stdout
     )
     assert (
         "52 of 96 feed-forward channels are dead, 32 are removed: 48 → 32 in each of 2 layers; all layers have one"
-        " width, and model." in told
+        " width, and model." in printed
     )
     assert (
-        re.search(r"after, shrunk +│ +\d", told)
-        and "what the checkpoint has, without these, bit for bit; 915 logits differ by" in told
+        re.search(r"after, shrunk +│ +\d", printed)
+        and "what the checkpoint has, without these, bit for bit; 915 logits differ by" in printed
     )
 
 
 @pytest.mark.parametrize(
-    "family, asked, wanted",
+    "family, arguments, wanted",
     [
         ("llama", {"groups": ["channels", "kv_groups"]}, [(48, 96), (2, 4)]),
         ("llama", {"groups": "heads"}, [(2, 4)]),
@@ -517,12 +520,12 @@ def test_the_command_tells_what_went_and_what_stayed(half, tmp_path, monkeypatch
         ("qwen3", {"sparsity": None, "budget": 24_288, "groups": "channels"}, [(14, 96)]),
     ],
 )
-def test_what_can_be_cut_out_is_known_before_a_run(family, asked, wanted):
+def test_what_can_be_cut_out_is_known_before_a_run(family, arguments, wanted):
     """(gone, all) of each kind; what stays says why."""
     model = model_of(family)
-    found = shrink.expected_removals(type(model), model.config, SparsityTarget(**{"sparsity": 0.5, **asked}))
-    assert [(one.removed, sum(one.before)) for one in found] == wanted
-    assert all(one.removed or "makes a model of other ones" in str(one) for one in found)
+    removals = shrink.expected_removals(type(model), model.config, SparsityTarget(**{"sparsity": 0.5, **arguments}))
+    assert [(removal.removed, sum(removal.before)) for removal in removals] == wanted
+    assert all(removal.removed or "makes a model of other ones" in str(removal) for removal in removals)
 
 
 def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_model, caplog):

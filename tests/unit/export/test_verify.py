@@ -49,9 +49,9 @@ class Own(LlamaForCausalLM):
 
 def saved_alive(model: Any, directory: Path) -> Path:
     """As an engine's checkpoint: the names and tensors that it has in memory."""
-    model.save_pretrained(directory / "published")
+    model.save_pretrained(directory / "hf")
     (directory / "alive").mkdir()
-    shutil.copyfile(directory / "published" / "config.json", directory / "alive" / "config.json")
+    shutil.copyfile(directory / "hf" / "config.json", directory / "alive" / "config.json")
     torch.save(model.state_dict(), directory / "alive" / "pytorch_model_fsdp.bin")
     return directory / "alive"
 
@@ -61,10 +61,10 @@ def saved_alive(model: Any, directory: Path) -> Path:
 def test_it_passes_on_models_of_all_kinds_from_memory_and_published(name, dtype, tmp_path):
     torch.manual_seed(0)
     alive = saved_alive(MODELS[name](), tmp_path)
-    one = export(alive, tmp_path / "one", dtype=dtype, verify=True)
-    other = export(tmp_path / "published", tmp_path / "other", dtype=dtype, verify=True, shard_size="2KB")
-    assert one.verification == other.verification and (one.verification["logits"] is None) == ("other" in name)
-    assert one.verification["tensors"] == len(one.counts) == len(other.counts)
+    first = export(alive, tmp_path / "one", dtype=dtype, verify=True)
+    second = export(tmp_path / "hf", tmp_path / "other", dtype=dtype, verify=True, shard_size="2KB")
+    assert first.verification == second.verification and (first.verification["logits"] is None) == ("other" in name)
+    assert first.verification["tensors"] == len(first.counts) == len(second.counts)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def one_bit_more(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, part",
+    "change, message",
     [
         (lambda out: rewritten(out, one_bit_more), f"{UP} in .* is not what .* has"),
         (
@@ -112,21 +112,21 @@ def one_bit_more(tensors: dict[str, torch.Tensor]) -> None:
         "another shape",
     ],
 )
-@pytest.mark.parametrize("source", ["alive", "published"])
-def test_it_tells_of_a_change_in_what_was_written(source, change, part, alive, tmp_path):
+@pytest.mark.parametrize("source", ["alive", "hf"])
+def test_it_tells_of_a_change_in_what_was_written(source, change, message, alive, tmp_path):
     checkpoint = open_checkpoint(tmp_path / source)
     out = export(tmp_path / source, tmp_path / "out").out
     verify_export(checkpoint, out, config=tmp_path / source)
     change(out)
-    with pytest.raises(DiffersError, match=part):
+    with pytest.raises(DiffersError, match=message):
         verify_export(checkpoint, out, config=tmp_path / source)
 
 
 def test_it_tells_of_a_config_by_which_the_same_weights_say_something_else(alive, tmp_path):
-    out = export(tmp_path / "published", tmp_path / "out").out
+    out = export(tmp_path / "hf", tmp_path / "out").out
     changed(out, rms_norm_eps=1.0)
     with pytest.raises(DiffersError, match="the logits of .* are not those of"):
-        verify_export(open_checkpoint(tmp_path / "published"), out, config=tmp_path / "published")
+        verify_export(open_checkpoint(tmp_path / "hf"), out, config=tmp_path / "hf")
 
 
 def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tmp_path, monkeypatch):
@@ -139,15 +139,17 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
     right = hf_names._reverted
 
     def swapped(*arguments: Any) -> list[hf_names.HfTensor]:
-        def read(piece: hf_names.HfTensor) -> dict[str, torch.Tensor]:
-            tensors = piece.read()
-            one, other = (
+        def read(hf_tensor: hf_names.HfTensor) -> dict[str, torch.Tensor]:
+            tensors = hf_tensor.read()
+            first, second = (
                 "model.layers.0.block_sparse_moe.experts.0.w2.weight",
                 "model.layers.0.block_sparse_moe.experts.1.w2.weight",
             )
-            return {**tensors, one: tensors[other], other: tensors[one]} if one in tensors else tensors
+            return {**tensors, first: tensors[second], second: tensors[first]} if first in tensors else tensors
 
-        return [replace(piece, read=lambda piece=piece: read(piece)) for piece in right(*arguments)]
+        return [
+            replace(hf_tensor, read=lambda hf_tensor=hf_tensor: read(hf_tensor)) for hf_tensor in right(*arguments)
+        ]
 
     monkeypatch.setattr(hf_names, "_reverted", swapped)
     with pytest.raises(DiffersError, match="the logits"):

@@ -137,8 +137,8 @@ def test_shards_have_an_index_that_names_every_tensor(source, tmp_path):
     assert done.bytes_after == sum((tmp_path / "out" / name).stat().st_size for name in done.files)
     for name, names in held.items():  # none larger than asked for, but by one tensor alone
         assert len(names) == 1 or sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) <= 40_000
-    (largest,) = held[index["weight_map"]["model.embed_tokens.weight"]]
-    assert largest == "model.embed_tokens.weight"
+    (tensor_name,) = held[index["weight_map"]["model.embed_tokens.weight"]]
+    assert tensor_name == "model.embed_tokens.weight"
     again = export(tmp_path / "out", tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == done.counts.keys() == again.counts.keys()
 
@@ -148,7 +148,7 @@ def test_pickled_weights_sharded_or_not_with_shared_memory_views_and_names_of_to
     (source / "model.safetensors").unlink()
     embedding, matrix = wanted["model.embed_tokens.weight"], wanted["model.layers.0.mlp.up_proj.weight"]
     both = torch.cat([matrix.flatten(), embedding.flatten()])
-    odd = {
+    views = {
         **wanted,
         "lm_head.weight": embedding,
         "model.layers.0.mlp.up_proj.weight": both[: matrix.numel()].view(matrix.shape),
@@ -156,7 +156,7 @@ def test_pickled_weights_sharded_or_not_with_shared_memory_views_and_names_of_to
             wanted["model.layers.0.self_attn.q_proj.weight"].t().contiguous().t()
         ),
     }
-    torch.save({f"_orig_mod.{name}": tensor for name, tensor in odd.items()}, source / "pytorch_model.bin")
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in views.items()}, source / "pytorch_model.bin")
     export(source, tmp_path / "out", verify=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == wanted.keys() and not [
@@ -203,14 +203,14 @@ def test_a_narrower_dtype_is_of_the_config_too_and_underflows_are_told(source, t
 
 
 @pytest.mark.parametrize(
-    "value, dtype, parts",
+    "value, dtype, words",
     [
         (7e4, "float16", ["model.norm.weight has a value of 70000, which float16 can't hold", "bfloat16"]),
         (float("nan"), None, ["model.norm.weight has values that are not finite", "export an earlier checkpoint"]),
         (float("inf"), "bfloat16", ["not finite"]),
     ],
 )
-def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value, dtype, parts, source, tmp_path):
+def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value, dtype, words, source, tmp_path):
     rewritten(source, lambda tensors: tensors["model.norm.weight"].fill_(value))
     for before in (None, "kept"):
         if before:
@@ -218,7 +218,7 @@ def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value
             (tmp_path / "out" / "config.json").write_text(before)
         with pytest.raises(UsageError) as caught:
             export(source, tmp_path / "out", dtype=dtype, shard_size="1KB", overwrite=True)
-        assert all(part in str(caught.value) for part in parts), caught.value
+        assert all(word in str(caught.value) for word in words), caught.value
         assert (tmp_path / "out").exists() == bool(before) and not (tmp_path / "out.partial").exists()
     assert files(tmp_path / "out") == {"config.json": b"kept"}
 
@@ -317,7 +317,7 @@ def in_8_bits(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, parts",
+    "change, words",
     [
         (shutil.rmtree, ["there is no ", "hf download"]),
         (lambda model: (shutil.rmtree(model), model.write_text("")), ["is no directory"]),
@@ -342,11 +342,11 @@ def in_8_bits(model: Path) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_source_that_is_no_model_or_not_complete(change, parts, model, tmp_path):
+def test_a_source_that_is_no_model_or_not_complete(change, words, model, tmp_path):
     change(model)
     with pytest.raises(UsageError) as caught:
         export(model, tmp_path / "out")
-    assert all(part in str(caught.value) for part in parts) and str(model) in str(caught.value), caught.value
+    assert all(word in str(caught.value) for word in words) and str(model) in str(caught.value), caught.value
     assert not (tmp_path / "out").exists()
 
 
@@ -356,11 +356,11 @@ def test_a_file_that_another_program_zipped_anew_is_refused_since_its_tensors_ar
 ):
     pickled("whole.bin")(model)
     with (
-        zipfile.ZipFile(model / "whole.bin") as whole,
+        zipfile.ZipFile(model / "whole.bin") as archive,
         zipfile.ZipFile(model / "pytorch_model.bin", "w", compression) as anew,
     ):
-        for name in whole.namelist():
-            anew.writestr(name, whole.read(name))
+        for name in archive.namelist():
+            anew.writestr(name, archive.read(name))
     with pytest.raises(UsageError, match="does not tell where .*pytorch_model.bin has its tensors"):
         export(model, tmp_path / "out")
 
@@ -377,7 +377,7 @@ def test_from_pretraineds_order_holds_where_a_directory_has_weights_of_several_k
 
 
 @pytest.mark.parametrize(
-    "more, parts",
+    "more, words",
     [
         ({"dtype": "int8"}, ["--dtype int8", "bfloat16"]),
         ({"shard_size": "big"}, ["--shard-size big", "500MB"]),
@@ -387,11 +387,11 @@ def test_from_pretraineds_order_holds_where_a_directory_has_weights_of_several_k
         ({"config": "."}, ["--config . has no config.json"]),
     ],
 )
-def test_bad_arguments(more, parts, model, tmp_path, monkeypatch):
+def test_bad_arguments(more, words, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         export(model, tmp_path / "out", **more)
-    assert all(part in str(caught.value) for part in parts), caught.value
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_accelerates_pickled_weights_of_fsdp_are_taken_as_an_engines(model, tmp_path):
@@ -411,30 +411,30 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "out[1]"
     assert run_cli(monkeypatch, str(model), str(out), "--dtype", "bfloat16", "--shard_size", "1MB", "--verify") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     numel = sum(t.numel() for t in load_file(model / "model.safetensors").values())
     zeros = (numel - 5 * 48) // 2
     assert (
-        "From safetensors" in told
-        and f"{zeros:,} of {numel:,} weights are exactly zero ({zeros / numel:.2%}), in 20 tensors, 1 file." in told
+        "From safetensors" in printed
+        and f"{zeros:,} of {numel:,} weights are exactly zero ({zeros / numel:.2%}), in 20 tensors, 1 file." in printed
     )
-    before, after = (line.split() for line in told.splitlines() if "before" in line or "after" in line)
+    before, after = (line.split() for line in printed.splitlines() if "before" in line or "after" in line)
     assert before[-4:-2] == [f"{4 * numel / 1000:.1f}", "kB"] and after[3:5] == [
         f"{(out / 'model.safetensors').stat().st_size / 1000:.1f}",
         "kB",
     ]
     assert (
-        "20 tensors are the checkpoint's bit for bit, and so are " in told
-        and f"Saved to {out}; loads with from_pretrained." in told
+        "20 tensors are the checkpoint's bit for bit, and so are " in printed
+        and f"Saved to {out}; loads with from_pretrained." in printed
     )
-    assert "small for" not in told
+    assert "small for" not in printed
     assert run_cli(monkeypatch, str(out), str(tmp_path / "bitmask"), "--bitmask", "--shard-size", "20KB") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     size = sum(file.stat().st_size for file in (tmp_path / "bitmask").glob("bitmask-*"))
     assert (
-        "bitmask form" in told
-        and f"{size / (2 * numel):.1%}" in told
-        and f"lp-dist export {tmp_path / 'bitmask'} OUT gives" in told
+        "bitmask form" in printed
+        and f"{size / (2 * numel):.1%}" in printed
+        and f"lp-dist export {tmp_path / 'bitmask'} OUT gives" in printed
     )
     assert 0.5 < size / (2 * numel) < 0.65
 

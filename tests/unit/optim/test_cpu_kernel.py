@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.memory_runs import Allocated
-from helpers.optimizers import CASES, EXPONENTS, OPTIMIZERS, assert_same, group_of, set_grads, step_row, train
+from helpers.optimizers import CASES, EXPONENTS, OPTIMIZERS, assert_same, param_group_of, set_grads, step_row, train
 from lp_dist import LpAdamW, LpLion, LpSGD
 from lp_dist.optim.kernels import dispatch
 
@@ -23,7 +23,7 @@ def it_is_built():
 def tensors(dtype=torch.float32, seed=0):
     """A tensor longer than a block, small ones, one of another memory order, zeros inside."""
     torch.manual_seed(seed)
-    found = [
+    made = [
         torch.randn(3000) * 0.1,
         torch.randn(7, 5),
         torch.randn(()),
@@ -31,9 +31,9 @@ def tensors(dtype=torch.float32, seed=0):
         torch.randn(40, 60).t(),
         torch.randn(2, 3, 5, 5),
     ]
-    found[0][::7] = 0
-    found[-1] = found[-1].contiguous(memory_format=torch.channels_last)
-    return [torch.nn.Parameter(t.to(dtype)) for t in found]
+    made[0][::7] = 0
+    made[-1] = made[-1].contiguous(memory_format=torch.channels_last)
+    return [torch.nn.Parameter(t.to(dtype)) for t in made]
 
 
 @pytest.mark.parametrize(("cls", "settings"), CASES.values(), ids=CASES.keys())
@@ -50,8 +50,8 @@ def test_is_as_near_to_float64_as_foreach(cls, settings):
         errors[implementation] = [
             (p.double() - q).abs().max().item() for p, q in zip(params, exact, strict=True) if p.numel()
         ]
-    for ours, theirs in zip(errors["fused"], errors["foreach"], strict=True):
-        assert ours <= 3 * theirs + 2e-7, errors
+    for fused_error, foreach_error in zip(errors["fused"], errors["foreach"], strict=True):
+        assert fused_error <= 3 * foreach_error + 2e-7, errors
 
 
 def _train_in_their_order(optimizer, params):
@@ -99,10 +99,10 @@ def test_a_value_does_not_depend_on_where_it_lies(p, gamma, latent):
     process.
     """
     torch.manual_seed(1)
-    whole = torch.nn.Parameter(torch.randn(100_003) * 0.1)
+    unsplit = torch.nn.Parameter(torch.randn(100_003) * 0.1)
     cuts = torch.randint(1, 7_000, (25,)).tolist()
     cuts.append(100_003 - sum(cuts))
-    pieces = [torch.nn.Parameter(t.clone()) for t in whole.detach().split(cuts)]
+    split = [torch.nn.Parameter(t.clone()) for t in unsplit.detach().split(cuts)]
     changed = {
         "lr": 0.01,
         "weight_decay": 0.05,
@@ -112,18 +112,18 @@ def test_a_value_does_not_depend_on_where_it_lies(p, gamma, latent):
         "latent": latent,
     }
     changed |= {"cutoff": 0.1} if latent else {}
-    one, many = LpAdamW([whole], **changed), LpAdamW(pieces, **changed)
+    of_unsplit, of_split = LpAdamW([unsplit], **changed), LpAdamW(split, **changed)
     for _ in range(3):
-        whole.grad = torch.randn(100_003) * 0.1
-        for piece, grad in zip(pieces, whole.grad.split(cuts), strict=True):
-            piece.grad = grad
-        one.step()
+        unsplit.grad = torch.randn(100_003) * 0.1
+        for param, grad in zip(split, unsplit.grad.split(cuts), strict=True):
+            param.grad = grad
+        of_unsplit.step()
         torch.set_num_threads(2)
         try:
-            many.step()
+            of_split.step()
         finally:
             torch.set_num_threads(1)
-    assert torch.equal(whole, torch.cat([piece.detach() for piece in pieces]))
+    assert torch.equal(unsplit, torch.cat([param.detach() for param in split]))
 
 
 def test_rows_have_values_of_their_own_in_one_call():
@@ -169,31 +169,31 @@ def test_rows_have_values_of_their_own_in_one_call():
 )
 def test_bf16_weights_are_stepped_in_fp32_and_rounded_once(cls, settings):
     params = tensors(torch.bfloat16)
-    ours = cls(params, implementation="fused", **settings)
+    optimizer = cls(params, implementation="fused", **settings)
     for step in range(4):
         others = [torch.nn.Parameter(p.detach().float()) for p in params]
-        theirs = cls(others, implementation="fused", **settings)
+        fp32_optimizer = cls(others, implementation="fused", **settings)
         for p, q in zip(params, others, strict=True):
-            theirs.state[q] = {
-                key: t.clone() if key == "step" else t.float() for key, t in ours.state.get(p, {}).items()
+            fp32_optimizer.state[q] = {
+                key: t.clone() if key == "step" else t.float() for key, t in optimizer.state.get(p, {}).items()
             }
         set_grads(params, step)
         for p, q in zip(params, others, strict=True):
             p.grad = torch.empty_like(p).copy_(p.grad)  # in the memory order of its parameter
             q.grad = p.grad.float()
-        ours.step()
-        theirs.step()
+        optimizer.step()
+        fp32_optimizer.step()
         for p, q in zip(params, others, strict=True):
             assert torch.equal(p, q.bfloat16())
-            for key, state in ours.state[p].items():
-                assert torch.equal(state, theirs.state[q][key].to(state.dtype)), key
+            for key, state in optimizer.state[p].items():
+                assert torch.equal(state, fp32_optimizer.state[q][key].to(state.dtype)), key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", ["adamw", "sgd", "lion"])
 def test_fp32_weights_take_16_bit_gradients(base, dtype):
     states = {"adamw": 2, "sgd": 0, "lion": 1}[base]
-    group = group_of(lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+    group = param_group_of(lr=0.01, betas=(0.9, 0.99), eps=1e-8)
     grads = torch.cat(
         [torch.randn(1000), torch.tensor([0.0, -0.0, 6e-8, -3e-7, 6e-5, 1e-4, 6e4, math.inf, -math.inf, math.nan])]
     ).to(dtype)
@@ -202,8 +202,8 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
         row = [torch.linspace(-1, 1, 1010), taken, *(torch.zeros(1010) for _ in range(states))]
         dispatch.step("cpu", base, [(group, [step_row((*row, 1.0))])])
         results.append([row[0], *row[2:]])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
     assert results[0][0][-1].isnan()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from helpers.optimizers import EXPONENTS, group_of
+from helpers.optimizers import EXPONENTS, param_group_of
 from lp_dist.optim.batching import StepRow
 from lp_dist.optim.kernels import cpu, dispatch
 
@@ -22,7 +22,7 @@ def it_is_built():
 def decayed(weights, **changed):
     """Weights after the decay alone: SGD with a gradient of zero."""
     weights = weights.clone()
-    dispatch.step("cpu", "sgd", [(group_of(**changed), [StepRow(weights, torch.zeros_like(weights), (), 1.0)])])
+    dispatch.step("cpu", "sgd", [(param_group_of(**changed), [StepRow(weights, torch.zeros_like(weights), (), 1.0)])])
     return weights
 
 
@@ -32,7 +32,7 @@ def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
     """
     weights = weights.clone()
     lr = 1e-36
-    group = group_of(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
+    group = param_group_of(lr=lr, weight_decay=lr_weight_decay / lr, betas=(0.0, 0.0), eps=0.0, **changed)
     dispatch.step(
         "cpu",
         "adamw",
@@ -44,10 +44,10 @@ def decayed_in_metric(weights, denom, *, lr_weight_decay, **changed):
 def spread(n, low, high, seed, signed=False):
     """n numbers of magnitudes spread evenly over the decades between low and high."""
     generator = torch.Generator().manual_seed(seed)
-    found = torch.exp(
+    magnitudes = torch.exp(
         torch.empty(n, dtype=torch.float64).uniform_(math.log(low), math.log(high), generator=generator)
     ).float()
-    return found * torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if signed else found
+    return magnitudes * torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if signed else magnitudes
 
 
 def assert_within(got, weights, pull, bound):
@@ -177,7 +177,9 @@ def test_the_floor(p, gamma):
 def test_zero_absorbs_whatever_its_gradient_below_p_2_and_is_any_other_weight_from_there_on(p, gamma):
     """αλ is so small that a power taken of some tiny number instead of zero would let it go."""
     grads = torch.tensor([1.0, -0.5, 2.0])
-    group = group_of(lr=0.1, weight_decay=10.0 if p == 2 else 1e-6, betas=(0.0, 0.0), eps=0.0, p=p, precondition=gamma)
+    group = param_group_of(
+        lr=0.1, weight_decay=10.0 if p == 2 else 1e-6, betas=(0.0, 0.0), eps=0.0, p=p, precondition=gamma
+    )
     weights = torch.zeros(3)
     dispatch.step("cpu", "adamw", [(group, [StepRow(weights, grads, (torch.zeros(3), torch.zeros(3)), 1.0)])])
     pull = 1.0 * grads.double().abs() ** -gamma if p == 2 else 0.0  # |0|^(p−2) is infinite, 1 or zero

@@ -177,10 +177,10 @@ def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2
 
 @few
 @given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs)
-def test_more_decay_never_leaves_more(pairs, dtype, p, lr, one, other, cutoff):
+def test_more_decay_never_leaves_more(pairs, dtype, p, lr, first, second, cutoff):
     u, w_old = tensors(pairs, dtype)
-    weak = lp_decay(u, w_old, lr=lr, weight_decay=min(one, other), p=p, cutoff=cutoff)
-    strong = lp_decay(u, w_old, lr=lr, weight_decay=max(one, other), p=p, cutoff=cutoff)
+    weak = lp_decay(u, w_old, lr=lr, weight_decay=min(first, second), p=p, cutoff=cutoff)
+    strong = lp_decay(u, w_old, lr=lr, weight_decay=max(first, second), p=p, cutoff=cutoff)
     assert (strong.abs() <= weak.abs()).all()
 
 
@@ -197,11 +197,11 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 
 @few
 @given(pairs, dtypes, exponents, strengths, strengths, cutoffs, floors, floors)
-def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, one, other):
+def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, first, second):
     u, w_old = tensors(pairs, dtype)
     low, high = (
         lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, regrowth_below=regrowth_below)
-        for regrowth_below in sorted((one, other))
+        for regrowth_below in sorted((first, second))
     )
     assert (low.abs() <= high.abs()).all()
 

@@ -114,17 +114,17 @@ def test_equals_the_base_step_followed_by_the_decay(cls, kwargs, one_at_a_time):
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("ours", "base", "kwargs"),
+    ("native", "base", "kwargs"),
     [
         (partial(LpAdamW, precondition=0.0), torch.optim.AdamW, {"lr": 0.02}),
         (LpSGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
     ],
 )
-def test_equals_our_own_optimizer(ours, base, kwargs, dtype, one_at_a_time):
+def test_equals_our_own_optimizer(native, base, kwargs, dtype, one_at_a_time):
     params, others = make_params(dtype), make_params(dtype)
     optimizer, _ = hooked(base, {**kwargs, "foreach": False}, params, one_at_a_time)
     train(optimizer, params, 10)
-    assert_same(params, train(ours(others, weight_decay=0.4, implementation="reference", **kwargs), others, 10))
+    assert_same(params, train(native(others, weight_decay=0.4, implementation="reference", **kwargs), others, 10))
 
 
 def test_a_third_partys_optimizer_is_stepped_whole():
@@ -163,12 +163,12 @@ def test_groups_differ_and_change_between_steps(one_at_a_time):
         [1.0, 0.5, math.inf],
     ]
     optimizer.add_param_group({"params": params[6:]})  # after the hook: decayed all the same
-    ours = LpAdamW(
+    native = LpAdamW(
         groups(others), lr=0.02, weight_decay=0.2, p=1.0, l2=0.25, precondition=0.0, implementation="reference"
     )
-    ours.add_param_group({"params": others[6:], "p": 1.0, "l2": 0.25})
+    native.add_param_group({"params": others[6:], "p": 1.0, "l2": 0.25})
     for step in range(6):
-        for opt, weights in ((optimizer, params), (ours, others)):
+        for opt, weights in ((optimizer, params), (native, others)):
             opt.param_groups[0].update(weight_decay=0.1 * step, p=1.0 - 0.2 * step, lr=0.02 / (1 + step))
             set_grads(weights, step)
             opt.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, half_dead, layerwise
+from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, half_dead, layerwise
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.errors import UsageError
 from lp_dist.sparsity.quantiles import ScoredSlice, restore_latent, thresholds_at
@@ -49,18 +49,18 @@ def test_a_weight_sleeps_learns_and_comes_back_whole(implementation):
     def near(*values):
         return [pytest.approx(value, abs=1e-6) for value in values]
 
-    weights, memory = step(
+    weights, latents = step(
         optimizer, param, 1.0, -1.0, 1.0
     )  # x of after the step counts: 0.65 and 0.2 are not above 1
-    assert weights == near(0.0, 0.0, 1.7) and memory[:2] == near(0.65, -0.2)
-    weights, memory = step(optimizer, param, -1.0, 1.0, 1.0)  # learning on, unseen
-    assert weights == near(0.0, 0.0, 1.4) and memory[:2] == near(0.95, -0.5)
-    weights, memory = step(
+    assert weights == near(0.0, 0.0, 1.7) and latents[:2] == near(0.65, -0.2)
+    weights, latents = step(optimizer, param, -1.0, 1.0, 1.0)  # learning on, unseen
+    assert weights == near(0.0, 0.0, 1.4) and latents[:2] == near(0.95, -0.5)
+    weights, latents = step(
         optimizer, param, -1.0, 1.0, 1.0
     )  # 1.25 is above, so the first is a weight again, with no momentum yet
-    assert weights == near(1.25, 0.0, 1.1) and memory[0] == 0.0 and memory[1] == near(-0.8)[0]
-    weights, memory = step(optimizer, param, 1.0, -1.0, 1.0)  # it falls asleep anew, and so does the last
-    assert weights == near(0.0, 0.0, 0.0) and memory == near(0.95, -0.5, 0.8)
+    assert weights == near(1.25, 0.0, 1.1) and latents[0] == 0.0 and latents[1] == near(-0.8)[0]
+    weights, latents = step(optimizer, param, 1.0, -1.0, 1.0)  # it falls asleep anew, and so does the last
+    assert weights == near(0.0, 0.0, 0.0) and latents == near(0.95, -0.5, 0.8)
     assert [math.copysign(1.0, weight) for weight in weights] == [1.0] * 3, "no negative zeros"
 
 
@@ -69,7 +69,7 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
     """Its decay, x of its own latent value with a floor, is that of a weight of the same size in a model without
     hiding; its v goes on.
     """
-    hidden, plain = weights_of(0.0), weights_of(0.02)
+    latent_param, plain_param = weights_of(0.0), weights_of(0.02)
     settings = {
         "lr": 0.01,
         "weight_decay": 0.02,
@@ -80,17 +80,22 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
         "implementation": implementation,
     }
     optimizers = (
-        LpAdamW([hidden], latent=True, **settings),
-        LpAdamW([plain], betas=(0.0, 0.999), **settings),
+        LpAdamW([latent_param], latent=True, **settings),
+        LpAdamW([plain_param], betas=(0.0, 0.999), **settings),
     )  # β1 = 0: no momentum
     state = {"step": torch.tensor(1.0), "exp_avg_sq": torch.tensor([4e-6])}
-    optimizers[0].state[hidden] = {**{key: t.clone() for key, t in state.items()}, "exp_avg": torch.tensor([0.02])}
-    optimizers[1].state[plain] = {**{key: t.clone() for key, t in state.items()}, "exp_avg": torch.zeros(1)}
+    optimizers[0].state[latent_param] = {
+        **{key: t.clone() for key, t in state.items()},
+        "exp_avg": torch.tensor([0.02]),
+    }
+    optimizers[1].state[plain_param] = {**{key: t.clone() for key, t in state.items()}, "exp_avg": torch.zeros(1)}
     for gradient in (0.5, 0.3, -0.2):
-        (weight,), (latent,) = step(optimizers[0], hidden, gradient)
-        (other,), _ = step(optimizers[1], plain, gradient)
+        (weight,), (latent,) = step(optimizers[0], latent_param, gradient)
+        (other,), _ = step(optimizers[1], plain_param, gradient)
         assert weight == 0.0 and latent == pytest.approx(other, rel=1e-5) and latent != 0.02
-        assert torch.equal(optimizers[0].state[hidden]["exp_avg_sq"], optimizers[1].state[plain]["exp_avg_sq"])
+        assert torch.equal(
+            optimizers[0].state[latent_param]["exp_avg_sq"], optimizers[1].state[plain_param]["exp_avg_sq"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,17 +155,17 @@ def test_a_step_with_a_learning_rate_of_zero_leaves_weights_and_what_is_latent(i
     second = optimizer.state[param]["exp_avg_sq"].clone()
     assert before[0] > 8 and before[1:] == [0.0] * 3 and 0.0 not in latent
     optimizer.param_groups[0]["lr"] = 0.0
-    now, memory = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
+    now, latents = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
     assert (
         now == before
-        and memory[1:] == pytest.approx(latent[1:], rel=0.0 if implementation != "fused" else 2.0**-22)
-        and memory[0] > latent[0]
+        and latents[1:] == pytest.approx(latent[1:], rel=0.0 if implementation != "fused" else 2.0**-22)
+        and latents[0] > latent[0]
     )
     assert (optimizer.state[param]["exp_avg_sq"] > second).all()  # moments go on, as Adam's do
     optimizer.param_groups[0]["lr"] = 1e-2
-    now, memory = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
+    now, latents = step(optimizer, param, 0.1, 0.2, -0.3, 0.4)
     assert now[1:] == [0.0] * 3 and all(
-        new < old for new, old in zip(memory[1:2] + memory[3:], latent[1:2] + latent[3:])
+        new < old for new, old in zip(latents[1:2] + latents[3:], latent[1:2] + latent[3:])
     )
 
 
@@ -187,36 +192,38 @@ def test_what_can_not_be_is_refused():
 # -- order statistics ---------------------------------------------------------
 
 
-def part_of(weights: torch.Tensor, memory: torch.Tensor | None) -> ScoredSlice:
-    return ScoredSlice("a", weights, None, {"p": 1.0}, 0.0, memory)
+def scored_slice_of(weights: torch.Tensor, exp_avg: torch.Tensor | None) -> ScoredSlice:
+    return ScoredSlice("a", weights, None, {"p": 1.0}, 0.0, exp_avg)
 
 
 def test_thresholds_see_what_is_latent_and_settling_wakes_what_is_above_them():
     torch.manual_seed(0)
     latent = torch.randn(3000)
-    hidden = torch.rand(3000) < 0.6
-    weights, memory = latent.masked_fill(hidden, 0.0), torch.where(hidden, latent, torch.randn(3000))
-    threshold = thresholds_at([part_of(weights, memory)], {"a": 1500}, passes=3)["a"]
+    is_latent = torch.rand(3000) < 0.6
+    weights, exp_avg = latent.masked_fill(is_latent, 0.0), torch.where(is_latent, latent, torch.randn(3000))
+    threshold = thresholds_at([scored_slice_of(weights, exp_avg)], {"a": 1500}, passes=3)["a"]
     assert threshold == latent.abs().sort().values[1499]
-    restore_latent([part_of(weights, memory)], {"a": threshold})
-    awake = ~hidden | (latent.abs() > threshold)
+    restore_latent([scored_slice_of(weights, exp_avg)], {"a": threshold})
+    awake = ~is_latent | (latent.abs() > threshold)
     assert torch.equal(weights, torch.where(awake, latent, 0.0))
-    assert (memory[hidden] == 0).all() and (memory[~hidden] != 0).all(), (
+    assert (exp_avg[is_latent] == 0).all() and (exp_avg[~is_latent] != 0).all(), (
         "a weight that comes back has no momentum yet; others keep theirs"
     )
     with pytest.raises(RuntimeError, match="not contiguous"):
-        restore_latent([part_of(torch.zeros(4, 3).t(), torch.zeros(4, 3).t())], {"a": 1.0})
+        restore_latent([scored_slice_of(torch.zeros(4, 3).t(), torch.zeros(4, 3).t())], {"a": 1.0})
 
 
 def test_a_sample_has_the_memory_of_its_own_weights():
-    run = Run(layerwise(0.6)).to(20)
+    run = TargetRun(layerwise(0.6)).to(20)
     shard = next(shard for shard in run.attached.shards if shard.name == "0.weight")
     values = {"p": 0.5, "precondition": 0.0}
-    whole, some = (
+    scores, sampled_scores = (
         torch.cat([x for *_, x in ScoredSlice.from_shard("a", shard, values, stride=stride, latent=True).saliency()])
         for stride in (1, 7)
     )
-    assert torch.equal(some, whole[::7]) and (whole > 0).all() and int((shard.local.values == 0).sum()) > 1000
+    assert (
+        torch.equal(sampled_scores, scores[::7]) and (scores > 0).all() and int((shard.local.values == 0).sum()) > 1000
+    )
 
 
 # -- under a target -----------------------------------------------------------
@@ -231,7 +238,7 @@ def test_a_sample_has_the_memory_of_its_own_weights():
     ],
 )
 def test_zeros_follow_the_plan_and_come_back_until_its_end(sparsity, form):
-    run = Run(layerwise(sparsity, **form))
+    run = TargetRun(layerwise(sparsity, **form))
     control = run.attached.weight_controller
     ahead, woken, late = control.update_every, 0, 0
     before = {}
@@ -257,7 +264,7 @@ def test_zeros_follow_the_plan_and_come_back_until_its_end(sparsity, form):
 
 def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
     """Two small weights without a gradient; from step 14 on one has a large one, after the window the other."""
-    run = Run(layerwise(0.5, update_every=4), lr=1e-2)
+    run = TargetRun(layerwise(0.5, update_every=4), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -269,14 +276,14 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
 
     weight.register_hook(gradient)
     run.to(14)
-    memory = run.optimizer.state[weight]["exp_avg"]
-    assert (weight[0, :2] == 0).all() and (memory[0, :2] > 0).all() and (memory[0, :2] < 1e-3).all(), (
+    exp_avg = run.optimizer.state[weight]["exp_avg"]
+    assert (weight[0, :2] == 0).all() and (exp_avg[0, :2] > 0).all() and (exp_avg[0, :2] < 1e-3).all(), (
         "latent, and a little less for the decay"
     )
     sizes = []
     while not weight[0, 0]:
         run.to(run.taken + 1)
-        sizes.append(float(memory[0, 0]))
+        sizes.append(float(exp_avg[0, 0]))
         assert run.taken < 34
     assert sizes[:-1] == sorted(sizes[:-1]) and weight[0, 0] >= sizes[-2], (
         "it has grown where nobody saw it, and is all there at once"
@@ -287,7 +294,7 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
 
 def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
     """No momentum is left in zeros, so that without freeze they start from rest."""
-    run = Run(layerwise(0.6, freeze=False)).to(CLOSING - 1)
+    run = TargetRun(layerwise(0.6, freeze=False)).to(CLOSING - 1)
     assert all(run.optimizer.parameter_map.values(name)["latent"] for name in MATRICES)
     run.step()
     latent = {
@@ -313,7 +320,7 @@ def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
 
 
 def test_a_run_that_ends_while_weights_are_latent_ends_at_its_target():
-    run = Run(layerwise(0.6)).to(30)
+    run = TargetRun(layerwise(0.6)).to(30)
     control = run.attached.weight_controller
     assert all(map(control.keeps_latent, control.shards))
     control.finish()
@@ -325,7 +332,7 @@ def test_a_run_that_ends_while_weights_are_latent_ends_at_its_target():
 @pytest.mark.parametrize("curve", ["cubic", lambda u: max(0.0, 2 * u - 1)], ids=["cubic", "flat at first"])
 def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
     """A mask of before holds zeros whose gradients are large, until something is to die."""
-    run = Run(layerwise(0.8, curve=curve, update_every=4), model=half_dead())
+    run = TargetRun(layerwise(0.8, curve=curve, update_every=4), model=half_dead())
     weight, dead = run.model[2].weight, run.model[2].weight == 0
 
     def begun():
@@ -345,22 +352,22 @@ def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
 
 
 def test_memory_is_for_lpadamw_with_a_cap_of_one():
-    assert Run(SparsityTarget(0.5)).attached.weight_controller.target.latent_windows == 8.0
-    assert Run(SparsityTarget(0.5, cap=2.0)).attached.weight_controller.target.latent_windows == 0.0
-    assert Run(SparsityTarget(0.5, regrowth=0.0)).attached.weight_controller.target.latent_windows == 0.0
-    assert Run(SparsityTarget(0.5), make=LpLion).attached.weight_controller.target.latent_windows == 0.0
+    assert TargetRun(SparsityTarget(0.5)).attached.weight_controller.target.latent_windows == 8.0
+    assert TargetRun(SparsityTarget(0.5, cap=2.0)).attached.weight_controller.target.latent_windows == 0.0
+    assert TargetRun(SparsityTarget(0.5, regrowth=0.0)).attached.weight_controller.target.latent_windows == 0.0
+    assert TargetRun(SparsityTarget(0.5), make=LpLion).attached.weight_controller.target.latent_windows == 0.0
 
     def hooked(params, lr):
         optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
         add_lp_decay(optimizer)
         return optimizer
 
-    assert Run(SparsityTarget(0.5), make=hooked).attached.weight_controller.target.latent_windows == 0.0
+    assert TargetRun(SparsityTarget(0.5), make=hooked).attached.weight_controller.target.latent_windows == 0.0
 
     def lagging(params, lr):
         return LpAdamW(params, lr=lr, lag=0.5)
 
-    assert Run(SparsityTarget(0.5), make=lagging).attached.weight_controller.target.latent_windows == 0.0
+    assert TargetRun(SparsityTarget(0.5), make=lagging).attached.weight_controller.target.latent_windows == 0.0
     for make, name in ((LpSGD, "LpSGD"), (hooked, "AdamW"), (lagging, "LpAdamW with lag")):
         with pytest.raises(
             UsageError,
@@ -369,7 +376,7 @@ def test_memory_is_for_lpadamw_with_a_cap_of_one():
                 " latent_windows=0"
             ),
         ):
-            Run(SparsityTarget(0.5, latent_windows=0.5), make=make)
+            TargetRun(SparsityTarget(0.5, latent_windows=0.5), make=make)
     with pytest.raises(
         UsageError,
         match=(
@@ -377,7 +384,7 @@ def test_memory_is_for_lpadamw_with_a_cap_of_one():
             " cap=1, or latent_windows=0"
         ),
     ):
-        Run(SparsityTarget(0.5, latent_windows=1.0, cap=None))
+        TargetRun(SparsityTarget(0.5, latent_windows=1.0, cap=None))
     for bad in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="latent_windows=.* must be a finite number >= 0, of windows"):
             SparsityTarget(0.5, latent_windows=bad)

@@ -101,12 +101,12 @@ def test_what_is_not_spared_dies_and_the_pattern_is_left(implementation):
     for pattern, (n, m) in PATTERNS.items():
         param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
         optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
-        largest = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
+        largest_weights = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
         for step in range(3):
             param.grad = gradient(step).float() * 1e-3
             optimizer.step()
         alive = param.view(-1, m) != 0
-        assert (alive.sum(1) == n).all() and alive.nonzero()[:, 1].view(-1, n).equal(largest)
+        assert (alive.sum(1) == n).all() and alive.nonzero()[:, 1].view(-1, n).equal(largest_weights)
 
 
 @pytest.mark.parametrize("phase", [{"phase": "off"}, {"phase": "frozen"}, {"weight_decay": 0.0}, {"lr": 0.0}], ids=str)
@@ -171,38 +171,38 @@ class Ranks:
 @settings(max_examples=10, deadline=None)
 def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, values, cuts, pattern):
     """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
-    whole = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
-    one = cls(whole, pattern=pattern, implementation=implementation, **values)
-    lengths, edges = whole[0].numel(), sorted({0, *cuts, 320})
+    matrices = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
+    unsplit = cls(matrices, pattern=pattern, implementation=implementation, **values)
+    lengths, edges = matrices[0].numel(), sorted({0, *cuts, 320})
     flats = []
     for begin, end in zip(edges, edges[1:]):
-        flat = nn.Parameter(torch.cat([w.detach().flatten()[begin:end] for w in whole]))
+        flat = nn.Parameter(torch.cat([w.detach().flatten()[begin:end] for w in matrices]))
         flats.append(
             (
                 flat,
                 [
-                    ParamSlice(name, i * (end - begin), end - begin, begin, whole[i].shape)
+                    ParamSlice(name, i * (end - begin), end - begin, begin, matrices[i].shape)
                     for i, name in enumerate("ab")
                 ],
             )
         )
     optimizers = []
-    for flat, segments in flats:
+    for flat, param_slices in flats:
         optimizers.append(cls([flat], pattern=pattern, implementation=implementation, **values))
-        optimizers[-1].parameter_map.replace({flat: segments})
+        optimizers[-1].parameter_map.replace({flat: param_slices})
     starts = {name: [edge for edge in edges[1:-1] if edge % 8] for name in "ab"}
     starts = {name: edges for name, edges in starts.items() if edges}
     for step in range(3):
-        for i, w in enumerate(whole):
+        for i, w in enumerate(matrices):
             w.grad = gradient(step + 50 * i).float()
-        one.step()
+        unsplit.step()
         # Every rank's table is needed by all: the first round only fills it, on copies
         tables = Ranks()
         for dry in (True, False):
-            for (flat, segments), optimizer in zip(flats, optimizers):
+            for (flat, param_slices), optimizer in zip(flats, optimizers):
                 optimizer.parameter_map.split_blocks = SplitBlocks(starts, {flat: ["a", "b"]}, tables)
                 flat.grad = torch.cat(
-                    [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(whole, segments)]
+                    [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(matrices, param_slices)]
                 )
                 before = flat.detach().clone(), {key: t.clone() for key, t in optimizer.state[flat].items()}
                 optimizer.step()
@@ -212,9 +212,9 @@ def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, val
                         optimizer.state[flat].update(before[1])
                     else:
                         optimizer.state.pop(flat)
-    for i, w in enumerate(whole):
-        pieces = [flat.detach()[s[i].offset : s[i].offset + s[i].length] for flat, s in flats]
-        assert w.detach().flatten().equal(torch.cat(pieces)), (edges, pattern)
+    for i, w in enumerate(matrices):
+        slices = [flat.detach()[s[i].offset : s[i].offset + s[i].length] for flat, s in flats]
+        assert w.detach().flatten().equal(torch.cat(slices)), (edges, pattern)
     assert lengths == 320
 
 

@@ -243,7 +243,7 @@ def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
                 assert state["step"].device.type == "cpu"
 
 
-every = pytest.mark.parametrize("cls", OPTIMIZERS)
+each_class = pytest.mark.parametrize("cls", OPTIMIZERS)
 
 
 def weight(*shape):
@@ -254,7 +254,7 @@ def weight(*shape):
 # -----------------------------------------------------------------------------
 
 
-@every
+@each_class
 def test_unknown_implementations_are_refused(cls):
     with pytest.raises(ValueError, match="(?s)turbo.*foreach|foreach.*turbo"):
         cls([weight(2)], implementation="turbo")
@@ -262,7 +262,7 @@ def test_unknown_implementations_are_refused(cls):
         cls([weight(2)], implementation=implementation)
 
 
-@every
+@each_class
 def test_sparse_gradients_are_refused(cls):
     param = weight(3, 2)
     param.grad = torch.eye(3)[:, :2].to_sparse()
@@ -272,7 +272,7 @@ def test_sparse_gradients_are_refused(cls):
     assert torch.equal(param, torch.ones(3, 2))
 
 
-@every
+@each_class
 def test_complex_parameters_are_refused(cls):
     param = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
     param.grad = torch.ones_like(param)
@@ -290,7 +290,7 @@ def test_precondition_is_for_adamw_only(cls):
     cls([{"params": [weight(2)], "precondition": 0.0}])
 
 
-@every
+@each_class
 @pytest.mark.parametrize(
     ("key", "value"), [("lr", -1.0), ("weight_decay", -0.25), ("p", 4.5), ("l2", -0.25), ("cutoff", float("nan"))]
 )
@@ -309,7 +309,7 @@ def test_bad_hyperparameters_are_refused_in_arguments_and_in_groups(cls, key, va
 # -----------------------------------------------------------------------------
 
 
-@every
+@each_class
 @both
 def test_a_decayed_tensor_of_zeros_is_refused_at_its_first_step(cls, implementation):
     def step(shape, **settings):
@@ -327,7 +327,7 @@ def test_a_decayed_tensor_of_zeros_is_refused_at_its_first_step(cls, implementat
     step((0, 2), weight_decay=0.1, p=0.5)
 
 
-@every
+@each_class
 @both
 def test_a_tensor_that_died_later_is_no_error(cls, implementation):
     param = weight(3, 2)
@@ -338,7 +338,7 @@ def test_a_tensor_that_died_later_is_no_error(cls, implementation):
     assert (param == 0).all()
 
 
-@every
+@each_class
 @both
 def test_freeze_keeps_zeros_and_leaves_the_others_to_the_base(cls, implementation):
     params, others = make_params(torch.float32), make_params(torch.float32)
@@ -358,7 +358,7 @@ def test_freeze_keeps_zeros_and_leaves_the_others_to_the_base(cls, implementatio
 # -----------------------------------------------------------------------------
 
 
-@every
+@each_class
 @both
 def test_maximize_is_the_negated_gradient(cls, implementation):
     params, others = make_params(torch.float32), make_params(torch.float32)
@@ -374,7 +374,7 @@ def test_maximize_is_the_negated_gradient(cls, implementation):
     assert_same(params, others)
 
 
-@every
+@each_class
 @both
 def test_tensor_learning_rate_equals_the_float_and_is_read_at_every_step(cls, implementation):
     params, others = make_params(torch.float64), make_params(torch.float64)
@@ -392,7 +392,7 @@ def test_tensor_learning_rate_equals_the_float_and_is_read_at_every_step(cls, im
     assert_same(params, others)
 
 
-@every
+@each_class
 @both
 def test_zero_learning_rate_changes_nothing_but_the_state(cls, implementation):
     params, others = make_params(torch.float32), make_params(torch.float32)
@@ -400,7 +400,7 @@ def test_zero_learning_rate_changes_nothing_but_the_state(cls, implementation):
     assert_same(params, others)
 
 
-@every
+@each_class
 @both
 @pytest.mark.parametrize("manner", ["one group at a time", "the other groups empty"])
 def test_zero_calls_step_once_per_group(cls, implementation, manner):
@@ -443,7 +443,7 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-@every
+@each_class
 @both
 def test_dtensor_parameters_equal_plain_ones(mesh, cls, implementation):
     # contiguous, as their shards will be: torch's pow may round differently on another layout
@@ -481,7 +481,7 @@ def test_a_sharded_tensor_of_zeros_is_refused_too(mesh, implementation):
 # -----------------------------------------------------------------------------
 
 
-@every
+@each_class
 @both
 def test_a_deep_copy_goes_on_alone(cls, implementation):
     params = make_params(torch.float64)[:2]
@@ -496,7 +496,7 @@ def test_a_deep_copy_goes_on_alone(cls, implementation):
     assert_same(params, others)
 
 
-@every
+@each_class
 def test_the_phase_off_switches_the_decay_off(cls):
     """The warm-up of a decay window: exactly the base's step, zeros free to move, nothing snapped."""
     torch.manual_seed(0)

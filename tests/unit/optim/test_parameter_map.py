@@ -19,7 +19,7 @@ from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 NAMES = ("a", "b", "c", "d")
 
 
-def segments(lengths, gap: int = 0) -> list[ParamSlice]:
+def param_slices(lengths, gap: int = 0) -> list[ParamSlice]:
     """Neighbours in one flat tensor, each followed by `gap` elements of padding."""
     offsets = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
     return [
@@ -29,27 +29,28 @@ def segments(lengths, gap: int = 0) -> list[ParamSlice]:
 
 
 def test_a_tensor_without_segments_is_one_run():
-    book, tensor = ParameterMap(), torch.zeros(5)
-    assert book.value_spans(tensor, 5) == ((0, 5, {}),)
-    assert tensor not in book and book.of(tensor) == ()
+    parameter_map, tensor = ParameterMap(), torch.zeros(5)
+    assert parameter_map.value_spans(tensor, 5) == ((0, 5, {}),)
+    assert tensor not in parameter_map and parameter_map.of(tensor) == ()
 
 
 def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
-    book, tensor = ParameterMap(), torch.zeros(21)
-    book.replace({tensor: segments([3, 4, 0, 6], gap=2)})
-    assert [piece.name for piece in book.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
-    assert book.value_spans(tensor, 21) == ((0, 21, {}),)
-    book.set("d", p=0.0)
-    assert book.value_spans(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))  # padding goes with what is before it
-    book.set("b", p=0.0)
-    assert book.value_spans(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
-    book.set("a", weight_decay=0.5, p=0.0)
-    assert book.value_spans(tensor, 21) == ((0, 5, {"p": 0.0, "weight_decay": 0.5}), (5, 16, {"p": 0.0}))
-    book.set("a", weight_decay=None)
-    assert book.value_spans(tensor, 21) == ((0, 21, {"p": 0.0}),)
-    assert book.values("a") == {"p": 0.0} and book.values("c") == {}
-    book.replace({tensor: segments([21])})
-    assert book.value_spans(tensor, 21) == ((0, 21, {}),)
+    parameter_map, tensor = ParameterMap(), torch.zeros(21)
+    parameter_map.replace({tensor: param_slices([3, 4, 0, 6], gap=2)})
+    assert [param_slice.name for param_slice in parameter_map.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
+    assert parameter_map.value_spans(tensor, 21) == ((0, 21, {}),)
+    parameter_map.set("d", p=0.0)
+    # Padding goes with what is before it.
+    assert parameter_map.value_spans(tensor, 21) == ((0, 13, {}), (13, 8, {"p": 0.0}))
+    parameter_map.set("b", p=0.0)
+    assert parameter_map.value_spans(tensor, 21) == ((0, 5, {}), (5, 16, {"p": 0.0}))
+    parameter_map.set("a", weight_decay=0.5, p=0.0)
+    assert parameter_map.value_spans(tensor, 21) == ((0, 5, {"p": 0.0, "weight_decay": 0.5}), (5, 16, {"p": 0.0}))
+    parameter_map.set("a", weight_decay=None)
+    assert parameter_map.value_spans(tensor, 21) == ((0, 21, {"p": 0.0}),)
+    assert parameter_map.values("a") == {"p": 0.0} and parameter_map.values("c") == {}
+    parameter_map.replace({tensor: param_slices([21])})
+    assert parameter_map.value_spans(tensor, 21) == ((0, 21, {}),)
 
 
 @pytest.mark.parametrize(
@@ -116,34 +117,45 @@ LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 @settings(max_examples=25, deadline=None)
 def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values, gap, phase):
     generator = torch.Generator().manual_seed(sum(lengths))
-    pieces = segments(lengths, gap)
+    slices = param_slices(lengths, gap)
     flat = torch.zeros(sum(lengths) + gap * len(lengths), requires_grad=True)
     with torch.no_grad():
-        for piece in pieces:
-            flat[piece.offset : piece.offset + piece.length] = torch.randn(piece.length, generator=generator) * 0.1
-    alone = [flat.detach()[piece.offset : piece.offset + piece.length].clone().requires_grad_() for piece in pieces]
-    one = MAKERS[maker]([flat])
-    groups = [{"params": [param], **own} for param, own in zip(alone, values)]
-    many = MAKERS[maker](groups)
-    book = one.parameter_map if isinstance(one, LpOptimizer) else handle_of(one).parameter_map
-    book.replace({flat: pieces})
-    for name, own in zip(NAMES, values):
-        book.set(name, **own)
-    for group in (*one.param_groups, *many.param_groups):
+        for param_slice in slices:
+            flat[param_slice.offset : param_slice.offset + param_slice.length] = (
+                torch.randn(param_slice.length, generator=generator) * 0.1
+            )
+    alone = [
+        flat.detach()[param_slice.offset : param_slice.offset + param_slice.length].clone().requires_grad_()
+        for param_slice in slices
+    ]
+    flat_optimizer = MAKERS[maker]([flat])
+    groups = [{"params": [param], **overrides} for param, overrides in zip(alone, values)]
+    optimizer = MAKERS[maker](groups)
+    parameter_map = (
+        flat_optimizer.parameter_map
+        if isinstance(flat_optimizer, LpOptimizer)
+        else handle_of(flat_optimizer).parameter_map
+    )
+    parameter_map.replace({flat: slices})
+    for name, overrides in zip(NAMES, values):
+        parameter_map.set(name, **overrides)
+    for group in (*flat_optimizer.param_groups, *optimizer.param_groups):
         group.update({key: value for key, value in phase.items() if key in group})
     for _step in range(4):
         flat.grad = torch.zeros_like(flat)
-        for piece, param in zip(pieces, alone):
-            param.grad = torch.randn(piece.length, generator=generator)
-            flat.grad[piece.offset : piece.offset + piece.length] = param.grad
-        one.step(), many.step()
+        for param_slice, param in zip(slices, alone):
+            param.grad = torch.randn(param_slice.length, generator=generator)
+            flat.grad[param_slice.offset : param_slice.offset + param_slice.length] = param.grad
+        flat_optimizer.step(), optimizer.step()
     inside = torch.zeros_like(flat, dtype=torch.bool)
-    for piece, param in zip(pieces, alone):
-        assert torch.equal(flat.detach()[piece.offset : piece.offset + piece.length], param.detach()), (
-            piece.name,
+    for param_slice, param in zip(slices, alone):
+        assert torch.equal(
+            flat.detach()[param_slice.offset : param_slice.offset + param_slice.length], param.detach()
+        ), (
+            param_slice.name,
             values,
         )
-        inside[piece.offset : piece.offset + piece.length] = True
+        inside[param_slice.offset : param_slice.offset + param_slice.length] = True
     assert not flat.detach()[~inside].any()  # padding stays zero
 
 
@@ -151,7 +163,7 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
     """A frozen group freezes all its segments, whatever their p, but for those that do not decay."""
     flat = torch.tensor([1e-9, 0.0, 0.5, 0.0], requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
-    optimizer.parameter_map.replace({flat: segments([2, 2])})
+    optimizer.parameter_map.replace({flat: param_slices([2, 2])})
     optimizer.parameter_map.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
     optimizer.parameter_map.set("b", weight_decay=0.0)
     optimizer.param_groups[0]["phase"] = "frozen"
@@ -164,8 +176,8 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
 def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     flat = torch.randn(4000, requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0, implementation="foreach")
-    pieces = [ParamSlice(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
-    optimizer.parameter_map.replace({flat: pieces})
+    slices = [ParamSlice(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
+    optimizer.parameter_map.replace({flat: slices})
     for i in range(0, 1000, 2):
         optimizer.parameter_map.set(str(i), p=0.0)
     flat.grad = torch.ones_like(flat)
@@ -185,7 +197,7 @@ def test_a_copy_of_an_optimizer_has_no_segments():
 
     flat = torch.randn(4, requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
-    optimizer.parameter_map.replace({flat: segments([4])})
+    optimizer.parameter_map.replace({flat: param_slices([4])})
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["params"][0] not in twin.parameter_map
     assert flat in optimizer.parameter_map

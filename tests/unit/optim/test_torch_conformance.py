@@ -34,17 +34,17 @@ ERRORS = [
     for info in INFOS
     for e in info.optim_error_inputs_func("cpu", torch.float32)
 ]
-every = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+each_optimizer = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 each = pytest.mark.parametrize(("info", "case"), CASES)
 
 
-def assert_same_weights(one, other):
-    assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+def assert_same_weights(left, right):
+    assert torch.equal(left.weight, right.weight) and torch.equal(left.bias, right.bias)
 
 
-def assert_same_state_dict(one, other):
-    torch.testing.assert_close(one["state"], other["state"], rtol=0.0, atol=0.0)
-    assert one["param_groups"] == other["param_groups"]
+def assert_same_state_dict(left, right):
+    torch.testing.assert_close(left["state"], right["state"], rtol=0.0, atol=0.0)
+    assert left["param_groups"] == right["param_groups"]
 
 
 @each
@@ -74,7 +74,7 @@ def test_closure_is_called_once_and_its_loss_returned(info, case):
     assert torch.is_grad_enabled()
 
 
-@every
+@each_optimizer
 @pytest.mark.parametrize("zero", [False, True])
 def test_step_without_gradients_or_decay_is_a_noop(info, zero):
     problem = Problem(info, {"weight_decay": 0.0 if zero else 0.1})
@@ -120,7 +120,7 @@ def test_pickle_and_deepcopy_keep_everything(info, case):
         assert repr(twin) == repr(problem.optimizer) and info.name in repr(twin)
 
 
-@every
+@each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_state_dict_loads_into_another_dtype(info, dtype):
     kwargs = {"weight_decay": 0.01, **({"momentum": 0.9} if info.optim_cls is LpSGD else {})}
@@ -150,19 +150,19 @@ def test_can_load_older_state_dict(info, case):
 def test_state_of_torch_adamw_loads_into_ours(as_number):
     """Going over from AdamW in mid-training; `as_number`: torch once kept `step` as a Python number."""
     info = INFOS[0]
-    theirs = Problem(OptimizerInfo(torch.optim.AdamW, optim_inputs_func=None), {"weight_decay": 0.0}).train(4)
-    ours = Problem(info, {})
-    ours.weight.data.copy_(theirs.weight.detach())
-    ours.bias.data.copy_(theirs.bias.detach())
-    saved = copy.deepcopy(theirs.optimizer.state_dict())
+    torch_problem = Problem(OptimizerInfo(torch.optim.AdamW, optim_inputs_func=None), {"weight_decay": 0.0}).train(4)
+    lp_problem = Problem(info, {})
+    lp_problem.weight.data.copy_(torch_problem.weight.detach())
+    lp_problem.bias.data.copy_(torch_problem.bias.detach())
+    saved = copy.deepcopy(torch_problem.optimizer.state_dict())
     if as_number:
         for state in saved["state"].values():
             state["step"] = state["step"].item()
-    ours.optimizer.load_state_dict(saved)
-    assert_same_weights(ours.train(3), theirs.train(3))
+    lp_problem.optimizer.load_state_dict(saved)
+    assert_same_weights(lp_problem.train(3), torch_problem.train(3))
 
 
-@every
+@each_optimizer
 def test_names_are_kept_and_named_loads_into_unnamed(info):
     named, plain = Problem(info, {}, named=True).train(2), Problem(info, {}).train(2)
     assert_same_weights(named, plain)
@@ -172,7 +172,7 @@ def test_names_are_kept_and_named_loads_into_unnamed(info):
     assert named.optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
-@every
+@each_optimizer
 def test_hooks_are_called_in_order(info):
     problem, order = Problem(info, {"weight_decay": 0.01}), []
     optimizer = problem.optimizer
@@ -187,7 +187,7 @@ def test_hooks_are_called_in_order(info):
     assert order == [f"{when} {what}" for what in ("step", "save", "load") for when in ("before", "after")]
 
 
-@every
+@each_optimizer
 def test_defaults_groups_and_gradients(info):
     problem = Problem(info, {"weight_decay": 0.01, "lr": 0.5}).train(1)
     optimizer = problem.optimizer

@@ -59,10 +59,10 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
     model = paired_model()
     optimizer = BASES[base](model.parameters(), lr=0.02)
     if handle_of(optimizer) is None and "Lp" not in type(optimizer).__name__:
-        grouped = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), p=FORM["p"])
-        grouped.settings = [DecaySettings(FORM["weight_decay"])]
+        hook = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), p=FORM["p"])
+        hook.settings = [DecaySettings(FORM["weight_decay"])]
     else:
-        grouped = attach(
+        hook = attach(
             model,
             optimizer,
             names=["0.weight", "0.bias", "2.weight", "2.bias"],
@@ -83,7 +83,7 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
             for i in group:
                 wanted[i] *= factor
         assert flat(model) == pytest.approx(wanted, rel=1e-12, abs=1e-15), number
-    grouped.remove()
+    hook.remove()
     twin = copy.deepcopy(model)
     other = BASES[base](twin.parameters(), lr=0.02)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -105,11 +105,11 @@ def test_the_forms_of_the_norm(form):
     """Preconditioned by the second moments from before the step, capped, and with a floor; λ such that it shows."""
     model = paired_model()
     optimizer = LpAdamW(model.parameters(), lr=0.02)
-    asked = GroupDecay(
+    group_decay = GroupDecay(
         pairs_of(model), weight_decay=0.05, **{key: value for key, value in form.items() if key != "regrowth_below"}
     )
-    grouped = attach(model, optimizer, groups=asked).group_decay
-    grouped.settings = [DecaySettings(0.05, asked.cutoff, form.get("regrowth_below", 0.0))]
+    hook = attach(model, optimizer, groups=group_decay).group_decay
+    hook.settings = [DecaySettings(0.05, group_decay.cutoff, form.get("regrowth_below", 0.0))]
     seen = set()
     for number in range(5):
         twin = copy.deepcopy(model)
@@ -147,14 +147,14 @@ def test_how_sensitive_the_loss_is_to_a_weight_does_not_depend_on_where_a_shard_
     model = paired_model(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     step(model, optimizer, 0)
-    grouped = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), precondition=1.0)
-    shard = next(matrix.shard for matrix in grouped.matrices if matrix.shard.name == "0.weight")
+    hook = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), precondition=1.0)
+    shard = next(matrix.shard for matrix in hook.matrices if matrix.shard.name == "0.weight")
     second = shard.state["exp_avg_sq"].copy_(torch.rand(384, generator=torch.Generator().manual_seed(1)).mul_(1e-6))
-    whole = grouped._preconditioner(shard, 0, second)
+    unsharded = hook._preconditioner(shard, 0, second)
     wanted = ((second.double() / (1 - 0.999)).sqrt() + 1e-8) ** (2 / 3)
-    torch.testing.assert_close(whole.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0.0)
+    torch.testing.assert_close(unsharded.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0.0)
     for start, length in itertools.product(range(70), (1, 2, 3, 5, 8, 13, 31, 64, 127, 301)):
-        assert grouped._preconditioner(shard, start, second[:length]).equal(whole[start : start + length]), (
+        assert hook._preconditioner(shard, start, second[:length]).equal(unsharded[start : start + length]), (
             start,
             length,
         )
@@ -168,9 +168,9 @@ def test_a_group_of_one_weight_decays_as_a_weight_does():
     other = LpAdamW(twin.parameters(), lr=0.02, weight_decay=0.05, p=0.3, cutoff=0.5)
     for number in range(30):
         x = torch.randn(8, 1, generator=torch.Generator().manual_seed(number)).double()
-        for one, stepper in ((model, optimizer), (twin, other)):
-            one.zero_grad()
-            (one(x) - x.sin()).square().mean().backward()
+        for network, stepper in ((model, optimizer), (twin, other)):
+            network.zero_grad()
+            (network(x) - x.sin()).square().mean().backward()
             stepper.step()
     assert 0 < (model[0].weight == 0).sum() < 64
     torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-9, atol=1e-12)
@@ -180,8 +180,8 @@ def test_what_is_lost_to_single_precision_becomes_zero():
     model = paired_model(torch.float32)
     optimizer = LpSGD(model.parameters(), lr=0.1)
     with torch.no_grad():
-        for part in (model[0].weight[2:4], model[0].bias[2:4], model[2].weight[:, 2:4]):
-            part.fill_(0.9e-13)
+        for values in (model[0].weight[2:4], model[0].bias[2:4], model[2].weight[:, 2:4]):
+            values.fill_(0.9e-13)
         model[0].weight[4:6] = 1.1e-13
     attach(model, optimizer, groups=GroupDecay(pairs_of(model), 1e-30))
     for param in model.parameters():
@@ -259,15 +259,15 @@ def test_the_squares_are_the_same_however_the_weights_are_cut():
 def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
     model = paired_model(torch.float32)
     optimizer = LpAdamW(model.parameters(), lr=0.02)
-    grouped = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.0)).group_decay
+    hook = attach(model, optimizer, groups=GroupDecay(pairs_of(model), 0.0)).group_decay
     step(model, optimizer, 0)
     dead = torch.tensor([False, True, False])
-    grouped.prune(dead)
+    hook.prune(dead)
     for name in ("exp_avg", "weight"):
         for param in (model[0].weight, model[0].bias):
             values = param if name == "weight" else optimizer.state[param]["exp_avg"]
             assert not values[2:4].any() and values[:2].all() and values[4:].all()
-    grouped.keep_zero(dead)
+    hook.keep_zero(dead)
     twin = copy.deepcopy(model)
     other = LpAdamW(twin.parameters(), lr=0.02)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -278,7 +278,7 @@ def test_what_is_held_at_zero_stays_there_and_costs_nothing_else(monkeypatch):
     model[0].bias.data[2] = 1.0  # from elsewhere: the next step puts it back
     step(model, optimizer, 2)
     assert not model[0].bias[2:4].any() and model[0].bias[:2].all()
-    grouped.keep_zero(None)
+    hook.keep_zero(None)
     model[0].bias.data[2] = 1.0
     step(model, optimizer, 3)
     assert model[0].bias[2]
@@ -350,8 +350,8 @@ def test_a_decay_without_after_step_goes_on_from_where_it_was_saved(interval, ta
     runs = [made(), made()]
     for number in range(taken):
         step(*runs[0][:2], number)
-    for one, state in zip(runs[1], saved(*runs[0])):
-        one.load_state_dict(state)
+    for stateful, state in zip(runs[1], saved(*runs[0])):
+        stateful.load_state_dict(state)
     for number in range(taken, 9):
         for run in runs:
             step(*run[:2], number)
@@ -367,8 +367,8 @@ def test_going_back_to_between_two_decays_forgets_what_came_after():
             step(model, optimizer, number)
             if number == 4 and states is None:
                 states = saved(model, optimizer, attached)
-        for one, state in zip((model, optimizer, attached), copy.deepcopy(states)):
-            one.load_state_dict(state)
+        for stateful, state in zip((model, optimizer, attached), copy.deepcopy(states)):
+            stateful.load_state_dict(state)
         for number in range(5, 9):
             step(model, optimizer, number)
         wanted = wanted or flat(model)

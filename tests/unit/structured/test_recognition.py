@@ -65,7 +65,7 @@ def test_heads_that_hang_together_otherwise_are_refused(family, sizes, kind, say
 
 
 def test_queries_may_go_where_their_keys_are_read_by_another_layer():
-    found = resolve_groups(
+    resolved = resolve_groups(
         model_of(
             "gemma3n_text",
             **{
@@ -82,8 +82,8 @@ def test_queries_may_go_where_their_keys_are_read_by_another_layer():
         ),
         "heads",
     )
-    assert [groups.count for groups in found] == [4, 4]
-    assert {member.name.split(".")[-2] for groups in found for member in groups.members} == {"q_proj", "o_proj"}
+    assert [groups.count for groups in resolved] == [4, 4]
+    assert {member.name.split(".")[-2] for groups in resolved for member in groups.members} == {"q_proj", "o_proj"}
 
 
 def test_a_layer_that_calls_itself_attention_has_channels_too():
@@ -113,8 +113,8 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
         "num_experts_per_tok": 2,
     }
     with caplog.at_level(logging.WARNING, "lp_dist"):
-        found = resolve_groups(model_of("qwen2_moe", **sizes), "channels")
-    assert [groups.name for groups in found] == [
+        resolved = resolve_groups(model_of("qwen2_moe", **sizes), "channels")
+    assert [groups.name for groups in resolved] == [
         "model.layers.0.mlp.shared_expert",
         "model.layers.1.mlp.shared_expert",
     ]
@@ -136,14 +136,14 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
 def test_as_many_channels_as_the_model_is_wide_or_half(family, sizes):
     """A norm as wide as the model is as wide as two of its layers together, and ties nothing."""
     model = model_of(family, **sizes)
-    found = resolve_groups(model, "channels")
-    assert [groups.count for groups in found] == [
+    resolved = resolve_groups(model, "channels")
+    assert [groups.count for groups in resolved] == [
         min(sizes.get(key, 99) for key in ("intermediate_size", "n_inner", "ffn_dim"))
     ] * 2
-    for slot in slots(model, found[1], 5, reads=True):
+    for slot in slots(model, resolved[1], 5, reads=True):
         slot.zero_()
     before = model(TOKENS).logits
-    for slot in slots(model, found[1], 5, reads=False):
+    for slot in slots(model, resolved[1], 5, reads=False):
         slot.add_(1.0)
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=0, atol=1e-6)
 
@@ -154,8 +154,8 @@ def test_layers_that_wildcards_name_keep_rows_and_columns_of_a_sequential_togeth
         *(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))}) for _ in range(12))
     )
     for outputs, inputs in (("*.mlp.0", "*.mlp.2"), ("[0-9]*.mlp.0", "*.2")):
-        found = groups_of(model, outputs=outputs, inputs=inputs, kind="channels")
-        assert [(groups.label, groups.count, groups.elements) for groups in found] == [
+        resolved = groups_of(model, outputs=outputs, inputs=inputs, kind="channels")
+        assert [(groups.label, groups.count, groups.elements) for groups in resolved] == [
             (f"{i} channels", 6, 4 + 1 + 4) for i in range(12)
         ]
     assert [groups.label for groups in groups_of(model, outputs="1?.mlp.0", inputs="1?.mlp.2")] == [
@@ -188,19 +188,19 @@ def test_towers_of_two_widths_and_names_of_their_own_in_the_file(tmp_path):
             eoi_token_index=61,
         )
     )
-    found = resolve_groups(model, "channels")
-    assert sorted(groups.count for groups in found) == [40, 40, 48, 48]
-    for groups in found:
+    resolved = resolve_groups(model, "channels")
+    assert sorted(groups.count for groups in resolved) == [40, 40, 48, 48]
+    for groups in resolved:
         for i in range(groups.count // 2):
             for slot in slots(model, groups, i, reads=True):
                 slot.zero_()
-    model.save_pretrained(tmp_path / "whole")
-    with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
+    model.save_pretrained(tmp_path / "unshrunk")
+    with safe_open(tmp_path / "unshrunk" / "model.safetensors", "pt") as file:
         assert not any(name.startswith("model.language_model") for name in set(file.keys())), (
             "as in memory, so that this tests nothing"
         )
-    assert {tuple(of) for of in inspect(tmp_path / "whole").channels.values()} == {(20, 40), (24, 48)}
-    export(tmp_path / "whole", tmp_path / "small", shrink=True)
+    assert {tuple(of) for of in inspect(tmp_path / "unshrunk").channels.values()} == {(20, 40), (24, 48)}
+    export(tmp_path / "unshrunk", tmp_path / "small", shrink=True)
     small = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "small")
     assert small.config.text_config.intermediate_size == 24
     torch.testing.assert_close(
@@ -239,8 +239,8 @@ def test_encoder_and_decoder_of_one_width_are_cut_each_to_its_own(tmp_path):
         )
     ).eval()
     model.model.encoder.layers[0].fc2.weight.data[:, :16] = 0
-    model.save_pretrained(tmp_path / "whole")
-    export(tmp_path / "whole", tmp_path / "small", shrink=True)
+    model.save_pretrained(tmp_path / "unshrunk")
+    export(tmp_path / "unshrunk", tmp_path / "small", shrink=True)
     small = BartForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
     assert (small.config.encoder_ffn_dim, small.config.decoder_ffn_dim) == (16, 32)
     torch.testing.assert_close(small(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits, rtol=0, atol=1e-5)

@@ -27,15 +27,15 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
         ):
             resolve_groups(model, kind)
         return
-    found, tokens = resolve_groups(model, kind), torch.arange(24).view(2, 12) % 61
-    assert [groups.count for groups in found] == [expected, expected]
-    grouped = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
-    for groups in found:
+    resolved, tokens = resolve_groups(model, kind), torch.arange(24).view(2, 12) % 61
+    assert [groups.count for groups in resolved] == [expected, expected]
+    grouped_query = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
+    for groups in resolved:
         group = groups.count - 1
-        own, readers = slots(model, groups, group, False), slots(model, groups, group, True)
-        assert sum(slot.numel() for slot in (*own, *readers)) == groups.elements
+        writers, readers = slots(model, groups, group, False), slots(model, groups, group, True)
+        assert sum(slot.numel() for slot in (*writers, *readers)) == groups.elements
 
-        def noise(of=own) -> torch.Tensor:
+        def noise(of=writers) -> torch.Tensor:
             with torch.no_grad():
                 before = [slot.clone() for slot in of]
                 for slot in of:
@@ -46,18 +46,18 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             return logits
 
         plain = model(tokens).logits
-        for slot in own:  # each of them counts, but the bias of keys, which softmax takes out
+        for slot in writers:  # each of them counts, but the bias of keys, which softmax takes out
             changed = (noise([slot]) - plain).abs().max() > 1e-5
             assert changed or slot.ndim == 1
         for slot in readers:
             slot.zero_()
         torch.testing.assert_close(noise(), model(tokens).logits, rtol=0, atol=1e-6)
         if (
-            not grouped
+            not grouped_query
             # nothing else of its layer belongs to it: with its own zero as well, gradients there are zero, so nothing
             # brings it back
         ):
-            for slot in own:
+            for slot in writers:
                 slot.zero_()
             model.zero_grad()
             model(tokens).logits.square().mean().backward()
@@ -69,12 +69,14 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
 
 def test_own_groups_are_described_by_patterns():
     model = nn.Sequential(Own(), Own())
-    found = groups_of(model, outputs=["*.left", "*.right"], inputs="*.back", along="*.slope.weight", kind="channels")
-    assert [(groups.label, groups.count, groups.elements) for groups in found] == [
+    resolved = groups_of(
+        model, outputs=["*.left", "*.right"], inputs="*.back", along="*.slope.weight", kind="channels"
+    )
+    assert [(groups.label, groups.count, groups.elements) for groups in resolved] == [
         ("0 channels", 6, 2 * (4 + 1) + 4 + 1),
         ("1 channels", 6, 15),
     ]
-    assert {(member.name, member.dim, member.stop, member.reads) for member in found[1].members} == {
+    assert {(member.name, member.dim, member.stop, member.reads) for member in resolved[1].members} == {
         ("1.left.weight", 0, 6, False),
         ("1.left.bias", 0, 6, False),
         ("1.right.weight", 0, 6, False),
@@ -82,11 +84,11 @@ def test_own_groups_are_described_by_patterns():
         ("1.slope.weight", 0, 6, False),
         ("1.back.weight", 1, 6, True),
     }
-    assert resolve_groups(model, found) == found
+    assert resolve_groups(model, resolved) == resolved
     pairs = groups_of(model, outputs="*.left", width=2)
     assert [(groups.count, groups.elements) for groups in pairs] == [(3, 10)] * 2
-    one = groups_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), outputs="0", inputs="2")
-    assert [(groups.name, groups.count, groups.elements, len(groups.members)) for groups in one] == [
+    described = groups_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), outputs="0", inputs="2")
+    assert [(groups.name, groups.count, groups.elements, len(groups.members)) for groups in described] == [
         ("0.weight", 6, 7, 3)
     ]
 

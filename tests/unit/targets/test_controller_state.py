@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, START, TOTAL, Run, layerwise, model_of, same
+from helpers.targets import CLOSING, END, START, TOTAL, TargetRun, layerwise, model_of, same
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
 from lp_dist.optim.hyperparameters import Phase, acting_values, phase_of
 from lp_dist.optim.parameter_map import effective_values
@@ -47,11 +47,11 @@ RUNS = {
 
 
 @cache
-def uninterrupted(name: str) -> Run:
-    return Run(**RUNS[name]).to(TOTAL)
+def uninterrupted(name: str) -> TargetRun:
+    return TargetRun(**RUNS[name]).to(TOTAL)
 
 
-def saved(run: Run) -> tuple[bytes, str]:
+def saved(run: TargetRun) -> tuple[bytes, str]:
     """As a script would: torch's part by torch, the target's as JSON."""
     file = io.BytesIO()
     torch.save(
@@ -65,7 +65,7 @@ def saved(run: Run) -> tuple[bytes, str]:
     return file.getvalue(), json.dumps(run.attached.state_dict(), allow_nan=False)
 
 
-def load(run: Run, checkpoint: tuple[bytes, str], taken: int, attach: bool) -> Run:
+def load(run: TargetRun, checkpoint: tuple[bytes, str], taken: int, attach: bool) -> TargetRun:
     state = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
@@ -78,9 +78,9 @@ def load(run: Run, checkpoint: tuple[bytes, str], taken: int, attach: bool) -> R
     return run
 
 
-def resumed(checkpoint: tuple[bytes, str], taken: int, attach_first: bool = False, **how) -> Run:
+def resumed(checkpoint: tuple[bytes, str], taken: int, attach_first: bool = False, **how) -> TargetRun:
     """A run made anew, as in another process."""
-    return load(Run(**how, attached=attach_first), checkpoint, taken, attach=not attach_first)
+    return load(TargetRun(**how, attached=attach_first), checkpoint, taken, attach=not attach_first)
 
 
 # Before the start, at it, at a look, between two, before the last threshold, at it, where the window ends, after it.
@@ -90,23 +90,23 @@ STEPS = [1, START, START + 4, START + 5, CLOSING - 1, CLOSING, END, 50]
 @pytest.mark.parametrize("attach_first", [False, True], ids=["loaded, then attached", "attached, then loaded"])
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_is_the_uninterrupted_one(name, attach_first, caplog):
-    whole = uninterrupted(name)
-    run = Run(**RUNS[name])
+    wanted = uninterrupted(name)
+    run = TargetRun(**RUNS[name])
     for step in STEPS if name == "layer" else STEPS[3 + attach_first :: 3]:
         checkpoint = saved(run.to(step))
         other = resumed(checkpoint, step, attach_first, **RUNS[name])
         assert json.loads(checkpoint[1]) == other.attached.state_dict(), f"the state that was loaded at step {step}"
         assert other.attached.logs == run.attached.logs
         other.to(TOTAL)
-        assert same(other.weights(), whole.weights()), f"interrupted at step {step}"
-        assert other.attached.state_dict() == whole.attached.state_dict(), f"interrupted at step {step}"
-    assert same(run.to(TOTAL).weights(), whole.weights()), "saving has changed the run that was saved"
+        assert same(other.weights(), wanted.weights()), f"interrupted at step {step}"
+        assert other.attached.state_dict() == wanted.attached.state_dict(), f"interrupted at step {step}"
+    assert same(run.to(TOTAL).weights(), wanted.weights()), "saving has changed the run that was saved"
     assert "checkpoint" not in caplog.text, "a resume like any other needs no warning"
 
 
 def test_a_run_can_be_interrupted_again_and_again():
     how = RUNS["layer"]
-    run = Run(**how)
+    run = TargetRun(**how)
     for step in range(3, TOTAL + 1, 3):
         run = resumed(saved(run.to(step)), step, **how)
     assert same(run.weights(), uninterrupted("layer").weights())
@@ -115,7 +115,7 @@ def test_a_run_can_be_interrupted_again_and_again():
 @pytest.mark.parametrize("step", [2, 20, 50])
 def test_a_run_can_be_taken_back(step):
     """Into the same objects, long after the step at which it was saved."""
-    run = Run(**RUNS["layer"])
+    run = TargetRun(**RUNS["layer"])
     checkpoint = saved(run.to(step))
     load(run.to(TOTAL), checkpoint, step, attach=False)
     assert same(run.to(TOTAL).weights(), uninterrupted("layer").weights())
@@ -123,17 +123,17 @@ def test_a_run_can_be_taken_back(step):
 
 def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
     """It is no longer zero then, and would decay."""
-    whole, run = (Run(layerwise(0.5), model=with_a_zero_matrix()) for _ in range(2))
+    wanted, run = (TargetRun(layerwise(0.5), model=with_a_zero_matrix()) for _ in range(2))
     other = resumed(saved(run.to(10)), 10, target=layerwise(0.5))
     assert other.model[4].weight.any() and "4.weight" not in {
         shard.name for shard in other.attached.weight_controller.shards
     }
-    assert same(whole.to(TOTAL).weights(), other.to(TOTAL).weights())
-    assert whole.zeros()["4.weight"] == 0
+    assert same(wanted.to(TOTAL).weights(), other.to(TOTAL).weights())
+    assert wanted.zeros()["4.weight"] == 0
 
 
 def test_the_state_is_plain_json_and_small():
-    run = Run(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
+    run = TargetRun(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
     assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 4
@@ -171,7 +171,7 @@ def test_the_state_is_plain_json_and_small():
     ],
 )
 def test_the_state_of_another_run_is_refused(how, change, words):
-    weights, state = saved(Run(layerwise(0.6)).to(20))
+    weights, state = saved(TargetRun(layerwise(0.6)).to(20))
     state = json.dumps({"weights": {**json.loads(state)["weights"], **change}})
     with pytest.raises(ValueError) as caught:
         resumed((weights, state), 20, **how)
@@ -179,7 +179,7 @@ def test_the_state_of_another_run_is_refused(how, change, words):
 
 
 def test_no_state_is_no_error_where_there_is_no_target():
-    run = Run(None)
+    run = TargetRun(None)
     run.attached.load_state_dict({})
     assert run.attached.state_dict() == {}
 
@@ -187,7 +187,7 @@ def test_no_state_is_no_error_where_there_is_no_target():
 @pytest.mark.parametrize("step", [3, 20, CLOSING, TOTAL])
 def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
     """As where fp16 has skipped steps, and the window went up to the end."""
-    run = Run(layerwise(0.6)).to(step)
+    run = TargetRun(layerwise(0.6)).to(step)
     before = run.weights()
     run.attached.finish()
     assert all(zeros == round(0.6 * before[name].numel()) for name, zeros in run.zeros().items())
@@ -200,7 +200,7 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
 
 
 @pytest.mark.parametrize(
-    "make, asked, gamma",
+    "make, arguments, gamma",
     [
         ({}, {}, 1.0),
         ({}, {"precondition": 0.0}, 0.0),
@@ -208,15 +208,17 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
         ({"precondition": 0.5}, {"precondition": 0.0}, 0.0),
     ],
 )
-def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, gamma):
-    run = Run(SparsityTarget(0.5, **asked), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
+def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, arguments, gamma):
+    run = TargetRun(
+        SparsityTarget(0.5, **arguments), make=lambda params, **values: LpAdamW(params, **values, **make)
+    ).to(20)
 
     def values() -> dict:
         return effective_values(run.optimizer.param_groups[0], run.optimizer.parameter_map.values("2.weight"))
 
     assert phase_of(values()) is Phase.DECAY and acting_values(values())["precondition"] == gamma
     saved_target = run.attached.state_dict()["weights"]["target"]
-    assert saved_target["precondition"] == asked.get("precondition", None if make else 1.0)
+    assert saved_target["precondition"] == arguments.get("precondition", None if make else 1.0)
     run.to(TOTAL)
     assert phase_of(values()) is Phase.FROZEN and acting_values(values())["precondition"] == 0.0, (
         "frozen zeros need none"
@@ -224,18 +226,18 @@ def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, asked, ga
 
 
 def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
-    assert "precondition" not in Run(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
+    assert "precondition" not in TargetRun(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
     assert LpAdamW([nn.Parameter(torch.ones(2))]).param_groups[0]["precondition"] == 0.0
 
 
 def test_without_a_target_there_is_nothing_to_log_or_save():
-    run = Run(None).to(2)
+    run = TargetRun(None).to(2)
     assert run.attached.weight_controller is None and run.attached.logs == {} and run.attached.state_dict() == {}
 
 
 def test_a_look_that_comes_late_does_not_shift_the_later_ones():
     """after_step was not called after two of the steps."""
-    run = Run(layerwise(0.5, update_every=4)).to(9)
+    run = TargetRun(layerwise(0.5, update_every=4)).to(9)
     run.step(), run.step()
     assert [step for step, _ in run.to(30).history] == [6, 12, 14, 18, 22, 26, 30]
 
@@ -266,7 +268,7 @@ def test_a_parameter_without_a_gradient_before_the_window_is_ranked_as_one_to_wh
 ):
     model = WithAnExpert()
     model.begins = begins
-    run = Run(SparsityTarget(0.6, **form), model=model).to(TOTAL)
+    run = TargetRun(SparsityTarget(0.6, **form), model=model).to(TOTAL)
     zeros = {
         name: float((param == 0).float().mean()) for name, param in run.model.named_parameters() if param.ndim == 2
     }
@@ -274,12 +276,12 @@ def test_a_parameter_without_a_gradient_before_the_window_is_ranked_as_one_to_wh
     assert sum(zeros[name] * sizes[name] for name in sizes) == pytest.approx(
         0.6 * sum(sizes.values()), abs=1.0 * len(sizes)
     )
-    told = (
+    warned = (
         "1 of the parameters that decay have had no gradient before the window, expert.weight among them"
         in caplog.text
     )
-    assert told == ("precondition" not in form)
+    assert warned == ("precondition" not in form)
     if form.get("scope") == "layer":
         assert zeros["expert.weight"] == pytest.approx(0.6, abs=1e-4)
-    elif told and begins == TOTAL:
+    elif warned and begins == TOTAL:
         assert zeros["expert.weight"] == 1.0

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from helpers.targets import END, START, TOTAL, Run, half_dead, layerwise
+from helpers.targets import END, START, TOTAL, TargetRun, half_dead, layerwise
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay, attach
 
 
@@ -143,17 +143,17 @@ def hooked(params, lr):
     ],
 )
 def test_what_cannot_be_reached_is_refused_by_attach(target, how, words):
-    refused(words, lambda: Run(SparsityTarget(**{"sparsity": 0.5, **target}), **how))
+    refused(words, lambda: TargetRun(SparsityTarget(**{"sparsity": 0.5, **target}), **how))
 
 
 def test_what_can_just_be_reached_is_not_refused():
-    Run(SparsityTarget(0.99, relative_to="all"))
-    Run(SparsityTarget(0.5, relative_to="all"), overrides={"0.weight": {"weight_decay": 0.0}})
-    Run(SparsityTarget(0.5), total=15)
+    TargetRun(SparsityTarget(0.99, relative_to="all"))
+    TargetRun(SparsityTarget(0.5, relative_to="all"), overrides={"0.weight": {"weight_decay": 0.0}})
+    TargetRun(SparsityTarget(0.5), total=15)
 
 
 def test_a_refused_target_leaves_the_optimizer_as_it_was():
-    run = Run(None, make=with_groups(weight_decay=0.1))
+    run = TargetRun(None, make=with_groups(weight_decay=0.1))
     groups = [dict(group) for group in run.optimizer.param_groups]
     refused(
         ["as well as a target"],
@@ -165,17 +165,17 @@ def test_a_refused_target_leaves_the_optimizer_as_it_was():
 @pytest.mark.parametrize("start, end", [(0.1, 0.7), (0.0, 1.0), (0.33, 0.4), (0.25, 0.75), (0.05, 0.1)])
 def test_as_many_steps_as_the_error_asks_for_are_enough(start, end):
     with pytest.raises(ValueError, match=r"train for at least (\d+) steps") as caught:
-        Run(SparsityTarget(0.5, start=start, end=end), total=7)
+        TargetRun(SparsityTarget(0.5, start=start, end=end), total=7)
     needed = int(str(caught.value).split("at least ")[1].split()[0])
-    control = Run(SparsityTarget(0.5, start=start, end=end), total=needed).attached.weight_controller
-    assert control.window.end - control.window.start >= 8, (
-        f"{needed} steps give a window from {control.window.start} to {control.window.end}"
+    controller = TargetRun(SparsityTarget(0.5, start=start, end=end), total=needed).attached.weight_controller
+    assert controller.window.end - controller.window.start >= 8, (
+        f"{needed} steps give a window from {controller.window.start} to {controller.window.end}"
     )
 
 
 @pytest.mark.parametrize("off", [(START, END), (0, TOTAL)])
 def test_no_learning_rate_in_the_window(off):
-    run = Run(SparsityTarget(0.5), attached=False)
+    run = TargetRun(SparsityTarget(0.5), attached=False)
     run.scheduler = torch.optim.lr_scheduler.LambdaLR(
         run.optimizer, lambda step: 0.0 if off[0] <= step < off[1] else 1.0
     )
@@ -186,22 +186,22 @@ def test_no_learning_rate_in_the_window(off):
 
 def test_a_model_that_is_sparser_already():
     words = ["2.weight is 50.0% zeros already", "target is 40.0%", "ask for more", "override", "scope='global'"]
-    refused(words, lambda: Run(layerwise(0.4, start=0), model=half_dead()))
+    refused(words, lambda: TargetRun(layerwise(0.4, start=0), model=half_dead()))
     refused(
         ["all is 24.4% zeros already", "target is 20.0%"],
-        lambda: Run(SparsityTarget(0.2, start=0, scope="global"), model=half_dead()),
+        lambda: TargetRun(SparsityTarget(0.2, start=0, scope="global"), model=half_dead()),
     )
-    refused(words, lambda: Run(layerwise(0.4), model=half_dead()))  # not as late as the window begins
+    refused(words, lambda: TargetRun(layerwise(0.4), model=half_dead()))  # not as late as the window begins
     for way_out in (
         {"target": layerwise(0.6, start=0)},
         {"target": SparsityTarget(0.4, start=0, scope="global")},
         {"target": layerwise(0.4, start=0), "overrides": {"2.weight": {"weight_decay": 0.0}}},
     ):
-        Run(**way_out, model=half_dead())
+        TargetRun(**way_out, model=half_dead())
 
 
 def test_a_model_with_some_zeros_goes_on_from_them():
-    run = Run(layerwise(0.6, start=0, curve="linear", update_every=5, latent_windows=0.0), model=half_dead())
+    run = TargetRun(layerwise(0.6, start=0, curve="linear", update_every=5, latent_windows=0.0), model=half_dead())
     (scope,) = [scope for scope, share in run.attached.weight_controller.before.items() if share]
     assert scope == "2.weight" and run.attached.logs["lp/plan"] == pytest.approx(5120 / 20992)
     x = run.model[2].weight.detach().abs().pow(1.5).flatten().sort().values
@@ -212,7 +212,7 @@ def test_a_model_with_some_zeros_goes_on_from_them():
 
 def test_a_target_that_is_forgotten_on_the_way_is_told():
     """Attached anew in the middle, without the state that was saved."""
-    run = Run(SparsityTarget(0.5)).to(20)
+    run = TargetRun(SparsityTarget(0.5)).to(20)
     run.attach()
     run.step()
     with pytest.raises(
@@ -223,7 +223,7 @@ def test_a_target_that_is_forgotten_on_the_way_is_told():
 
 
 def test_after_step_that_is_never_called_before_the_window_is_told():
-    run = Run(SparsityTarget(0.5))
+    run = TargetRun(SparsityTarget(0.5))
     for _ in range(START + 1):
         run.step()
     with pytest.raises(RuntimeError, match="call after_step.. after each optimizer step from the first on"):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers.groups import flat, paired_model, pairs_of, saved, step
-from helpers.targets import Run, model_of, same
+from helpers.targets import TargetRun, model_of, same
 from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, measure_sparsity
 from lp_dist.attachment import attach as attach_module
 from lp_dist.errors import UsageError
@@ -40,12 +40,12 @@ def target_of(sparsity: float | None = 0.3, **values: Any) -> SparsityTarget:
 def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Of both kinds which channels are all zeros; a channel that is zero in part is an error."""
     first, second, last = model[0], model[2].weight, model[4].weight
-    parts = [
+    zeros = [
         torch.stack([(first.weight == 0).all(1), first.bias == 0, (second == 0).all(0)]),
         torch.stack([(second == 0).all(1), (last == 0).all(0)]),
     ]
-    assert all(part.all(0).equal(part.any(0)) for part in parts)
-    return parts[0][0], parts[1][0]
+    assert all(of_channels.all(0).equal(of_channels.any(0)) for of_channels in zeros)
+    return zeros[0][0], zeros[1][0]
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,19 @@ def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_exactly_as_many_die_as_were_asked_for(values, wanted):
-    run = Run(target_of(**values), total=TOTAL).to(TOTAL)
+    run = TargetRun(target_of(**values), total=TOTAL).to(TOTAL)
     assert tuple(int(which.sum()) for which in dead(run.model)) == wanted
-    closed = run.attached.group_controller.final_pruning
-    assert closed["after"] == sum(wanted) / 224
-    assert closed["before"] > 0.7 * closed["after"] or "interval" in values, "most of them are to die by decay"
+    final_pruning = run.attached.group_controller.final_pruning
+    assert final_pruning["after"] == sum(wanted) / 224
+    assert final_pruning["before"] > 0.7 * final_pruning["after"] or "interval" in values, (
+        "most of them are to die by decay"
+    )
     assert run.attached.logs["lp/groups_measured"] == pytest.approx(sum(wanted) / 224)
 
 
 def test_before_the_window_nothing_decays_and_after_it_nothing_changes_but_survivors():
-    run = Run(target_of(), total=TOTAL).to(6)
-    twin = Run(None, total=TOTAL).to(6)
+    run = TargetRun(target_of(), total=TOTAL).to(6)
+    twin = TargetRun(None, total=TOTAL).to(6)
     assert same(run.weights(), twin.weights())
     run.to(41)
     before, gone = run.weights(), dead(run.model)
@@ -89,17 +91,17 @@ def apart() -> list:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize(
-    "asked", [{"sparsity": 0.25, "relative_to": "all"}, {"sparsity": None, "budget": PARAMETERS - 2_700}]
+    "arguments", [{"sparsity": 0.25, "relative_to": "all"}, {"sparsity": None, "budget": PARAMETERS - 2_700}]
 )
-def test_parameters_may_be_counted_and_not_channels(scope, asked):
+def test_parameters_may_be_counted_and_not_channels(scope, arguments):
     """No more are left than that, and with one channel more (of each layer, where layers are alike) there would be too
     many.
     """
-    run = Run(target_of(**{**asked, "scope": scope, "groups": apart()}), total=TOTAL).to(TOTAL)
+    run = TargetRun(target_of(**{**arguments, "scope": scope, "groups": apart()}), total=TOTAL).to(TOTAL)
     first, last = run.model[0], run.model[4]
     numbers = int((first.weight == 0).all(1).sum()), int((last.weight == 0).all(1).sum())
     zeros = sum(int((param == 0).sum()) for param in run.model.parameters())
-    wanted = PARAMETERS - asked["budget"] if "budget" in asked else 0.25 * PARAMETERS
+    wanted = PARAMETERS - arguments["budget"] if "budget" in arguments else 0.25 * PARAMETERS
     assert zeros == numbers[0] * 129 + numbers[1] * 65 >= wanted
     if scope == "global":
         assert zeros - 129 < wanted
@@ -114,16 +116,16 @@ def test_the_weakest_die_first():
     model = model_of()
     with torch.no_grad():
         for channel in (3, 70, 159):
-            for part in (model[0].weight[channel], model[0].bias[channel], model[2].weight[:, channel]):
-                part.fill_(0.01)
-        for part in (model[4].weight[5], model[4].bias[5]):
-            part.fill_(0.0122)
+            for values in (model[0].weight[channel], model[0].bias[channel], model[2].weight[:, channel]):
+                values.fill_(0.01)
+        for values in (model[4].weight[5], model[4].bias[5]):
+            values.fill_(0.0122)
     for more, last in ((0, []), (65, [5])):
-        asked = target_of(
+        target = target_of(
             None, groups=apart(), budget=PARAMETERS - 3 * 129 - more + 5, scope="global", precondition=0.0
         )
         for steps in (TOTAL, 1):  # by decay, and at the last threshold alone
-            run = Run(asked, model=copy.deepcopy(model), lr=1e-5, total=TOTAL).to(steps)
+            run = TargetRun(target, model=copy.deepcopy(model), lr=1e-5, total=TOTAL).to(steps)
             run.attached.finish()
             assert (run.model[0].weight == 0).all(1).nonzero()[:, 0].tolist() == [3, 70, 159]
             assert (run.model[4].weight == 0).all(1).nonzero()[:, 0].tolist() == last
@@ -131,15 +133,15 @@ def test_the_weakest_die_first():
 
 def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
     """On other shards the sums differ in their last bits, of the norms and of what the threshold was made from."""
-    run = Run(target_of(regrowth=0.0), total=TOTAL).to(20)
-    grouped = run.attached.group_decay
+    run = TargetRun(target_of(regrowth=0.0), total=TOTAL).to(20)
+    hook = run.attached.group_decay
     numbers = []
     for bits in (-1e-15, 0.0, 1e-15):
-        grouped.forget()
+        hook.forget()
         run.attached.group_controller._update(20)
-        grouped._squares = grouped._squares * (1.0 + bits)
-        grouped._factors, grouped.rates = {}, {0: 1e-3}
-        numbers.append(int((grouped._factor(grouped.matrices[0].shard, None) < 1.0).sum()))
+        hook._squares = hook._squares * (1.0 + bits)
+        hook._factors, hook.rates = {}, {0: 1e-3}
+        numbers.append(int((hook._factor(hook.matrices[0].shard, None) < 1.0).sum()))
     assert numbers[0] == numbers[1] == numbers[2] > 0
 
 
@@ -148,16 +150,16 @@ def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
     """In the last case gradients of what is dead are not zero, so it must be held."""
 
-    def made() -> Run:
-        return Run(target_of(**values), total=TOTAL)
+    def made() -> TargetRun:
+        return TargetRun(target_of(**values), total=TOTAL)
 
     run, file = made().to(taken), io.BytesIO()
     torch.save([run.model.state_dict(), run.optimizer.state_dict(), run.scheduler.state_dict()], file)
     state = json.loads(json.dumps(run.attached.state_dict(), allow_nan=False))
     again = made()
     file.seek(0)
-    for one, loaded in zip((again.model, again.optimizer, again.scheduler), torch.load(file, weights_only=True)):
-        one.load_state_dict(loaded)
+    for stateful, loaded in zip((again.model, again.optimizer, again.scheduler), torch.load(file, weights_only=True)):
+        stateful.load_state_dict(loaded)
     again.attached.load_state_dict(state)
     again.taken = taken
     run.to(TOTAL)
@@ -167,17 +169,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(values, taken):
 
 
 def test_a_run_that_goes_back_to_an_older_checkpoint_takes_norms_anew():
-    run = Run(target_of(), total=TOTAL).to(17)
-    saved = [copy.deepcopy(one.state_dict()) for one in (run.model, run.optimizer, run.scheduler, run.attached)]
+    run = TargetRun(target_of(), total=TOTAL).to(17)
+    saved = [
+        copy.deepcopy(stateful.state_dict()) for stateful in (run.model, run.optimizer, run.scheduler, run.attached)
+    ]
     wanted = run.to(23).weights()
-    for one, state in zip((run.model, run.optimizer, run.scheduler, run.attached), saved):
-        one.load_state_dict(copy.deepcopy(state))
+    for stateful, state in zip((run.model, run.optimizer, run.scheduler, run.attached), saved):
+        stateful.load_state_dict(copy.deepcopy(state))
     run.taken = 17
     assert same(run.to(23).weights(), wanted)
 
 
 def test_the_state_of_another_target_is_refused():
-    state = Run(target_of(), total=TOTAL).to(10).attached.state_dict()
+    state = TargetRun(target_of(), total=TOTAL).to(10).attached.state_dict()
     for other, words in (
         (target_of(0.4), "another target of groups"),
         (target_of(groups=sets_of(model_of())[:1]), "another target of groups"),
@@ -185,15 +189,15 @@ def test_the_state_of_another_target_is_refused():
         (None, "there is no target of groups"),
     ):
         with pytest.raises(UsageError, match=words):
-            Run(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
+            TargetRun(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
     with pytest.raises(UsageError, match="trained without this target"):
-        Run([target_of(end=0.4), SparsityTarget(0.6, start=0.4)], total=TOTAL).attached.load_state_dict(state)
+        TargetRun([target_of(end=0.4), SparsityTarget(0.6, start=0.4)], total=TOTAL).attached.load_state_dict(state)
     with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 2"):
-        Run(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
+        TargetRun(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
 
 
 def test_channels_die_first_and_zeros_come_among_what_is_left():
-    run = Run([target_of(end=0.4), SparsityTarget(0.7, start=0.4, end=0.8)], total=TOTAL).to(24)
+    run = TargetRun([target_of(end=0.4), SparsityTarget(0.7, start=0.4, end=0.8)], total=TOTAL).to(24)
     gone = dead(run.model)
     assert [int(which.sum()) for which in gone] == [48, 19]
     run.to(TOTAL)
@@ -205,17 +209,17 @@ def test_channels_die_first_and_zeros_come_among_what_is_left():
     with pytest.raises(
         UsageError, match="begins at step 6, and that of the groups ends at 24: groups are pruned first"
     ):
-        Run([target_of(end=0.4), SparsityTarget(0.7)], total=TOTAL)
+        TargetRun([target_of(end=0.4), SparsityTarget(0.7)], total=TOTAL)
 
 
 def test_a_run_that_ends_early_is_closed():
-    run = Run(target_of(), total=TOTAL).to(20)
+    run = TargetRun(target_of(), total=TOTAL).to(20)
     run.attached.finish()
     assert [int(which.sum()) for which in dead(run.model)] == [48, 19]
 
 
 def test_other_bases_need_no_second_moments():
-    run = Run(target_of(), make=LpLion, lr=3e-4, total=TOTAL).to(TOTAL)
+    run = TargetRun(target_of(), make=LpLion, lr=3e-4, total=TOTAL).to(TOTAL)
     assert run.attached.group_controller.hook.precondition == 0.0 and [
         int(which.sum()) for which in dead(run.model)
     ] == [
@@ -223,7 +227,7 @@ def test_other_bases_need_no_second_moments():
         19,
     ]
     with pytest.raises(UsageError, match="needs Adam's second moments"):
-        Run(target_of(precondition=1.0), make=LpLion, lr=3e-4, total=TOTAL)
+        TargetRun(target_of(precondition=1.0), make=LpLion, lr=3e-4, total=TOTAL)
 
 
 @pytest.mark.parametrize(
@@ -292,25 +296,25 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
 )
 def test_what_cannot_be_reached_is_told_before_the_run(values, says):
     with pytest.raises(ValueError, match=says):
-        Run(target_of(**values), total=TOTAL)
+        TargetRun(target_of(**values), total=TOTAL)
 
 
 def test_targets_of_one_kind_and_too_few_steps_are_refused():
     with pytest.raises(UsageError, match="2 targets are given, and two of them are for groups"):
-        Run([target_of(), target_of()], total=TOTAL)
+        TargetRun([target_of(), target_of()], total=TOTAL)
     with pytest.raises(UsageError, match="two of them are for single weights"):
-        Run([SparsityTarget(0.5), SparsityTarget(0.6)], total=TOTAL)
+        TargetRun([SparsityTarget(0.5), SparsityTarget(0.6)], total=TOTAL)
     model = model_of()
     with pytest.raises(UsageError, match="total_steps=None: a target needs the number of optimizer steps"):
         attach(model, LpAdamW(model.parameters()), target=target_of())
     half = model_of()
     with torch.no_grad():
-        for part in (half[0].weight[:80], half[0].bias[:80], half[2].weight[:, :80]):
-            part.zero_()
+        for values in (half[0].weight[:80], half[0].bias[:80], half[2].weight[:, :80]):
+            values.zero_()
     with pytest.raises(
         UsageError, match="80 of the 160 0.weight wide are zero already, and the target asks for 48; ask for more"
     ):
-        Run(target_of(), model=half, total=TOTAL)
+        TargetRun(target_of(), model=half, total=TOTAL)
 
 
 class Two:
@@ -323,11 +327,11 @@ class Two:
             0,
         )
         self.optimizer = LpAdamW(self.model.parameters(), lr=5e-3)
-        self.asked = [
+        self.targets = [
             SparsityTarget(0.25, groups=groups_of(self.model, outputs=outputs, inputs=inputs), end=0.3),
             SparsityTarget(share, start=0.3, end=0.9, **values),
         ]
-        self.attached = attach(self.model, self.optimizer, target=self.asked, total_steps=100)
+        self.attached = attach(self.model, self.optimizer, target=self.targets, total_steps=100)
 
     def to(self, steps: int) -> Two:
         while self.taken < steps:
@@ -352,7 +356,7 @@ def test_two_targets_go_on_where_they_were(p, taken, attached_last):
     again.model.load_state_dict(states[0])
     again.optimizer.load_state_dict(states[1])
     if attached_last:  # as Trainer has it
-        again.attached = attach(again.model, again.optimizer, target=again.asked, total_steps=100)
+        again.attached = attach(again.model, again.optimizer, target=again.targets, total_steps=100)
     again.attached.load_state_dict(states[2])
     again.taken = taken
     run.to(100)
@@ -392,13 +396,13 @@ def test_what_groups_leave_is_known_before_they_die():
 
 
 def test_ranks_compare_what_does_not_differ_between_processes(monkeypatch):
-    told = []
-    monkeypatch.setattr(attach_module, "assert_same_on_all_ranks", told.append)
-    Run(target_of(curve=lambda u: u), total=TOTAL)
-    assert told and "0x" not in str(told) and "0.weight wide" in str(told)
+    compared = []
+    monkeypatch.setattr(attach_module, "assert_same_on_all_ranks", compared.append)
+    TargetRun(target_of(curve=lambda u: u), total=TOTAL)
+    assert compared and "0x" not in str(compared) and "0.weight wide" in str(compared)
 
 
-def parts(kind: str, count: int, elements: int, layers: int) -> list[WeightGroups]:
+def weight_groups(kind: str, count: int, elements: int, layers: int) -> list[WeightGroups]:
     return [WeightGroups(f"{i}", kind, count, elements, (Member(f"{i}.{kind}", 0, 0, count),)) for i in range(layers)]
 
 
@@ -407,7 +411,7 @@ def test_a_budget_is_met_by_the_finest_groups(wanted):
     """As SmolLM2: the same share of each kind, as near as three large groups allow, and in all no more than a channel
     of each layer too much.
     """
-    sets = parts("kv_groups", 3, 368_640, 30) + parts("channels", 1536, 1728, 30)
+    sets = weight_groups("kv_groups", 3, 368_640, 30) + weight_groups("channels", 1536, 1728, 30)
     there, everything = 30 * (3 * 368_640 + 1536 * 1728), 134_515_008
     target = SparsityTarget(None, budget=everything - round(wanted * there), groups=["kv_groups", "channels"])
     if wanted > 0.9:

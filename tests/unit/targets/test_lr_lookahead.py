@@ -103,7 +103,7 @@ def stepped(optimizer, scheduler, steps: int) -> list[list[float]]:
     return rates
 
 
-def told(caplog) -> list[str]:
+def warnings_in(caplog) -> list[str]:
     """What lp_dist said; DeepSpeed's schedules say much themselves."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("lp_dist")]
 
@@ -123,7 +123,7 @@ def test_the_rates_ahead_are_those_that_come(name, before, caplog):
     was = frozen(optimizer, scheduler)
     ahead = rates_ahead(scheduler, optimizer, TOTAL - before)
     assert frozen(optimizer, scheduler) == was, "asking has changed the scheduler, or what it steps"
-    assert told(caplog) == [], "they are known, so nothing is to be told"
+    assert warnings_in(caplog) == [], "they are known, so nothing is to be told"
     assert ahead == stepped(optimizer, scheduler, TOTAL - before)
     assert name == "transformers constant" or len({rates[0] for rates in ahead}) > 1 or before == 11, (
         "a schedule that never changes tests nothing"
@@ -141,8 +141,8 @@ def test_a_tensor_as_learning_rate_stays_the_same_tensor(name):
         all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors))
         and rates_of(optimizer) == values
     )
-    for one, other in zip(ahead, stepped(optimizer, scheduler, 12), strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-7), "but for fp32's rounding in the tensor"
+    for rate, stepped_rate in zip(ahead, stepped(optimizer, scheduler, 12), strict=True):
+        assert rate == pytest.approx(stepped_rate, rel=1e-5, abs=1e-7), "but for fp32's rounding in the tensor"
 
 
 @pytest.mark.parametrize("name", ["transformers cosine", "SequentialLR", "ChainedScheduler of a SequentialLR"])
@@ -165,8 +165,8 @@ def test_how_many_rates_there_are():
     optimizer = made()
     scheduler = lr.ExponentialLR(optimizer, 0.5)
     for wanted in (0, 1, 2, 5):
-        for one in (scheduler, None):
-            ahead = rates_ahead(one, optimizer, wanted)
+        for schedule in (scheduler, None):
+            ahead = rates_ahead(schedule, optimizer, wanted)
             assert len(ahead) == wanted and ahead[:1] == [[0.1, 0.3]][:wanted], (
                 f"{wanted} rates, the present one first"
             )
@@ -183,12 +183,12 @@ def test_beyond_its_end_a_schedule_stays_where_it_ended(caplog):
     with pytest.raises(ValueError, match="Tried to step 11 times"):
         scheduler.step()
     assert ahead == known + [known[-1]] * 13
-    assert told(caplog) == []
+    assert warnings_in(caplog) == []
 
 
 def test_without_a_scheduler_the_rates_stay(caplog):
     assert rates_ahead(None, made(), 4) == [[0.1, 0.3]] * 4
-    assert told(caplog) == []
+    assert warnings_in(caplog) == []
 
 
 class Broken(lr.LambdaLR):
@@ -211,7 +211,7 @@ def test_what_cannot_be_known_is_told_and_taken_to_stay(make, words, caplog):
     optimizer = made()
     scheduler = make(optimizer)
     assert rates_ahead(scheduler, optimizer, 5) == [[0.1, 0.3]] * 5
-    (message,) = told(caplog)
+    (message,) = warnings_in(caplog)
     assert all(
         word in message for word in [*words, "learning rates ahead are not known", "corrected at every interval"]
     ), message

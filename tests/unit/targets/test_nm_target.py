@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, model_of
+from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, model_of
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.optim.nm import PATTERNS
 
@@ -35,7 +35,7 @@ def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
 )
 def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, lr, form):
     n, m = PATTERNS[pattern]
-    run = Run(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
+    run = TargetRun(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
     params = dict(run.model.named_parameters())
     for name in MATRICES:
         assert (alive(params[name], m) == n).all(), name
@@ -57,14 +57,14 @@ def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, 
 
 
 def test_survivors_feel_no_decay_and_train_on_while_zeros_stay():
-    run = Run(SparsityTarget(pattern="2:4")).to(END)
+    run = TargetRun(SparsityTarget(pattern="2:4")).to(END)
     dead, there = {name: run.weights()[name] == 0 for name in MATRICES}, run.weights()
     run.to(TOTAL)
     for name, zeros in dead.items():
         now = run.weights()[name]
         assert (now == 0).equal(zeros) and (now != there[name])[~zeros].float().mean() > 0.99
     # As many weights survive as without blocks, and they are no smaller: none of them was pulled down
-    plain = Run(SparsityTarget(0.5, latent_windows=0)).to(TOTAL)
+    plain = TargetRun(SparsityTarget(0.5, latent_windows=0)).to(TOTAL)
     size = [sum(float(weights[name].abs().sum()) for name in MATRICES) for weights in (run.weights(), plain.weights())]
     assert 0.85 < size[0] / size[1] < 1.05, size
 
@@ -75,9 +75,12 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
     weights.
     """
     n, m = PATTERNS[pattern]
-    run, horizon = Run(SparsityTarget(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14), 4
+    run, horizon = (
+        TargetRun(SparsityTarget(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14),
+        4,
+    )
     share = 0.5 * (14 + horizon - START) / (CLOSING - START)
-    rates, found = 0.0, {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
+    rates, values_by_name = 0.0, {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     xs = {}
     for name, param in run.model.named_parameters():
         if name in MATRICES:
@@ -89,7 +92,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
     for _ in range(horizon):
         rates += run.optimizer.param_groups[0]["lr"]
         run.step()
-    for name, values in found.items():
+    for name, values in values_by_name.items():
         assert values["cutoff"] == pytest.approx(xs[name], rel=3e-4) and values["weight_decay"] == pytest.approx(
             xs[name] / (2 * rates), rel=3e-4
         )
@@ -98,13 +101,13 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
 
 def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
     monkeypatch.setattr("lp_dist.sparsity.quantiles.SAMPLE_SIZE", 2000)
-    run = Run(SparsityTarget(pattern="2:4")).to(START)
+    run = TargetRun(SparsityTarget(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
     sample = run.attached.weight_controller._scored(all_local=False, elements={"all": sum(MATRICES.values())})[0]
     ((_, _, x),) = sample.saliency()
-    found = [(blocks == block).all(1).nonzero().item() for block in sample.weights.view(-1, 4)]
-    assert 200 < len(found) < 400 and len({place % 16 for place in found}) == 16
-    assert (x.view(-1, 4) == math.inf).sum(1).tolist() == [2] * len(found)
+    places = [(blocks == block).all(1).nonzero().item() for block in sample.weights.view(-1, 4)]
+    assert 200 < len(places) < 400 and len({place % 16 for place in places}) == 16
+    assert (x.view(-1, 4) == math.inf).sum(1).tolist() == [2] * len(places)
 
 
 @given(
@@ -123,14 +126,14 @@ def test_any_weights_end_in_the_pattern(values, pattern, slope, regrowth):
         return
     model = nn.Sequential(nn.Linear(8, 6, bias=False))
     model[0].weight.data.copy_(weight)
-    run = Run(SparsityTarget(pattern=pattern, regrowth=regrowth), model=model, total=14, attached=False)
+    run = TargetRun(SparsityTarget(pattern=pattern, regrowth=regrowth), model=model, total=14, attached=False)
     run.step = lambda: stepped(run, slope)
     run.attach()
     run.to(14)
     assert (alive(model[0].weight, m) <= n).all() and model[0].weight.isfinite().all()
 
 
-def stepped(run: Run, slope: float) -> None:
+def stepped(run: TargetRun, slope: float) -> None:
     generator = torch.Generator().manual_seed(run.taken)
     run.model[0].weight.grad = slope * torch.randn(6, 8, generator=generator)
     run.optimizer.step()
@@ -146,7 +149,7 @@ def test_zeros_that_were_there_count_where_they_are_not_spared():
     with torch.no_grad():
         model[0].weight[:80] = 0.0
         model[2].weight.view(-1, 4)[:, 1:3] = 0.0
-    run = Run(SparsityTarget(pattern="2:4", scope="layer", regrowth=0.0), model=model).to(START)
+    run = TargetRun(SparsityTarget(pattern="2:4", scope="layer", regrowth=0.0), model=model).to(START)
     assert run.attached.weight_controller.before == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.0}
     run.to(TOTAL)
     assert (alive(model[2].weight, 4) == 2).all() and all((alive(model[i].weight, 4) <= 2).all() for i in (0, 4))
@@ -204,10 +207,10 @@ def test_what_has_no_blocks_is_refused_before_the_run(layer, words, by_hand):
     make = (lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.1, pattern="2:4")) if by_hand else LpAdamW
     leaves_out = {"overrides": {"*.bias": {"weight_decay": 0.0}}} if by_hand else {}
     with pytest.raises(ValueError) as caught:
-        Run(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model, **leaves_out)
+        TargetRun(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model, **leaves_out)
     assert all(word in str(caught.value) for word in words), caught.value
     if not by_hand and not isinstance(made, nn.Conv1d):
-        run = Run(
+        run = TargetRun(
             SparsityTarget(pattern="2:4"), model=model, overrides={words[0].split()[0]: {"weight_decay": 0.0}}
         )  # as it says
         assert len(run.attached.decayed) == 2
@@ -220,14 +223,14 @@ def test_other_optimizers_have_none():
         return optimizer
 
     with pytest.raises(ValueError, match="pattern='2:4' is for LpAdamW, LpSGD and LpLion"):
-        Run(SparsityTarget(pattern="2:4"), make=hooked)
+        TargetRun(SparsityTarget(pattern="2:4"), make=hooked)
 
 
 def test_a_transposed_matrix_is_refused():
     model = model_of()
     model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
     with pytest.raises(ValueError, match="2.weight can't have pattern='2:4': it does not lie in memory row by row"):
-        Run(SparsityTarget(pattern="2:4"), model=model)
+        TargetRun(SparsityTarget(pattern="2:4"), model=model)
 
 
 def test_the_target_is_described_for_checkpoints():

@@ -27,11 +27,11 @@ def test_phases_follow_each_other_at_the_exact_steps():
 
 
 @pytest.mark.parametrize(
-    "start, end, part",
+    "start, end, message",
     [(-0.1, 1.0, "start=-0.1"), (0.0, math.nan, "end=nan"), (0.5, 0.5, "start before"), (30, 20, "start before")],
 )
-def test_a_bad_window_is_refused_with_its_values(start, end, part):
-    with pytest.raises(ValueError, match=part):
+def test_a_bad_window_is_refused_with_its_values(start, end, message):
+    with pytest.raises(ValueError, match=message):
         DecayWindow(start, end)
 
 
@@ -60,10 +60,10 @@ def run(window: DecayWindow | None, steps: int, weight_decay: float) -> list[tor
 
 
 def test_before_the_window_the_step_is_exactly_that_of_the_base():
-    ours, plain = run(DecayWindow(6, 20), 24, 0.3), run(None, 24, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(ours[:6], plain[:6]))
-    assert not torch.equal(ours[6], plain[6])
-    assert (ours[5] == 0).sum() == 0  # weights that were zero are free to leave it
+    decayed, plain = run(DecayWindow(6, 20), 24, 0.3), run(None, 24, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(decayed[:6], plain[:6]))
+    assert not torch.equal(decayed[6], plain[6])
+    assert (decayed[5] == 0).sum() == 0  # weights that were zero are free to leave it
 
 
 def test_after_the_window_zeros_stay_and_survivors_train_without_decay():
@@ -88,21 +88,27 @@ def test_a_ramp_goes_from_first_to_last(shape, half):
 
 
 @pytest.mark.parametrize(
-    "values, part",
+    "values, message",
     [
         ({"shape": "cubic"}, "shape='cubic'"),
         ({"until": 0.0}, "until=0.0"),
         ({"first": 0.0, "shape": "geometric"}, "from 0 to 0.5 needs both above 0"),
     ],
 )
-def test_a_bad_ramp_is_refused(values, part):
-    with pytest.raises(ValueError, match=part):
+def test_a_bad_ramp_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
         Ramp(**{"first": 2.0, "last": 0.5, **values})
 
 
 def test_a_window_moves_its_values_step_by_step():
     window = DecayWindow(
-        2, 7, {"p": Ramp(2.0, 0.0), "weight_decay": Ramp(1e-3, 1e-1, "geometric"), "l2": lambda part: 0.1 * (1 - part)}
+        2,
+        7,
+        {
+            "p": Ramp(2.0, 0.0),
+            "weight_decay": Ramp(1e-3, 1e-1, "geometric"),
+            "l2": lambda fraction: 0.1 * (1 - fraction),
+        },
     )
     assert [window.at(step, 9)["p"] for step in range(2, 7)] == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert [window.at(step, 9)["weight_decay"] for step in (2, 4, 6)] == pytest.approx([1e-3, 1e-2, 1e-1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, Run, backward, layerwise, model_of, same
+from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, backward, layerwise, model_of, same
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
 
 CAPPED, UNCAPPED, PRECONDITIONED = (
@@ -57,7 +57,7 @@ def plain_adamw(params, lr):
     ],
 )
 def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
-    run = Run(layerwise(sparsity, p=p, latent_windows=0.0, **form)).to(TOTAL)
+    run = TargetRun(layerwise(sparsity, p=p, latent_windows=0.0, **form)).to(TOTAL)
     for name, zeros in run.zeros().items():
         assert abs(zeros - sparsity * MATRICES[name]) <= 1, (
             f"{name} has {zeros} zeros of {MATRICES[name]}, not {sparsity:.0%}"
@@ -81,20 +81,20 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
             f"at step {step} only {measured:.4f} are zeros; planned {plan:.4f}"
         )
         last = measured
-    closed = control.final_pruning
+    final_pruning = control.final_pruning
     assert (
-        closed["after"] == pytest.approx(sparsity, abs=1e-4)
-        and closed["pruned_at_end"] == closed["after"] - closed["before"] >= 0
+        final_pruning["after"] == pytest.approx(sparsity, abs=1e-4)
+        and final_pruning["pruned_at_end"] == final_pruning["after"] - final_pruning["before"] >= 0
     )
     if form is CAPPED:
-        assert closed["pruned_at_end"] <= 0.012, (
-            f"{closed['by_threshold']:.2%} were left to the last threshold; decay should have done it"
+        assert final_pruning["pruned_at_end"] <= 0.012, (
+            f"{final_pruning['pruned_at_end']:.2%} were left to the final pruning; decay should have done it"
         )
 
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
 def test_a_global_target_is_one_threshold(p, sparsity, form):
-    run = Run(SparsityTarget(sparsity, p=p, **form)).to(CLOSING)
+    run = TargetRun(SparsityTarget(sparsity, p=p, **form)).to(CLOSING)
     zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
     assert zeros == round(sparsity * elements)
     shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
@@ -102,7 +102,7 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
         f"{shares}: tensors of different scale must differ, else it was no global threshold"
     )
     values = [run.optimizer.parameter_map.values(name) for name in MATRICES]
-    assert all(one == values[0] for one in values), "one λ and one cutoff for all"
+    assert all(value == values[0] for value in values), "one λ and one cutoff for all"
     survivors = run.zeros()
     run.to(TOTAL)
     assert run.zeros() == survivors
@@ -120,13 +120,13 @@ def test_a_global_target_is_one_threshold(p, sparsity, form):
     ids=["AdamW", "SGD", "Adafactor", "LpSGD", "LpLion"],
 )
 def test_every_base_reaches_it(make, lr, p):
-    run = Run(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
+    run = TargetRun(layerwise(0.7, p=p), make=make, lr=lr).to(TOTAL)
     assert run.zeros() == {name: round(0.7 * elements) for name, elements in MATRICES.items()}
     assert run.attached.weight_controller.final_pruning["pruned_at_end"] < 0.03, "it is the decay that does it"
 
 
 @pytest.mark.parametrize(
-    "every, look, form",
+    "update_every, step, form",
     [
         (4, 10, {"latent_windows": 0.0}),
         (4, 14, {"cap": None}),
@@ -136,17 +136,17 @@ def test_every_base_reaches_it(make, lr, p):
         (3, 18, {"precondition": 1.0, "latent_windows": 0.25}),
     ],
 )
-def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
+def test_lambda_and_cutoff_are_those_of_the_formula(update_every, step, form):
     """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or
     the last threshold.
     """
     run, horizon = (
-        Run(layerwise(0.6, p=0.0, update_every=every, curve="linear", **form)).to(look),
-        min(every, CLOSING - look),
+        TargetRun(layerwise(0.6, p=0.0, update_every=update_every, curve="linear", **form)).to(step),
+        min(update_every, CLOSING - step),
     )
-    share = 0.6 * (look + horizon - START) / (CLOSING - START)
+    share = 0.6 * (step + horizon - START) / (CLOSING - START)
     control, beta2 = run.attached.weight_controller, 0.999
-    found = {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
+    values_by_name = {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     x = {}
     for name, param in run.model.named_parameters():
         if name in MATRICES:
@@ -162,13 +162,13 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
         run.step()
     if latent:  # as long as that many windows
         rates *= control.target.latent_windows * (END - START) / horizon
-    for name, values in found.items():
+    for name, values in values_by_name.items():
         assert values["weight_decay"] == pytest.approx(x[name] / (2 * rates), rel=3e-4), f"λ of {name}"
         assert values.get("latent", False) == latent
         assert values["cutoff"] == pytest.approx(
             x[name] * (math.inf if control.target.cap is None else control.target.cap), rel=3e-4
         )
-    lambdas = sorted(values["weight_decay"] for values in found.values())
+    lambdas = sorted(values["weight_decay"] for values in values_by_name.values())
     assert [run.attached.logs[f"lp/lambda_{key}"] for key in ("min", "median", "max")] == lambdas
 
 
@@ -182,32 +182,32 @@ def test_lambda_and_cutoff_are_those_of_the_formula(every, look, form):
 )
 def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
     form = {"latent_windows": 0.0, **form}
-    run = Run(layerwise(sparsity, p=p, **form)).to(TOTAL)
-    control, grace = run.attached.weight_controller, form.get("regrowth", 0.1)
+    run = TargetRun(layerwise(sparsity, p=p, **form)).to(TOTAL)
+    control, regrowth = run.attached.weight_controller, form.get("regrowth", 0.1)
     assert control.regrowth_end == END - 8
     last = 0.0
     for step, logs in run.history[:-1]:
-        faded = logs["lp/near_zero"]
+        near_zero = logs["lp/near_zero"]
         if step <= control.regrowth_end:
             assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
-            assert last - 0.01 <= faded <= logs["lp/plan"] + 0.01, f"at step {step}"
-            assert faded >= sparsity * control.planned_share(max(step - 16, START)) - 0.01, (
-                f"at step {step} only {faded:.4f} have faded"
+            assert last - 0.01 <= near_zero <= logs["lp/plan"] + 0.01, f"at step {step}"
+            assert near_zero >= sparsity * control.planned_share(max(step - 16, START)) - 0.01, (
+                f"at step {step} only {near_zero:.4f} have faded"
             )
         else:
             assert logs["lp/measured"] >= last - 0.01 or step <= control.regrowth_end + 4
-        last = faded
+        last = near_zero
     assert last > 0.9 * sparsity
     assert (
         control.final_pruning["after"] == pytest.approx(sparsity, abs=1e-4)
         and control.final_pruning["pruned_at_end"] <= 0.012
     )
 
-    again = Run(layerwise(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
+    again = TargetRun(layerwise(sparsity, p=p, **{**form, "cap": 1.0})).to(20)
     for name in MATRICES:
         values = again.optimizer.parameter_map.values(name)
         assert (
-            values["regrowth_below"] == pytest.approx(grace * values["cutoff"], rel=1e-6)
+            values["regrowth_below"] == pytest.approx(regrowth * values["cutoff"], rel=1e-6)
             and values["regrowth_below"] > 0
         )
     assert all(
@@ -217,10 +217,10 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
     )
 
 
-@pytest.mark.parametrize("grace", [0.1, 0.0])
-def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
+@pytest.mark.parametrize("regrowth", [0.1, 0.0])
+def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(regrowth):
     """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
-    run = Run(layerwise(0.5, p=0.5, latent_windows=0.0, regrowth=grace, update_every=12), lr=1e-2)
+    run = TargetRun(layerwise(0.5, p=0.5, latent_windows=0.0, regrowth=regrowth, update_every=12), lr=1e-2)
     weight = run.model[0].weight
     weight.data[0, :2] = 1e-3
 
@@ -232,9 +232,9 @@ def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
 
     weight.register_hook(gradient)
     run.to(14)
-    assert weight[0, :2].abs().max() < (1e-4 if grace else 1e-12)
+    assert weight[0, :2].abs().max() < (1e-4 if regrowth else 1e-12)
     run.to(TOTAL)
-    assert (weight[0, 0] != 0) == (grace > 0) and weight[0, 1] == 0
+    assert (weight[0, 0] != 0) == (regrowth > 0) and weight[0, 1] == 0
     assert run.zeros() == {name: round(0.5 * elements) for name, elements in MATRICES.items()}
 
 
@@ -242,7 +242,7 @@ def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(grace):
 
 
 def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
-    run, base = Run(layerwise(0.5, p=0.0)), Run(None, make=plain_adamw, attached=False)
+    run, base = TargetRun(layerwise(0.5, p=0.0)), TargetRun(None, make=plain_adamw, attached=False)
     for _ in range(START):
         base.step()
     assert same(run.to(START).weights(), base.weights())
@@ -250,9 +250,9 @@ def test_before_the_start_it_is_the_base_optimizer_bit_for_bit():
     assert not same(run.weights(), base.weights()), "from the start on it decays"
 
 
-def base_from(run: Run) -> Run:
+def base_from(run: TargetRun) -> TargetRun:
     """AdamW without decay, from where `run` is."""
-    base = Run(None, make=plain_adamw, attached=False)
+    base = TargetRun(None, make=plain_adamw, attached=False)
     base.model.load_state_dict(run.model.state_dict())
     base.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))  # else both would have one state
     for group in base.optimizer.param_groups:
@@ -265,21 +265,21 @@ def base_from(run: Run) -> Run:
 @pytest.mark.parametrize("form", [CAPPED, PRECONDITIONED])
 def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
     """Bit for bit, from the last threshold on, with a mask put over the base's weights by hand after each step."""
-    run = Run(layerwise(0.5, **form)).to(CLOSING)
-    base, closed = base_from(run), run.weights()
-    dead = {name: param == 0 for name, param in closed.items()}
+    run = TargetRun(layerwise(0.5, **form)).to(CLOSING)
+    base, pruned = base_from(run), run.weights()
+    dead = {name: param == 0 for name, param in pruned.items()}
     while run.taken < TOTAL:
         run.to(run.taken + 1), base.step()
         for name, param in base.model.named_parameters():
             param.data[dead[name]] = 0.0
         assert same(run.weights(), base.weights()), f"after {run.taken} steps"
     assert all(
-        (run.weights()[name][~dead[name]] != closed[name][~dead[name]]).float().mean() > 0.99 for name in dead
+        (run.weights()[name][~dead[name]] != pruned[name][~dead[name]]).float().mean() > 0.99 for name in dead
     ), "survivors train"
 
 
 def test_without_freeze_everything_trains_on_as_by_the_base():
-    run = Run(layerwise(0.5, freeze=False)).to(END)
+    run = TargetRun(layerwise(0.5, freeze=False)).to(END)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     base = base_from(run)
     while run.taken < TOTAL:
@@ -293,7 +293,7 @@ def test_without_freeze_everything_trains_on_as_by_the_base():
 
 def test_calls_between_optimizer_steps_change_nothing():
     """As after each micro-batch of an accumulation, twice after a step, and where a scaler left the step out."""
-    once, often = Run(layerwise(0.6)), Run(layerwise(0.6))
+    once, often = TargetRun(layerwise(0.6)), TargetRun(layerwise(0.6))
     while often.taken < TOTAL:
         once.to(once.taken + 1)
         for _ in range(often.taken % 3):
@@ -309,9 +309,9 @@ def test_calls_between_optimizer_steps_change_nothing():
 
 
 def test_what_an_override_leaves_out_stays_dense_and_others_can_have_a_p_of_their_own():
-    run = Run(layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}).to(
-        TOTAL
-    )
+    run = TargetRun(
+        layerwise(0.8), overrides={"2.weight": {"weight_decay": 0.0}, "4.weight": {"p": -1.0, "l2": 0.0}}
+    ).to(TOTAL)
     assert run.attached.decayed == {"0.weight", "4.weight"}
     assert run.zeros() == {"0.weight": 8192, "2.weight": 0, "4.weight": round(0.8 * 512)}
 
@@ -321,7 +321,7 @@ def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
     nn.init.zeros_(model[2].weight)
     model[4].weight.requires_grad_(False)
     caplog.set_level("INFO", "lp_dist")
-    run = Run(layerwise(0.5), model=model)
+    run = TargetRun(layerwise(0.5), model=model)
     assert run.attached.decayed == {"0.weight"}
     assert "no decay for 1 parameters that start at zero (zero absorbs), such as 2.weight" in caplog.text
     run.to(TOTAL)
@@ -333,14 +333,14 @@ def test_what_starts_at_zero_or_is_frozen_is_left_out(caplog):
 
 
 def test_names_that_are_given_decay_instead():
-    run = Run(layerwise(0.5), names=["2.weight", "0.bias"]).to(TOTAL)
+    run = TargetRun(layerwise(0.5), names=["2.weight", "0.bias"]).to(TOTAL)
     assert run.zeros() == {"0.weight": 0, "2.weight": 5120, "4.weight": 0}
     assert int((run.model[0].bias == 0).sum()) == 80
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_share_of_all_parameters(scope):
-    run = Run(SparsityTarget(0.8, relative_to="all", scope=scope)).to(TOTAL)
+    run = TargetRun(SparsityTarget(0.8, relative_to="all", scope=scope)).to(TOTAL)
     everything = sum(param.numel() for param in run.model.parameters())
     assert abs(sum(run.zeros().values()) - 0.8 * everything) <= len(MATRICES)
     assert run.attached.logs["lp/target"] == pytest.approx(0.8 * everything / sum(MATRICES.values()))
@@ -350,7 +350,7 @@ def test_a_share_of_all_parameters(scope):
 
 
 def test_a_curve_of_ones_own():
-    run = Run(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, update_every=1)).to(TOTAL)
+    run = TargetRun(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, update_every=1)).to(TOTAL)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
     middle = (CLOSING - START) / 2 + START
     assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, (
@@ -361,7 +361,7 @@ def test_a_curve_of_ones_own():
 
 def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     caplog.set_level("INFO", "lp_dist")
-    run = Run(layerwise(0.5, update_every=10)).to(TOTAL)
+    run = TargetRun(layerwise(0.5, update_every=10)).to(TOTAL)
     assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
     assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
     assert "target: prune 50.00 % of 20,992 weights, steps 6–42 of 60, λ updated every 10 steps" in caplog.text
@@ -369,17 +369,17 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
 
 
 @pytest.mark.parametrize(
-    "total, given, every",
+    "total, given, wanted",
     [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)],
 )
-def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, every):
+def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, wanted):
     model = model_of()
     optimizer = LpAdamW(model.parameters())
     assert (
         attach(
             model, optimizer, target=SparsityTarget(0.5, update_every=given), total_steps=total
         ).weight_controller.update_every
-        == every
+        == wanted
     )
 
 
@@ -388,7 +388,7 @@ def test_dead_channels_are_logged():
     with torch.no_grad():
         model[0].weight[:10] *= 1e-6
         model[0].weight[150] = 0.0
-    run = Run(layerwise(0.5, start=0, end=12, latent_windows=0.0), model=model, lr=1e-5, total=12)
+    run = TargetRun(layerwise(0.5, start=0, end=12, latent_windows=0.0), model=model, lr=1e-5, total=12)
     assert run.attached.logs["lp/dead_channels"] == pytest.approx(1 / 232)
     run.to(12)
     dead = sum(int((param == 0).all(1).sum()) for name, param in run.model.named_parameters() if name in MATRICES)
