@@ -90,7 +90,7 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
         )
 
 
-def test_the_teacher_s_part_is_in_the_loss(runs, words, tmp_path):
+def test_the_teacher_s_term_is_in_the_loss(runs, words, tmp_path):
     plain = [word for word in words if word not in ("--teacher", "--distill", "0.7") and "teacher" not in word]
     finetune.main([*plain, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path)])
     with_teacher, without_teacher = (

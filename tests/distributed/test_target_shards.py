@@ -186,7 +186,7 @@ def test_every_target_is_met_to_the_weight(runs):
         assert len({zeros / elements > 0.995 for zeros, elements in counts}) == 1, f"{case}: a tensor has died"
 
 
-def test_the_decay_does_the_work_and_the_last_threshold_the_rest(runs):
+def test_decay_prunes_nearly_all_and_the_final_pruning_the_rest(runs):
     """So short a run, of 20 steps, leaves it more than usual, and most of it at p = 0.8 without a cap;
     docs/results/target.md has runs of 60.
     """
@@ -312,6 +312,6 @@ def pruned_in_all_copies(rank: int, world_size: int) -> dict[str, bool]:
     return same_zeros
 
 
-def test_the_last_threshold_is_in_every_engines_copies_at_once(run_ranks):
+def test_the_final_pruning_is_in_every_engines_copies_at_once(run_ranks):
     (same_zeros,) = run_ranks(pruned_in_all_copies, 1)
     assert same_zeros == {"zero0": True, "zero3": True, "bf16_optimizer": True}

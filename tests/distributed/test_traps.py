@@ -177,7 +177,7 @@ def test_trap_5_step_is_called_once_per_group_or_sub_group(per_rank):
         assert len(calls) > 6 and all(sorted(call) == [0, 1] for call in calls) and steps == 3
 
 
-def test_trap_6_padding_does_not_count_and_shapes_are_the_whole_ones(per_rank):
+def test_trap_6_padding_does_not_count_and_shapes_are_those_of_the_parameters(per_rank):
     elements = sum(param.numel() for param in model_of().parameters())
     assert sum(rank["trap_6"]["in flat shards"] for rank in per_rank) > elements  # there is padding
     for rank in per_rank:
@@ -185,7 +185,7 @@ def test_trap_6_padding_does_not_count_and_shapes_are_the_whole_ones(per_rank):
         assert rank["trap_6"]["ndim"] == {1} and rank["trap_6"]["names"] == sorted(matrix_names(model_of()))
 
 
-def test_trap_7_a_statistic_of_a_whole_tensor_is_not_taken_on_a_shard(per_rank):
+def test_trap_7_a_statistic_of_an_unsharded_tensor_is_not_taken_on_a_shard(per_rank):
     assert sorted(rank["trap_7"]["local"] for rank in per_rank) == [0, 0, 3]
     for rank in per_rank:
         assert rank["trap_7"]["decays"] == ["0.weight", "2.weight", "3.weight", "4.weight"]

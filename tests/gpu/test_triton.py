@@ -142,7 +142,7 @@ def test_patterns_against_float64(gpu, base, more, pattern):
     ],
     ids=str,
 )
-def test_what_blocks_are_ranked_by_and_entries_that_are_spared(gpu, base, more):
+def test_saliencies_that_blocks_are_ranked_by_and_entries_that_are_kept(gpu, base, more):
     """For blocks that lie on several ranks: the numbers to be told, and then each entry alone, to the very bits of the
     whole block's step.
     """

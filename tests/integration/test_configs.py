@@ -93,7 +93,7 @@ def test_trap_2_bare_deepspeed_refuses_optimizers_that_it_does_not_know(path: Pa
 
 
 @each(DEEPSPEED)
-def test_trap_3_nothing_may_step_a_part_of_the_weights_by_another_optimizer(path: Path):
+def test_trap_3_nothing_may_step_some_of_the_weights_by_another_optimizer(path: Path):
     zero = json.loads(path.read_text())["zero_optimization"]
     offload = zero.get("offload_optimizer", {"ratio": 1.0})
     assert offload["ratio"] == 1.0 and "super_offload" not in offload and "zenflow" not in zero
@@ -191,7 +191,7 @@ def test_accelerate_takes_the_deepspeed_config_of_the_same_name(path: Path, monk
     assert plugin.zero3_init_flag == (plugin.zero_stage == 3)
 
 
-def test_accelerate_fsdp_is_version_2_and_saves_whole_models(monkeypatch: pytest.MonkeyPatch):
+def test_accelerate_fsdp_is_version_2_and_saves_unsharded_models(monkeypatch: pytest.MonkeyPatch):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     for key, value in launch_environment(ROOT / "configs" / "accelerate_fsdp2.yaml").items():

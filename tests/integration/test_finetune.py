@@ -215,7 +215,7 @@ def test_a_layer_can_be_left_dense(common, tmp_path):
     assert zeros[0] == 0 and zeros[1] > 1000
 
 
-def test_a_decay_that_killed_nothing_says_what_to_try(common, tmp_path, capsys):
+def test_a_decay_that_made_no_zeros_says_what_to_try(common, tmp_path, capsys):
     finetune.main(
         [
             *common,
@@ -376,7 +376,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_it_is_loaded(file, old, new
         finetune.main([*common, "--output_dir", str(tmp_path / "out"), "--teacher", str(teacher)])
 
 
-def test_a_finished_run_is_not_overwritten_unasked(run, common):
+def test_a_finished_run_is_not_overwritten_by_default(run, common):
     with pytest.raises(SystemExit) as caught:
         finetune.main([*common, "--output_dir", str(run)])
     assert "holds a run already" in str(caught.value.code) and "--overwrite" in str(caught.value.code)

@@ -76,7 +76,7 @@ def test_a_compiler_that_fails_is_told_once_and_foreach_steps(tmp_path):
         ({"ATEN_CPU_CAPABILITY": "default"}, "no AVX2"),
     ],
 )
-def test_asked_for_by_name_it_raises_before_the_first_step(tmp_path, environment, why):
+def test_requested_by_name_it_raises_before_the_first_step(tmp_path, environment, why):
     code = (
         "import torch, pytest; from lp_dist import LpAdamW\nwith pytest.raises(ValueError,"
         f" match=\"implementation='fused' can't step this: .*{why}.*Use None\"):\n   "

@@ -93,7 +93,7 @@ def test_the_base_becomes_sparse_while_adapters_train(tmp_path):
     assert measure_sparsity(merged.model).zeros == sparsity.zeros
 
 
-def test_a_lambda_of_their_own_spares_adapters_too(tmp_path):
+def test_overrides_of_lambda_keep_adapters_too(tmp_path):
     model = unfrozen(get_peft_model(llama(), KINDS["LoRA"]))
     trainable = [param for param in model.parameters() if param.requires_grad]
     train(
@@ -162,7 +162,7 @@ def test_by_hand():
     assert 0.2 < merged.left_out < 0.6  # near the share of zeros, as the adapter knows nothing of them
 
 
-def test_a_plain_merge_can_be_asked_for_and_measured():
+def test_a_plain_merge_can_be_requested_and_measured():
     wanted = adapted(llama(0.4), KINDS["LoRA"]).merge_and_unload().state_dict()
     merged = merge_adapter(adapted(llama(0.4), KINDS["LoRA"]), keep_zeros=False)
     assert all(torch.equal(value, wanted[name]) for name, value in merged.model.state_dict().items())

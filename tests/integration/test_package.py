@@ -26,7 +26,7 @@ def test_importing_lp_dist_imports_torch_alone():
     assert out.stdout.split() == ["lp_dist"]
 
 
-def test_what_needs_transformers_is_there_when_asked_for():
+def test_what_needs_transformers_is_there_when_requested():
     from transformers import Trainer, TrainerCallback
 
     assert issubclass(lp_dist.LpCallback, TrainerCallback)

@@ -43,7 +43,9 @@ def test_the_trainer_counts_what_the_target_counts(tmp_path):
     target = SparsityTarget(0.6, p=0.0, relative_to="decayed")
     trainer = train(tmp_path, [LpCallback(target=target, overrides=left_out)], trainer=LpTrainer)
     sparsity = trainer.measure_sparsity()
-    assert sparsity.counts.keys() == {name for name in zeros(trainer) if ".0.mlp." not in name} != zeros(trainer).keys()
+    assert (
+        sparsity.counts.keys() == {name for name in zeros(trainer) if ".0.mlp." not in name} != zeros(trainer).keys()
+    )
     assert sparsity.zeros == round(0.6 * sparsity.elements)
 
 
@@ -172,7 +174,7 @@ class Updates(TrainerCallback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_looks_come_at_optimizer_steps_and_not_at_batches(accumulation, tmp_path):
+def test_updates_come_at_optimizer_steps_and_not_at_batches(accumulation, tmp_path):
     callback = LpCallback(target=SparsityTarget(0.5, update_every=4))
     updates = Updates(callback)
     train(tmp_path, [callback, updates], gradient_accumulation_steps=accumulation)

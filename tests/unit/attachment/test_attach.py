@@ -116,7 +116,7 @@ def test_values_of_one_parameter_can_be_set_later():
         attached.set("modul.weight", cutoff=0.1)
 
 
-def test_what_starts_at_zero_is_refused_at_the_start_and_not_after_it_died():
+def test_what_starts_at_zero_is_refused_at_the_start_and_not_once_it_became_zero():
     model = Tiny()
     nn.init.zeros_(model.module.weight)
     optimizer = LpAdamW(model.parameters(), lr=0.1, weight_decay=1.0)

@@ -122,7 +122,7 @@ def test_the_fine_tune_sees_other_batches_than_the_training_before_it(cache, mon
     assert len(seeds) == 20 + STEPS and len(set(seeds[:20])) == 1 == len(set(seeds[20:])) and seeds[0] != seeds[-1]
 
 
-def test_gmp_follows_its_plan_and_what_died_stays_dead(cache):
+def test_gmp_follows_its_plan_and_zeros_stay_zero(cache):
     seen, dead = [], {}
 
     class Watched(methods.GMP):

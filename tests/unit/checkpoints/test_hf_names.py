@@ -209,7 +209,7 @@ def test_a_config_of_no_known_model_is_refused_for_an_engines_tensors_alone(text
     assert [*written(plain, tmp_path if text is not None else None)] == [*tensors]
 
 
-def test_a_tied_tensor_that_was_published_twice_is_written_once_if_it_is_the_same(config, tensors):
+def test_a_tied_tensor_with_two_hf_names_is_written_once_if_it_is_the_same(config, tensors):
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].detach().clone()}
     plain = [
         Checkpoint(Path("somewhere"), "a test", checkpoint_of({**tensors, "lm_head.weight": weight}).entries)

@@ -170,7 +170,7 @@ def test_what_a_target_for_groups_takes_to_zero_is_what_goes(tmp_path):
     torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=0, atol=1e-5)
 
 
-def test_dead_heads_beyond_whole_groups_go_where_every_group_loses_as_many(tmp_path):
+def test_dead_heads_beyond_complete_groups_go_where_every_group_loses_as_many(tmp_path):
     """4 heads of queries for each of 2 of keys and values: two go of each, although one group has three dead ones, and
     single ones stay.
     """
@@ -288,7 +288,7 @@ def test_it_is_never_more_than_it_was(half, multiple, reason, tmp_path):
         export(half, tmp_path / "out", shrink=True, multiple=multiple)
 
 
-def test_it_goes_with_dtypes_shards_and_the_compact_form(half, tmp_path):
+def test_it_goes_with_dtypes_shards_and_the_bitmask_form(half, tmp_path):
     direct = export(half, tmp_path / "direct", shrink=True, dtype="bfloat16", shard_size="4KB", verify=True)
     packed = export(
         half, tmp_path / "packed", shrink=True, dtype="bfloat16", shard_size="4KB", bitmask=True, verify=True
@@ -469,7 +469,7 @@ def test_a_multiple_of_nothing_is_refused(half, tmp_path):
         export(half, tmp_path / "out", multiple=8)
 
 
-def test_verify_tells_of_a_live_channel_that_went_and_of_another_model(half, tmp_path, monkeypatch):
+def test_verify_tells_of_a_nonzero_channel_that_was_removed_and_of_another_model(half, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             shrink,

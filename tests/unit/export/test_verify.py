@@ -58,7 +58,7 @@ def saved_alive(model: Any, directory: Path) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_it_passes_on_models_of_all_kinds_from_memory_and_published(name, dtype, tmp_path):
+def test_it_passes_on_models_of_all_kinds_by_runtime_names_and_hf_names(name, dtype, tmp_path):
     torch.manual_seed(0)
     alive = saved_alive(MODELS[name](), tmp_path)
     first = export(alive, tmp_path / "one", dtype=dtype, verify=True)
@@ -129,7 +129,7 @@ def test_it_tells_of_a_config_by_which_the_same_weights_say_something_else(alive
         verify_export(open_checkpoint(tmp_path / "hf"), out, config=tmp_path / "hf")
 
 
-def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tmp_path, monkeypatch):
+def test_it_does_not_trust_the_way_by_which_tensors_get_their_hf_names(tmp_path, monkeypatch):
     """Two experts' weights swapped on the way out: the names and bits of both sides agree, what the model says does
     not.
     """
@@ -157,7 +157,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_published_names(tm
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
 
 
-def test_what_differs_is_left_for_a_look_and_out_stays_as_it_was(alive, tmp_path, monkeypatch):
+def test_what_differs_is_left_for_inspection_and_out_stays_as_it_was(alive, tmp_path, monkeypatch):
     out = export(alive, tmp_path / "out").out
     before = (out / "model.safetensors").read_bytes()
     monkeypatch.setattr(

@@ -223,7 +223,7 @@ def test_weights_that_would_be_spoiled_are_refused_and_out_stays_as_it_was(value
     assert files(tmp_path / "out") == {"config.json": b"kept"}
 
 
-def test_an_earlier_export_is_replaced_when_asked_for_and_nothing_else_is(source, tmp_path):
+def test_an_earlier_export_is_replaced_on_request_and_nothing_else_is(source, tmp_path):
     (tmp_path / "out").mkdir()  # empty
     export(source, tmp_path / "out", shard_size="40KB")
     with pytest.raises(UsageError, match="out exists and is not empty; .*--overwrite"):

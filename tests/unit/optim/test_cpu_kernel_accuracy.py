@@ -86,7 +86,7 @@ def test_the_factor_over_all_normal_floats(nothing_snaps, p):
 
 
 @pytest.mark.parametrize("p", (-1.0, 0.0, 1.0, 2.0))
-def test_whole_exponents_are_not_approximated(nothing_snaps, p):
+def test_integer_exponents_are_not_approximated(nothing_snaps, p):
     weights = spread(4096, 1e-9, 1e9, 1, signed=True)
     for strength in (1e-9, 1e-4, 0.3, 50.0):
         pull = strength * weights.double().abs() ** (p - 2)
@@ -154,7 +154,7 @@ def test_the_cap(p, gamma):
 
 @pytest.mark.parametrize("gamma", (0.0, 0.37, 0.5, 1.0, 1.5, 2.0))
 @pytest.mark.parametrize("p", (-1.0, 0.5, 0.8, 1.0, 1.7, 2.0, 2.5))
-def test_the_floor(p, gamma):
+def test_regrowth_below(p, gamma):
     """Below it the pull is that at the floor, for zeros too; above it nothing changes."""
     weights, denom = spread(4096, 1e-6, 1e2, 4, signed=True), spread(4096, 1e-4, 1e1, 5)
     weights[::64] = 0

@@ -197,7 +197,7 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 
 @few
 @given(pairs, dtypes, exponents, strengths, strengths, cutoffs, floors, floors)
-def test_a_higher_floor_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, first, second):
+def test_a_higher_regrowth_below_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, first, second):
     u, w_old = tensors(pairs, dtype)
     low, high = (
         lp_decay(u, w_old, lr=lr, weight_decay=weight_decay, p=p, cutoff=cutoff, regrowth_below=regrowth_below)
@@ -361,6 +361,6 @@ def test_cutoff_equals_the_oracle(pairs, lr, weight_decay, p, cutoff):
     st.sampled_from([-1.0, 0.5, 1.0, 2.0, 3.0]),
     st.sampled_from([0.0, 1e-6, 0.3, 1e3]),
 )
-def test_floor_equals_the_oracle(pairs, lr, weight_decay, p, regrowth_below):
+def test_regrowth_below_equals_the_oracle(pairs, lr, weight_decay, p, regrowth_below):
     for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
         assert_equals_oracle(pairs, dtype, rtol, lr=lr, weight_decay=weight_decay, p=p, regrowth_below=regrowth_below)

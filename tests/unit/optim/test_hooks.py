@@ -127,7 +127,7 @@ def test_equals_our_own_optimizer(native, base, kwargs, dtype, one_at_a_time):
     assert_same(params, train(native(others, weight_decay=0.4, implementation="reference", **kwargs), others, 10))
 
 
-def test_a_third_partys_optimizer_is_stepped_whole():
+def test_a_third_partys_optimizer_is_stepped_in_one_call():
     params, others = make_params(torch.float32), make_params(torch.float32)
     optimizer, handle = hooked(NormedSGD, {}, params, **SETTINGS)
     assert handle.memory == "copy"

@@ -29,7 +29,7 @@ def step(optimizer: LpAdamW, param: nn.Parameter, *grads: float) -> tuple[list[f
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_weight_sleeps_learns_and_comes_back_whole(implementation):
+def test_a_weight_becomes_latent_learns_and_comes_back_at_full_size(implementation):
     """p = 1, so x = |w|; no memory in Adam, so that its step is α·sign(g) but for ε; the pull, αλ = 1e-9, is next to
     nothing.
     """
@@ -102,7 +102,7 @@ def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(impleme
     "off", [{"cutoff": 0.0}, {"phase": "off"}, {"phase": "frozen"}, {"weight_decay": 0.0}], ids=str
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_where_nothing_decays_nothing_hides(implementation, off):
+def test_where_nothing_decays_no_weight_is_latent(implementation, off):
     """Frozen, off, λ = 0: bit for bit as without."""
     results = []
     for latent in (False, True):
@@ -196,7 +196,7 @@ def scored_slice_of(weights: torch.Tensor, exp_avg: torch.Tensor | None) -> Scor
     return ScoredSlice("a", weights, None, {"p": 1.0}, 0.0, exp_avg)
 
 
-def test_thresholds_see_what_is_latent_and_settling_wakes_what_is_above_them():
+def test_thresholds_see_latent_weights_and_those_above_them_are_restored():
     torch.manual_seed(0)
     latent = torch.randn(3000)
     is_latent = torch.rand(3000) < 0.6
@@ -213,7 +213,7 @@ def test_thresholds_see_what_is_latent_and_settling_wakes_what_is_above_them():
         restore_latent([scored_slice_of(torch.zeros(4, 3).t(), torch.zeros(4, 3).t())], {"a": 1.0})
 
 
-def test_a_sample_has_the_memory_of_its_own_weights():
+def test_a_sample_has_the_latent_values_of_its_weights():
     run = TargetRun(layerwise(0.6)).to(20)
     shard = next(shard for shard in run.attached.shards if shard.name == "0.weight")
     values = {"p": 0.5, "precondition": 0.0}
@@ -262,7 +262,7 @@ def test_zeros_follow_the_plan_and_come_back_until_its_end(sparsity, form):
     assert 0 <= control.final_pruning["pruned_at_end"] < 0.02 * sparsity, "nearly all died before the last threshold"
 
 
-def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
+def test_a_weight_comes_back_at_its_size_if_its_gradient_needs_it_in_time():
     """Two small weights without a gradient; from step 14 on one has a large one, after the window the other."""
     run = TargetRun(layerwise(0.5, update_every=4), lr=1e-2)
     weight = run.model[0].weight
@@ -292,7 +292,7 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_asks_for_it_in_time():
     assert weight[0, 0] != 0 and weight[0, 1] == 0
 
 
-def test_the_last_threshold_chooses_among_latent_weights_too_and_then_none_is():
+def test_the_final_pruning_chooses_among_latent_weights_too_and_then_none_is():
     """No momentum is left in zeros, so that without freeze they start from rest."""
     run = TargetRun(layerwise(0.6, freeze=False)).to(CLOSING - 1)
     assert all(run.optimizer.parameter_map.values(name)["latent"] for name in MATRICES)
@@ -351,7 +351,7 @@ def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
     assert run.zeros() == {name: round(0.8 * elements) for name, elements in MATRICES.items()}
 
 
-def test_memory_is_for_lpadamw_with_a_cap_of_one():
+def test_latent_weights_are_for_lpadamw_with_a_cap_of_one():
     assert TargetRun(SparsityTarget(0.5)).attached.weight_controller.target.latent_windows == 8.0
     assert TargetRun(SparsityTarget(0.5, cap=2.0)).attached.weight_controller.target.latent_windows == 0.0
     assert TargetRun(SparsityTarget(0.5, regrowth=0.0)).attached.weight_controller.target.latent_windows == 0.0

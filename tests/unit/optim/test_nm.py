@@ -83,7 +83,7 @@ def test_equals_the_oracle(cls, values, pattern, implementation):
 
 
 @all_cases
-def test_fused_and_foreach_spare_the_same_for_many_steps(cls, values):
+def test_fused_and_foreach_keep_the_same_weights_for_many_steps(cls, values):
     ends = []
     for implementation in ("foreach", "fused"):
         param = nn.Parameter(weights_of())
@@ -97,7 +97,7 @@ def test_fused_and_foreach_spare_the_same_for_many_steps(cls, values):
 
 
 @pytest.mark.parametrize("implementation", ["foreach", "fused"])
-def test_what_is_not_spared_dies_and_the_pattern_is_left(implementation):
+def test_what_is_not_kept_becomes_zero_and_the_pattern_is_left(implementation):
     for pattern, (n, m) in PATTERNS.items():
         param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
         optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
@@ -169,7 +169,7 @@ class Ranks:
 )
 @given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(PATTERNS)))
 @settings(max_examples=10, deadline=None)
-def test_a_parameter_cut_anywhere_steps_as_in_one_piece(implementation, cls, values, cuts, pattern):
+def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cuts, pattern):
     """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
     matrices = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
     unsplit = cls(matrices, pattern=pattern, implementation=implementation, **values)

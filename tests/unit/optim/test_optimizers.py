@@ -329,7 +329,7 @@ def test_a_decayed_tensor_of_zeros_is_refused_at_its_first_step(cls, implementat
 
 @each_class
 @both
-def test_a_tensor_that_died_later_is_no_error(cls, implementation):
+def test_a_tensor_that_became_zero_later_is_no_error(cls, implementation):
     param = weight(3, 2)
     optimizer = cls([param], lr=0.1, weight_decay=1e30, p=0.0, implementation=implementation)
     for _ in range(3):

@@ -28,13 +28,13 @@ def param_slices(lengths, gap: int = 0) -> list[ParamSlice]:
     ]
 
 
-def test_a_tensor_without_segments_is_one_run():
+def test_a_tensor_without_slices_is_one_span():
     parameter_map, tensor = ParameterMap(), torch.zeros(5)
     assert parameter_map.value_spans(tensor, 5) == ((0, 5, {}),)
     assert tensor not in parameter_map and parameter_map.of(tensor) == ()
 
 
-def test_runs_are_cut_where_values_change_and_merged_where_they_agree():
+def test_spans_are_cut_where_values_change_and_merged_where_they_agree():
     parameter_map, tensor = ParameterMap(), torch.zeros(21)
     parameter_map.replace({tensor: param_slices([3, 4, 0, 6], gap=2)})
     assert [param_slice.name for param_slice in parameter_map.of(tensor)] == ["a", "b", "d"]  # of c nothing is here
@@ -173,7 +173,7 @@ def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
     assert flat[3].item() == pytest.approx(-0.1)  # no λ, not frozen
 
 
-def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
+def test_a_step_with_a_thousand_slices_makes_one_batch_per_set_of_values():
     flat = torch.randn(4000, requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0, implementation="foreach")
     slices = [ParamSlice(str(i), 4 * i, 4, 0, torch.Size([4])) for i in range(1000)]
@@ -191,7 +191,7 @@ def test_a_step_with_a_thousand_segments_makes_one_batch_per_set_of_values():
     assert calls == [(0.0, 500), (0.5, 500)]
 
 
-def test_a_copy_of_an_optimizer_has_no_segments():
+def test_a_copy_of_an_optimizer_has_no_slices():
     """Its parameters are others; it must be attached anew, and says so by not being in the map."""
     import copy
 

@@ -85,7 +85,7 @@ def test_curves_are_the_log_s(figure):
     }
 
 
-def test_lambda_is_shown_in_its_window_and_where_something_was_to_die(figure):
+def test_lambda_is_shown_in_its_window_and_where_something_was_to_be_pruned(figure):
     axes = figure["lambda"].axes[0]
     assert dict(zip(*map(list, axes.lines[0].get_data()))) == {
         4: 1e-4,
@@ -199,7 +199,7 @@ def test_areas_of_the_histogram_are_shares_of_the_weights(figure):
     assert "0" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
 
-def test_as_svg_they_are_whole_take_the_page_s_colours_and_do_not_disturb_each_other(figure):
+def test_as_svg_they_are_complete_take_the_page_s_colours_and_do_not_disturb_each_other(figure):
     ids: set[str] = set()
     for name in ALL:
         text = canvas.svg(name, figure[name])

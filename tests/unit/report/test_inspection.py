@@ -165,7 +165,7 @@ def test_a_bias_keeps_a_channel_alive(tmp_path):
 
 
 @pytest.mark.parametrize("act, dead", [("silu", 1), ("sigmoid", 0)])
-def test_a_gate_that_is_open_at_zero_kills_nothing(tmp_path, act, dead):
+def test_a_gate_that_is_open_at_zero_makes_nothing_dead(tmp_path, act, dead):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -227,7 +227,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("family", [*SILENT, "gpt_neox"])
-def test_what_each_family_calls_its_parts_makes_no_difference(family, tmp_path):
+def test_what_each_family_calls_its_layers_makes_no_difference(family, tmp_path):
     from helpers.families import FAMILIES, model_of, slots
     from lp_dist.structured.resolve import resolve_groups
 
@@ -289,7 +289,7 @@ def test_gpt2_as_it_is_on_the_hub_without_a_prefix(tmp_path):
     assert [replace(t, name="") for t in bare.tensors] == [replace(t, name="") for t in prefixed.tensors]
 
 
-def test_experts_whose_published_names_are_not_those_in_memory_are_counted(tmp_path):
+def test_experts_whose_hf_names_are_not_their_runtime_names_are_counted(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from lp_dist import measure_sparsity

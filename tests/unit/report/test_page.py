@@ -55,7 +55,7 @@ def full() -> str:
     return page.build(cases.full())
 
 
-def test_it_is_whole_and_needs_nothing_beside_it(full):
+def test_it_is_complete_and_needs_nothing_beside_it(full):
     read = Page(full)
     assert read.count("script") == 0 and read.count("figure") == 6 and read.count("svg") == 6 and read.count("h1") == 1
     loaded = [
@@ -148,7 +148,7 @@ def test_what_is_empty_in_a_report_is_left_out():
     assert words.count("kind of layer") == 1 and " layer " not in words.replace("kind of layer", "")
 
 
-def test_a_dense_run_and_one_without_a_log_have_no_empty_parts():
+def test_a_dense_run_and_one_without_a_log_have_no_empty_sections():
     dense = page.build(cases.dense())
     assert (
         "small, a dense fine-tune" in dense

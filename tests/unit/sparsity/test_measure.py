@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_weights():
     assert 0 < result.zeros < result.elements
 
 
-def test_a_tensor_that_died_still_counts():
+def test_a_tensor_that_became_zero_still_counts():
     model = small_model()
     with torch.no_grad():
         model[2].weight.zero_()

@@ -436,7 +436,7 @@ def test_a_kind_that_is_named_twice_is_refused():
 
 
 @pytest.mark.parametrize("p, gamma", [(0.5, 1.0), (0.5, 3.0), (1.0, 2.0)])
-def test_a_lambda_of_nothing_kills_nothing(p, gamma):
+def test_a_lambda_of_zero_prunes_nothing(p, gamma):
     """What is taken for zero is so by the weights, not by weights times something small."""
     model = paired_model(torch.float32)
     optimizer = LpAdamW(model.parameters(), lr=1e-5)

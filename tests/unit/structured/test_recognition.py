@@ -208,7 +208,7 @@ def test_towers_of_two_widths_and_names_of_their_own_in_the_file(tmp_path):
     )
 
 
-def test_a_part_with_a_configuration_of_its_own_is_as_wide_as_that_says():
+def test_a_submodel_with_a_configuration_of_its_own_is_as_wide_as_that_says():
     from transformers import PretrainedConfig
 
     model = nn.Module()

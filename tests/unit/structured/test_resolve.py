@@ -67,7 +67,7 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
                 assert not slot.any(), member
 
 
-def test_own_groups_are_described_by_patterns():
+def test_custom_groups_are_described_by_patterns():
     model = nn.Sequential(Own(), Own())
     resolved = groups_of(
         model, outputs=["*.left", "*.right"], inputs="*.back", along="*.slope.weight", kind="channels"

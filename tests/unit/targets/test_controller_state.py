@@ -185,7 +185,7 @@ def test_no_state_is_no_error_where_there_is_no_target():
 
 
 @pytest.mark.parametrize("step", [3, 20, CLOSING, TOTAL])
-def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
+def test_a_run_that_ends_early_is_pruned_by_finish(step, caplog):
     """As where fp16 has skipped steps, and the window went up to the end."""
     run = TargetRun(layerwise(0.6)).to(step)
     before = run.weights()
@@ -208,7 +208,7 @@ def test_a_run_that_ends_early_is_closed_by_finish(step, caplog):
         ({"precondition": 0.5}, {"precondition": 0.0}, 0.0),
     ],
 )
-def test_a_target_spares_sensitive_weights_unless_told_otherwise(make, arguments, gamma):
+def test_a_target_keeps_sensitive_weights_by_default(make, arguments, gamma):
     run = TargetRun(
         SparsityTarget(0.5, **arguments), make=lambda params, **values: LpAdamW(params, **values, **make)
     ).to(20)
@@ -235,7 +235,7 @@ def test_without_a_target_there_is_nothing_to_log_or_save():
     assert run.attached.weight_controller is None and run.attached.logs == {} and run.attached.state_dict() == {}
 
 
-def test_a_look_that_comes_late_does_not_shift_the_later_ones():
+def test_an_update_that_comes_late_does_not_shift_the_later_ones():
     """after_step was not called after two of the steps."""
     run = TargetRun(layerwise(0.5, update_every=4)).to(9)
     run.step(), run.step()

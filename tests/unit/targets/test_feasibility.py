@@ -163,7 +163,7 @@ def test_a_refused_target_leaves_the_optimizer_as_it_was():
 
 
 @pytest.mark.parametrize("start, end", [(0.1, 0.7), (0.0, 1.0), (0.33, 0.4), (0.25, 0.75), (0.05, 0.1)])
-def test_as_many_steps_as_the_error_asks_for_are_enough(start, end):
+def test_as_many_steps_as_the_error_requests_are_enough(start, end):
     with pytest.raises(ValueError, match=r"train for at least (\d+) steps") as caught:
         TargetRun(SparsityTarget(0.5, start=start, end=end), total=7)
     needed = int(str(caught.value).split("at least ")[1].split()[0])

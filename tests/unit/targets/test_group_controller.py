@@ -59,7 +59,7 @@ def dead(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         ({"curve": "linear", "start": 0, "end": 40}, (48, 19)),
     ],
 )
-def test_exactly_as_many_die_as_were_asked_for(values, wanted):
+def test_exactly_as_many_groups_are_pruned_as_were_requested(values, wanted):
     run = TargetRun(target_of(**values), total=TOTAL).to(TOTAL)
     assert tuple(int(which.sum()) for which in dead(run.model)) == wanted
     final_pruning = run.attached.group_controller.final_pruning
@@ -109,7 +109,7 @@ def test_parameters_may_be_counted_and_not_channels(scope, arguments):
         assert all((number - 1) / all_ < wanted / (160 * 129 + 8 * 65) for number, all_ in zip(numbers, (160, 8)))
 
 
-def test_the_weakest_die_first():
+def test_the_weakest_are_pruned_first():
     """Without gradients to speak of those die whose mean square is smallest, of both kinds by one threshold; a small
     group is not weak for being small.
     """
@@ -131,7 +131,7 @@ def test_the_weakest_die_first():
             assert (run.model[4].weight == 0).all(1).nonzero()[:, 0].tolist() == last
 
 
-def test_the_group_at_the_threshold_dies_however_its_squares_were_added_up():
+def test_the_group_at_the_threshold_decays_however_its_squares_were_added_up():
     """On other shards the sums differ in their last bits, of the norms and of what the threshold was made from."""
     run = TargetRun(target_of(regrowth=0.0), total=TOTAL).to(20)
     hook = run.attached.group_decay
@@ -196,7 +196,7 @@ def test_the_state_of_another_target_is_refused():
         TargetRun(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
 
 
-def test_channels_die_first_and_zeros_come_among_what_is_left():
+def test_channels_are_pruned_first_and_zeros_come_among_what_is_left():
     run = TargetRun([target_of(end=0.4), SparsityTarget(0.7, start=0.4, end=0.8)], total=TOTAL).to(24)
     gone = dead(run.model)
     assert [int(which.sum()) for which in gone] == [48, 19]
@@ -212,7 +212,7 @@ def test_channels_die_first_and_zeros_come_among_what_is_left():
         TargetRun([target_of(end=0.4), SparsityTarget(0.7)], total=TOTAL)
 
 
-def test_a_run_that_ends_early_is_closed():
+def test_a_run_that_ends_early_is_pruned():
     run = TargetRun(target_of(), total=TOTAL).to(20)
     run.attached.finish()
     assert [int(which.sum()) for which in dead(run.model)] == [48, 19]
@@ -366,7 +366,7 @@ def test_two_targets_go_on_where_they_were(p, taken, attached_last):
 
 
 @pytest.mark.parametrize("steps", [96, 100])
-def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps):
+def test_rows_that_have_gradients_stay_dead_when_latent_weights_come_back(steps):
     """Nothing that reads them is in the group, so at zero they learn on, where the other target's hidden weights
     are.
     """
@@ -380,7 +380,7 @@ def test_rows_that_have_gradients_stay_dead_when_hidden_weights_come_back(steps)
     assert sum(int((param == 0).sum()) for param in run.model.parameters()) == round(0.3 * 800)
 
 
-def test_what_groups_leave_is_known_before_they_die():
+def test_what_groups_leave_is_known_before_they_are_pruned():
     with pytest.raises(
         UsageError,
         match="when the groups are pruned 25.0% of all that decays is zero, and the target of single weights is 20.0%",
@@ -424,7 +424,7 @@ def test_a_budget_is_met_by_the_finest_groups(wanted):
     assert len({needs[f"{i} channels"] for i in range(30)}) == 1
 
 
-def test_a_kind_that_a_budget_leaves_whole_stays_whole():
+def test_a_kind_that_a_budget_leaves_intact_stays_intact():
     """A tenth of two large groups is none of them."""
     model = paired_model(torch.float32)
     large, small = groups_of(model, outputs="0", width=3, kind="large"), groups_of(model, outputs="2", kind="small")

@@ -99,7 +99,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
         assert values["regrowth_below"] == pytest.approx(0.1 * xs[name], rel=3e-4)
 
 
-def test_a_look_takes_whole_blocks_evenly_over_the_columns(monkeypatch):
+def test_an_update_samples_complete_blocks_evenly_over_the_columns(monkeypatch):
     monkeypatch.setattr("lp_dist.sparsity.quantiles.SAMPLE_SIZE", 2000)
     run = TargetRun(SparsityTarget(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
@@ -141,7 +141,7 @@ def stepped(run: TargetRun, slope: float) -> None:
     run.taken += 1
 
 
-def test_zeros_that_were_there_count_where_they_are_not_spared():
+def test_zeros_that_were_there_count_where_they_are_not_kept():
     """Half of the weights are zero, and no block is 2:4: that is no sparsity of this kind yet. What is in the pattern
     already stays in it.
     """

@@ -128,7 +128,7 @@ def test_a_value_that_leaves_its_range_on_the_way_is_refused():
         DecayWindow(values={"p": Ramp(2.0, -4.5)})
 
 
-def test_p_comes_down_from_2_and_then_kills():
+def test_p_comes_down_from_2_and_then_makes_zeros():
     torch.manual_seed(0)
     weights = torch.randn(1000) * 0.1
     zeros = {}

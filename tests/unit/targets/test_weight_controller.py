@@ -180,7 +180,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(update_every, step, form):
         (0.5, 0.6, {"cap": None, "regrowth": 0.02}),
     ],
 )
-def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, form):
+def test_with_regrowth_weights_come_near_zero_along_the_plan_and_become_zero_at_its_end(p, sparsity, form):
     form = {"latent_windows": 0.0, **form}
     run = TargetRun(layerwise(sparsity, p=p, **form)).to(TOTAL)
     control, regrowth = run.attached.weight_controller, form.get("regrowth", 0.1)
@@ -218,7 +218,7 @@ def test_with_grace_weights_fade_along_the_plan_and_die_in_its_end(p, sparsity, 
 
 
 @pytest.mark.parametrize("regrowth", [0.1, 0.0])
-def test_what_has_faded_comes_back_if_its_gradient_asks_for_it_in_time(regrowth):
+def test_a_weight_near_zero_comes_back_if_its_gradient_needs_it_in_time(regrowth):
     """Two small weights without a gradient; from step 14 on one has a large one, from step 36 on the other."""
     run = TargetRun(layerwise(0.5, p=0.5, latent_windows=0.0, regrowth=regrowth, update_every=12), lr=1e-2)
     weight = run.model[0].weight
@@ -359,7 +359,7 @@ def test_a_curve_of_ones_own():
     assert {logs["lp/plan"] for step, logs in run.history if step < middle} == {0.0}
 
 
-def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
+def test_updates_come_every_so_many_steps_and_the_last_one_is_the_final_pruning(caplog):
     caplog.set_level("INFO", "lp_dist")
     run = TargetRun(layerwise(0.5, update_every=10)).to(TOTAL)
     assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
@@ -372,7 +372,7 @@ def test_the_look_is_every_so_many_steps_and_the_last_one_closes(caplog):
     "total, given, wanted",
     [(40, None, 1), (100, None, 3), (600, None, 18), (2000, None, 20), (100_000, None, 20), (2000, 60, 60)],
 )
-def test_looks_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, wanted):
+def test_updates_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total, given, wanted):
     model = model_of()
     optimizer = LpAdamW(model.parameters())
     assert (

@@ -211,7 +211,7 @@ def test_a_target_is_reached_and_an_interrupted_run_resumes_bit_for_bit(tmp_path
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, torch.float32),
     ],
 )
-def test_where_deepspeed_shards_no_weights_the_teacher_is_whole_and_in_the_engines_dtype(section, dtype):
+def test_where_deepspeed_shards_no_weights_the_teacher_is_unsharded_and_in_the_engines_dtype(section, dtype):
     config = {"zero_optimization": {"stage": 2}, **section}
     accelerator = SimpleNamespace(
         distributed_type="DEEPSPEED",

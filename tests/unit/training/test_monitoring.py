@@ -131,7 +131,7 @@ def test_with_trainer_itself_the_log_lines_have_the_zeros(callback, weight_decay
     assert len(logged) == 4 and logged[-1]["lp/measured"] == pytest.approx(measure_sparsity(trainer.model).total)
 
 
-def test_weights_that_fade_are_shown_beside_zeros_where_they_are_others():
+def test_weights_near_zero_are_shown_beside_zeros_where_they_are_others():
     bar = Watched()
     show_on_bar([object(), bar], {"loss": 2.5, "lp/measured": 0.1, "lp/near_zero": 0.25, "lp/groups_measured": 0.3})
     show_on_bar([bar], {"eval_loss": 2.5})
