@@ -213,9 +213,9 @@ def gpu_module():
 
 @pytest.fixture
 def gpu(gpu_module):
-    gpu_module._tables.clear()
+    gpu_module.tables.clear()
     yield gpu_module
-    gpu_module._captured.clear()
+    gpu_module.captured_tables.clear()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def hf_tensors(checkpoint: Checkpoint, config: Path | None, trust_remote_code: b
             " give the model's directory or hub id: --config MODEL"
         )
     model = meta_model(config, trust_remote_code)
-    return _reverted(model, model_entries(checkpoint, model))
+    return to_hf_tensors(model, model_entries(checkpoint, model))
 
 
 def _tied_duplicates(checkpoint: Checkpoint, config: Path | None, trust_remote_code: bool) -> set[str]:
@@ -238,8 +238,8 @@ def hf_names(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
 
 
 def _saved_name(model: nn.Module, name: str, param: Tensor) -> str:
-    """The name under which transformers saves a parameter, as `_reverted`; the parameter's own name where it is not
-    saved as one tensor.
+    """The name under which transformers saves a parameter, as `to_hf_tensors`; the parameter's own name where it is
+    not saved as one tensor.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -271,7 +271,7 @@ def _advice(checkpoint: Checkpoint) -> str:
     return "give the config of the model that was trained: --config MODEL"
 
 
-def _reverted(model: nn.Module, entries: dict[str, Entry]) -> list[HfTensor]:
+def to_hf_tensors(model: nn.Module, entries: dict[str, Entry]) -> list[HfTensor]:
     """The tensors as transformers saves them, converted back for as few tensors at a time as possible.
 
     transformers joins or splits some models' weights while it loads them (a layer's experts into one tensor), and

@@ -136,7 +136,7 @@ def shrink_plan(
     names = hf_names(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()})
     named = [groups for groups in sets if all(member.name in names for member in groups.members)]
     dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in sets}
-    dead |= _dead(named, names, tensors, dtype)
+    dead |= find_dead(named, names, tensors, dtype)
     if not any(bool(is_dead.any()) for is_dead in dead.values()):
         raise UsageError(_nothing_is_dead(sets, named, cls.__name__))
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
@@ -211,7 +211,7 @@ def _nothing_is_dead(sets: list[WeightGroups], named: list[WeightGroups], cls: s
     )
 
 
-def _dead(
+def find_dead(
     sets: list[WeightGroups], names: dict[str, str], tensors: list[HfTensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """{label: (count,) bool, which groups are read by zeros alone}."""

@@ -192,7 +192,7 @@ def export(
         result.bytes_after = sum((partial / file).stat().st_size for file in result.files)
         if config_directory is not None:
             shrunk_config = result.shrink_plan.config if result.shrink_plan else None
-            _copy_model_files(config_directory, partial, checkpoint, new_dtype, shrunk_config)
+            copy_model_files(config_directory, partial, checkpoint, new_dtype, shrunk_config)
         if verify:
             result.verification = verify_export(
                 checkpoint,
@@ -311,7 +311,7 @@ class _Files:
         return self._directory / f"{self._stem}-{i + 1:05d}.safetensors"
 
 
-def _copy_model_files(
+def copy_model_files(
     source: Path, out: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, shrunk_config: dict[str, Any] | None
 ) -> None:
     """Copies the files beside the weights, and writes config.json.

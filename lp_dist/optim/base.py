@@ -172,10 +172,10 @@ class LpOptimizer(Optimizer):
                     rows = self._without_fused(values, rows, fused)
                 if self.implementation == "reference":
                     for row in rows:
-                        self._update(values, [row], self._reference)
+                        self.update_rows(values, [row], self._reference)
                 else:
                     for batch in batches(rows):
-                        self._update(values, batch, self._foreach)
+                        self.update_rows(values, batch, self._foreach)
         for device_type, valued_rows in fused.items():
             dispatch.step(device_type, self.kernel, valued_rows)
         return loss
@@ -307,7 +307,7 @@ class LpOptimizer(Optimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (*self.state_names, LAGGED) if group["lag"] else self.state_names
 
-    def _update(self, group: dict[str, Any], rows: list[StepRow], direction: Direction) -> None:
+    def update_rows(self, group: dict[str, Any], rows: list[StepRow], direction: Direction) -> None:
         """w_new of the equation for some rows: x from the old weights, the base's step, then the decay."""
         stepped = self._step_base(group, rows, direction)
         values = {

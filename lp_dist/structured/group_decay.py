@@ -120,7 +120,7 @@ class GroupDecayHook:
             * min((group["eps"] for group in optimizer.param_groups if precondition), default=1.0)
             ** (precondition / (2.0 - p))
         ) ** 2
-        self._factors: dict[tuple[int, torch.device], Tensor] = {}
+        self.cached_factors: dict[tuple[int, torch.device], Tensor] = {}
         self.steps = 0  # since the last decay
         self.rates: dict[int, Any] = {}  # learning rates summed over these steps, by param group
         self._summed_groups: set[int] = set()  # param groups whose learning rate of this step is in the sum
@@ -195,14 +195,14 @@ class GroupDecayHook:
             for tile in tiles(counted, first, matrix.row_length):
                 values = tile.values
                 if self.precondition:
-                    values = values * self._preconditioner(shard, first - local.start + tile.start, values)
+                    values = values * self.preconditioner(shard, first - local.start + tile.start, values)
                 squares = torch.square(values.to(self.dtype))
                 for dim, numbers in matrix.group_numbers.items():
                     sums[counted.device].index_add_(0, numbers[(tile.rows, tile.columns)[dim]], squares.sum(1 - dim))
         first_sum, *other_sums = sums.values()
         return sum((other.to(first_sum.device) for other in other_sums), first_sum)
 
-    def _preconditioner(self, shard: Shard, start: int, values: Tensor) -> Tensor | float:
+    def preconditioner(self, shard: Shard, start: int, values: Tensor) -> Tensor | float:
         """(√v̂+ε)^(γ/(2−p)) of a tile of the local shard, which begins at its element `start`."""
         group, state = self._param_groups[shard.group], shard.state
         exponent, eps = self.precondition / (2.0 - self.p), group["eps"]
@@ -269,7 +269,7 @@ class GroupDecayHook:
             # Loading a state makes new param groups.
             self._param_groups = list(self.optimizer.param_groups)
         self._end()
-        self._in_step, self._stepped, self._factors, self._summed_groups = True, set(), {}, set()
+        self._in_step, self._stepped, self.cached_factors, self._summed_groups = True, set(), {}, set()
         if self._acts():
             self.steps += 1
             self._decays = self.steps >= self.interval
@@ -288,7 +288,7 @@ class GroupDecayHook:
         if self._decays:
             for matrix in self.matrices:
                 if id(matrix.shard.tensor) in stepped:
-                    self._scale(matrix, self._factor(matrix.shard, self._skipped))
+                    self._scale(matrix, self.factor(matrix.shard, self._skipped))
         for kept in (kept for tensor in stepped for kept in self._kept_zero.get(tensor, ())):
             state = kept.shard.state if self._zeroed_states else {}
             start, stop = kept.start, kept.start + kept.rows * kept.columns
@@ -296,14 +296,14 @@ class GroupDecayHook:
                 tile = values.reshape(-1)[start:stop].view(kept.rows, kept.columns)
                 tile.index_fill_(kept.dim, kept.indices, 0.0)
 
-    def _factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
+    def factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
         """What the weights of each group are multiplied by, with a last element 1 for weights of no group.
 
         Returns:
             (number of groups + 1,) on the shard's device.
         """
         key = shard.group, shard.tensor.device
-        if key not in self._factors:
+        if key not in self.cached_factors:
             rate, squares = self.rates[shard.group], self.squares
             if isinstance(rate, Tensor):
                 rate = rate.to(squares.device)
@@ -314,8 +314,8 @@ class GroupDecayHook:
             factor = torch.where(decays, torch.where(squares <= self.sizes * self._snap, 0.0, factor), 1.0)
             if skipped is not None:
                 factor = torch.where(skipped.to(factor.device) > 0, 1.0, factor)
-            self._factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
-        return self._factors[key]
+            self.cached_factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
+        return self.cached_factors[key]
 
     def _settings_per_group(self) -> list[Tensor]:
         """λ, cutoff and `regrowth_below` of each group; made anew when one of them has changed."""

@@ -56,7 +56,7 @@ def weight_decay_for(x: float, p: float, learning_rates: float, least: float = 0
 class Controller(ABC):
     """Brings weights to a target in a window of a run. Collective: every rank does the same at the same step.
 
-    A subclass gives `_begin`, which fills `before`; `_update`, which finds λ and cutoff; `_prune`, the final pruning,
+    A subclass gives `_begin`, which fills `before`; `update`, which finds λ and cutoff; `_prune`, the final pruning,
     which sets `final_pruning`; and its own part of the state.
 
     Args:
@@ -135,7 +135,7 @@ class Controller(ABC):
             if self.final_pruning is None:
                 self._prune()
         elif t >= self.next_update:
-            self._update(t)
+            self.update(t)
             self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
 
     def finish(self) -> None:
@@ -166,7 +166,8 @@ class Controller(ABC):
     def _begin(self) -> None: ...
 
     @abstractmethod
-    def _update(self, t: int) -> None: ...
+    def update(self, t: int) -> None:
+        """Sets λ and the cutoff at step t for what the plan has at the next update."""
 
     @abstractmethod
     def _prune(self) -> None: ...

@@ -117,7 +117,7 @@ class GroupController(Controller):
             ", ".join(f"{sum(counts):,.0f} {kind} in {len(counts)} modules" for kind, counts in to_prune.items())
         )
 
-    def _update(self, t: int) -> None:
+    def update(self, t: int) -> None:
         """λ and cutoff of each set, for what the plan has at the next update."""
         horizon = min(self.update_every, self.window.end - 1 - t)
         regrowth = self.target.regrowth if self.allows_regrowth(t) else 0.0

@@ -156,7 +156,7 @@ class WeightController(Controller):
         counts = self._zeros()
         self.before = {scope: count.zeros / count.elements for scope, count in counts.items()}
         if self.target.pattern:  # a zero that is kept in its block is no part of it
-            self.before = fraction_at_or_below(self._scored(all_local=False), dict.fromkeys(counts, 0.0))
+            self.before = fraction_at_or_below(self.scored_slices(all_local=False), dict.fromkeys(counts, 0.0))
         without_gradient = [
             shard.name
             for shard in self.shards
@@ -174,11 +174,11 @@ class WeightController(Controller):
             for shard in self.shards:
                 self.parameter_map.set(shard.name, latent=True)
             # The momentum of zeros that were there is no latent weight.
-            restore_latent(self._scored(), dict.fromkeys(self.before, math.inf))
+            restore_latent(self.scored_slices(), dict.fromkeys(self.before, math.inf))
         elements = sum(count.elements for count in counts.values())
         self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights")
 
-    def _update(self, t: int) -> None:
+    def update(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has at the next update. From a sample, since the
         next update corrects it.
         """
@@ -188,7 +188,7 @@ class WeightController(Controller):
         elements = {scope: count.elements for scope, count in self._by_scope(measured).items()}
         planned = self.planned_share(t + horizon)
         shares = {scope: before + (self.sparsity - before) * planned for scope, before in self.before.items()}
-        sample = self._scored(all_local=False, elements=elements)
+        sample = self.scored_slices(all_local=False, elements=elements)
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
@@ -235,10 +235,10 @@ class WeightController(Controller):
         if self.target.pattern:
             thresholds = dict.fromkeys(ranks, MAX_SALIENCY)
         else:
-            thresholds = thresholds_at(self._scored(all_local=False), ranks, passes=3)
-        restore_latent(self._scored(), thresholds)
+            thresholds = thresholds_at(self.scored_slices(all_local=False), ranks, passes=3)
+        restore_latent(self.scored_slices(), thresholds)
         before = self._by_scope(census(self.shards))
-        zero_at_or_below(self._scored(), thresholds)
+        zero_at_or_below(self.scored_slices(), thresholds)
         for shard in self.shards:
             self.parameter_map.set(shard.name, latent=False)
         update_copies(self.run.engine_optimizer)
@@ -270,7 +270,7 @@ class WeightController(Controller):
         group = self.run.optimizer.param_groups[shard.group]
         return {**group, **self.target.form(), **self._script_form(shard)}
 
-    def _scored(self, all_local: bool = True, elements: dict[str, int] | None = None) -> list[ScoredSlice]:
+    def scored_slices(self, all_local: bool = True, elements: dict[str, int] | None = None) -> list[ScoredSlice]:
         """The weights with what their saliency is computed from.
 
         Args:

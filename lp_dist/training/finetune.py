@@ -185,7 +185,7 @@ def _prepare(settings: Settings) -> Prepared:
         logger.warning(
             "p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p
         )
-    path, tokenizer, train_blocks, eval_blocks = _read(settings.model, settings.data, args)
+    path, tokenizer, train_blocks, eval_blocks = read_inputs(settings.model, settings.data, args)
     teacher_path = None
     if decay_args.teacher is not None:
         teacher_path = _check_teacher(decay_args.teacher, settings.model, path, tokenizer, args)
@@ -241,7 +241,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
         eval_dataset=prepared.eval_blocks,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=_optimizer(prepared.model, prepared.counted, decay_args, args),
+        optimizer_cls_and_kwargs=optimizer_and_arguments(prepared.model, prepared.counted, decay_args, args),
         callbacks=[callback],
         teacher=prepared.teacher,
         distill=decay_args.distill,
@@ -284,7 +284,7 @@ def _last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def _read(
+def read_inputs(
     model_args: arguments.ModelArguments, data_args: arguments.DataArguments, args: TrainingArguments
 ) -> tuple[str | Path, Any, datasets.Dataset, datasets.Dataset]:
     """Where the model is, its tokenizer, and the packed blocks to train and to evaluate on.
@@ -355,7 +355,7 @@ def _from_rank_0(names: set[str]) -> set[str]:
     return set(objects[0])
 
 
-def _optimizer(
+def optimizer_and_arguments(
     model: torch.nn.Module, names: set[str], decay_args: arguments.DecayArguments, args: TrainingArguments
 ) -> tuple[type, dict[str, Any]]:
     """The optimizer as a class and its arguments, param groups included, which Trainer takes under every engine.
@@ -443,7 +443,7 @@ def _report(
         "next": _next(sparsity, args, groups),
     }
     schema.write(args.output_dir, report)
-    console.show(report, _page(args.output_dir))
+    console.show(report, draw_page(args.output_dir))
     return report
 
 
@@ -476,7 +476,7 @@ def _check_saved_zeros(directory: str, sparsity: Sparsity) -> None:
         )
 
 
-def _page(directory: str) -> Path | None:
+def draw_page(directory: str) -> Path | None:
     """Draws the page of the report that was written. None: it failed, which is a warning and does not end the run."""
     try:
         from lp_dist.report import page

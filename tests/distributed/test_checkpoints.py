@@ -85,15 +85,15 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[str, dict[str
     return results
 
 
-_told: list[dict[str, dict[str, Any]]] = []
+_results: list[dict[str, dict[str, Any]]] = []
 
 
 @pytest.fixture
 def results(run_ranks, checkpoints) -> list[dict[str, dict[str, Any]]]:
     """By rank what `on_a_rank` tells, run once."""
-    if not _told:
-        _told.extend(run_ranks(on_a_rank, 2, checkpoints))
-    return _told
+    if not _results:
+        _results.extend(run_ranks(on_a_rank, 2, checkpoints))
+    return _results
 
 
 @pytest.fixture(scope="module")

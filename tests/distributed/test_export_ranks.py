@@ -25,19 +25,19 @@ from lp_dist.export.writer import export
 
 EMBEDDING = "model.embed_tokens.weight"
 ZERO = [cell for cell in CELLS if cell not in ("zero0", "zero0 bf16", "fsdp2")]
-_told: dict[int, tuple[Path, dict[str, dict[str, Tensor]]]] = {}
+_results: dict[int, tuple[Path, dict[str, dict[str, Tensor]]]] = {}
 
 
 def saved(world: int, run_ranks: Any, tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, Tensor]]]:
     """Where the checkpoints are, and the masters of each cell; run once."""
-    if world not in _told:
+    if world not in _results:
         directory = tmp_path_factory.mktemp("export_ranks")
         ranks = run_ranks(save, world, directory, tuple(CELLS) if world == 2 else UNEVEN)
         llama().config.save_pretrained(
             directory
         )  # above the checkpoints, as a script writes it that runs an engine by itself
-        _told[world] = directory, ranks[0]
-    return _told[world]
+        _results[world] = directory, ranks[0]
+    return _results[world]
 
 
 @pytest.fixture

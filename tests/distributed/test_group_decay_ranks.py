@@ -88,7 +88,7 @@ def followed(case: GroupCase) -> dict[str, Any]:
     trained(engine, attachment, case, 0, STEPS)
     attachment.finish()
     # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
-    squares = attachment.group_decay.squares.clone() if attachment.group_decay._squares is not None else None
+    squares = attachment.group_decay.squares.clone()
     results = {
         "shards": local_shards_of(attachment),
         "model": gathered(engine),
@@ -180,14 +180,14 @@ def reductions_of(case: GroupCase, seen: list[int]) -> list[int]:
     return [numel for numel in seen if numel == 163 + 101 + 1]
 
 
-_told: list[dict[Any, Any]] = []
+_results: list[dict[Any, Any]] = []
 
 
 @pytest.fixture
 def results(run_ranks, tmp_path_factory) -> list[dict[Any, Any]]:
-    if not _told:
-        _told.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("groups")))
-    return _told
+    if not _results:
+        _results.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("groups")))
+    return _results
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):

@@ -202,7 +202,7 @@ def on_ranks(rank: int, world_size: int, directory: Path) -> dict[str, dict[Case
     return results | {"resumed": {case: resumed(case, directory) for case in RESUMED if world_size == 2}}
 
 
-_told: dict[int, list[Any]] = {}
+_results: dict[int, list[Any]] = {}
 
 
 @pytest.fixture
@@ -210,11 +210,11 @@ def results(run_ranks, tmp_path, tmp_path_factory):
     """`results(world)` → by rank what `on_ranks` tells, run once."""
 
     def of(world: int) -> list[Any]:
-        if world not in _told:
+        if world not in _results:
             for left in tmp_path.iterdir():  # where the next ranks could meet the last ones
                 left.unlink()
-            _told[world] = run_ranks(on_ranks, world, tmp_path_factory.mktemp("checkpoints"))
-        return _told[world]
+            _results[world] = run_ranks(on_ranks, world, tmp_path_factory.mktemp("checkpoints"))
+        return _results[world]
 
     return of
 

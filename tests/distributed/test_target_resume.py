@@ -150,21 +150,21 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     return results
 
 
-_told: list[Any] = []
+_results: list[Any] = []
 
 
 @pytest.fixture
 def results(run_ranks, tmp_path, tmp_path_factory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What two ranks tell, and what one tells that goes on from their universal checkpoints; run once."""
-    if not _told:
+    if not _results:
         directory = tmp_path_factory.mktemp("checkpoints")
         two = run_ranks(on_two_ranks, 2, directory)
         for kind in UNIVERSAL:
             convert(directory / kind)
         for left in tmp_path.iterdir():  # where the next rank could meet the old ones
             left.unlink()
-        _told.extend([two, run_ranks(on_one_rank, 1, directory)[0]])
-    return tuple(_told)
+        _results.extend([two, run_ranks(on_one_rank, 1, directory)[0]])
+    return tuple(_results)
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(results):

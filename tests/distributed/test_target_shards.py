@@ -129,15 +129,15 @@ def on_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
-_told: list[dict[str, Any]] = []
+_results: list[dict[str, Any]] = []
 
 
 @pytest.fixture
 def results(run_ranks) -> list[dict[str, Any]]:
     """By rank what `on_a_rank` tells, run once."""
-    if not _told:
-        _told.extend(run_ranks(on_a_rank, 2))
-    return _told
+    if not _results:
+        _results.extend(run_ranks(on_a_rank, 2))
+    return _results
 
 
 @pytest.fixture

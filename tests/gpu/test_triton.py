@@ -18,12 +18,12 @@ TENSOR = {"dtype": torch.float64, "device": DEVICE}
 
 
 def test_it_is_rehearsed_before_it_is_used(gpu, monkeypatch):
-    gpu._rehearse(torch.device(DEVICE))
-    made = gpu._plans
-    monkeypatch.setattr(gpu, "_plans", lambda *args, **more: made(*args, **more) * 1.001)
-    gpu._tables.clear()
+    gpu.rehearse(torch.device(DEVICE))
+    made = gpu.plan_rows
+    monkeypatch.setattr(gpu, "plan_rows", lambda *args, **more: made(*args, **more) * 1.001)
+    gpu.tables.clear()
     with pytest.raises(AssertionError, match="not close"):
-        gpu._rehearse(torch.device(DEVICE))
+        gpu.rehearse(torch.device(DEVICE))
 
 
 # --- the mathematics
@@ -56,7 +56,7 @@ def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
             )
         )
     gpu.step("adamw", [(a, [step_row(row) for row in rows]) for a, rows in batches])
-    assert len(gpu._tables) == 1
+    assert len(gpu.tables) == 1
     for a, [(got, *_)] in batches:
         pull = (math.log(a["weight_decay"]) + (p - 2) * w.double().log() - gamma * d.double().log()).exp()
         want = (w + 1).double() / (1 + pull)

@@ -64,7 +64,7 @@ def test_only_where_all_tensors_start_at_a_vector_is_it_said_so(gpu):
         (1, 20, 4096 + 4 * i, 8192 + 2 * j, 4096 + 4 * i)
         for i, j in ((0, 0), (8, 24), (3, 3), (3, 11), (3, 4), (0, 4))
     ]
-    first, head, end, aligned, *starts = gpu._addresses(places, [4, 2, 4]).unbind(1)
+    first, head, end, aligned, *starts = gpu.address_rows(places, [4, 2, 4]).unbind(1)
     assert aligned.tolist() == [1, 1, 1, 1, 0, 0]
     assert head.tolist() == [0, 0, 3, 3, 0, 0] and (end - head == 20).all() and first.tolist() == list(range(6))
     for start, size, at in zip(starts, (4, 2, 4), zip(*(place[2:] for place in places))):
@@ -147,8 +147,8 @@ def test_at_lr_0_a_weight_stays_whatever_it_is(gpu, a, lr):
 
 
 def test_addresses_are_sent_when_they_have_changed(gpu, monkeypatch):
-    sent, addresses = [], gpu._addresses
-    monkeypatch.setattr(gpu, "_addresses", lambda *args: sent.append(args) or addresses(*args))
+    sent, addresses = [], gpu.address_rows
+    monkeypatch.setattr(gpu, "address_rows", lambda *args: sent.append(args) or addresses(*args))
     rows = [row("adamw", 10 + i, step=1.0) for i in range(4)]
     for step in range(3):
         run(gpu, "adamw", values(lr=0.1 / (step + 1)), *((*r[:-1], step + 1.0) for r in rows))
@@ -156,12 +156,12 @@ def test_addresses_are_sent_when_they_have_changed(gpu, monkeypatch):
     again = [(r[0], r[1].clone(), *r[2:-1], 4.0) for r in rows]  # the gradients are others now
     for _ in range(2):
         run(gpu, "adamw", values(), *again)
-    assert len(sent) == 2 and len(gpu._tables) == 1
+    assert len(sent) == 2 and len(gpu.tables) == 1
     expected = copy(again[3])
     run(gpu, "adamw", values(), again[3])
-    assert len(sent) == 3 and len(gpu._tables) == 1  # of each kind the last ones alone are kept
+    assert len(sent) == 3 and len(gpu.tables) == 1  # of each kind the last ones alone are kept
     run(gpu, "adamw", values(p=1.0), expected)
-    assert len(gpu._tables) == 2
+    assert len(gpu.tables) == 2
 
 
 def test_what_a_graph_reads_is_kept_and_not_taken_for_sent(gpu, monkeypatch):
@@ -169,16 +169,16 @@ def test_what_a_graph_reads_is_kept_and_not_taken_for_sent(gpu, monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("a real capture is below")
     run(gpu, "adamw", values(), now)
-    ((addresses, numbers),) = gpu._tables.values()
+    ((addresses, numbers),) = gpu.tables.values()
     kept = addresses.tensor, numbers.tensor
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "_is_capturing", lambda device: True)
+        patch.setattr(gpu, "is_capturing", lambda device: True)
         run(gpu, "adamw", values(), now)
-        assert [id(tensor) for tensor, _ in gpu._captured] == list(map(id, kept))  # they were there before
+        assert [id(tensor) for tensor, _ in gpu.captured_tables] == list(map(id, kept))  # they were there before
         other = row("adamw", 10, seed=1, step=torch.ones(1, device=DEVICE))
         pinned_spare = addresses.pinned_spare
         run(gpu, "adamw", values(), other)
-        assert gpu._captured[2][1] is pinned_spare and addresses.pinned_spare is None
+        assert gpu.captured_tables[2][1] is pinned_spare and addresses.pinned_spare is None
         assert addresses.tensor is kept[0]
         with pytest.raises(RuntimeError, match="capturable"):
             run(gpu, "adamw", values(), row("adamw", 10))
@@ -242,7 +242,7 @@ def test_a_captured_step_is_the_eager_one(gpu):
         for t, kept in zip(now[:-1], old[:-1]):
             t.copy_(kept)
     run(gpu, "adamw", values(p=1.0), row("adamw", 100))  # takes memory that a graph must not lose
-    gpu._tables.clear()
+    gpu.tables.clear()
     for i in range(3):
         lr.fill_(0.01 * (i + 1))
         graph.replay()

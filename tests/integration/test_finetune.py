@@ -388,6 +388,6 @@ def test_lines_of_a_plain_text_are_joined_as_they_stand(common, tmp_path):
     model, data, _, training = arguments.parse(
         [*common, "--dataset", str(text), "--output_dir", str(tmp_path / "out")]
     )
-    _, tokenizer, train, held_out = finetune._read(model, data, training)
+    _, tokenizer, train, held_out = finetune.read_inputs(model, data, training)
     assert len(train) > len(held_out) > 0
     assert not any(tokenizer.eos_token_id in block for block in train["input_ids"])  # a line is no document

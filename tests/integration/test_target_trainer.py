@@ -340,7 +340,9 @@ def test_the_program_takes_a_gamma_of_ones_own(words, optimizers, targets, commo
     _, _, decay, args = finetune.arguments.parse([*common, "--output_dir", str(tmp_path), *words])
     model = tiny()
     assert (
-        finetune._optimizer(model, {name for name, _ in model.named_parameters()}, decay, args)[1]["precondition"]
+        finetune.optimizer_and_arguments(model, {name for name, _ in model.named_parameters()}, decay, args)[1][
+            "precondition"
+        ]
         == optimizers
         and decay.targets()[0].precondition == targets
     )

@@ -37,7 +37,8 @@ OF_LIBRARIES = {"floor", "largest"}
 
 
 def python_files() -> list[Path]:
-    return sorted([*(ROOT / "lp_dist").rglob("*.py"), *(ROOT / "docs" / "examples").glob("*.py")])
+    folders = (ROOT / "lp_dist", ROOT / "tests", ROOT / "docs" / "examples")
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int]]:

@@ -70,12 +70,12 @@ def prepare() -> None:
             f"triton needs compute capability 8.0, and this GPU has {torch.cuda.get_device_capability()}"
         )
     try:
-        _rehearse(torch.device("cuda"))
+        rehearse(torch.device("cuda"))
     except Exception as error:
         raise Unavailable(f"a small step by triton failed: {error}") from error
 
 
-def _rehearse(device: torch.device) -> None:
+def rehearse(device: torch.device) -> None:
     """Two preconditioned steps with a general p on `device`, without and with latent weights, against `decay.py` in
     double precision. Raises AssertionError.
     """
@@ -127,7 +127,7 @@ class _Table:
         """What `make` makes of `content`. A graph that is captured sends it each time it runs, so what it reads is
         kept for good.
         """
-        capturing = _is_capturing(device)
+        capturing = is_capturing(device)
         tensor, pinned = self.tensor, None
         if content != self.content:
             pinned = make()
@@ -137,7 +137,7 @@ class _Table:
                 pinned = pinned.pin_memory()
             tensor = pinned.to(device, non_blocking=True)
         if capturing:  # nothing new is in the table yet
-            _captured.append((tensor, pinned))
+            captured_tables.append((tensor, pinned))
         elif pinned is not None:
             self.content, self.tensor = content, tensor
             self.pinned_spare = torch.empty_like(pinned, pin_memory=device.type == "cuda")
@@ -145,11 +145,12 @@ class _Table:
         return tensor
 
 
-_tables: dict[tuple, tuple[_Table, _Table]] = {}  # addresses and numbers of the last rows of each kind
-_captured: list[Any] = []
+tables: dict[tuple, tuple[_Table, _Table]] = {}  # addresses and numbers of the last rows of each kind
+captured_tables: list[Any] = []  # (on the device, pinned) that captured graphs read
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -224,12 +225,12 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
     base, device, weight, gradient, power, gamma, latent, kept_count, of, has_state, nesterov, lr_there, step_there = (
         kind
     )
-    if base == "adamw" and not step_there and _is_capturing(device):
+    if base == "adamw" and not step_there and is_capturing(device):
         raise RuntimeError(
             "a CUDA graph would repeat this step's count forever; make the step counts tensors on the device"
             " (capturable)"
         )
-    addresses, numbers = _tables.setdefault(kind, (_Table(), _Table()))
+    addresses, numbers = tables.setdefault(kind, (_Table(), _Table()))
     blocks = [
         (row.weights.numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members
     ]  # wherever a row starts
@@ -239,17 +240,17 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
         for lr, numbers, row in members
     ]
     rows = addresses.of(
-        places, lambda: _addresses(places, [t.element_size() for t in members[0][-1].tensors], of > 0), device
+        places, lambda: address_rows(places, [t.element_size() for t in members[0][-1].tensors], of > 0), device
     )
     if lr_there or step_there:
-        plans = _plans(
+        plans = plan_rows(
             base,
             numbers.of(given, lambda: torch.tensor(given, dtype=torch.float64), device),
             lr=torch.stack([lr.reshape(()) for lr, *_ in members]) if lr_there else None,
             step=torch.stack([row.step.reshape(()) for *_, row in members]) if step_there else None,
         )
     else:
-        plans = numbers.of(given, lambda: _plans(base, given), device)
+        plans = numbers.of(given, lambda: plan_rows(base, given), device)
     lp_step[(sum(blocks),)](
         rows,
         plans,
@@ -270,7 +271,7 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
     )
 
 
-def _addresses(places: list[tuple[int, ...]], sizes: list[int], in_blocks: bool = False) -> Tensor:
+def address_rows(places: list[tuple[int, ...]], sizes: list[int], in_blocks: bool = False) -> Tensor:
     """FIRST, HEAD, ... of each place: numbers of blocks and of elements, and addresses of tensors with elements of
     `sizes` bytes. in_blocks: of a pattern."""
     table, first = [], 0
@@ -309,7 +310,7 @@ class _Tensors:
     log2, sqrt, round, clamp, where = torch.log2, torch.sqrt, torch.round, torch.clamp, torch.where
 
 
-def _plans(
+def plan_rows(
     base: str, given: list[tuple[float, ...]] | Tensor, lr: Tensor | None = None, step: Tensor | None = None
 ) -> Tensor:
     """The numbers of rows, [rows, NUMBERS] in fp32, from the values of _GIVEN: of the host, or of a tensor [rows,

@@ -473,7 +473,7 @@ def test_verify_tells_of_a_nonzero_channel_that_was_removed_and_of_another_model
     with monkeypatch.context() as patch:
         patch.setattr(
             shrink,
-            "_dead",
+            "find_dead",
             lambda weight_groups, *_: {
                 groups.label: torch.arange(groups.count) < 30 * (groups.kind == "channels") for groups in weight_groups
             },

@@ -136,7 +136,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_hf_names(tmp_path,
     from lp_dist.checkpoints import hf_names
 
     alive = saved_alive(MODELS["experts"](), tmp_path)
-    right = hf_names._reverted
+    right = hf_names.to_hf_tensors
 
     def swapped(*arguments: Any) -> list[hf_names.HfTensor]:
         def read(hf_tensor: hf_names.HfTensor) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_hf_names(tmp_path,
             replace(hf_tensor, read=lambda hf_tensor=hf_tensor: read(hf_tensor)) for hf_tensor in right(*arguments)
         ]
 
-    monkeypatch.setattr(hf_names, "_reverted", swapped)
+    monkeypatch.setattr(hf_names, "to_hf_tensors", swapped)
     with pytest.raises(DiffersError, match="the logits"):
         export(alive, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()

@@ -448,7 +448,7 @@ def test_the_command_says_in_one_line_what_is_wrong(model, tmp_path, capsys, mon
     assert "1 of these were too small for the new dtype" in capsys.readouterr().out
     assert "--overwrite" in run_cli(monkeypatch, str(model), str(tmp_path / "out"))
     monkeypatch.setattr(
-        "lp_dist.export.writer._copy_model_files",
+        "lp_dist.export.writer.copy_model_files",
         lambda *_: (
             shutil.copyfile(model / "config.json", tmp_path / "out.partial" / "config.json")
             and changed(tmp_path / "out.partial", intermediate_size=95)

@@ -182,8 +182,8 @@ def test_a_step_with_a_thousand_slices_makes_one_batch_per_set_of_values():
         optimizer.parameter_map.set(str(i), p=0.0)
     flat.grad = torch.ones_like(flat)
     calls = []
-    update = optimizer._update
-    optimizer._update = lambda group, rows, direction: (
+    update = optimizer.update_rows
+    optimizer.update_rows = lambda group, rows, direction: (
         calls.append((group["p"], len(rows))),
         update(group, rows, direction),
     )

@@ -256,7 +256,7 @@ def test_a_page_that_can_not_be_drawn_costs_no_run(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(page, "build", fail)
     with caplog.at_level("WARNING"):
-        assert finetune._page(str(tmp_path)) is None
+        assert finetune.draw_page(str(tmp_path)) is None
     (warning,) = caplog.records
     assert (
         "ZeroDivisionError: of a figure" in warning.getMessage()

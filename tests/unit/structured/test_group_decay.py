@@ -150,11 +150,11 @@ def test_how_sensitive_the_loss_is_to_a_weight_does_not_depend_on_where_a_shard_
     hook = GroupDecayHook(optimizer, pairs_of(model), locate_shards(model, optimizer), precondition=1.0)
     shard = next(matrix.shard for matrix in hook.matrices if matrix.shard.name == "0.weight")
     second = shard.state["exp_avg_sq"].copy_(torch.rand(384, generator=torch.Generator().manual_seed(1)).mul_(1e-6))
-    unsharded = hook._preconditioner(shard, 0, second)
+    unsharded = hook.preconditioner(shard, 0, second)
     wanted = ((second.double() / (1 - 0.999)).sqrt() + 1e-8) ** (2 / 3)
     torch.testing.assert_close(unsharded.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0.0)
     for start, length in itertools.product(range(70), (1, 2, 3, 5, 8, 13, 31, 64, 127, 301)):
-        assert hook._preconditioner(shard, start, second[:length]).equal(unsharded[start : start + length]), (
+        assert hook.preconditioner(shard, start, second[:length]).equal(unsharded[start : start + length]), (
             start,
             length,
         )

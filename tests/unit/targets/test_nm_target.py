@@ -103,7 +103,7 @@ def test_an_update_samples_complete_blocks_evenly_over_the_columns(monkeypatch):
     monkeypatch.setattr("lp_dist.sparsity.quantiles.SAMPLE_SIZE", 2000)
     run = TargetRun(SparsityTarget(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
-    sample = run.attached.weight_controller._scored(all_local=False, elements={"all": sum(MATRICES.values())})[0]
+    sample = run.attached.weight_controller.scored_slices(all_local=False, elements={"all": sum(MATRICES.values())})[0]
     ((_, _, x),) = sample.saliency()
     places = [(blocks == block).all(1).nonzero().item() for block in sample.weights.view(-1, 4)]
     assert 200 < len(places) < 400 and len({place % 16 for place in places}) == 16
