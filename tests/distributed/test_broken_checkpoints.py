@@ -1,5 +1,5 @@
 """A full disk while saving, files cut short or gone, another script or model on an old checkpoint: in every engine an
-error, or what the script asked for with a warning. On one rank, whose failure leaves no other one waiting.
+error, or the script's values with a warning. On one rank, whose failure leaves no other one waiting.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def zeros_of(engine: Engine) -> int:
 
 
 def masters_of(engine: Engine) -> dict[str, Tensor]:
-    """The whole fp32 weights of a ZeRO engine, by name."""
+    """The unsharded fp32 weights of a ZeRO engine, by name."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(param).clone() for name, param in engine.handle.module.named_parameters()}

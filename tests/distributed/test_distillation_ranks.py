@@ -101,7 +101,7 @@ def test_the_teacher_s_term_is_in_the_loss(runs, words, tmp_path):
 
 
 def _sharded(accelerator: SimpleNamespace, rank: int) -> tuple[torch.nn.Module, dict]:
-    """The teacher as it is on this rank, and what it has to do with the whole one."""
+    """The teacher as it is on this rank, and how it compares with the unsharded teacher."""
     ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():
         unsharded_logits = student(7).eval()(ids).logits

@@ -95,7 +95,7 @@ def test_native_and_hooked_agree_in_every_engine_and_with_one_process(run_ranks)
     results = run_ranks(on_a_rank, 2)
     wanted = in_one_process(2)
     decayed = [0, 4, 5]  # the matrices among the parameters
-    assert any((wanted[i] == 0).any() for i in decayed), "nothing died, so zeros are not compared"
+    assert any((wanted[i] == 0).any() for i in decayed), "nothing became zero, so zeros are not compared"
     for rank, result in enumerate(results):
         assert len(result) == 12
         for cell, weights in result.items():

@@ -198,7 +198,7 @@ def test_a_trainers_checkpoint_has_the_models_own_weights_and_the_engines(two, t
             load_file(done.out / "model.safetensors"), masters[cell]
         )
     # What ZeRO-3 leaves without stage3_gather_16bit_weights_on_model_save: no such file, names alone, or small tensors
-    # that it keeps whole.
+    # that it does not shard.
     empty = {name: torch.empty(0) for name in model_weights}
     for kept in (None, empty, {**empty, "model.norm.weight": model_weights["model.norm.weight"]}):
         (step / "model.safetensors").unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""Groups of weights on shards: under every engine they come to the weights of one process, bit for bit, and die in the
-masters and in the model alike.
+"""Groups of weights on shards: under every engine they come to the weights of one process, bit for bit, and become
+zero in the masters and in the model alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 of
 
 @dataclass(frozen=True)
 class GroupCase(Case):
-    """What is asked: "λ", "target", or "both" targets, one after the other. Dtypes as of `Case`."""
+    """What is requested: "λ", "target", or "both" targets, one after the other. Dtypes as of `Case`."""
 
     asked_for: str = "target"
     interval: int = 1
@@ -36,8 +36,8 @@ class GroupCase(Case):
 
 def sets_of(model: torch.nn.Module) -> list:
     """163 channels whose layers have a norm between them, so that they are the user's word; 101 of the next two, of
-    which the last has biases; in one matrix both rows and columns are of groups. All of odd widths: groups lie on two
-    ranks, and shards end inside of rows.
+    which the last has biases; in one matrix both rows and columns are of groups. All of uneven widths: groups lie on
+    two ranks, and shards end inside of rows.
     """
     return groups_of(model, outputs="0", inputs="3", kind="first") + groups_of(
         model, outputs="3", inputs="5", kind="second"

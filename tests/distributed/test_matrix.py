@@ -188,7 +188,8 @@ def test_what_deepspeed_refuses_or_does_wrong(run_ranks):
     assert ANSWERS[FP16] == NO_FP16
     assert ANSWERS[UNTESTED].startswith("AssertionError: ") and ANSWERS[OFFLOAD].startswith("ZeRORuntimeException: ")
     assert ANSWERS[NO_BF16] == "takes DeepSpeedZeroOptimizer"
-    # ZeRO 0 in 16 bits takes a step with zero gradients when it is made: √v̂ is 0, so everything that decays dies.
+    # ZeRO 0 in 16 bits takes a step with zero gradients when it is made: √v̂ is 0, so everything that decays becomes
+    # zero.
     assert not matrix.decayed(dry.weights[-1]).any(), (
         "no longer so? Then docs/matrix.md and engines.undo_dry_step can forget it"
     )

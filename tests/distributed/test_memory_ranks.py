@@ -13,7 +13,7 @@ def test_memory_and_communication_of_every_engine(run_ranks):
     # Beside what is named, an engine has buckets, gradients on their way, and under offload two buffers of the largest
     # tensor.
     slack = 9 * 4 * LARGEST
-    assert slack < PARAMETERS, "a copy of a rank's part in 16 bits could hide in the slack"
+    assert slack < PARAMETERS, "a copy of a rank's part in 16 bits could go unnoticed in the slack"
     for cell in CELLS:
         stage, dtype, offload = cell
         on_paper = footprint(

@@ -23,13 +23,13 @@ from lp_dist.optim.nm import parse_pattern, split_at_blocks
 from lp_dist.sparsity import quantiles
 
 STEPS, STOP, SAMPLE = 14, 6, 512
-# [inputs, outputs], with odd numbers of blocks, so that halves end inside of them; 3.weight is one block. A target's
-# looks take some of the blocks.
+# [inputs, outputs], with uneven numbers of blocks, so that halves end inside of them; 3.weight is one block. A
+# target's updates sample some of the blocks.
 SIZES = {"2:4": ((60, 51), (20, 7), (12, 9), (4, 1), (28, 1)), "4:8": ((72, 41), (40, 7), (24, 9), (8, 1), (40, 1))}
 
 
 class Side(nn.Sequential):
-    """Layers side by side, each with its part of the inputs, so that their sizes may be odd."""
+    """Layers side by side, each with its part of the inputs, so that their sizes may be uneven."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.cat([layer(inputs[:, : layer.in_features]) for layer in self], dim=1)
@@ -113,7 +113,7 @@ def attached_to(engine: Engine, case: Case) -> Attachment:
 
 
 def loss_of(engine: Engine, case: Case, step: int, rank: int) -> Tensor:
-    """Of which the gradients are small whole numbers whatever the weights are, so that averages over 1, 2 or 3 ranks
+    """Of which the gradients are small integers whatever the weights are, so that averages over 1, 2 or 3 ranks
     are exact in any dtype.
     """
     generator = torch.Generator().manual_seed(10 * step + rank)

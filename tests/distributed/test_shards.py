@@ -21,7 +21,7 @@ STEPS = 4
 
 
 def model_of() -> nn.Sequential:
-    """Odd sizes; a frozen parameter; a last layer of one row, so that FSDP2 leaves one rank without elements of it."""
+    """Uneven sizes, a frozen parameter, a last layer of one row, so that FSDP2 leaves a rank without its elements."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False), nn.Linear(5, 3), nn.Linear(3, 1)

@@ -19,7 +19,7 @@ from lp_dist.attachment.attach import Attachment
 
 RUN = Case("", "capped", 0.5, 0.6, steps=24, update_every=4)
 START, END = 2, 17
-# tag → steps. Looks are at 2, 6, 10, 14; the last threshold comes after step 16, and the next step carries it into an
+# tag → steps. Updates are at 2, 6, 10, 14; the final pruning comes after step 16, and the next step carries it into an
 # engine's copies.
 STOPS = {"before": 1, "saved": 8, "pruned": 16, "frozen": 20}
 CELLS = {

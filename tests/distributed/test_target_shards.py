@@ -35,7 +35,7 @@ COVERING = [
     )
     for (i, engine), (j, p) in product(enumerate(ENGINES), enumerate(PS))
 ]
-# The last threshold comes before the last step, which is the only one to carry it into an engine's copies.
+# The final pruning comes before the last step, which is the only one to carry it into an engine's copies.
 LAST = [
     Case(engine, "capped", 0.0, 0.7, dtype=dtype, end=1.0, steps=16, update_every=3)
     for engine, dtype in [
@@ -56,11 +56,11 @@ BAD = {
     5: math.nan,
     6: math.inf,
     13: math.nan,
-}  # before the window, in it twice, right after the last threshold
+}  # before the window, in it twice, right after the final pruning
 
 
 def followed(case: Case) -> dict[str, Any]:
-    """The masters right after the last threshold, and everything at the end."""
+    """The masters right after the final pruning, and everything at the end."""
     engine = engine_of(case)
     attachment = attached_to(engine, case)
     end = attachment.weight_controller.window.end
@@ -85,7 +85,7 @@ def alone(case: Case) -> dict[str, Any]:
 
 
 def with_bad_steps(case: Case, bad: dict[int, float]) -> dict[str, Any]:
-    """A whole run of good steps; before those in `bad`, one whose gradients overflow on the last rank."""
+    """A complete run of good steps; before those in `bad`, one whose gradients overflow on the last rank."""
     engine = engine_of(case)
     attachment = attached_to(engine, case)
     start, end, states = attachment.weight_controller.window.start, attachment.weight_controller.window.end, []
@@ -101,7 +101,7 @@ def with_bad_steps(case: Case, bad: dict[int, float]) -> dict[str, Any]:
 
 
 def disagreeing(rank: int) -> list[str]:
-    """What attach says where the last rank asks for something else."""
+    """What attach says where the last rank requests something else."""
     said = []
     for kind, change in product(
         ("ddp", "zero2"), ({"target": 0.6}, {"scope": "global"}, {"end": 0.8}, {"steps": 31}, {"update_every": 3})
@@ -173,7 +173,7 @@ def test_the_runs_hold_every_pair_of_values():
 
 
 def test_every_target_is_met_to_the_weight(runs):
-    """The last threshold is an order statistic and no estimate, so it leaves the rounding to a whole weight. (A tie
+    """The final pruning uses an order statistic and no estimate, so it leaves the rounding to one weight. (A tie
     would leave more: none here.)
     """
     for case, run in runs.items():
@@ -183,7 +183,7 @@ def test_every_target_is_met_to_the_weight(runs):
             assert zeros == round(case.target * elements), case
         assert abs(run["achieved"] - case.target) < 1e-4, case
         assert run["by_decay"] + run["pruned_at_end"] == pytest.approx(run["achieved"]), case
-        assert len({zeros / elements > 0.995 for zeros, elements in counts}) == 1, f"{case}: a tensor has died"
+        assert len({zeros / elements > 0.995 for zeros, elements in counts}) == 1, f"{case}: a tensor has become zero"
 
 
 def test_decay_prunes_nearly_all_and_the_final_pruning_the_rest(runs):
@@ -283,7 +283,7 @@ def test_a_plain_model_is_followed_without_ranks():
 
 
 def pruned_in_all_copies(rank: int, world_size: int) -> dict[str, bool]:
-    """Whether the last threshold is in the model's copy as soon as it is in the masters."""
+    """Whether the final pruning is in the model's copy as soon as it is in the masters."""
     kinds = {
         "zero0": {"bf16": {"enabled": True}},
         "zero3": {"zero_optimization": {"stage": 3}},

@@ -95,7 +95,7 @@ def trap_7(rank: int) -> dict:
         for name, param in model.named_parameters()
         if any(param is p for p in optimizer.param_groups[0]["params"])
     ]
-    for _ in range(2):  # without attach as well: the first step looks for what is all zeros
+    for _ in range(2):  # without attach as well: the first step searches for what is all zeros
         model(torch.ones(3, 7)).square().mean().backward()
         optimizer.step()
     return {"decays": decays, "local": model[4].weight.to_local().numel()}

@@ -31,7 +31,7 @@ OTHERS = {
 
 
 def seen(engine: Engine) -> dict[str, Any]:
-    """This rank's pieces of masters and moments, and the rest of what a run goes on with. (Not by DeepSpeed's own
+    """This rank's shards of masters and moments, and the rest of what a run goes on with. (Not by DeepSpeed's own
     safe_get_full_optimizer_state, which at ZeRO 1 and 2 finds the moments of the first group alone.)"""
     inner = inner_optimizer(engine.optimizer)
     shards = []
@@ -134,7 +134,7 @@ def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
         old = [rank[kind]["saved"] for rank in saved[1]]
         wanted = joined(old)
         assert len(wanted) == 21 and all((wanted[f"master of {name}"] == 0).any() for name in DECAYED), (
-            "nothing has died"
+            "nothing has become zero"
         )
         for when in WHEN:
             new = [rank[kind][when]["loaded"] for rank in loaded]
@@ -151,7 +151,7 @@ def test_right_after_loading_all_is_bit_for_bit_what_was_saved(saved, loaded):
 
 
 def test_trap_13_universal_stage_3_copies_group_0(saved, loaded):
-    """Into every group; attach puts back what was asked for, before loading or after it."""
+    """Into every group; attach puts back the requested values, before loading or after it."""
     requested = {"weight_decay": [3.0, 0.005, 0.0], "p": [0.5, -1.0, 0.5], "cutoff": [math.inf] * 3}
     rates = [group["lr"] for group in saved[1][0]["zero3"]["saved"]["groups"]]
     assert rates[1] == 2 * rates[0] == 2 * rates[2]

@@ -34,7 +34,7 @@ def test_it_is_rehearsed_before_it_is_used(gpu, monkeypatch):
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
     monkeypatch.setattr(gpu, "SNAP", 0.0)
-    # Without a memory Adam's direction is the gradient's sign, and its metric the gradient's magnitude: u = w + 1
+    # With β₁ = β₂ = 0 Adam's direction is the gradient's sign, and its metric the gradient's magnitude: u = w + 1
     generator = torch.Generator().manual_seed(0)
     bits = torch.linspace(1, 0x7F7FFFFF, 1800, dtype=torch.float64).to(torch.int32)  # all magnitudes, denormals too
     w = torch.cat([bits, torch.arange(1, 2**23, 2**16 + 1, dtype=torch.int32)]).view(torch.float32)
@@ -74,7 +74,7 @@ def test_the_factor_over_all_floats(gpu, monkeypatch, p, gamma):
 MODES = {
     "plain": {"cutoff": math.inf, "l2": 0.3},
     "capped": {"cutoff": 1e-3},
-    "floored": {"cutoff": 1e-2, "regrowth_below": 1e-4},
+    "regrowing": {"cutoff": 1e-2, "regrowth_below": 1e-4},
     "frozen": {"cutoff": 0.0, "l2": 0.3},
     "off": {"weight_decay": 0.0},
 }
@@ -85,7 +85,7 @@ LATENT = {"cutoff": 1e-2, "regrowth_below": 1e-4, "latent": True}
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_adamw_against_float64(gpu, p, gamma):
     for mode in [
-        *(MODES.values() if gamma in (0.0, 0.37) else (MODES[mode] for mode in ("plain", "capped", "floored"))),
+        *(MODES.values() if gamma in (0.0, 0.37) else (MODES[mode] for mode in ("plain", "capped", "regrowing"))),
         LATENT,
         {**LATENT, "lr": 0.0},
     ]:
@@ -124,7 +124,7 @@ def test_patterns_against_float64(gpu, base, more, pattern):
         a = values(base, pattern=pattern, **more)
         before = row(base, 2056 + offset)
         for t in before[:-1]:
-            t[100:140] = t[100]  # of equal weights the earlier are spared
+            t[100:140] = t[100]  # of equal weights the earlier are kept
         after = copy(before)
         run(gpu, base, a, (*(t[offset:] for t in after[:-1]), after[-1]))
         assert_right(
@@ -143,8 +143,8 @@ def test_patterns_against_float64(gpu, base, more, pattern):
     ids=str,
 )
 def test_saliencies_that_blocks_are_ranked_by_and_entries_that_are_kept(gpu, base, more):
-    """For blocks that lie on several ranks: the numbers to be told, and then each entry alone, to the very bits of the
-    whole block's step.
+    """For blocks that lie on several ranks: the saliencies that ranks exchange, and then each entry alone, to the very
+    bits of the unsplit block's step.
     """
     a = values(base, pattern="4:8", **more)
     stepped, ranked = copy(before := row(base, 80)), copy(before)

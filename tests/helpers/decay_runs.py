@@ -1,4 +1,6 @@
-"""Shared by the tests: a small odd model that goes through a decay window under any engine, stopped and resumed."""
+"""Shared by the tests: a small model of uneven sizes that goes through a decay window under any engine, stopped and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ CELLS = {
 
 
 def model_of() -> nn.Sequential:
-    """Small and odd: shards end inside of rows, in padding, and (one row for two ranks) in nothing."""
+    """Small and uneven: shards end inside of rows, in padding, and (one row for two ranks) in nothing."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.Linear(5, 1))
 

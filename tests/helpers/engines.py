@@ -190,7 +190,7 @@ def _accelerated(config: dict[str, Any], *things: Any) -> Accelerated:
 
 
 def full(param: torch.Tensor) -> torch.Tensor:
-    """The whole parameter, a copy, on every rank."""
+    """The unsharded parameter, a copy, on every rank."""
     if hasattr(param, "ds_id"):
         import deepspeed
 
@@ -203,7 +203,7 @@ def full(param: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter whole, by name of the unwrapped model."""
+    """Every parameter unsharded, by name of the unwrapped model."""
     from lp_dist.sharding.engines import unwrap
 
     return {name: full(param) for name, param in unwrap(engine.handle).named_parameters()}

@@ -1,5 +1,5 @@
-"""A small tied Llama of odd sizes, trained for two steps under each engine and saved by its own means, for the tests
-of the export.
+"""A small tied Llama of uneven sizes, trained for two steps under each engine and saved by its own means, for the
+tests of the export.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def model_of(family: str, **more: Any) -> nn.Module:
         AutoConfig.for_model(family, **{**FAMILIES.get(family, ({},))[0], **more})
     ).eval()
     with torch.no_grad():
-        for param in model.parameters():  # biases start at zero, and would hide what forgets them
+        for param in model.parameters():  # biases start at zero, and would mask what forgets them
             param.add_(torch.randn(param.shape) * 0.1)
     return model
 

@@ -1,7 +1,7 @@
 """The matrix: every optimizer under every engine and dtype, and one process that adds up the same gradients in the
 same order.
 
-An engine only shares out the work. One process that is told where an engine rounds (`How`) must therefore reach the
+An engine only shares out the work. One process that knows where an engine rounds (`How`) must therefore reach the
 same weights, bit for bit: the average over two ranks is (a + b) / 2, one rounding, in whatever order a collective
 takes them.
 """
@@ -57,8 +57,8 @@ class Cell:
 
 @dataclass
 class TrainedRun:
-    """weights: in fp32, after each half. norms: of each step's gradients, if told. wrapper: DeepSpeed's, around the
-    optimizer.
+    """weights: in fp32, after each half. norms: of each step's gradients, if the engine gives them. wrapper:
+    DeepSpeed's, around the optimizer.
     """
 
     weights: list[list[Tensor]] = field(default_factory=list)
@@ -81,7 +81,7 @@ def cells_of(dtype: str) -> list[Cell]:
 
 
 def model_of() -> nn.Sequential:
-    """Small and odd: shards end inside of rows and in padding, and one row for two ranks leaves one of them
+    """Small and uneven: shards end inside of rows and in padding, and one row for two ranks leaves one of them
     nothing.
     """
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ PARAMETERS = LAYERS * LARGEST + LAYERS // 8 * WIDTH
 
 
 class Allocated:
-    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes live at the mark, and `a.peak["x"]`, the most
-    until the next.
+    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes allocated at the mark, and `a.peak["x"]`, the
+    most until the next.
     """
 
     def __enter__(self) -> Allocated:

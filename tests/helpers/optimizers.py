@@ -72,7 +72,7 @@ CASES = {
         {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "l2": 0.1},
     ),
     "adamw cutoff": (LpAdamW, {"lr": 0.02, "weight_decay": 0.3, "cutoff": 0.2}),
-    "adamw floor": (
+    "adamw regrowth": (
         LpAdamW,
         {"lr": 0.02, "weight_decay": 0.3, "precondition": 0.5, "cutoff": 0.2, "regrowth_below": 0.05},
     ),

@@ -38,7 +38,7 @@ def snapshot(engine: Engine, attachment: Attachment) -> dict[str, Any]:
 
 
 def joined(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Masters and moments put together from the ranks' pieces, flat, by what they are of."""
+    """Masters and moments joined from the ranks' shards, flat, by what they are of."""
     tensors: dict[str, dict[int, Tensor]] = {}
     for rank in ranks:
         for name, start, values in rank["shards"]:

@@ -22,7 +22,7 @@ from lp_dist.attachment.attach import Attachment
 from lp_dist.sharding.engines import inner_optimizer
 
 RANKS, ROWS, INPUTS, LARGE, PEAK = 2, 64, 64, 10_000, 5e-3
-FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, grace
+FORMS: dict[str, tuple[float, float | None, float]] = {  # γ, cap, regrowth
     "plain": (0.0, None, 0.0),
     "preconditioned": (0.5, None, 0.0),
     "capped": (0.5, 1.0, 0.1),
@@ -157,7 +157,7 @@ def trained(
 
 
 def run(case: Case) -> dict[str, Any]:
-    """The whole run: zeros and elements of each tensor in the model's own copy and in the masters, and the share by
+    """The complete run: zeros and elements of each tensor in the model's own copy and in the masters, and the share by
     decay, in plain JSON.
     """
     began = time.perf_counter()

@@ -15,7 +15,7 @@ from lp_dist import LpAdamW, SparsityTarget, attach
 # easy to say.
 layerwise = partial(SparsityTarget, scope="layer", precondition=0.0)
 TOTAL, START, END = 60, 6, 42  # the default window of such a run, [0.1, 0.7)
-CLOSING = END - 1  # optimizer steps at which the last threshold is drawn
+FINAL_PRUNING = END - 1  # optimizer steps before the final pruning
 
 
 def model_of() -> nn.Sequential:

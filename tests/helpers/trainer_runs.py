@@ -1,4 +1,4 @@
-"""Shared by the tests: runs of a tiny Llama in Hugging Face's Trainer, whole and interrupted."""
+"""Shared by the tests: runs of a tiny Llama in Hugging Face's Trainer, uninterrupted and interrupted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(left: Trainer, right: Trainer) -> bool:
 
 
 class Interrupted(TrainerCallback):
-    """Saves and stops after a step of an otherwise same run, whose schedule is that of the whole."""
+    """Saves and stops after a step of an otherwise same run, whose schedule is that of the uninterrupted run."""
 
     def __init__(self, step: int) -> None:
         self.step = step

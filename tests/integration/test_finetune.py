@@ -85,7 +85,7 @@ def test_the_report_tells_the_run(run):
     )  # strict JSON has no infinity
     assert saved["steps"] == 12 and saved["decay"]["p"] == 0.5 and saved["weight_decay"] == 0.05
     assert saved["configuration"]["weight_decay"] == 0.05 and "eval_on_start" not in saved["configuration"], (
-        "what was asked for"
+        "what was requested"
     )
     assert (
         saved["window"] == [3, 9]

@@ -1,4 +1,4 @@
-"""Targets of whole groups in Hugging Face's Trainer and in `lp-dist finetune`, and what the export then makes of the
+"""Targets of weight groups in Hugging Face's Trainer and in `lp-dist finetune`, and what the export then makes of the
 model.
 """
 
@@ -47,7 +47,7 @@ def test_a_lambda_for_groups_in_trainer_is_logged_and_kept(tmp_path):
         tmp_path, [LpCallback(groups=GroupDecay("channels", 0.5, p=0.0))], trainer=LpTrainer, logging_steps=8
     )
     channels = (trainer.model.model.layers[0].mlp.down_proj.weight == 0).all(0)
-    assert channels.all(), "they are all of about one size, and die together"
+    assert channels.all(), "they are all of about one size, and become zero together"
     assert all("lp/measured" in logs for logs in trainer.state.log_history if "loss" in logs)
 
 

@@ -40,7 +40,7 @@ def test_an_installed_package_is_typed_and_says_its_version():
 
 
 def test_a_wheel_holds_every_file_and_imports_with_torch_alone(tmp_path):
-    """An editable install would hide what the package data or the list of packages leaves out."""
+    """An editable install would mask what the package data or the list of packages leaves out."""
     source = tmp_path / "source"  # pip builds in the tree
     shutil.copytree(PACKAGE, source / "lp_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

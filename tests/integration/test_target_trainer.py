@@ -53,7 +53,7 @@ def test_a_target_may_be_a_mapping_of_its_arguments(uninterrupted, tmp_path):
     assert same(train(tmp_path, [LpCallback(target={"sparsity": 0.6, "p": 0.0, "scope": "layer"})]), uninterrupted)
 
 
-# Before the start, at it, in the window, at the last threshold, after the end; and with callbacks that Trainer makes
+# Before the start, at it, in the window, at the final pruning, after the end; and with callbacks that Trainer makes
 # anew from their state.
 @pytest.mark.parametrize(
     "step, restored",
@@ -223,7 +223,7 @@ KEYS = {
 
 def test_progress_reaches_the_loggers_through_lp_trainer(tmp_path):
     reporter = Reporter()
-    target = replace(TARGET, latent_windows=0.0)  # with a memory zeros come and go
+    target = replace(TARGET, latent_windows=0.0)  # with latent weights zeros come and go
     trainer = train(tmp_path, [reporter, LpCallback(target=target)], trainer=LpTrainer, logging_steps=1)
     for seen in (trainer.state.log_history, reporter.logs):
         losses = [logs for logs in seen if "loss" in logs]

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: the ways in, the decay window, and the self-check that the live optimizer is ours."""
+"""Hugging Face's Trainer: the ways in, the decay window, and the self-check that the inner optimizer is of lp_dist."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_what_starts_at_zero_is_refused_at_the_start_and_not_once_it_became_zero
     model(torch.arange(6)).sum().backward()
     optimizer.step()
     nn.init.zeros_(model.module.weight)
-    attach(model, optimizer)  # it died on the way
+    attach(model, optimizer)  # it became zero on the way
 
 
 # -- hyperparameters are held against loaders ---------------------------------
@@ -234,7 +234,7 @@ def test_a_cycled_momentum_is_the_schedulers():
     assert optimizer.param_groups[0]["momentum"] == cycled
 
 
-# -- is it really ours? -------------------------------------------------------
+# -- is it of lp_dist? --------------------------------------------------------
 
 
 def test_trap_1_another_optimizer_is_refused():

@@ -253,7 +253,7 @@ def test_what_has_a_row_is_not_run_again_and_processes_come_to_the_same(rows, tm
 
 
 def test_a_row_with_old_names_is_the_same_run(tmp_path):
-    """Rows as they were written before: "work", `memory`, `grace`, `every`, `fall`, and settings that had no fall."""
+    """Rows as they were written before: "work", `memory`, `grace`, `every`, `fall`, and settings without `fall`."""
     spec = Spec.read("lp:latent_windows=0,regrowth=0.2,stable_fraction=0.7,update_every=9")
     row = json.loads(json.dumps(runs.planned_rows(tiny(), [spec], [SPARSITY], [0])[0]))
     old_settings = {new: old for old, new in row_names.SETTINGS.items()}

@@ -1,5 +1,5 @@
-"""From an engine's tensors to a published model: the names and bits that transformers itself writes, and a refusal
-where something is amiss.
+"""From an engine's tensors to a model with Hugging Face names: the names and bits that transformers itself writes, and
+a refusal where something is amiss.
 """
 
 from __future__ import annotations

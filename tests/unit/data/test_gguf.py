@@ -64,7 +64,7 @@ def gguf_file(path: Path, tokenizer: Path, layers: int = 2, width: int = 64, wid
 
 
 def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tiny_model, tmp_path, monkeypatch):
-    """Against gguf's own dequantisation of a tensor. (The demo does so with a published file.)"""
+    """Against gguf's own dequantisation of a tensor. (The demo does so with a file of the Hub.)"""
     from gguf import GGUFReader, dequantize
 
     source = tmp_path / "small.gguf"

@@ -111,7 +111,7 @@ def test_what_is_dead_is_gone_and_the_rest_says_the_same(family, tmp_path):
         saved += sum(half * groups.elements for groups in resolve_groups(model, "kv_groups")) if sized else 0
     (save(model, tmp_path / "masked") / FILE).write_text("{}")
     done = export(tmp_path / "masked", tmp_path / "out", shrink=True, verify=True)
-    assert not (tmp_path / "out" / FILE).exists(), "it tells of the whole model"
+    assert not (tmp_path / "out" / FILE).exists(), "it tells of the model before it was shrunk"
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("masked", "out"))
     assert (
         before.keys() == after.keys()
@@ -529,7 +529,7 @@ def test_what_can_be_cut_out_is_known_before_a_run(family, arguments, wanted):
 
 
 def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_model, caplog):
-    """Heads of GPT-2 die and stay: its configuration has no head size of its own."""
+    """Heads of GPT-2 become zero and stay: its configuration has no head size of its own."""
     from transformers import AutoTokenizer
 
     from lp_dist.report import schema

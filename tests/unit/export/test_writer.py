@@ -1,5 +1,5 @@
 """The export of a model's directory: its files, shards, dtypes and what goes along, what is refused, and that it is
-written whole or not at all.
+written completely or not at all.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_shards_have_an_index_that_names_every_tensor(source, tmp_path):
         == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
     )
     assert done.bytes_after == sum((tmp_path / "out" / name).stat().st_size for name in done.files)
-    for name, names in held.items():  # none larger than asked for, but by one tensor alone
+    for name, names in held.items():  # none larger than requested, but by one tensor alone
         assert len(names) == 1 or sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) <= 40_000
     (tensor_name,) = held[index["weight_map"]["model.embed_tokens.weight"]]
     assert tensor_name == "model.embed_tokens.weight"

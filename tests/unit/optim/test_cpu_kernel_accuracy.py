@@ -155,20 +155,20 @@ def test_the_cap(p, gamma):
 @pytest.mark.parametrize("gamma", (0.0, 0.37, 0.5, 1.0, 1.5, 2.0))
 @pytest.mark.parametrize("p", (-1.0, 0.5, 0.8, 1.0, 1.7, 2.0, 2.5))
 def test_regrowth_below(p, gamma):
-    """Below it the pull is that at the floor, for zeros too; above it nothing changes."""
+    """Below it the pull is that at `regrowth_below`, for zeros too; above it nothing changes."""
     weights, denom = spread(4096, 1e-6, 1e2, 4, signed=True), spread(4096, 1e-4, 1e1, 5)
     weights[::64] = 0
     x = weights.double().abs() ** (2 - p) * denom.double() ** gamma
     regrowth_below = 2 * x.median().item()
     changed = {"lr_weight_decay": 0.5 * regrowth_below, "p": p, "precondition": gamma}
-    floored, plain = (
+    regrowing, plain = (
         decayed_in_metric(weights, denom, regrowth_below=regrowth_below, **changed),
         decayed_in_metric(weights, denom, **changed),
     )
     free = decayed_in_metric(weights, denom, lr_weight_decay=0.0, p=p)
     clear, below = (x / regrowth_below - 1).abs() > 1e-5, x < regrowth_below
-    assert torch.equal(floored[~below & clear], plain[~below & clear])
-    torch.testing.assert_close(floored[below & clear], free[below & clear] / 1.5, rtol=2e-6, atol=1e-13)
+    assert torch.equal(regrowing[~below & clear], plain[~below & clear])
+    torch.testing.assert_close(regrowing[below & clear], free[below & clear] / 1.5, rtol=2e-6, atol=1e-13)
     assert below.sum() > 1000 and ((~below).sum() > 1000 or (p, gamma) == (2.0, 0.0))
 
 

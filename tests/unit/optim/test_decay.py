@@ -63,12 +63,12 @@ BY_HAND = [
         {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "precondition": 1.0, "denom": 0.2, "cutoff": 0.09},
         0.6,
     ),
-    # x = 0 is raised to the floor of 0.1: f = 1/(1 + 0.1/0.1), and zero does not absorb; x = 0.5 is above it
+    # x = 0 is raised to regrowth_below = 0.1: f = 1/(1 + 0.1/0.1), and zero does not absorb; x = 0.5 is above it
     ("regrowth_below", 0.6, 0.0, {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "regrowth_below": 0.1}, 0.3),
-    ("above floor", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "regrowth_below": 0.1}, 0.5),
-    # the floor is compared with the preconditioned x = 0.1 < 0.2, and so is the cutoff, with what it was before
+    ("above regrowth_below", 0.51, 0.5, {"p": 1.0, "lr": 0.1, "weight_decay": 0.1, "regrowth_below": 0.1}, 0.5),
+    # regrowth_below is compared with the preconditioned x = 0.1 < 0.2, and so is the cutoff, with what it was before
     (
-        "precondition and floor",
+        "precondition and regrowth_below",
         0.6,
         0.5,
         {
@@ -82,9 +82,9 @@ BY_HAND = [
         },
         0.3,
     ),
-    # a floor keeps what a cutoff of 0 has frozen dead
+    # with regrowth_below, what a cutoff of 0 has frozen stays zero
     (
-        "frozen with floor",
+        "frozen with regrowth_below",
         0.6,
         0.0,
         {"p": 1.0, "lr": 0.1, "weight_decay": 1.0, "regrowth_below": 0.1, "cutoff": 0.0},
@@ -149,7 +149,7 @@ awkward = [0.0, -0.0, 5e-324, 1e-310, 1e-45, -1e-40, 6e-8, 1e-13, 1e-5, -0.5, 1.
 values = st.one_of(st.sampled_from(awkward), st.floats(allow_nan=False, allow_infinity=False), st.floats(-2.0, 2.0))
 strengths = st.one_of(st.sampled_from([0.0, 1e-300, 1e-50, 1e-8, 0.1, 1.0, 1e4, 1e30]), st.floats(0.0, 100.0))
 cutoffs = st.sampled_from([0.0, 1e-3, 1.0, math.inf])
-floors = st.sampled_from([0.0, 1e-300, 1e-4, 1.0, 1e30])
+regrowths = st.sampled_from([0.0, 1e-300, 1e-4, 1.0, 1e30])
 pairs = st.lists(st.tuples(values, values), min_size=1, max_size=12)
 dtypes = st.sampled_from(DTYPES)
 
@@ -163,7 +163,7 @@ def tensors(pairs, dtype):
 
 
 @few
-@given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs, floors)
+@given(pairs, dtypes, exponents, strengths, strengths, strengths, cutoffs, regrowths)
 def test_sign_is_kept_and_size_never_grows(pairs, dtype, p, lr, weight_decay, l2, cutoff, regrowth_below):
     u, w_old = tensors(pairs, dtype)
     result = lp_decay(
@@ -196,7 +196,7 @@ def test_zero_absorbs_below_two(pairs, dtype, p, lr, weight_decay, l2, cutoff):
 
 
 @few
-@given(pairs, dtypes, exponents, strengths, strengths, cutoffs, floors, floors)
+@given(pairs, dtypes, exponents, strengths, strengths, cutoffs, regrowths, regrowths)
 def test_a_higher_regrowth_below_never_leaves_less(pairs, dtype, p, lr, weight_decay, cutoff, first, second):
     u, w_old = tensors(pairs, dtype)
     low, high = (
@@ -230,7 +230,7 @@ huge_range = st.one_of(st.sampled_from([0.0, 5e-324, 1e-50, 1e50, 1.7e308]), st.
     huge_range,
     st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     st.sampled_from([0.0, 1.0, math.inf]),
-    floors,
+    regrowths,
 )
 def test_no_nan_from_finite_input(pairs, denoms, dtype, p, lr, weight_decay, precondition, cutoff, regrowth_below):
     u, w_old = tensors(pairs, dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, half_dead, layerwise
+from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, half_dead, layerwise
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.errors import UsageError
 from lp_dist.sparsity.quantiles import ScoredSlice, restore_latent, thresholds_at
@@ -30,7 +30,7 @@ def step(optimizer: LpAdamW, param: nn.Parameter, *grads: float) -> tuple[list[f
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_weight_becomes_latent_learns_and_comes_back_at_full_size(implementation):
-    """p = 1, so x = |w|; no memory in Adam, so that its step is α·sign(g) but for ε; the pull, αλ = 1e-9, is next to
+    """p = 1, so x = |w|; no averages in Adam, so that its step is α·sign(g) but for ε; the pull, αλ = 1e-9, is next to
     nothing.
     """
     param = weights_of(0.95, -0.5, 2.0)
@@ -59,15 +59,15 @@ def test_a_weight_becomes_latent_learns_and_comes_back_at_full_size(implementati
         optimizer, param, -1.0, 1.0, 1.0
     )  # 1.25 is above, so the first is a weight again, with no momentum yet
     assert weights == near(1.25, 0.0, 1.1) and latents[0] == 0.0 and latents[1] == near(-0.8)[0]
-    weights, latents = step(optimizer, param, 1.0, -1.0, 1.0)  # it falls asleep anew, and so does the last
+    weights, latents = step(optimizer, param, 1.0, -1.0, 1.0)  # it is latent again, and so is the last
     assert weights == near(0.0, 0.0, 0.0) and latents == near(0.95, -0.5, 0.8)
     assert [math.copysign(1.0, weight) for weight in weights] == [1.0] * 3, "no negative zeros"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_latent_weight_steps_without_momentum_and_decays_as_any_weight(implementation):
-    """Its decay, x of its own latent value with a floor, is that of a weight of the same size in a model without
-    hiding; its v goes on.
+    """Its decay, x of its latent value with regrowth, is that of a weight of the same size in a model without
+    latent weights; its v goes on.
     """
     latent_param, plain_param = weights_of(0.0), weights_of(0.02)
     settings = {
@@ -135,7 +135,7 @@ def test_where_nothing_decays_no_weight_is_latent(implementation, off):
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_step_with_a_learning_rate_of_zero_leaves_weights_and_what_is_latent(implementation, form):
-    """As a schedule may have in the window: what is hidden stays so, and loses nothing; the fused step divides by 1 in
+    """As a schedule may have in the window: what is latent stays so, and loses nothing; the fused step divides by 1 in
     its own way, so by a last bit.
     """
     param = weights_of(9.0, 0.02, -0.03, 3e-5)
@@ -204,8 +204,8 @@ def test_thresholds_see_latent_weights_and_those_above_them_are_restored():
     threshold = thresholds_at([scored_slice_of(weights, exp_avg)], {"a": 1500}, passes=3)["a"]
     assert threshold == latent.abs().sort().values[1499]
     restore_latent([scored_slice_of(weights, exp_avg)], {"a": threshold})
-    awake = ~is_latent | (latent.abs() > threshold)
-    assert torch.equal(weights, torch.where(awake, latent, 0.0))
+    restored = ~is_latent | (latent.abs() > threshold)
+    assert torch.equal(weights, torch.where(restored, latent, 0.0))
     assert (exp_avg[is_latent] == 0).all() and (exp_avg[~is_latent] != 0).all(), (
         "a weight that comes back has no momentum yet; others keep theirs"
     )
@@ -240,26 +240,29 @@ def test_a_sample_has_the_latent_values_of_its_weights():
 def test_zeros_follow_the_plan_and_come_back_until_its_end(sparsity, form):
     run = TargetRun(layerwise(sparsity, **form))
     control = run.attached.weight_controller
-    ahead, woken, late = control.update_every, 0, 0
+    ahead, restored, late = control.update_every, 0, 0
     before = {}
     while run.taken < TOTAL:
-        latent = any(map(control.keeps_latent, control.shards))  # the last threshold wakes some
+        latent = any(map(control.keeps_latent, control.shards))  # the final pruning restores some
         run.to(run.taken + 1)
         now = {name: weight == 0 for name, weight in run.weights().items() if name in MATRICES}
         back = sum(int((before[name] & ~now[name]).sum()) for name in before)
-        woken, late, before = woken + back * latent, late + back * (not latent), now
-        if START + 1 < run.taken <= CLOSING:
+        restored, late, before = restored + back * latent, late + back * (not latent), now
+        if START + 1 < run.taken <= FINAL_PRUNING:
             share = sum(int(zeros.sum()) for zeros in now.values()) / sum(MATRICES.values())
             low, high = (
-                sparsity * control.planned_share(min(max(run.taken + shift, START), CLOSING)) for shift in (-1, ahead)
+                sparsity * control.planned_share(min(max(run.taken + shift, START), FINAL_PRUNING))
+                for shift in (-1, ahead)
             )
-            # Between two looks the cutoff stands still, and weights cross it both ways
+            # Between two updates the cutoff stands still, and weights cross it both ways
             assert low - 0.03 <= share <= high + 0.03, (
                 f"at step {run.taken} {share:.4f} are zeros, and {low:.4f} to {high:.4f} were planned"
             )
-    assert woken > 100 and late == 0
+    assert restored > 100 and late == 0
     assert sum(run.zeros().values()) == sum(round(sparsity * elements) for elements in MATRICES.values())
-    assert 0 <= control.final_pruning["pruned_at_end"] < 0.02 * sparsity, "nearly all died before the last threshold"
+    assert 0 <= control.final_pruning["pruned_at_end"] < 0.02 * sparsity, (
+        "nearly all became zero before the final pruning"
+    )
 
 
 def test_a_weight_comes_back_at_its_size_if_its_gradient_needs_it_in_time():
@@ -271,7 +274,7 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_needs_it_in_time():
     def gradient(grad):
         grad = grad.clone()
         grad[0, 0] = -1.0 if run.taken >= 14 else 0.0
-        grad[0, 1] = -1.0 if run.taken >= CLOSING else 0.0
+        grad[0, 1] = -1.0 if run.taken >= FINAL_PRUNING else 0.0
         return grad
 
     weight.register_hook(gradient)
@@ -294,7 +297,7 @@ def test_a_weight_comes_back_at_its_size_if_its_gradient_needs_it_in_time():
 
 def test_the_final_pruning_chooses_among_latent_weights_too_and_then_none_is():
     """No momentum is left in zeros, so that without freeze they start from rest."""
-    run = TargetRun(layerwise(0.6, freeze=False)).to(CLOSING - 1)
+    run = TargetRun(layerwise(0.6, freeze=False)).to(FINAL_PRUNING - 1)
     assert all(run.optimizer.parameter_map.values(name)["latent"] for name in MATRICES)
     run.step()
     latent = {
@@ -303,7 +306,7 @@ def test_the_final_pruning_chooses_among_latent_weights_too_and_then_none_is():
         if name in MATRICES
     }
     run.attached.after_step()
-    run.taken = CLOSING
+    run.taken = FINAL_PRUNING
     assert not any(map(run.attached.weight_controller.keeps_latent, run.attached.weight_controller.shards))
     for name, weights in run.weights().items():
         if name in MATRICES:
@@ -331,7 +334,7 @@ def test_a_run_that_ends_while_weights_are_latent_ends_at_its_target():
 
 @pytest.mark.parametrize("curve", ["cubic", lambda u: max(0.0, 2 * u - 1)], ids=["cubic", "flat at first"])
 def test_the_momentum_of_zeros_that_were_there_before_is_no_weight(curve):
-    """A mask of before holds zeros whose gradients are large, until something is to die."""
+    """A mask of before holds zeros whose gradients are large, until something is to be pruned."""
     run = TargetRun(layerwise(0.8, curve=curve, update_every=4), model=half_dead())
     weight, dead = run.model[2].weight, run.model[2].weight == 0
 

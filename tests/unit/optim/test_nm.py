@@ -26,7 +26,7 @@ CASES = {
         LpAdamW,
         {"lr": 0.02, "weight_decay": 0.01, "p": -1.0, "precondition": 1.5, "cutoff": 0.3, "l2": 0.2},
     ),
-    "adamw odd gamma, cutoff, floor": (
+    "adamw other gamma, cutoff, regrowth": (
         LpAdamW,
         {
             "lr": 0.02,
@@ -47,7 +47,7 @@ ROWS, INPUTS = 5, 64  # more than one block of 256 of the fused step
 
 
 def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
-    """With zeros, of which some are spared, and with blocks of equal weights, of which the earlier are."""
+    """With zeros, of which some are kept, and with blocks of equal weights, of which the earlier are."""
     w = torch.randn(ROWS, INPUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3
     w[1, :16] = 0.25
     w[2, 1:40:3] = 0.0
@@ -164,7 +164,10 @@ class Ranks:
             for case in ("adamw gamma", "sgd", "lion")
             for implementation in ("foreach", "fused")
         ),
-        *(("fused", *CASES[case]) for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw odd gamma, cutoff, floor")),
+        *(
+            ("fused", *CASES[case])
+            for case in ("adamw gamma 1.5, p = -1, cutoff", "adamw other gamma, cutoff, regrowth")
+        ),
     ],
 )
 @given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(PATTERNS)))
@@ -266,7 +269,7 @@ def test_other_optimizers_have_none():
 
 
 def test_ranks_and_pulls_are_those_of_the_step():
-    """The numbers that are told to other ranks: αλ/x, of bf16 weights those of their fp32 values."""
+    """The numbers that other ranks get: αλ/x, of bf16 weights those of their fp32 values."""
     w, g = torch.tensor([0.5, -0.25, 0.0, 2.0]).bfloat16(), torch.tensor([1.0, 0.5, 1.0, 0.1]).bfloat16()
     values = {
         "lr": 0.1,

@@ -1,5 +1,5 @@
-"""Segments: a flat tensor of several parameters with values of their own steps exactly as the parameters would one by
-one.
+"""Parameter slices: a flat tensor of several parameters with values of their own steps exactly as the parameters would
+one by one.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ def test_a_flat_tensor_steps_as_its_parameters_one_by_one(maker, lengths, values
 
 
 def test_values_of_a_parameter_wait_while_its_group_is_in_a_phase():
-    """A frozen group freezes all its segments, whatever their p, but for those that do not decay."""
+    """A frozen group freezes all its slices, whatever their p, but for those that do not decay."""
     flat = torch.tensor([1e-9, 0.0, 0.5, 0.0], requires_grad=True)
     optimizer = LpAdamW([flat], lr=0.1, weight_decay=0.4, precondition=0.0)
     optimizer.parameter_map.replace({flat: param_slices([2, 2])})
-    optimizer.parameter_map.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would die
+    optimizer.parameter_map.set("a", p=-4.0, cutoff=math.inf)  # |w|^6 of 1e-9 is zero in fp32: it would become zero
     optimizer.parameter_map.set("b", weight_decay=0.0)
     optimizer.param_groups[0]["phase"] = "frozen"
     flat.grad = torch.tensor([0.0, 1.0, 0.0, 1.0])

@@ -1,5 +1,5 @@
-"""The page of a report: whole, of itself, escaped, the same twice; what a report does not have is not on it; and the
-command that draws it.
+"""The page of a report: complete, of itself, escaped, the same twice; what a report does not have is not on it; and
+the command that draws it.
 """
 
 from __future__ import annotations

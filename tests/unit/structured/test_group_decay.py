@@ -1,5 +1,5 @@
-"""The decay of whole groups in one process: the equation, whatever steps; what dies stays dead; and what is asked of
-it in vain.
+"""The decay of whole groups in one process: the equation, whatever steps; what becomes zero stays dead; and what is
+requested of it in vain.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_after_the_bases_step_a_group_is_divided_by_the_equations_number(base):
     ],
 )
 def test_the_forms_of_the_norm(form):
-    """Preconditioned by the second moments from before the step, capped, and with a floor; λ such that it shows."""
+    """Preconditioned by the second moments from before the step, capped, and with regrowth; λ such that it shows."""
     model = paired_model()
     optimizer = LpAdamW(model.parameters(), lr=0.02)
     group_decay = GroupDecay(

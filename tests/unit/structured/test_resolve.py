@@ -1,4 +1,4 @@
-"""Which weights stand and fall together, of every family of models: zeroing a group by the book must be the same as
+"""Which weights belong to one group, of every family of models: zeroing a recognised group must be the same as
 cutting it out.
 """
 
@@ -54,8 +54,8 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
         torch.testing.assert_close(noise(), model(tokens).logits, rtol=0, atol=1e-6)
         if (
             not grouped_query
-            # nothing else of its layer belongs to it: with its own zero as well, gradients there are zero, so nothing
-            # brings it back
+            # nothing else of its layer belongs to it: with its weights zero as well, gradients there are zero, so
+            # nothing brings it back
         ):
             for slot in writers:
                 slot.zero_()

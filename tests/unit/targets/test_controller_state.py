@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, START, TOTAL, TargetRun, layerwise, model_of, same
+from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, layerwise, model_of, same
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
 from lp_dist.optim.hyperparameters import Phase, acting_values, phase_of
 from lp_dist.optim.parameter_map import effective_values
@@ -36,7 +36,7 @@ RUNS = {
     "global, from the first step, preconditioned": {
         "target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)
     },
-    "no freeze, looks of its own": {"target": layerwise(0.5, freeze=False, update_every=7, curve=lambda u: u * u)},
+    "no freeze, another interval": {"target": layerwise(0.5, freeze=False, update_every=7, curve=lambda u: u * u)},
     "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},
     "Lion without a scheduler": {"target": layerwise(0.6), "make": LpLion, "lr": 3e-4, "scheduled": False},
     "p of its own": {
@@ -83,8 +83,8 @@ def resumed(checkpoint: tuple[bytes, str], taken: int, attach_first: bool = Fals
     return load(TargetRun(**how, attached=attach_first), checkpoint, taken, attach=not attach_first)
 
 
-# Before the start, at it, at a look, between two, before the last threshold, at it, where the window ends, after it.
-STEPS = [1, START, START + 4, START + 5, CLOSING - 1, CLOSING, END, 50]
+# Before the start, at it, at an update, between two, before the final pruning, at it, where the window ends, after it.
+STEPS = [1, START, START + 4, START + 5, FINAL_PRUNING - 1, FINAL_PRUNING, END, 50]
 
 
 @pytest.mark.parametrize("attach_first", [False, True], ids=["loaded, then attached", "attached, then loaded"])
@@ -184,15 +184,15 @@ def test_no_state_is_no_error_where_there_is_no_target():
     assert run.attached.state_dict() == {}
 
 
-@pytest.mark.parametrize("step", [3, 20, CLOSING, TOTAL])
+@pytest.mark.parametrize("step", [3, 20, FINAL_PRUNING, TOTAL])
 def test_a_run_that_ends_early_is_pruned_by_finish(step, caplog):
     """As where fp16 has skipped steps, and the window went up to the end."""
     run = TargetRun(layerwise(0.6)).to(step)
     before = run.weights()
     run.attached.finish()
     assert all(zeros == round(0.6 * before[name].numel()) for name, zeros in run.zeros().items())
-    assert ("pruning what is missing" in caplog.text) == (step < CLOSING)
-    if step >= CLOSING:
+    assert ("pruning what is missing" in caplog.text) == (step < FINAL_PRUNING)
+    if step >= FINAL_PRUNING:
         assert same(before, run.weights())
     again = run.weights()
     run.attached.finish()

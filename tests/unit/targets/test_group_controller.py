@@ -1,5 +1,5 @@
-"""A target of whole groups in one process: exactly as many die as were asked for, whatever they are counted in; it
-goes on where it was; zeros come after.
+"""A target of weight groups in one process: exactly as many are pruned as were requested, whatever they are counted
+in; it goes on where it was; zeros come after.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_exactly_as_many_groups_are_pruned_as_were_requested(values, wanted):
     final_pruning = run.attached.group_controller.final_pruning
     assert final_pruning["after"] == sum(wanted) / 224
     assert final_pruning["before"] > 0.7 * final_pruning["after"] or "interval" in values, (
-        "most of them are to die by decay"
+        "most of them are to become zero by decay"
     )
     assert run.attached.logs["lp/groups_measured"] == pytest.approx(sum(wanted) / 224)
 
@@ -111,7 +111,7 @@ def test_parameters_may_be_counted_and_not_channels(scope, arguments):
 
 
 def test_the_weakest_are_pruned_first():
-    """Without gradients to speak of those die whose mean square is smallest, of both kinds by one threshold; a small
+    """With nearly no gradients those are pruned whose mean square is smallest, of both kinds by one threshold; a small
     group is not weak for being small.
     """
     model = model_of()
@@ -125,7 +125,7 @@ def test_the_weakest_are_pruned_first():
         target = target_of(
             None, groups=apart(), budget=PARAMETERS - 3 * 129 - more + 5, scope="global", precondition=0.0
         )
-        for steps in (TOTAL, 1):  # by decay, and at the last threshold alone
+        for steps in (TOTAL, 1):  # by decay, and by the final pruning alone
             run = TargetRun(target, model=copy.deepcopy(model), lr=1e-5, total=TOTAL).to(steps)
             run.attached.finish()
             assert (run.model[0].weight == 0).all(1).nonzero()[:, 0].tolist() == [3, 70, 159]
@@ -207,7 +207,7 @@ def test_channels_are_pruned_first_and_zeros_come_among_what_is_left():
     assert measure_sparsity(run.model).total == pytest.approx(0.7, abs=1e-4)
     first, second = run.model[0], run.model[2].weight
     assert all((first.weight[which] == 0).all() and (second[:, which] == 0).all() for which in gone[:1])
-    assert not first.bias[~gone[0]].eq(0).any(), "biases of channels that live are no weights"
+    assert not first.bias[~gone[0]].eq(0).any(), "biases of channels that are kept are no weights"
     assert {"lp/measured", "lp/groups_measured"} <= run.attached.logs.keys()
     with pytest.raises(
         UsageError, match="begins at step 6, and that of the groups ends at 24: groups are pruned first"
@@ -350,8 +350,8 @@ class Two:
 @pytest.mark.parametrize("attached_last", [False, True])
 @pytest.mark.parametrize("p, taken", [(0.0, 25), (0.0, 95), (None, 70), (None, 95)])
 def test_two_targets_go_on_where_they_were(p, taken, attached_last):
-    """At 70 channels that live are hidden as wholes, and must not be taken for dead; at 95 the groups of the optimizer
-    are frozen, and say no p.
+    """At 70 all weights of some channels are latent, and these must not be taken for dead; at 95 the groups of the
+    optimizer are frozen, and say no p.
     """
     run = Two(p=p).to(taken)
     states = saved(run.model, run.optimizer, run.attached)
@@ -370,7 +370,7 @@ def test_two_targets_go_on_where_they_were(p, taken, attached_last):
 
 @pytest.mark.parametrize("steps", [96, 100])
 def test_rows_that_have_gradients_stay_dead_when_latent_weights_come_back(steps):
-    """Nothing that reads them is in the group, so at zero they learn on, where the other target's hidden weights
+    """Nothing that reads them is in the group, so at zero they learn on, where the other target's latent weights
     are.
     """
     run = Two(inputs=(), share=0.3).to(60)

@@ -123,7 +123,7 @@ def test_the_rates_ahead_are_those_that_come(name, before, caplog):
     was = frozen(optimizer, scheduler)
     ahead = rates_ahead(scheduler, optimizer, TOTAL - before)
     assert frozen(optimizer, scheduler) == was, "asking has changed the scheduler, or what it steps"
-    assert warnings_in(caplog) == [], "they are known, so nothing is to be told"
+    assert warnings_in(caplog) == [], "they are known, so there is nothing to warn of"
     assert ahead == stepped(optimizer, scheduler, TOTAL - before)
     assert name == "transformers constant" or len({rates[0] for rates in ahead}) > 1 or before == 11, (
         "a schedule that never changes tests nothing"
@@ -174,7 +174,7 @@ def test_how_many_rates_there_are():
 
 
 def test_beyond_its_end_a_schedule_stays_where_it_ended(caplog):
-    """OneCycleLR raises there; a run that is asked for one look too far must not fall back on today's rates."""
+    """OneCycleLR raises there; a run that is asked for one step too far must not fall back on today's rates."""
     optimizer = made()
     scheduler = lr.OneCycleLR(optimizer, 0.5, total_steps=10)
     stepped(optimizer, scheduler, 4)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, model_of
+from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, model_of
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
 from lp_dist.optim.nm import PATTERNS
 
@@ -47,8 +47,8 @@ def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, 
     ), control.final_pruning
     last = 0.0
     for step, logs in run.history[:-1]:
-        assert logs["lp/plan"] == pytest.approx(0.5 * (1 - (1 - (step - START) / (CLOSING - START)) ** 3))
-        if step > control.regrowth_end:  # what has faded dies
+        assert logs["lp/plan"] == pytest.approx(0.5 * (1 - (1 - (step - START) / (FINAL_PRUNING - START)) ** 3))
+        if step > control.regrowth_end:  # what is near zero becomes zero
             continue
         assert last - 0.01 <= logs["lp/near_zero"] <= logs["lp/plan"] + 0.01, (step, logs)
         assert logs["lp/near_zero"] >= 0.5 * control.planned_share(max(step - 10, START)) - 0.01, (step, logs)
@@ -79,7 +79,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
         TargetRun(SparsityTarget(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14),
         4,
     )
-    share = 0.5 * (14 + horizon - START) / (CLOSING - START)
+    share = 0.5 * (14 + horizon - START) / (FINAL_PRUNING - START)
     rates, values_by_name = 0.0, {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     xs = {}
     for name, param in run.model.named_parameters():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import CLOSING, END, MATRICES, START, TOTAL, TargetRun, backward, layerwise, model_of, same
+from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, backward, layerwise, model_of, same
 from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
 
 CAPPED, UNCAPPED, PRECONDITIONED = (
@@ -66,14 +66,14 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
         "biases are no part of it"
     )
 
-    # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 looks of 2
+    # Measured is never ahead of the plan, and behind it by as much as a collapse lasts: here at most 5 updates of 2
     # steps for p <= 0.5, and with a cap of 1 at most 6 whatever p is. Without a cap at p near 1 a large part is left
-    # to the last threshold.
+    # to the final pruning.
     control, last = run.attached.weight_controller, 0.0
     behind = 10 if p <= 0.5 else 12 if form is CAPPED else 30
     for step, logs in run.history[:-1]:
         plan, measured = logs["lp/plan"], logs["lp/measured"]
-        assert plan == pytest.approx(sparsity * (1 - (1 - (step - START) / (CLOSING - START)) ** 3)), (
+        assert plan == pytest.approx(sparsity * (1 - (1 - (step - START) / (FINAL_PRUNING - START)) ** 3)), (
             f"the cubic plan at step {step}"
         )
         assert last <= measured <= plan + 1e-3, f"at step {step} {measured:.4f} are zeros, and {plan:.4f} were planned"
@@ -94,7 +94,7 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
 def test_a_global_target_is_one_threshold(p, sparsity, form):
-    run = TargetRun(SparsityTarget(sparsity, p=p, **form)).to(CLOSING)
+    run = TargetRun(SparsityTarget(sparsity, p=p, **form)).to(FINAL_PRUNING)
     zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
     assert zeros == round(sparsity * elements)
     shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
@@ -137,14 +137,14 @@ def test_every_base_reaches_it(make, lr, p):
     ],
 )
 def test_lambda_and_cutoff_are_those_of_the_formula(update_every, step, form):
-    """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next look or
-    the last threshold.
+    """By hand: x_s of the sorted weights, and the rates as the scheduler then really gives them, to the next update or
+    the final pruning.
     """
     run, horizon = (
         TargetRun(layerwise(0.6, p=0.0, update_every=update_every, curve="linear", **form)).to(step),
-        min(update_every, CLOSING - step),
+        min(update_every, FINAL_PRUNING - step),
     )
-    share = 0.6 * (step + horizon - START) / (CLOSING - START)
+    share = 0.6 * (step + horizon - START) / (FINAL_PRUNING - START)
     control, beta2 = run.attached.weight_controller, 0.999
     values_by_name = {name: run.optimizer.parameter_map.values(name) for name in MATRICES}
     x = {}
@@ -192,7 +192,7 @@ def test_with_regrowth_weights_come_near_zero_along_the_plan_and_become_zero_at_
             assert logs["lp/measured"] < 0.003, "a zero is one that had no gradient"
             assert last - 0.01 <= near_zero <= logs["lp/plan"] + 0.01, f"at step {step}"
             assert near_zero >= sparsity * control.planned_share(max(step - 16, START)) - 0.01, (
-                f"at step {step} only {near_zero:.4f} have faded"
+                f"at step {step} only {near_zero:.4f} are near zero"
             )
         else:
             assert logs["lp/measured"] >= last - 0.01 or step <= control.regrowth_end + 4
@@ -264,8 +264,8 @@ def base_from(run: TargetRun) -> TargetRun:
 
 @pytest.mark.parametrize("form", [CAPPED, PRECONDITIONED])
 def test_after_the_end_zeros_stay_and_survivors_train_as_by_the_base(form):
-    """Bit for bit, from the last threshold on, with a mask put over the base's weights by hand after each step."""
-    run = TargetRun(layerwise(0.5, **form)).to(CLOSING)
+    """Bit for bit, from the final pruning on, with a mask put over the base's weights by hand after each step."""
+    run = TargetRun(layerwise(0.5, **form)).to(FINAL_PRUNING)
     base, pruned = base_from(run), run.weights()
     dead = {name: param == 0 for name, param in pruned.items()}
     while run.taken < TOTAL:
@@ -352,9 +352,9 @@ def test_a_share_of_all_parameters(scope):
 def test_a_curve_of_ones_own():
     run = TargetRun(layerwise(0.5, curve=lambda u: 0.0 if u < 0.5 else 1.0, update_every=1)).to(TOTAL)
     assert run.zeros() == {name: elements // 2 for name, elements in MATRICES.items()}
-    middle = (CLOSING - START) / 2 + START
+    middle = (FINAL_PRUNING - START) / 2 + START
     assert {logs["lp/measured"] for step, logs in run.history if step < middle - 1} == {0.0}, (
-        "nothing was planned to die"
+        "no weight was planned to be pruned"
     )
     assert {logs["lp/plan"] for step, logs in run.history if step < middle} == {0.0}
 
@@ -362,7 +362,7 @@ def test_a_curve_of_ones_own():
 def test_updates_come_every_so_many_steps_and_the_last_one_is_the_final_pruning(caplog):
     caplog.set_level("INFO", "lp_dist")
     run = TargetRun(layerwise(0.5, update_every=10)).to(TOTAL)
-    assert [step for step, _ in run.history] == [6, 16, 26, 36, CLOSING]
+    assert [step for step, _ in run.history] == [6, 16, 26, 36, FINAL_PRUNING]
     assert run.history[-1][1]["lp/measured"] == 0.5 == run.history[-1][1]["lp/plan"]
     assert "target: prune 50.00 % of 20,992 weights, steps 6–42 of 60, λ updated every 10 steps" in caplog.text
     assert "pruned in the final step; furthest from 50.00 %" in caplog.text and ", at 50.00 %" in caplog.text
