@@ -120,7 +120,7 @@ class GroupDecayHook:
             * min((group["eps"] for group in optimizer.param_groups if precondition), default=1.0)
             ** (precondition / (2.0 - p))
         ) ** 2
-        self.cached_factors: dict[tuple[int, torch.device], Tensor] = {}
+        self.cached_factors: dict[tuple[int, torch.device], Tensor] = {}  # of this step, by param group and device
         self.steps = 0  # since the last decay
         self.rates: dict[int, Any] = {}  # learning rates summed over these steps, by param group
         self._summed_groups: set[int] = set()  # param groups whose learning rate of this step is in the sum
