@@ -42,7 +42,8 @@ need_python_3_10() {
 pip_install() { say "pip install $*"; "$PYTHON" -m pip install --disable-pip-version-check "$@"; }
 
 # DeepSpeed compiles a small communication op (deepspeed_shm_comm) when processes on CPUs meet. Done once before they
-# start, it fails with a clear message, and no process waits for another one's compiler. With GPUs there is none to build.
+# start, it fails with a clear message, and no process waits for another one's compiler. With GPUs there is none to
+# build.
 build_cpu_op() {
   [ "$(gpus)" = 0 ] || return 0
   say "DeepSpeed's communication op for CPUs: compiled once, about a minute. If this never ends, an interrupted" \

@@ -257,7 +257,8 @@ class LpDecay:
         }
         decayed = [(i, param) for i, param in pairs if id(param) in decaying]
         others = [(i, param) for i, param in pairs if id(param) not in decaying]
-        step = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # without the hooks: those run once a step
+        # Without the hooks: those run once a step. torch wraps `step` when an optimizer is made.
+        step = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # of the wrapper
         for batch in [others, *_packed(decayed)]:
             for i, (group, _) in enumerate(self._params):
                 group["params"] = [param for j, param in batch if j == i]

@@ -1,12 +1,13 @@
 // The step of LpAdamW, LpSGD and LpLion on a CPU, in one pass over memory; built and called by cpu.py.
 //
-// A thread walks over blocks of 256 weights. A block fits in the first cache together with its buffers, and each phase is a short loop over it:
-// short loops keep a core's units busy where one long chain of a logarithm and an exponential would wait for itself. While a block is computed,
-// the next one is fetched. All loops have a constant length, so the compiler makes vectors of them, and no value depends on where in a tensor
-// (or shard) its weight lies: contraction is off, every fma is written out, and the rest of a tensor goes through a padded block.
+// A thread walks over blocks of 256 weights. A block fits in the first cache together with its buffers, and each phase
+// is a short loop over it: short loops keep a core's units busy where one long chain of a logarithm and an exponential
+// would wait for itself. While a block is computed, the next one is fetched. All loops have a constant length, so the
+// compiler makes vectors of them, and no value depends on where in a tensor (or shard) its weight lies: contraction is
+// off, every fma is written out, and the rest of a tensor goes through a padded block.
 //
-// Denormals are zero in here, in and out, since a model in the middle of its collapse is full of them and they are slow: a weight below 1.2e-38
-// counts as dead.
+// Denormals are zero in here, in and out, since a model in the middle of its collapse is full of them and they are
+// slow: a weight below 1.2e-38 counts as dead.
 
 #include <cmath>
 #include <cstdint>
@@ -43,7 +44,7 @@ template <class Body> inline __attribute__((always_inline)) void sweep(Body body
     for (int i = 0; i < B; i++) body(i);
 }
 
-// -- what cpu.py hands over: these orders are its own ------------------------------------------------------------------
+// -- what cpu.py hands over: these orders are its own ------------------------
 
 enum Type { F32, BF16, F16 };
 enum Base { ADAMW, SGD, LION };
@@ -57,27 +58,29 @@ struct Row {
 };
 
 struct Values {
-    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, regrowth_below, snap, latent;
-    double kept, of, ranked;                          // the pattern's N and M, or 0; ranked: not a step, but what it would rank by goes into w
+    double lr, beta1, beta2, eps, momentum, nesterov, maximize, weight_decay, p, l2, gamma, cutoff, regrowth_below,
+        snap, latent;
+    double kept, of, ranked; // the pattern's N and M, or 0; ranked: not a step, but what it would rank by goes into w
 };
 
-// -- what a row needs, in single precision ------------------------------------------------------------------------------
+// -- what a row needs, in single precision -----------------------------------
 
 enum Power { NONE, FROZEN, HALVES, ANY };
 
 struct Plan {
     Base base_optimizer;
-    float sign, lerp1, lerp2, beta2, one_minus_beta2, bc2, inv_bc2, eps, step, plain, momentum;     // plain: the step without momentum
+    float sign, lerp1, lerp2, beta2, one_minus_beta2, bc2, inv_bc2, eps, step, plain,
+        momentum; // plain: the step without momentum
     bool nesterov, latent;
     Power power;
     int halves, gamma_halves;                           // 2·(2−p) if power is HALVES; 2γ, or ODD
     float k;                                            // (αλ)^(1/(2−p))
     float L_hi, L_lo, c, c_hi, c_lo, y, y_hi, y_lo;     // log2(αλ), 2−p and γ: see power_any
-    float least, most;                                  // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
+    float least, most; // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
     float at_zero, base, inv_base;
-    int kept, of;                                     // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
+    int kept, of; // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
     bool ranked;
-    int32_t snap;                                       // bits of the largest magnitude that becomes zero; −1: none does
+    int32_t snap; // bits of the largest magnitude that becomes zero; −1: none does
 };
 
 constexpr int ODD = -1;                                 // γ is no multiple of ½ up to 2
@@ -126,7 +129,8 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(bounded);
     s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : ODD;
     const double k = exponent == 0 ? bounded : std::pow(bounded, 1 / exponent);
-    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != ODD && k >= SMALLEST && k <= LARGEST) {
+    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != ODD &&
+        k >= SMALLEST && k <= LARGEST) {
         s.power = HALVES;
         s.halves = static_cast<int>(exponent * 2);
         s.k = static_cast<float>(k);
@@ -139,8 +143,9 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     return s;
 }
 
-// -- phases ---------------------------------------------------------------------------------------------------------------
-// Buffers of a block: N and D, the stepped weight as a fraction; S, the decay's αλ/x. L, the weights or what is latent of them. Two more in between.
+// -- phases ------------------------------------------------------------------
+// Buffers of a block: N and D, the stepped weight as a fraction; S, the decay's αλ/x. L, the weights or what is latent
+// of them. Two more in between.
 
 struct Buffers { alignas(64) float w[B], g[B], m[B], v[B], N[B], D[B], S[B], E[B], Z[B], E2[B], Z2[B], L[B]; };
 
@@ -160,16 +165,17 @@ void moments_adam(const Plan& s, const float* w, const float* g, float* m, float
         moments(i, mi, vi);
         N[i] = w[i] + step * mi / (std::sqrt(vi) / bc2 + eps);
     });
-    else if (s.latent) sweep(next, [=](int i) {                             // where w = 0 the latent weight is in m, and has no momentum
-        const bool latent_now = magnitude(w[i]) == 0;
-        const float now = latent_now ? m[i] : w[i];
-        float mi, vi;
-        moments(i, mi, vi);
-        const float d = FMA(std::sqrt(vi), inv_bc2, eps);
-        D[i] = d;
-        L[i] = now;
-        N[i] = FMA(now, d, latent_now ? plain * sign * g[i] : step * mi);
-    });
+    else if (s.latent)
+        sweep(next, [=](int i) { // where w = 0 the latent weight is in m, and has no momentum
+            const bool latent_now = magnitude(w[i]) == 0;
+            const float now = latent_now ? m[i] : w[i];
+            float mi, vi;
+            moments(i, mi, vi);
+            const float d = FMA(std::sqrt(vi), inv_bc2, eps);
+            D[i] = d;
+            L[i] = now;
+            N[i] = FMA(now, d, latent_now ? plain * sign * g[i] : step * mi);
+        });
     else sweep(next, [=](int i) {                                           // one division in all, the last phase's
         float mi, vi;
         moments(i, mi, vi);
@@ -183,7 +189,11 @@ void step_sgd(const Plan& s, const float* w, const float* g, float* m, Buffers& 
     const float sign = s.sign, step = s.step, momentum = s.momentum;
     float* N = b.N;
     if (!m) sweep(next, [=](int i) { N[i] = FMA(step, sign * g[i], w[i]); });
-    else if (!s.nesterov) sweep(next, [=](int i) { m[i] = momentum * m[i] + sign * g[i]; N[i] = FMA(step, m[i], w[i]); });
+    else if (!s.nesterov)
+        sweep(next, [=](int i) {
+            m[i] = momentum * m[i] + sign * g[i];
+            N[i] = FMA(step, m[i], w[i]);
+        });
     else sweep(next, [=](int i) {
         const float gi = sign * g[i];
         m[i] = momentum * m[i] + gi;
@@ -217,14 +227,16 @@ void exponents(const float* x, float* E, float* Z, const float* next) {
 void fraction(float* Z, const float* next) {
     sweep(next, [=](int i) {
         const float z = Z[i], z2 = z * z;
-        const float even = FMA(FMA(FMA(0.23689046502113342f, z2, 0.28670743107795715f), z2, 0.48093944787979126f), z2, 1.4426947832107544f);
-        const float odd = FMA(FMA(FMA(-0.14574451744556427f, z2, -0.2500690519809723f), z2, -0.36008721590042114f), z2, -0.7213571667671204f);
+        const float even = FMA(FMA(FMA(0.23689046502113342f, z2, 0.28670743107795715f), z2, 0.48093944787979126f), z2,
+                               1.4426947832107544f);
+        const float odd = FMA(FMA(FMA(-0.14574451744556427f, z2, -0.2500690519809723f), z2, -0.36008721590042114f), z2,
+                              -0.7213571667671204f);
         Z[i] = z * FMA(odd, z, even);
     });
 }
 
-// S = αλ·|w|^(p−2)·D^(−γ), as a power of two. Its exponent goes to hundreds, where single precision has no digits left for the fraction. So it
-// is carried in two parts: a whole number of 1/512ths, which is exact, and a small rest.
+// S = αλ·|w|^(p−2)·D^(−γ), as a power of two. Its exponent goes to hundreds, where single precision has no digits left
+// for the fraction. So it is carried in two parts: a whole number of 1/512ths, which is exact, and a small rest.
 void power_any(const Plan& s, const float* w, Buffers& b, const float* const next[4]) {
     float *S = b.S, *E = b.E, *Z = b.Z;
     const float L_hi = s.L_hi, L_lo = s.L_lo, c = s.c, c_hi = s.c_hi, c_lo = s.c_lo;
@@ -244,7 +256,8 @@ void power_any(const Plan& s, const float* w, Buffers& b, const float* const nex
         exponents(b.D, E2, Z2, next[2]);
         fraction(Z2, next[3]);
         sweep([=](int i) {
-            reduce(i, FMA(-c_hi, E[i], FMA(-y_hi, E2[i], L_hi)), FMA(-c_lo, E[i], FMA(-c, Z[i], FMA(-y_lo, E2[i], FMA(-y, Z2[i], L_lo)))));
+            reduce(i, FMA(-c_hi, E[i], FMA(-y_hi, E2[i], L_hi)),
+                   FMA(-c_lo, E[i], FMA(-c, Z[i], FMA(-y_lo, E2[i], FMA(-y, Z2[i], L_lo)))));
         });
     } else {
         sweep(next[2], [=](int i) { reduce(i, FMA(-c_hi, E[i], L_hi), FMA(-c, Z[i], FMA(-c_lo, E[i], L_lo))); });
@@ -270,15 +283,19 @@ template <int HALVES_> void power_halves(const Plan& s, const float* w, float* S
     });
 }
 
-// w_new = u/(1 + αλ2 + S/D^γ), or without S where it is below the cap, with u = N/D. D is 1 for bases without second moments.
-// It goes into `to`.
+// w_new = u/(1 + αλ2 + S/D^γ), or without S where it is below the cap, with u = N/D. D is 1 for bases without second
+// moments. It goes into `to`.
 template <bool ADAM, int GAMMA_HALVES> void decay(const Plan& s, float* to, const Buffers& b, const float* next) {
     const float *N = b.N, *D = b.D, *S = b.S;
     const float base = s.base, least = s.least, most = s.most;
     const int32_t snap = s.snap;
     sweep(next, [=](int i) {
         const float d = ADAM ? D[i] : 1.f, root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
-        const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
+        const float power = GAMMA_HALVES == 0   ? 1.f
+                            : GAMMA_HALVES == 1 ? root
+                            : GAMMA_HALVES == 2 ? d
+                            : GAMMA_HALVES == 3 ? d * root
+                                                : d * d;
         const float limit = most * power, limited = S[i] < limit ? S[i] : limit;
         const float pull = S[i] < least * power ? 0.f : limited;
         float divisor = d * (base + pull);                  // D·(1 + αλ2 + S/D^γ)
@@ -295,7 +312,11 @@ template <int GAMMA_HALVES> void make_latent(const Plan& s, float* w, float* m, 
     const float *D = b.D, *S = b.S, *L = b.L, least = s.least;
     sweep(next, [=](int i) {
         const float d = D[i], root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
-        const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
+        const float power = GAMMA_HALVES == 0   ? 1.f
+                            : GAMMA_HALVES == 1 ? root
+                            : GAMMA_HALVES == 2 ? d
+                            : GAMMA_HALVES == 3 ? d * root
+                                                : d * d;
         const bool under = !(S[i] < least * power);
         m[i] = under ? L[i] : magnitude(w[i]) == 0 ? 0.f : m[i];
         w[i] = under ? L[i] * 0.f + 0.f : L[i];     // a nan shows
@@ -342,12 +363,17 @@ template <int GAMMA_HALVES> void rank(Buffers& b) {
     float* Z = b.Z;
     sweep([=](int i) {
         const float d = D[i], root = GAMMA_HALVES % 2 ? std::sqrt(d) : 1.f;
-        const float power = GAMMA_HALVES == 0 ? 1.f : GAMMA_HALVES == 1 ? root : GAMMA_HALVES == 2 ? d : GAMMA_HALVES == 3 ? d * root : d * d;
+        const float power = GAMMA_HALVES == 0   ? 1.f
+                            : GAMMA_HALVES == 1 ? root
+                            : GAMMA_HALVES == 2 ? d
+                            : GAMMA_HALVES == 3 ? d * root
+                                                : d * d;
         Z[i] = S[i] / power;
     });
 }
 
-// S = 0 for the `kept` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each comparison is one over all blocks.
+// S = 0 for the `kept` smallest Z of each M weights; of equal ones the earlier. The buffers are turned, so that each
+// comparison is one over all blocks.
 template <int M> void keep_smallest(int kept, Buffers& b) {
     constexpr int BLOCKS = B / M;
     float *S = b.S, *Z = b.Z;
@@ -359,7 +385,8 @@ template <int M> void keep_smallest(int kept, Buffers& b) {
         ahead[j][k] += one;
         ahead[i][k] -= one;
     }
-    for (int k = 0; k < BLOCKS; k++) for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < kept ? 0.f : S[k * M + j];
+    for (int k = 0; k < BLOCKS; k++)
+        for (int j = 0; j < M; j++) S[k * M + j] = ahead[j][k] < kept ? 0.f : S[k * M + j];
 }
 
 void pattern(const Plan& s, float* w, Buffers& b) {
@@ -399,7 +426,7 @@ void block(const Plan& s, float* w, const float* g, float* m, float* v, Buffers&
     }
 }
 
-// -- blocks that are not 256 floats: 16-bit tensors, and the rest of a tensor -----------------------------------------------
+// -- blocks that are not 256 floats: 16-bit tensors, and the rest of a tensor ---
 
 void load(float* to, int64_t from, int64_t start, int n, int64_t type) {
     if (type == F32) {
@@ -410,7 +437,8 @@ void load(float* to, int64_t from, int64_t start, int n, int64_t type) {
         else for (int i = 0; i < n; i++) {
             const int32_t bits = half[i] & 0x7fff, sign = int32_t(half[i] & 0x8000) << 16;
             const int32_t normal = (bits << 13) + (112 << 23), infinite = (bits << 13) + (224 << 23);
-            const int32_t small = as_int(static_cast<float>(bits) * 5.9604644775390625e-8f);    // a denormal is a whole number of 2^-24
+            const int32_t small =
+                as_int(static_cast<float>(bits) * 5.9604644775390625e-8f); // a denormal is a whole number of 2^-24
             to[i] = as_float((bits < 0x0400 ? small : bits < 0x7c00 ? normal : infinite) | sign);
         }
     }
