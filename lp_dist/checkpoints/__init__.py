@@ -1,1 +1,1 @@
-"""Weights on disk in any form, read one tensor at a time. Each module names the source of the format that it reads."""
+"""Weights on disk in any form, read one tensor at a time; each module names the source of the format that it reads."""

@@ -1,13 +1,13 @@
-"""Every table and line that a command of this library prints at its end."""
+"""Every table and line that a command of this library prints at its end.
+
+rich is imported where something is printed: `import lp_dist` comes here by `merge_adapter`, and imports torch alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from lp_dist.report.numbers import percent, perplexity
 from lp_dist.report.schema import name_of
@@ -30,6 +30,9 @@ def print_table(
         no_wrap: headers of the columns whose cells and header stay on one line.
         width: characters a line where stdout is no terminal. None: rich's own choice (80, or what COLUMNS says).
     """
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=column in no_wrap)
@@ -41,6 +44,8 @@ def print_table(
 
 def say(line: str) -> None:
     """Prints one line of text to stdout, as it is: not wrapped, without highlights, brackets not read as markup."""
+    from rich.console import Console
+
     Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -192,7 +192,8 @@ def test_decay_prunes_nearly_all_and_the_final_pruning_the_rest(runs):
     """
     for case, run in runs.items():
         slow = case.p == 0.8 and case.form != "capped"
-        assert case.target * (0.2 if slow else 0.7) < run["by_decay"] <= case.target, case
+        # Never above what the target is, rounded to one weight: that `achieved` is that, the test before this holds.
+        assert case.target * (0.2 if slow else 0.7) < run["by_decay"] <= run["achieved"], case
         assert case.target > 0.5 or run["losses"][-1] < 0.8 * run["losses"][0], f"{case}: it learns nothing"
 
 

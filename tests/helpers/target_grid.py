@@ -212,6 +212,9 @@ the target's own defaults (window 0.1 to 0.7, cubic). It learns: the median loss
 Seed {SEED}. {machines}, no GPU, other jobs beside it; gloo; {versions}.
 Each run as it was printed: [target.jsonl](target.jsonl).
 
+When these ran, the final pruning of the forms with γ took p = 1 for the saliency, as the target itself named no p. It
+takes that of the decay now, so that more of the zeros are there before it than the last two columns say.
+
 | engine | form | p | in total | per tensor | by decay alone, worst | by decay alone, median |
 |---|---|---:|---:|---:|---:|---:|
 {table(rows)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +91,18 @@ def test_every_tensor_ends_with_its_share_of_zeros(p, sparsity, form):
         assert final_pruning["pruned_at_end"] <= 0.012, (
             f"{final_pruning['pruned_at_end']:.2%} were left to the final pruning; decay should have done it"
         )
+
+
+def test_the_p_of_the_optimizer_and_that_of_the_target_are_one():
+    """Up to the final pruning, whose saliency has to be that of the decay: with γ > 0 the order of the weights depends
+    on p.
+    """
+    weights = {}
+    for where in ("target", "optimizer"):
+        of_target, of_optimizer = ({"p": -0.5}, {}) if where == "target" else ({}, {"p": -0.5})
+        target = SparsityTarget(0.6, precondition=0.5, scope="global", **of_target)
+        weights[where] = TargetRun(target, make=partial(LpAdamW, **of_optimizer)).to(TOTAL).model.state_dict()
+    assert same(weights["target"], weights["optimizer"])
 
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
