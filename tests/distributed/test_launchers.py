@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from helpers.paths import ROOT
 from lp_dist.report import schema
 
+pytestmark = pytest.mark.long  # every launcher and engine in turn
+
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--num_processes", "2"]

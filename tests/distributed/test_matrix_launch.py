@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from helpers.matrix import Cell, decayed, how, one_process
@@ -39,6 +40,7 @@ torch.save({"weights": [p.detach().clone() for p in model.parameters()], "place"
 """
 
 
+@pytest.mark.long
 def test_two_nodes_are_one_process(tmp_path, cpu_op):
     (tmp_path / "train.py").write_text(SCRIPT)
     with socket.socket() as free:

@@ -4,10 +4,13 @@ collective that is called.
 
 from __future__ import annotations
 
+import pytest
+
 from helpers.memory_runs import CELLS, LARGEST, LAYERS, PARAMETERS, RANKS, on_a_rank
 from lp_dist.report.memory import BINS, footprint
 
 
+@pytest.mark.long
 def test_memory_and_communication_of_every_engine(run_ranks):
     results = run_ranks(on_a_rank, RANKS)
     # Beside what is named, an engine has buckets, gradients on their way, and under offload two buffers of the largest

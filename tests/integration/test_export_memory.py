@@ -58,6 +58,7 @@ Path(out, "seen.json").write_text(json.dumps(seen))
 """
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_ceiling_far_below_the_model_is_enough(tmp_path):
     written(tmp_path / "small", llama())

@@ -105,6 +105,7 @@ def launched(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_killed_runs_resume_to_the_weights_of_the_uninterrupted_ones(words, cpu_op, tmp_path):
     """ZeRO-2 with one of two ranks killed, ZeRO-3 with both, anywhere between two saves; learning rates and losses as
     well.

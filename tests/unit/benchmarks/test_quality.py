@@ -238,6 +238,7 @@ def test_a_line_says_the_same_when_it_is_read_again():
 # -- rows ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_has_a_row_is_not_run_again_and_processes_come_to_the_same(rows, tmp_path, monkeypatch):
     before = rows.read_text()
     monkeypatch.setattr(runs, "measure_row", lambda *_: pytest.fail("it has a row"))
@@ -303,6 +304,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_workers_end_with_the_bench_even_if_it_is_killed(tmp_path):
     (tmp_path / "orphans.py").write_text(ORPHANS)
     bench = subprocess.Popen([sys.executable, tmp_path / "orphans.py"], stdout=subprocess.PIPE, text=True)

@@ -29,6 +29,8 @@ from lp_dist.benchmarks.step.implementations import (
 from lp_dist.benchmarks.step.training_step import Shape
 from lp_dist.errors import UsageError
 
+pytestmark = pytest.mark.long  # DeepSpeedCPUAdam is compiled to compare with
+
 CPU = torch.device("cpu")
 SAME_STEP = {  # implementations that must come to the same weights
     "AdamW": [PEER, "torch AdamW foreach", "DeepSpeedCPUAdam"],
