@@ -173,7 +173,7 @@ class DecayArguments:
     precondition: float | None = field(
         default=None,
         metadata={
-            "help": ("γ, the exponent of Adam's √v̂+ε in the saliency. Default: 1 for a --sparsity with adamw, else 0.")
+            "help": "γ, the exponent of Adam's √v̂+ε in the saliency. Default: 1 for a --sparsity with adamw, else 0."
         },
     )
     cutoff: float = field(
