@@ -93,15 +93,19 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     group_decay, group_controller = _start_groups(plan, run)
     attached_state.hooks.group_decay = group_decay
     weight_controller = _start_weights(plan, run, parameter_map, group_controller)
-    if weight_controller is not None:
-        decayed = counted = frozenset(shard.name for shard in weight_controller.shards)
-    else:
-        decayed = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
-        counted = decayed | {shard.name for shard in plan.candidates()}
+    by_hand = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
+    candidates = frozenset(shard.name for shard in plan.candidates())
     in_groups = {member.name for groups in plan.sets for member in groups.members}
     matrices = in_groups & {shard.name for shard in plan.shards if len(shard.shape) > 1}
     attachment = Attachment(
-        plan.optimizer, plan.shards, decayed | matrices, counted, weight_controller, group_decay, group_controller
+        plan.optimizer,
+        plan.shards,
+        by_hand,
+        candidates,
+        matrices,
+        weight_controller,
+        group_decay,
+        group_controller,
     )
 
     def load(state: dict[str, Any] | None) -> None:
@@ -113,7 +117,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
 
     in_checkpoints(model, lambda: attachment.state_dict() or None, load)
     beside = f", and on {sum(groups.count for groups in plan.sets):,} groups in {len(matrices)}" if plan.sets else ""
-    logger.info("Lp decay on %d of %d parameters%s", len(decayed), len(plan.shards), beside)
+    logger.info("Lp decay on %d of %d parameters%s", len(attachment.decayed_singly), len(plan.shards), beside)
     return attachment
 
 

@@ -25,9 +25,9 @@ class Attachment:
     Args:
         optimizer: the inner optimizer, which steps.
         shards: where each trainable parameter lies on this rank.
-        decayed: names of the parameters that decay.
-        counted: names of the parameters of which a sparsity is a share: those of a target of single weights; without
-            one, those that may decay.
+        by_hand: names of the parameters that decay by a λ of the param groups or the overrides.
+        candidates: names of the parameters that may decay.
+        in_groups: names of the matrices that hold weight groups.
         weight_controller: brings single weights to their target, if there is one.
         group_decay: decays weight groups, if there are some.
         group_controller: brings these to their target, if there is one.
@@ -35,11 +35,34 @@ class Attachment:
 
     optimizer: Optimizer
     shards: list[Shard]
-    decayed: frozenset[str]
-    counted: frozenset[str]
+    by_hand: frozenset[str]
+    candidates: frozenset[str]
+    in_groups: frozenset[str]
     weight_controller: WeightController | None = None
     group_decay: GroupDecayHook | None = None
     group_controller: GroupController | None = None
+
+    @property
+    def decayed_singly(self) -> frozenset[str]:
+        """Names of the parameters whose single weights decay."""
+        # Not kept, since a checkpoint says which of the candidates were left out when its run began.
+        if self.weight_controller is not None:
+            return frozenset(shard.name for shard in self.weight_controller.shards)
+        return self.by_hand
+
+    @property
+    def decayed(self) -> frozenset[str]:
+        """Names of the parameters that decay, singly or in groups."""
+        return self.decayed_singly | self.in_groups
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """Names of the parameters of which a sparsity is a share: those of a target of single weights; without one,
+        those that decay or may decay.
+        """
+        if self.weight_controller is not None:
+            return self.decayed_singly
+        return self.by_hand | self.candidates
 
     def after_step(self) -> None:
         """With a target, call it after each optimizer step (and the scheduler's), on every rank. It goes by the steps

@@ -97,10 +97,10 @@ class Prepared:
         eval_blocks: packed text to evaluate on.
         teacher: None without distillation.
         targets: groups first; empty for a given λ and for a dense run.
-        counted: names of the parameters that may decay, the same on every rank.
+        names: of the parameters that may decay, the same on every rank.
         parameters: elements of the whole model.
-        sparsity: of the counted parameters.
-        histogram: of |w| of the counted parameters.
+        sparsity: of all parameters.
+        histogram: of |w| of all parameters.
     """
 
     model: torch.nn.Module
@@ -109,7 +109,7 @@ class Prepared:
     eval_blocks: datasets.Dataset
     teacher: torch.nn.Module | None
     targets: list[SparsityTarget]
-    counted: set[str]
+    names: set[str]
     parameters: int
     sparsity: Sparsity
     histogram: Histogram
@@ -207,7 +207,9 @@ def _prepare(settings: Settings) -> Prepared:
         teacher = AutoModelForCausalLM.from_pretrained(
             teacher_path, dtype=getattr(torch, dtype), trust_remote_code=settings.model.trust_remote_code
         )
-    counted = _from_rank_0(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
+    names = _from_rank_0(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
+    # All of them, since what the target leaves out, and the overrides add, is known when the optimizer is attached.
+    parameters = {name: full_shape(param).numel() for name, param in model.named_parameters()}
     return Prepared(
         model=model,
         tokenizer=tokenizer,
@@ -215,10 +217,10 @@ def _prepare(settings: Settings) -> Prepared:
         eval_blocks=eval_blocks,
         teacher=teacher,
         targets=targets,
-        counted=counted,
-        sparsity=measure_sparsity(model, names=counted),
-        histogram=measure_histogram(model, names=counted),
-        parameters=sum(full_shape(param).numel() for param in model.parameters()),
+        names=names,
+        sparsity=measure_sparsity(model, names=parameters),
+        histogram=measure_histogram(model, names=parameters),
+        parameters=sum(parameters.values()),
     )
 
 
@@ -232,7 +234,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
     overrides = decay_args.parsed_overrides()
     decays = args.weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values())
     callback = LpCallback(
-        decay_args.window() if decays else None, target=prepared.targets, names=prepared.counted, overrides=overrides
+        decay_args.window() if decays else None, target=prepared.targets, names=prepared.names, overrides=overrides
     )
     trainer = LpTrainer(
         model=prepared.model,
@@ -241,7 +243,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
         eval_dataset=prepared.eval_blocks,
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=optimizer_and_arguments(prepared.model, prepared.counted, decay_args, args),
+        optimizer_cls_and_kwargs=optimizer_and_arguments(prepared.model, prepared.names, decay_args, args),
         callbacks=[callback],
         teacher=prepared.teacher,
         distill=decay_args.distill,

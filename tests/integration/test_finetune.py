@@ -215,6 +215,16 @@ def test_a_layer_can_be_left_dense(common, tmp_path):
     assert zeros[0] == 0 and zeros[1] > 1000
 
 
+def test_what_an_override_adds_by_its_full_name_is_counted(common, tmp_path):
+    name = "model.embed_tokens.weight"
+    overrides = f'{{"{name}": {{"weight_decay": 0.5}}}}'
+    finetune.main([*common, "--overrides", overrides, "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    weights, saved = load_file(tmp_path / "model.safetensors"), schema.read(tmp_path)
+    assert saved["tensors"][name] == [int((weights[name] == 0).sum()), weights[name].numel()]
+    assert saved["tensors"][name][0] > 0 and saved["sparsity_before"] == 0
+    assert saved["decayed_weights"] == sum(weights[tensor].numel() for tensor in saved["tensors"])
+
+
 def test_a_decay_that_made_no_zeros_says_what_to_try(common, tmp_path, capsys):
     finetune.main(
         [

@@ -128,6 +128,7 @@ def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
     assert other.model[4].weight.any() and "4.weight" not in {
         shard.name for shard in other.attached.weight_controller.shards
     }
+    assert other.attached.counted == run.attached.counted == {"0.weight", "2.weight"} == other.attached.decayed
     assert same(wanted.to(TOTAL).weights(), other.to(TOTAL).weights())
     assert wanted.zeros()["4.weight"] == 0
 
