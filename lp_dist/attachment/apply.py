@@ -17,7 +17,7 @@ from lp_dist.optim.nm import SplitBlocks
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.collectives import all_gather_objects, all_reduce_max
-from lp_dist.sharding.deepspeed import in_checkpoints, is_wrapped, undo_dry_step
+from lp_dist.sharding.deepspeed import in_checkpoints, undo_dry_step, wrapper_of
 from lp_dist.sharding.engines import inner_scheduler
 from lp_dist.sharding.shards import Shard, all_zero_names, full_shape
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
@@ -78,7 +78,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     attached_state.hooks.remove()
     guard = LoadGuard(plan, model)
     attached_state.hooks.after_load = plan.optimizer.register_load_state_dict_post_hook(guard.after_state_load)
-    if is_wrapped(plan.engine_optimizer):
+    if wrapper_of(plan.engine_optimizer) is not None:
         guard.after_engine_load(plan.lr_scheduler)
     else:
         guard.after_state_load()
@@ -95,7 +95,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     weight_controller = _start_weights(plan, run, parameter_map, group_controller)
     by_hand = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
     candidates = frozenset(shard.name for shard in plan.candidates())
-    in_groups = {member.name for groups in plan.sets for member in groups.members}
+    in_groups = frozenset(member.name for groups in plan.sets for member in groups.members)
     matrices = in_groups & {shard.name for shard in plan.shards if len(shard.shape) > 1}
     attachment = Attachment(
         plan.optimizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from lp_dist.attachment.attachment import Attachment
 from lp_dist.attachment.plan import Request, make_plan
 from lp_dist.sharding.collectives import assert_same_on_all_ranks
 from lp_dist.targets.target import GroupDecay, SparsityTarget
-
-logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -29,8 +26,8 @@ def attach(
 ) -> Attachment:
     """Gives the optimizer a map of which parameter each part of its tensors belongs to.
 
-    After it, λ, p, l2, precondition, cutoff, regrowth_below and pattern can differ per parameter inside of one flat
-    shard. What decays is decided by name, whoever made the param groups. The hyperparameters that the script asked for
+    After it, the hyperparameters of `lp_dist.optim.parameter_map.KEYS` can differ per parameter inside of one flat
+    shard. What decays is decided by name, whoever made the param groups. The hyperparameters of the script
     hold, whatever a checkpoint loader writes into the groups.
 
     Call it on every rank, after the engine is made; a second call replaces the first. It makes one small reduction and

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lp_dist.attachment.plan import attachable_of
 from lp_dist.errors import UsageError
+from lp_dist.optim.parameter_map import check_keys
 from lp_dist.sharding.shards import Shard
 from lp_dist.structured.group_decay import GroupDecayHook
 from lp_dist.targets.controller import Controller
@@ -126,13 +127,24 @@ class Attachment:
                 )
 
     def set(self, name: str, **values: Any) -> None:
-        """Overrides hyperparameters (weight_decay, p, l2, precondition, cutoff, regrowth_below, pattern, phase) of one
-        parameter; None gives one back to its group.
+        """Overrides hyperparameters (those of `lp_dist.optim.parameter_map.KEYS`) of one parameter; None gives one
+        back to its group.
 
-        Takes effect at the next step, costs no communication, and must be called alike on every rank.
+        Takes effect at the next step, costs no communication, and must be called alike on every rank. A target sets λ,
+        cutoff, regrowth_below, latent and phase of its parameters by itself.
+
+        Raises:
+            ValueError: no trainable parameter has that name, or a value is bad or one that the optimizer can't have.
         """
-        if all(shard.name != name for shard in self.shards):
+        shard = next((shard for shard in self.shards if shard.name == name), None)
+        if shard is None:
             raise ValueError(
                 f"{name!r} is not a trainable parameter of this optimizer; names are those of model.named_parameters()"
             )
-        attachable_of(self.optimizer).attached.parameter_map.set(name, **values)
+        attachable = attachable_of(self.optimizer)
+        check_keys(values)
+        parameter_map = attachable.attached.parameter_map
+        merged = {**parameter_map.values(name), **values}
+        overrides = {key: value for key, value in merged.items() if value is not None}
+        attachable.check({**self.optimizer.param_groups[shard.group], **overrides})
+        parameter_map.set(name, **values)

@@ -18,6 +18,7 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.attachable import Attachable
 from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.hooks import handle_of
+from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import check_keys
 from lp_dist.sharding.deepspeed import foreign_steppers
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap
@@ -122,6 +123,9 @@ class Plan:
             **self.group_request.described(),
             "labels": [groups.label for groups in self.sets],
         }
+        if self.weight_target is not None:
+            may_decay = {shard.name for shard in self.candidates()}
+            settings |= {f"decay of {shard.name}": shard.name in may_decay for shard in self.shards}
         return {
             **settings,
             "the target": self.weight_target and self.weight_target.described(),
@@ -165,7 +169,7 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         raise UsageError("a target and a λ are given for groups; leave one of them out")
     if weight_target is not None:
         weight_target = _with_form(weight_target, inner, requested)
-        _check_no_weight_decay(requested, overrides)
+        _check_left_to_target(weight_target, requested, overrides)
     group_request = group_target or request.groups
     plan = Plan(
         module,
@@ -329,8 +333,10 @@ def _has_moments(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, LpOptimizer) and "exp_avg_sq" in optimizer.state_names
 
 
-def _check_no_weight_decay(requested: list[dict[str, Any]], overrides: Overrides) -> None:
-    """Raises UsageError for a λ or a cutoff beside a target, which finds them by itself."""
+def _check_left_to_target(
+    target: WeightTarget | PatternTarget, requested: list[dict[str, Any]], overrides: Overrides
+) -> None:
+    """Raises UsageError for what is set beside a target, and would be replaced by what the target finds."""
     for values in [*requested, *overrides.values()]:
         if values.get("weight_decay", 0.0) > 0:
             raise UsageError(
@@ -341,6 +347,21 @@ def _check_no_weight_decay(requested: list[dict[str, Any]], overrides: Overrides
             raise UsageError(
                 f"cutoff={values['cutoff']:g} is set as well as a target, which finds the cutoff by itself; leave it"
                 " out, and see SparsityTarget(cap=)"
+            )
+        if values.get("regrowth_below"):
+            raise UsageError(
+                f"regrowth_below={values['regrowth_below']:g} is set as well as a target, which finds it by itself;"
+                " leave it out, and see SparsityTarget(regrowth=)"
+            )
+        if values.get("phase", Phase.DECAY) != Phase.DECAY:
+            raise UsageError(
+                f"phase={values['phase']!r} is set as well as a target, which switches the phases by itself; leave it"
+                ' out, or leave these parameters out of the target by an override {"weight_decay": 0}'
+            )
+        if values.get("pattern") and values["pattern"] != target.pattern:
+            raise UsageError(
+                f"pattern={values['pattern']!r} is set as well as a target of"
+                f" {target.pattern or 'single weights'}; leave it out, or use SparsityTarget(pattern=)"
             )
 
 

@@ -121,16 +121,15 @@ class LpDecay:
             raise ValueError(
                 f"this {name} has the Lp decay already; call .remove() of the handle that add_lp_decay returned first"
             )
-        self._optimizer = optimizer
+        self._optimizer, self._defaults = optimizer, defaults
         for group in optimizer.param_groups:
-            self.check({**defaults, **group})
+            self.check(group)
             for param in group["params"]:
                 refuse_all_zero(param, {**defaults, **group})
         for group in optimizer.param_groups:
             for key, value in defaults.items():
                 group.setdefault(key, value)
         self.one_at_a_time = type(optimizer) in _PER_PARAMETER if one_at_a_time is None else one_at_a_time
-        self._defaults = defaults
         self.attached = AttachedState()
         for group in optimizer.param_groups:
             self.attached.requested.add(group, _REQUESTED)
@@ -187,6 +186,7 @@ class LpDecay:
                 "latent=True keeps latent weights where Adam has its first moments, of which add_lp_decay knows"
                 " nothing; use LpAdamW, or leave it out"
             )
+        group = {**self._defaults, **group}  # of a group that was added later, and not stepped yet
         if group.get("pattern"):
             raise ValueError(
                 f"pattern={group['pattern']!r} is for LpAdamW, LpSGD and LpLion; use one of these, or leave it out"
@@ -200,10 +200,7 @@ class LpDecay:
                     f"a group of {type(self._optimizer).__name__} has {key}={group.get(key)!r}, but the decay needs a"
                     f" number; {way_out}"
                 )
-        check_hyperparameters(
-            **{key: group[key] for key in ("lr", *_OF_DECAY)},
-            **({"phase": group["phase"]} if "phase" in group else {}),
-        )
+        check_hyperparameters(**{key: group[key] for key in ("lr", "phase", *_OF_DECAY)})
 
     # -- around a step --------------------------------------------------------
 

@@ -119,8 +119,12 @@ def _check_latent(latent: Any) -> None:
         )
 
 
+_PHASES = frozenset(known.value for known in Phase)
+
+
 def _check_phase(phase: Any) -> None:
-    if phase not in [known.value for known in Phase]:
+    # A member of Phase is no plain string: checkpoints that hold one could not be loaded with weights_only.
+    if type(phase) is not str or phase not in _PHASES:
         raise ValueError(
             f"phase={phase!r} must be 'decay', 'off' (nothing decays) or 'frozen' (zeros stay zero, the rest trains)"
         )

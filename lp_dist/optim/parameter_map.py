@@ -59,8 +59,8 @@ def check_keys(values: Iterable[str]) -> None:
     unknown_keys = [key for key in values if key not in KEYS]
     if unknown_keys:
         raise ValueError(
-            f"{unknown_keys[0]!r} can't differ within a shard, as it belongs to the base optimizer; keys that can are"
-            f" {', '.join(KEYS)}. Use another param group for it"
+            f"{unknown_keys[0]!r} can't differ within a shard; what can is {', '.join(KEYS)}. The base"
+            " optimizer's own (lr, betas, ...) need another param group"
         )
 
 
@@ -100,11 +100,13 @@ class ParameterMap:
             ValueError: a key that a single parameter can't override, or a bad value.
         """
         check_keys(values)
-        check_hyperparameters(**{key: value for key, value in values.items() if value is not None})
         merged = {**self._overrides.get(name, {}), **values}
         merged = {key: value for key, value in sorted(merged.items()) if value is not None}
+        check_hyperparameters(**merged)
         self._overrides[name] = self._interned.setdefault(tuple(merged.items()), merged)
         self._spans.clear()
+        if len(self._interned) > 2 * len(self._overrides) + 16:  # a target sets another λ at each update
+            self._interned = {tuple(kept.items()): kept for kept in (_NO_OVERRIDES, *self._overrides.values())}
 
     def values(self, name: str) -> dict[str, Any]:
         """What the parameter `name` overrides."""

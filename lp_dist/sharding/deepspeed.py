@@ -47,11 +47,6 @@ def foreign_steppers(optimizer: Any) -> list[str]:
     return steppers
 
 
-def is_wrapped(optimizer: Any) -> bool:
-    """Whether one of DeepSpeed's optimizers wraps it, so that DeepSpeed's loaders write into the param groups."""
-    return wrapper_of(optimizer) is not None
-
-
 def undo_dry_step(optimizer: Any) -> None:
     """Undoes the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 allocates the optimizer's state.
 

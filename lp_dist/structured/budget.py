@@ -118,11 +118,7 @@ def required_costs(budget: GroupBudget, sets: list[WeightGroups], total_paramete
                 f"sparsity={budget.sparsity:g} of the {totals[scope]:.0f} {scope} is"
                 f" {'none' if required[scope] < 1 else 'all'} of them; ask for"
                 f" {'more' if required[scope] < 1 else 'less'}"
-                + (
-                    ", or for one threshold for all layers (scope='global', --group_scope global)"
-                    if budget.scope == "layer"
-                    else ""
-                )
+                + (", or for one threshold for all layers (scope='global')" if budget.scope == "layer" else "")
             )
         return required
     _refuse_overlaps(sets)

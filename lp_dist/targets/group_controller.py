@@ -8,7 +8,6 @@ is pruned by the λ and the cutoff that this threshold is in its own norm.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import asdict
 from typing import Any
@@ -27,8 +26,6 @@ from lp_dist.targets.feasibility import check_window_length
 from lp_dist.targets.lr_lookahead import rates_ahead
 from lp_dist.targets.target import GroupTarget
 from lp_dist.targets.weight_controller import WeightController
-
-logger = logging.getLogger(__name__)
 
 
 class GroupController(Controller):
@@ -58,9 +55,9 @@ class GroupController(Controller):
             groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name)
             for groups in sets
         }
+        window, param_groups = self.window, set(self._param_group_of.values())
         self._plan_updates(bool(target.precondition), slow=target.p > 0.5)
-        param_groups = set(self._param_group_of.values())
-        check_window_length(target, run.optimizer, param_groups, self.window, self.window.start, run.lr_scheduler)
+        check_window_length(target, run.optimizer, param_groups, window, self.window.start, run.lr_scheduler)
         self.budget = group_budget(target)
         self.required = required_costs(self.budget, sets, run.total_parameters)
         self.costs = group_costs(self.budget, sets)
@@ -245,7 +242,7 @@ class GroupController(Controller):
             shares = {name: count / shapes[name].numel() for name, count in zeros.items()}
         name, share = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
         if share >= weights.sparsity:
-            way_out = "" if weights.target.scope == "global" else ", or use scope='global' for it (--scope global)"
+            way_out = "" if weights.target.scope == "global" else ", or use scope='global' for it"
             raise UsageError(
                 f"when the groups are pruned {share:.1%} of {name} is zero, and the target of single weights is"
                 f" {weights.sparsity:.1%}, which counts these zeros as well; ask for more of it, for fewer"

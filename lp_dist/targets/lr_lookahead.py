@@ -24,7 +24,8 @@ def rates_ahead(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[lis
 
     Args:
         lr_scheduler: torch's, DeepSpeed's, Accelerate's wrapper of one, or None.
-        optimizer: the live one. steps: 0 or more.
+        optimizer: the inner one.
+        steps: 0 or more.
     Returns:
         `steps` lists with one rate per group.
     """
@@ -35,7 +36,7 @@ def rates_ahead(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[lis
         except Exception as error:  # whatever a scheduler of the user's raises when it is copied or stepped by itself
             logger.warning(
                 "the learning rates ahead are not known, as %s can't be evaluated ahead (%s): λ is found as if they"
-                " stayed what they are, and corrected at every interval",
+                " stayed what they are, and corrected at every update",
                 type(inner_scheduler(lr_scheduler)).__name__,
                 error,
             )

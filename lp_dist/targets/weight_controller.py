@@ -72,6 +72,7 @@ class WeightController(Controller):
         left_out: list[str],
     ) -> None:
         super().__init__(target, run)
+        self._phase: Phase | None = None
         self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
         # What the script overrides for single parameters holds under a target too.
         self._script_overrides = {shard.name: parameter_map.values(shard.name) for shard in candidates}
@@ -81,14 +82,15 @@ class WeightController(Controller):
             bool(target.latent_windows) or any(form.get("precondition") for form in forms.values()),
             slow=any(form["p"] > 0.5 for form in forms.values()),
         )
-        elements = sum(shard.shape.numel() for shard in self.shards)
-        assert target.sparsity is not None
-        self._sparsity = target.sparsity * (run.total_parameters / elements if target.relative_to == "all" else 1.0)
 
     @property
     def sparsity(self) -> float:
         """Share of zeros to end with, of the weights that decay."""
-        return self._sparsity
+        assert self.target.sparsity is not None
+        if self.target.relative_to != "all":
+            return self.target.sparsity
+        # Not kept, since a checkpoint says which of the candidates are left out.
+        return self.target.sparsity * self.run.total_parameters / sum(shard.shape.numel() for shard in self.shards)
 
     @property
     def shards(self) -> list[Shard]:
@@ -101,6 +103,7 @@ class WeightController(Controller):
         if t < self.window.start:
             self._zeros()  # what can't be reached is known now
         self._set_form()
+        self._set_phase(self._phase_at(t))
         super().begin(t)
 
     def prepare_step(self, t: int) -> None:
@@ -119,18 +122,17 @@ class WeightController(Controller):
         return Phase.FROZEN if t < end or self.target.freeze else Phase.OFF
 
     def _set_phase(self, phase: Phase) -> None:
+        if phase is self._phase:  # at most steps, and each change of the map has all tensors divided anew
+            return
         for shard in self.shards:
             self.parameter_map.set(shard.name, phase=phase.value)
+        self._phase = phase
 
     def _set_form(self) -> None:
         """Gives the parameters the target's p, precondition and pattern, but for what the script overrides."""
         for shard in self.shards:
             form = {"weight_decay": LEAST_WEIGHT_DECAY, **self.target.form()}
-            self.parameter_map.set(shard.name, **{**form, **self._script_form(shard)})
-
-    def _script_form(self, shard: Shard) -> dict[str, Any]:
-        overrides = self._script_overrides[shard.name]
-        return {key: value for key, value in overrides.items() if key in ("p", "precondition")}
+            self.parameter_map.set(shard.name, **{**form, **_own_form(self._script_overrides[shard.name])})
 
     def _zeros(self) -> dict[str, ZeroCount]:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target
@@ -268,7 +270,7 @@ class WeightController(Controller):
     def _values(self, shard: Shard) -> dict[str, Any]:
         """The hyperparameters with which a parameter decays in the window."""
         group = self.run.optimizer.param_groups[shard.group]
-        return {**group, **self.target.form(), **self._script_form(shard)}
+        return {**group, **self.target.form(), **_own_form(self.parameter_map.values(shard.name))}
 
     def scored_slices(self, all_local: bool = True, elements: dict[str, int] | None = None) -> list[ScoredSlice]:
         """The weights with what their saliency is computed from.
@@ -343,11 +345,15 @@ class WeightController(Controller):
         for shard in self.candidates:  # those that are left out now get back what the script gives them
             given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
             self.parameter_map.set(shard.name, **{**given_back, **self._script_overrides[shard.name]})
-        self.left_out = list(state["left_out"])
+        self.left_out, self._phase = list(state["left_out"]), None
         self._set_form()
         for name, values in state["values"].items():
             restored = {key: value if isinstance(value, bool) else float(value) for key, value in values.items()}
             self.parameter_map.set(name, **restored)
+
+
+def _own_form(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if key in ("p", "precondition")}
 
 
 def _plain(value: float | bool) -> float | bool | str:

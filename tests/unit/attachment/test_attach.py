@@ -116,6 +116,24 @@ def test_values_of_one_parameter_can_be_set_later():
         attached.set("modul.weight", cutoff=0.1)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"precondition": 0.5}, "precondition=0.5 needs Adam's second moments"),
+        ({"pattern": "2:4"}, "pattern='2:4' is for LpAdamW"),
+        ({"latent": True}, "latent=True keeps latent weights"),
+        ({"lr": 0.5}, "'lr' can't differ within a shard"),
+        ({"p": 9.0}, r"p=9.0 must be a number in \[-4, 4\]"),
+    ],
+)
+def test_values_that_the_optimizer_can_not_have_can_not_be_set_later_either(values, message):
+    model = Tiny()
+    attached = attach(model, _hooked(param_groups(model, 1.0)))
+    with pytest.raises(ValueError, match=message):
+        attached.set("module.weight", **values)
+    assert handle_of(attached.optimizer).parameter_map.values("module.weight") == {}
+
+
 def test_what_starts_at_zero_is_refused_at_the_start_and_not_once_it_became_zero():
     model = Tiny()
     nn.init.zeros_(model.module.weight)

@@ -416,7 +416,8 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
     zeros = (numel - 5 * 48) // 2
     assert (
         "From safetensors" in printed
-        and f"{zeros:,} of {numel:,} weights are exactly zero ({zeros / numel:.2%}), in 20 tensors, 1 file." in printed
+        and f"{zeros:,} of {numel:,} weights are exactly zero ({100 * zeros / numel:.2f} %), in 20 tensors, 1 file."
+        in printed
     )
     before, after = (line.split() for line in printed.splitlines() if "before" in line or "after" in line)
     assert before[-4:-2] == [f"{4 * numel / 1000:.1f}", "kB"] and after[3:5] == [
@@ -433,7 +434,7 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
     size = sum(file.stat().st_size for file in (tmp_path / "bitmask").glob("bitmask-*"))
     assert (
         "bitmask form" in printed
-        and f"{size / (2 * numel):.1%}" in printed
+        and f"{100 * size / (2 * numel):.1f} %" in printed
         and f"lp-dist export {tmp_path / 'bitmask'} OUT gives" in printed
     )
     assert 0.5 < size / (2 * numel) < 0.65

@@ -413,6 +413,14 @@ def test_bad_hyperparameters_are_refused(settings, message):
     add_lp_decay(optimizer)  # the failed call left nothing behind
 
 
+def test_a_group_that_is_added_later_is_checked_before_its_first_step():
+    optimizer, handle = hooked(torch.optim.AdamW, {}, make_params(torch.float32))
+    optimizer.add_param_group({"params": make_params(torch.float32), "weight_decay": 0.5})
+    handle.check(optimizer.param_groups[1])  # it has no p yet
+    with pytest.raises(ValueError, match=r"p=9.0 must be a number in"):
+        handle.check({**optimizer.param_groups[1], "p": 9.0})
+
+
 def test_a_second_hook_is_refused():
     optimizer, _ = hooked(torch.optim.AdamW, {}, make_params(torch.float32))
     with pytest.raises(ValueError, match="(?i)already|second|twice"):

@@ -5,6 +5,7 @@ one by one.
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
 from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.hooks import handle_of
+from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 
 NAMES = ("a", "b", "c", "d")
@@ -60,11 +62,39 @@ def test_spans_are_cut_where_values_change_and_merged_where_they_agree():
         ({"betas": (0.9, 0.9)}, "'betas'"),
         ({"p": 9.0}, r"p=9.0 must be a number in \[-4, 4\]"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        (
+            {"phase": Phase.OFF},
+            "phase=.* must be 'decay', 'off'",
+        ),  # no plain string: not to be loaded with weights_only
     ],
 )
 def test_bad_values_raise(values, message):
     with pytest.raises(ValueError, match=message):
         ParameterMap().set("a", **values)
+
+
+def test_values_that_are_bad_together_are_refused_when_the_second_is_set():
+    parameter_map = ParameterMap()
+    parameter_map.set("a", latent=True)
+    with pytest.raises(ValueError, match="latent=True and pattern='2:4' can't be together"):
+        parameter_map.set("a", pattern="2:4")
+    assert parameter_map.values("a") == {"latent": True}
+
+
+def test_what_was_overridden_once_is_not_kept():
+    """A target sets another λ and cutoff at each of thousands of updates."""
+    parameter_map = ParameterMap()
+    tracemalloc.start()
+    try:
+        for update in range(20_000):
+            parameter_map.set("a", weight_decay=1.0 + update)
+            if update == 1_000:
+                early, _ = tracemalloc.get_traced_memory()
+        late, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert late < early + 50_000, f"{late - early:,} bytes more after 19,000 updates"
+    assert parameter_map.values("a") == {"weight_decay": 20_000.0}
 
 
 def adamw(params, implementation):

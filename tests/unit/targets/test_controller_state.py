@@ -121,16 +121,23 @@ def test_a_run_can_be_taken_back(step):
     assert same(run.to(TOTAL).weights(), uninterrupted("layer").weights())
 
 
-def test_what_started_at_zero_is_left_out_after_a_resume_as_well():
-    """It is no longer zero then, and would decay."""
-    wanted, run = (TargetRun(layerwise(0.5), model=with_a_zero_matrix()) for _ in range(2))
-    other = resumed(saved(run.to(10)), 10, target=layerwise(0.5))
+@pytest.mark.parametrize("target", [layerwise(0.5), layerwise(0.5, relative_to="all")])
+def test_what_started_at_zero_is_left_out_after_a_resume_as_well(target):
+    """It is no longer zero then, and would decay; a share of all parameters is more of what is left."""
+    wanted, run = (TargetRun(target, model=with_a_zero_matrix()) for _ in range(2))
+    other = resumed(saved(run.to(10)), 10, target=target)
     assert other.model[4].weight.any() and "4.weight" not in {
         shard.name for shard in other.attached.weight_controller.shards
     }
     assert other.attached.counted == run.attached.counted == {"0.weight", "2.weight"} == other.attached.decayed
     assert same(wanted.to(TOTAL).weights(), other.to(TOTAL).weights())
     assert wanted.zeros()["4.weight"] == 0
+    of = sum(
+        param.numel()
+        for name, param in wanted.model.named_parameters()
+        if target.relative_to == "all" or name in wanted.attached.counted
+    )
+    assert sum(other.zeros().values()) == pytest.approx(0.5 * of, abs=2)
 
 
 def test_the_state_is_plain_json_and_small():

@@ -92,6 +92,22 @@ def hooked(params, lr):
         ),
         ({}, {"make": with_groups(cutoff=0.5)}, ["cutoff=0.5", "as well as a target", "SparsityTarget(cap=)"]),
         ({}, {"overrides": {"*.weight": {"cutoff": 0.25}}}, ["cutoff=0.25", "as well as a target"]),
+        (
+            {},
+            {"make": with_groups(regrowth_below=0.5)},
+            ["regrowth_below=0.5", "as well as a target", "SparsityTarget(regrowth=)"],
+        ),
+        ({}, {"overrides": {"0.weight": {"phase": "off"}}}, ["phase='off'", "as well as a target", "weight_decay"]),
+        (
+            {},
+            {"overrides": {"0.weight": {"pattern": "2:4"}}},
+            ["pattern='2:4'", "a target of single weights", "SparsityTarget(pattern=)"],
+        ),
+        (
+            {"pattern": "2:4", "sparsity": None},
+            {"overrides": {"0.weight": {"pattern": "4:8"}}},
+            ["pattern='4:8'", "a target of 2:4"],
+        ),
         ({}, {"make": with_groups(p=1.5)}, ["0.weight: p=1.5", "[-4, 1]"]),
         ({}, {"overrides": {"2.weight": {"p": 2.0}}}, ["2.weight: p=2", "p > 1"]),
         ({}, {"total": None}, ["total_steps=None", "number of optimizer steps of the whole run"]),

@@ -279,10 +279,7 @@ def test_arguments_that_contradict_each_other_are_refused(values, says):
         (dict(sparsity=0.1, relative_to="all"), "2.weight are in two groups each"),
         (
             dict(sparsity=0.003),
-            (
-                r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global',"
-                r" --group_scope global\)"
-            ),
+            (r"sparsity=0.003 of the 160 0.weight wide is none of them; ask for more, or .* \(scope='global'\)"),
         ),
         (dict(sparsity=0.997), "sparsity=0.997 of the 160 0.weight wide is all of them; ask for less"),
         (dict(sparsity=0.997, scope="global"), "sparsity=0.997 of the 160 wide is all of them; ask for less$"),

@@ -213,7 +213,7 @@ def test_what_cannot_be_known_is_told_and_taken_to_stay(make, words, caplog):
     assert rates_ahead(scheduler, optimizer, 5) == [[0.1, 0.3]] * 5
     (message,) = warnings_in(caplog)
     assert all(
-        word in message for word in [*words, "learning rates ahead are not known", "corrected at every interval"]
+        word in message for word in [*words, "learning rates ahead are not known", "corrected at every update"]
     ), message
     assert rates_of(optimizer) == [0.1, 0.3]
 

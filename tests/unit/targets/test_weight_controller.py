@@ -38,6 +38,26 @@ def plain_adamw(params, lr):
     return LpAdamW(params, lr=lr, weight_decay=0.0)
 
 
+def test_between_updates_the_tensors_are_not_divided_anew():
+    """It takes milliseconds a step where a flat tensor holds hundreds of parameters."""
+    run = TargetRun(layerwise(0.5, update_every=4)).to(START + 2)
+    weight = run.model[2].weight
+    spans = []
+    for _ in range(8):
+        spans.append(run.optimizer.parameter_map.value_spans(weight, weight.numel()))
+        run.to(run.taken + 1)
+    assert len({id(span) for span in spans}) <= 3, "two updates lie in between"
+
+
+def test_a_p_that_is_set_on_the_way_is_what_the_target_goes_on_with():
+    run = TargetRun(layerwise(0.5)).to(START + 2)
+    run.attached.set("2.weight", p=-1.0)
+    used = [scored.values["p"] for scored in run.attached.weight_controller.scored_slices()]
+    assert used == [0.5, -1.0, 0.5]
+    run.to(TOTAL)
+    assert run.zeros()["2.weight"] == pytest.approx(0.5 * MATRICES["2.weight"], abs=1)
+
+
 # -- the sparsity -------------------------------------------------------------
 
 
