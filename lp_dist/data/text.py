@@ -5,7 +5,6 @@ Errors name arguments; the command line gives them the names of its flags.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from lp_dist.errors import UsageError
-
-logger = logging.getLogger(__name__)
 
 _LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

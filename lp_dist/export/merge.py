@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lp_dist.errors import UsageError
 from lp_dist.export.output_directory import atomic_directory, check_output_directory
 from lp_dist.report.console import print_table, say
+from lp_dist.report.numbers import percent, perplexity
 from lp_dist.sparsity.measure import kind_of
 
 
@@ -251,11 +252,11 @@ def show(merged: MergeResult, out: str | Path) -> None:
         (_table_row(kind, layers) for kind, layers in kinds.items()),
     )
     if merged.perplexity:
-        values = ", ".join(f"{model} {value:.2f}" for model, value in merged.perplexity.items())
+        values = ", ".join(f"{model} {perplexity(value)}" for model, value in merged.perplexity.items())
         say(f"Perplexity on held-out text: {values}.")
     say(
-        f"{merged.left_out:.1%} of the adapter's change fell on zeros and was left out. Saved to {out}; loads with"
-        " from_pretrained."
+        f"{percent(merged.left_out, 1)} of the adapter's change fell on zeros and was left out. Saved to {out}; loads"
+        " with from_pretrained."
     )
 
 
@@ -268,7 +269,7 @@ def _table_row(kind: str, layers: list[MergedLayer]) -> tuple[str, ...]:
         kind,
         f"{elements:,}",
         f"{zeros:,}",
-        f"{zeros / elements:.2%}",
-        f"{(zeros - revived) / elements:.2%}",
-        f"{left_out:.1%}",
+        percent(zeros / elements),
+        percent((zeros - revived) / elements),
+        percent(left_out, 1),
     )

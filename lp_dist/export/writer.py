@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -26,7 +26,9 @@ from lp_dist.export.shrink import ShrinkPlan, shrink_plan
 from lp_dist.export.verify import verify_export
 from lp_dist.optim.batching import count_zeros
 from lp_dist.report.console import print_table, say
+from lp_dist.report.numbers import percent
 from lp_dist.report.schema import FILE
+from lp_dist.sparsity.census import ZeroCount
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The files that make a directory of weights a model: configuration, tokenizer, processor, and its own code, where
@@ -48,13 +50,6 @@ _MODEL_FILES = (
     "LICENSE*",
 )
 _CODE = "*.py"
-
-
-class ZeroCount(NamedTuple):
-    """Exact zeros and elements of a tensor, as written."""
-
-    zeros: int
-    elements: int
 
 
 @dataclass
@@ -95,7 +90,7 @@ class ExportResult:
             ("", "size", "of the dense size in its dtype"),
             [
                 ("before", decimal(self.bytes_before), ""),
-                (label, decimal(self.bytes_after), f"{self.bytes_after / max(1, self.bytes_dense):.1%}"),
+                (label, decimal(self.bytes_after), percent(self.bytes_after / max(1, self.bytes_dense), 1)),
             ],
         )
         for removal in self.shrink_plan.removals if self.shrink_plan else ():
@@ -103,7 +98,7 @@ class ExportResult:
         zeros = sum(count.zeros for count in self.counts.values())
         elements = sum(count.elements for count in self.counts.values())
         say(
-            f"{zeros:,} of {elements:,} weights are exactly zero ({zeros / max(1, elements):.2%}), in"
+            f"{zeros:,} of {elements:,} weights are exactly zero ({percent(zeros / max(1, elements))}), in"
             f" {len(self.counts)} tensors, {len(self.files)} file{'s' if len(self.files) > 1 else ''}."
         )
         if self.underflows:

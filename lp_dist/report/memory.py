@@ -248,7 +248,3 @@ def table() -> str:
                 ]
                 rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(table())

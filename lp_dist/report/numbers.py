@@ -1,10 +1,10 @@
-"""How percentages and perplexities are printed, in tables, lines and figures alike."""
+"""How percentages and perplexities of a run, an export and an inspection are printed."""
 
 from __future__ import annotations
 
 
 def percent(fraction: float, digits: int = 2) -> str:
-    """A fraction as it is printed everywhere: 0.4 is "40.00 %"."""
+    """A fraction as it is printed: 0.4 is "40.00 %"."""
     return f"{100 * fraction:.{digits}f} %"
 
 

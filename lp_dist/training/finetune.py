@@ -460,7 +460,7 @@ def _target_entries(trained: Trained) -> tuple[dict[str, Any] | None, dict[str, 
 
 
 def _window(trained: Trained) -> tuple[int, int] | None:
-    """The first and the last optimizer step of the decay window; None without one."""
+    """The first optimizer step of the decay window, and the one after its last; None without one."""
     callback = trained.callback
     controller = callback.attached.weight_controller or callback.attached.group_controller
     if controller is not None:
@@ -567,7 +567,3 @@ def _set_up_logging(args: TrainingArguments) -> None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -19,8 +18,6 @@ from lp_dist.sparsity.selection import decayed_names
 from lp_dist.training.callback import LpCallback
 from lp_dist.training.distillation import check_teacher, distilled_loss, sharded_alike
 from lp_dist.training.monitoring import show_on_bar, tensorboards, write_histograms
-
-logger = logging.getLogger(__name__)
 
 
 class DistillationState(TrainerCallback, ExportableState):
@@ -45,8 +42,8 @@ class LpTrainer(Trainer):
     itself `LpCallback` adds the progress to the log lines alone.
 
     Args:
-        counted: names of the parameters whose zeros are counted; None: those that `lp_dist.param_groups` would decay
-            in the model as it is passed.
+        counted: names of the parameters whose zeros are counted; None: those of the target; without one, those
+            that decay or may decay.
         teacher: a causal language model with the same tokenizer, loaded as the model was: the dense model, ideally
             after the same fine-tune. It is sharded as the model is (ZeRO-3, FSDP2), or replicated on every rank. It
             takes a forward pass for each batch, and is in no checkpoint.
@@ -67,7 +64,7 @@ class LpTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._requested_names = None if counted is None else frozenset(counted)
-        self._decayed_names = frozenset(decayed_names(self.model)) if counted is None else frozenset()
+        self._decayed_names: frozenset[str] | None = None
         self._teacher, self._distill, self._prepared_teacher = teacher, distill, None
         self._distillation = DistillationState()
         self._distillation.distill = distill if teacher is not None else 0.0
@@ -142,7 +139,12 @@ class LpTrainer(Trainer):
             for callback in self.callback_handler.callbacks
             if isinstance(callback, LpCallback) and callback.attached is not None
         )
-        return next((attachment.counted for attachment in attached), self._decayed_names)
+        names = next((attachment.counted for attachment in attached), None)
+        if names is not None:
+            return names
+        if self._decayed_names is None:  # nothing decays, or not yet
+            self._decayed_names = frozenset(decayed_names(self.model))
+        return self._decayed_names
 
     def measure_sparsity(self) -> Sparsity:
         """The sparsity of the counted parameters, over all ranks. Collective."""

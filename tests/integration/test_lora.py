@@ -246,8 +246,8 @@ def test_the_command_writes_a_model_with_the_same_zeros_and_says_what_it_cost(sa
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
     for expected in (
-        "50.00%",
-        "0.00%",
+        "50.00 %",
+        "0.00 %",
         "Perplexity on held-out text: base ",
         "with the adapter ",
         "merged, zeros kept ",

@@ -116,7 +116,7 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.latent = base == ADAMW && a.latent != 0 && a.weight_decay > 0 && a.cutoff > 0;
     // Its pull tells whether a weight is latent, so where α = 0 there is one that changes no weight.
     const double strength = std::max(a.lr * a.weight_decay, s.latent ? a.cutoff * LEAST_PULL : 0), exponent = 2 - a.p;
-    const bool active = strength > 0 && a.cutoff >= 0;
+    const bool active = strength > 0;
     s.base = clamped(1 + a.lr * a.l2, 1, LARGEST);
     s.inv_base = 1 / s.base;
     s.snap = active && exponent > 0 ? as_int(static_cast<float>(a.snap)) : -1;

@@ -211,7 +211,7 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, in
                 )
     halves, gamma = 2 * (2 - float(values["p"])), 2 * float(values.get("precondition", 0)) * (base == "adamw")
     if not (values["weight_decay"] > 0 and values["cutoff"] > 0):  # frozen at p >= 2 nothing is: SNAPPED is −1
-        return (FROZEN if values["weight_decay"] > 0 and values["cutoff"] == 0 else NONE).value, 0, False, 0, 0
+        return (FROZEN if values["weight_decay"] > 0 else NONE).value, 0, False, 0, 0
     n, m = parse_pattern(values["pattern"]) if values.get("pattern") else (0, 0)
     form = (
         (int(halves), int(gamma))
@@ -337,7 +337,7 @@ def _plan(base: str, a: dict[str, Any], f: Any) -> list[Any]:
     least = f.where((a["latent"] > 0) & (a["weight_decay"] > 0) & (cutoff > 0), cutoff * _LEAST_PULL, 0.0)
     strength = f.where(strength > least, strength, least)
     # Where it is not, αλ/x is to be 0 in every form: no number reaches an infinite least pull.
-    active = (strength > 0) & (cutoff >= 0)
+    active = strength > 0
     bounded = f.clamp(strength, torch.finfo(torch.float32).tiny, LARGEST.value)
     # x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact
     (l_hi, l_lo), (c_hi, c_lo), (y_hi, y_lo) = (
