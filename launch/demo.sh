@@ -42,5 +42,5 @@ if [ -z "${DRY_RUN:-}" ]; then
 fi
 say "1 of 2: the dense fine-tune, to compare with"
 finetune --output_dir "$out/dense" "$@" --sparsity 0
-say "2 of 2: the same to the sparsity that is asked for"
+say "2 of 2: the same to the requested sparsity"
 finetune --output_dir "$out/sparse" --compare_with "$out/dense" "$@"

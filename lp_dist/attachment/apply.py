@@ -90,9 +90,17 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         plan.total_steps or 0,
         sum(full_shape(param).numel() for param in plan.model.parameters()),
     )
-    group_decay, group_controller = _start_groups(plan, run)
-    attached_state.hooks.group_decay = group_decay
-    weight_controller = _start_weights(plan, run, parameter_map, group_controller)
+    try:
+        group_decay, group_controller = _make_groups(plan, run)
+        attached_state.hooks.group_decay = group_decay
+        weight_controller = _make_weights(plan, run, parameter_map, group_controller)
+        for controller in (group_controller, weight_controller):
+            if controller is not None:
+                controller.begin(steps_taken(plan.optimizer))
+    except Exception:
+        attached_state.hooks.remove()
+        attached_state.parameter_map = ParameterMap()
+        raise
     by_hand = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
     candidates = frozenset(shard.name for shard in plan.candidates())
     in_groups = frozenset(member.name for groups in plan.sets for member in groups.members)
@@ -121,14 +129,13 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     return attachment
 
 
-def _start_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, GroupController | None]:
+def _make_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, GroupController | None]:
     """What decays the weight groups from now on, and what brings them to their target if they have one."""
     request = plan.group_request
     if request is None:
         return None, None
     if isinstance(request, GroupTarget):
         controller = GroupController(request, run, plan.sets, plan.shards)
-        controller.begin(steps_taken(plan.optimizer))
         return controller.hook, controller
     hook = GroupDecayHook(
         plan.optimizer,
@@ -142,7 +149,7 @@ def _start_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, G
     return hook, None
 
 
-def _start_weights(
+def _make_weights(
     plan: Plan, run: RunContext, parameter_map: ParameterMap, group_controller: GroupController | None
 ) -> WeightController | None:
     """What brings single weights to their target, if there is one."""
@@ -158,7 +165,6 @@ def _start_weights(
     if group_controller is not None:
         group_controller.check_order(controller)
         group_controller.check_room(controller)
-    controller.begin(steps_taken(plan.optimizer))
     return controller
 
 

@@ -139,7 +139,7 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
 
     Args:
         model: plain, or inside of an engine.
-        optimizer: ours, one with `add_lp_decay`, or a wrapper of it; None for a DeepSpeed engine.
+        optimizer: of lp_dist, one with `add_lp_decay`, or a wrapper of it; None for a DeepSpeed engine.
         request: of the script.
     Raises:
         RuntimeError: another optimizer steps.
@@ -366,7 +366,7 @@ def _check_left_to_target(
 
 
 def _group_form(plan: Plan, request: GroupTarget | GroupDecay, sets: list[WeightGroups]) -> GroupTarget | GroupDecay:
-    """What is asked of groups, with its form resolved.
+    """The request for groups, with its form resolved.
 
     Raises:
         UsageError: the optimizer lacks what the form needs, or it and the target of single weights get into each
@@ -391,7 +391,7 @@ def _group_form(plan: Plan, request: GroupTarget | GroupDecay, sets: list[Weight
     weight_target = plan.weight_target
     if weight_target is not None and weight_target.pattern:
         raise UsageError(
-            f"pattern={weight_target.pattern!r} and groups are given: where dead groups are cut out, what stays would"
+            f"pattern={weight_target.pattern!r} and groups are given: where dead groups are removed, what stays would"
             " move to other blocks, and be in no pattern any more. Cut the groups out first (lp-dist export --shrink),"
             " and train the smaller model to the pattern"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lp_dist.benchmarks.timing import median_seconds
+from lp_dist.benchmarks.timing import benchmark_device, median_seconds
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.report import environment
 from lp_dist.sparsity.measure import measure_histogram, measure_sparsity
@@ -33,7 +33,7 @@ def counting(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = benchmark_device()
     heads = max(1, hidden_size // 64)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -23,7 +23,6 @@ SETTINGS = {
     "memory": "latent_windows",
     "grace": "regrowth",
     "every": "update_every",
-    "of": "relative_to",
     "fall": "stable_fraction",
 }
 # Values of a row's "measured".

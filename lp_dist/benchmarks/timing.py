@@ -30,6 +30,11 @@ def quartiles(values: Iterable[float]) -> Quartiles:
     return Quartiles(*sample.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist())
 
 
+def benchmark_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def synchronize() -> None:
     """Waits until the accelerator has done all that was queued; on a CPU nothing is."""
     if torch.accelerator.is_available():

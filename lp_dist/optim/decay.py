@@ -6,7 +6,7 @@ Outmezguine and Levi, "Decoupled Weight Decay for Any p Norm", arXiv 2404.10824.
     w_new = u / (1 + α·λ2 + α·λ/x)        x = |w_old|^(2−p)        (1/x is the paper's auxiliary s = |w|^(p−2))
 
 x is called the saliency here: the larger it is, the less a weight decays. The weight in x is the one from BEFORE the
-gradient step. Three forms of ours change x and cost no state:
+gradient step. Three forms of lp_dist change x and cost no state:
 
 - preconditioned: `x = |w_old|^(2−p)·(√v̂+ε)^γ`;
 - capped: a weight with `x > cutoff` feels no Lp term;

@@ -22,9 +22,9 @@ class Phase(str, Enum):
     nothing of lp_dist to be read.
     """
 
-    OFF = "off"  # nothing: the base optimizer's step is left as it is
+    OFF = "off"  # nothing: the base optimizer's step is left as it is, with its l2
     DECAY = "decay"  # the Lp decay acts
-    FROZEN = "frozen"  # zeros stay zero, and all other weights train without decay
+    FROZEN = "frozen"  # zeros stay zero, and all other weights train without Lp decay
 
 
 def phase_of(values: Mapping[str, Any]) -> Phase:
@@ -126,7 +126,7 @@ def _check_phase(phase: Any) -> None:
     # A member of Phase is no plain string: checkpoints that hold one could not be loaded with weights_only.
     if type(phase) is not str or phase not in _PHASES:
         raise ValueError(
-            f"phase={phase!r} must be 'decay', 'off' (nothing decays) or 'frozen' (zeros stay zero, the rest trains)"
+            f"phase={phase!r} must be 'decay', 'off' (no Lp decay) or 'frozen' (zeros stay zero, the rest trains)"
         )
 
 

@@ -21,14 +21,6 @@ from lp_dist.sharding.engines import inner_optimizer, is_deepspeed, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
 
 TESTED_DEEPSPEED = "0.19"
-# DeepSpeed's optimizers around ours that were tested. Exactly these: a subclass may step by another optimizer.
-TESTED_WRAPPERS = (
-    "DeepSpeedZeroOptimizer",
-    "DeepSpeedZeroOptimizer_Stage3",
-    "BF16_Optimizer",
-    "FP16_UnfusedOptimizer",
-)
-
 
 _ROUND_ROBIN = (
     '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
@@ -39,7 +31,7 @@ _ROUND_ROBIN = (
 def foreign_steppers(optimizer: Any) -> list[str]:
     """Names of the DeepSpeed features around `optimizer` that would step weights by an optimizer of their own."""
     wrapper = wrapper_of(optimizer)
-    steppers = [] if wrapper is None or type(wrapper).__name__ in TESTED_WRAPPERS else [type(wrapper).__name__]
+    steppers = [] if wrapper is None or type(wrapper).__name__ in LOCATORS else [type(wrapper).__name__]
     if hasattr(wrapper, "backup_optimizer"):
         steppers.append("offload_optimizer.ratio < 1")
     if getattr(wrapper, "zenflow", False):
@@ -352,7 +344,8 @@ def _locate_sub_group(wrapper: Any) -> Locator:
     return locate
 
 
-# By the class of DeepSpeed's optimizer.
+# By the class of DeepSpeed's optimizer, of those around lp_dist's that were tested. Exactly these: a subclass may step
+# by another optimizer.
 LOCATORS: dict[str, Callable[[Any], Locator]] = {
     "FP16_UnfusedOptimizer": _locate_copy,
     "DeepSpeedZeroOptimizer": _locate_fragment,

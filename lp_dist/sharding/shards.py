@@ -150,8 +150,8 @@ def locate_shards(model: Any, optimizer: Any = None) -> list[Shard]:
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
-        optimizer: ours, or the wrapper of it by Accelerate or DeepSpeed. None for a DeepSpeed engine, which has its
-            own one.
+        optimizer: the inner one, or the wrapper of it by Accelerate or DeepSpeed. None for a DeepSpeed engine, which
+            has its own one.
     Returns:
         The shards in the order of `named_parameters()`. A parameter that is in no param group is left out. A tied one
         comes once.

@@ -48,9 +48,6 @@ class GroupController(Controller):
         super().__init__(target, run)
         assert target.p is not None and target.precondition is not None
         self.sets = sets
-        self.hook = GroupDecayHook(
-            run.optimizer, sets, shards, p=target.p, precondition=target.precondition, interval=target.interval
-        )
         self._param_group_of = {
             groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name)
             for groups in sets
@@ -69,6 +66,10 @@ class GroupController(Controller):
                 " decays, so that groups would be pruned in the final step alone; take an interval of at most"
                 f" {max(1, (end - start) // 2)}, or a longer window"
             )
+        # Last, since it hooks onto the optimizer, where a refused target must leave nothing.
+        self.hook = GroupDecayHook(
+            run.optimizer, sets, shards, p=target.p, precondition=target.precondition, interval=target.interval
+        )
 
     @property
     def sparsity(self) -> float:

@@ -94,7 +94,7 @@ class DecayWindow:
         end: where it ends, likewise; 1 is the end of the run. From there zeros stay zero and survivors train without
             decay.
         values: group keys while it acts, such as p, l2, precondition, cutoff, weight_decay; what is not named stays as
-            the groups have it. A function gives the value for the elapsed part of the window, such as a `Ramp`.
+            the groups have it. A function gives the value for the part of the window that is over, such as a `Ramp`.
     Raises:
         ValueError: start or end is negative or nan, start is not before end, or a value is out of its range.
     """
@@ -119,17 +119,20 @@ class DecayWindow:
         return window_steps(self.start, self.end, total)
 
     def at(self, step: int, total: int) -> dict[str, Any]:
-        """Values of the decayed groups for optimizer step `step` (from 0) of `total`."""
+        """Values of the decayed groups for optimizer step `step` (from 0) of `total`.
+
+        After the window they are those of its last step, so that an `l2` is the same there whether the run was resumed
+        or not.
+        """
         start, end = self.steps(total)
         if step < start:
             return {"phase": Phase.OFF.value}
-        if step >= end:
-            return {"phase": Phase.FROZEN.value}
-        return self._values((step - start) / max(1, min(end, total) - 1 - start))
+        last = min(end, total) - 1
+        values = self._values((min(step, last) - start) / max(1, last - start))
+        return {**values, "phase": (Phase.FROZEN if step >= end else Phase.DECAY).value}
 
     def _values(self, elapsed: float) -> dict[str, Any]:
-        values = {key: value(elapsed) if callable(value) else value for key, value in (self.values or {}).items()}
-        return {"phase": Phase.DECAY.value, **values}
+        return {key: value(elapsed) if callable(value) else value for key, value in (self.values or {}).items()}
 
     def scheduled(self) -> dict[str, Container]:
         """Every value that the window gives to a group key at some step."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
 from lp_dist.optim import nm
@@ -31,6 +32,9 @@ CURVES: dict[str, Callable[[float], float]] = {
 GroupNames = str | WeightGroups | Sequence[str | WeightGroups]
 
 
+_POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
+
+
 class _KindByArguments(type):
     """Makes `SparsityTarget(...)` an instance of the subclass that its arguments name."""
 
@@ -43,6 +47,25 @@ class _KindByArguments(type):
         elif kwargs.get("pattern") is not None:
             kind = PatternTarget
         return kind(*args, **kind.own_arguments(kwargs))
+
+    @property
+    def __signature__(cls) -> Signature:
+        """What `help` and editors show, which would see the one of `__call__`; of `SparsityTarget` the arguments of
+        all three.
+        """
+        shared = {field.name for field in fields(SparsityTarget)}
+        kinds: tuple[Any, ...] = (WeightTarget, PatternTarget, GroupTarget) if cls is SparsityTarget else (cls,)
+        parameters = {
+            field.name: Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY if cls is SparsityTarget and field.name not in shared else _POSITIONAL,
+                default=None if cls is SparsityTarget and field.name in ("groups", "pattern") else field.default,
+                annotation=field.type,
+            )
+            for kind in kinds
+            for field in fields(kind)
+        }
+        return Signature(list(parameters.values()))
 
 
 @dataclass(frozen=True)

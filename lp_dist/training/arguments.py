@@ -1,4 +1,4 @@
-"""Arguments of `lp-dist finetune`: Hugging Face's TrainingArguments and ours, from the command line or a YAML file.
+"""Arguments of `lp-dist finetune`: Hugging Face's and lp_dist's, from the command line or a YAML file.
 
 Errors of the library name arguments (`cap=0.5`). `DecayArguments.in_flags` gives them the names of the flags here.
 """

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from lp_dist.attachment.attach import Attachment, attach
 from lp_dist.errors import UsageError
+from lp_dist.optim.hyperparameters import Phase, phase_of
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.engines import unwrap, wrapper_of
 from lp_dist.sparsity.measure import measure_sparsity
@@ -136,6 +137,12 @@ class LpCallback(TrainerCallback, ExportableState):
                 "every param group has weight_decay=0, so there is nothing for the decay window to do; set a"
                 " weight_decay (λ)"
             )
+        for i in self._decayed:
+            if phase_of(self._optimizer.param_groups[i]) is not Phase.DECAY:
+                raise UsageError(
+                    f"param group {i} has phase={self._optimizer.param_groups[i]['phase']!r}, and the decay window"
+                    " switches the phases by itself; leave one of them out"
+                )
         start, end = self.window.steps(state.max_steps)
         logger.info(
             "Lp decay acts from optimizer step %d to %d of %d; afterwards zeros are frozen",

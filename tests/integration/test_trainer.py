@@ -164,6 +164,13 @@ def test_a_window_that_could_do_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no step of a run of 10 steps"):
         train(tmp_path, by_class, [LpCallback(DecayWindow(20, 30))])
 
+    def frozen(model):
+        groups = [{**group, "phase": "frozen"} for group in param_groups(model, 0.1)]
+        return {"optimizers": (LpAdamW(groups, lr=1e-2), None)}
+
+    with pytest.raises(ValueError, match="param group 0 has phase='frozen', and the decay window switches the phases"):
+        train(tmp_path, frozen, [LpCallback(WINDOW)])
+
 
 def test_a_cutoff_of_the_groups_holds_in_a_window_that_names_none(tmp_path):
     optimizers = []

@@ -25,7 +25,7 @@ from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
 from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule, Task, cached
-from lp_dist.benchmarks.timing import note, progress
+from lp_dist.benchmarks.timing import benchmark_device, note, progress
 from lp_dist.optim import batching
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.report import environment
@@ -92,13 +92,9 @@ def planned_rows(
     return rows
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def device_name() -> str:
     """The name of the device that this process computes on: "cpu", or the name of the GPU."""
-    device = _device()
+    device = benchmark_device()
     return torch.cuda.get_device_name() if device.type == "cuda" else str(device)
 
 
@@ -161,7 +157,7 @@ def workers(jobs: int) -> ProcessPoolExecutor:
 
 
 def _set_precision() -> None:
-    if _device().type == "cuda":
+    if benchmark_device().type == "cuda":
         # tf32, as models are trained on GPUs.
         torch.set_float32_matmul_precision("high")
 
@@ -255,7 +251,7 @@ def dense(task: Task, seed: int) -> nn.Module:
     Returns:
         The model on this process's device.
     """
-    model = task.build(seed).to(_device())
+    model = task.build(seed).to(benchmark_device())
     if task.pretraining is not None:
         described = {**task.described(), "schedule": None}
 

@@ -30,7 +30,7 @@ from lp_dist.benchmarks.step.implementations import (
     transformer,
 )
 from lp_dist.benchmarks.step.training_step import ENGINES, UPDATE_EVERY, Shape, training_rows
-from lp_dist.benchmarks.timing import note, progress, quartiles, seconds_of
+from lp_dist.benchmarks.timing import benchmark_device, note, progress, quartiles, seconds_of
 from lp_dist.errors import UsageError
 from lp_dist.report import environment
 from lp_dist.report.console import print_table
@@ -74,7 +74,7 @@ def step(
     numbers, engine_names = _numbers(sizes), _engines(engines)
     shape = shape or Shape()
     shape.check()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = benchmark_device()
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "step.jsonl"

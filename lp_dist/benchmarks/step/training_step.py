@@ -25,7 +25,7 @@ from torch import nn
 
 from lp_dist.attachment.attach import attach
 from lp_dist.benchmarks.json_lines import ResultRow
-from lp_dist.benchmarks.timing import note, progress, quartiles, synchronize
+from lp_dist.benchmarks.timing import benchmark_device, note, progress, quartiles, synchronize
 from lp_dist.errors import UsageError
 from lp_dist.optim.optimizers import LpAdamW
 from lp_dist.sparsity.measure import measure_sparsity
@@ -214,7 +214,7 @@ def train_in_turn(engine: str, shape: Shape, seed: int) -> ResultRow:
         Keys of a row: tokens a second of all ranks together (the median over rounds, and quartiles) of "lp_dist" and
         "peer", the median ratio, and the fraction of zeros at the end.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = benchmark_device()
     trainers = {
         "lp_dist": _lp_trainer(engine, shape, seed, device),
         "peer": _peer_trainer(engine, shape, seed, device),

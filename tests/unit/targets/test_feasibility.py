@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from helpers.targets import END, START, TOTAL, TargetRun, half_dead, layerwise
 from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay, attach
+from lp_dist.targets.target import PatternTarget
 
 
 def refused(words: list[str], function) -> None:
@@ -48,6 +50,17 @@ def refused(words: list[str], function) -> None:
 )
 def test_bad_values_are_refused_by_the_target_itself(values, words):
     refused(words, lambda: SparsityTarget(**{"sparsity": 0.5, **values}))
+
+
+def test_help_and_editors_show_the_arguments():
+    of_all, of_pattern = inspect.signature(SparsityTarget), inspect.signature(PatternTarget)
+    assert [*of_all.parameters][:3] == ["sparsity", "start", "end"] == [*of_pattern.parameters][:3]
+    assert {"latent_windows", "pattern", "groups", "budget", "interval"} <= of_all.parameters.keys()
+    assert "pattern" in of_pattern.parameters and "groups" not in of_pattern.parameters
+    for name, value in of_all.bind(0.5, groups="heads").arguments.items():
+        assert getattr(SparsityTarget(0.5, groups="heads"), name) == value
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        of_all.bind(*range(12))
 
 
 def test_good_values_at_their_limits_are_taken():

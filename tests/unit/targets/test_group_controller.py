@@ -317,6 +317,32 @@ def test_targets_of_one_kind_and_too_few_steps_are_refused():
         TargetRun(target_of(), model=half, total=TOTAL)
 
 
+@pytest.mark.parametrize(
+    "model, targets",
+    [
+        ("half dead", lambda: target_of()),  # known when the run begins
+        ("dense", lambda: [target_of(), SparsityTarget(0.9, start=0.1)]),  # of both targets together
+        ("dense", lambda: target_of(interval=19)),
+    ],
+)
+def test_a_refused_target_leaves_nothing_on_the_optimizer(model, targets):
+    run = TargetRun(None, model=model_of(), attached=False)
+    if model == "half dead":
+        with torch.no_grad():
+            for values in (run.model[0].weight[:80], run.model[0].bias[:80], run.model[2].weight[:, :80]):
+                values.zero_()
+    before = _hooks(run.optimizer)
+    run.target = targets()
+    with pytest.raises(UsageError):
+        run.attach()
+    assert _hooks(run.optimizer) == before
+    assert run.optimizer.parameter_map.values("2.weight") == {}
+
+
+def _hooks(optimizer) -> list[int]:
+    return [len(hooks) for key, hooks in vars(optimizer).items() if "hooks" in key]
+
+
 class Two:
     """Channels without biases first, then single zeros."""
 

@@ -23,7 +23,7 @@ def test_phases_follow_each_other_at_the_exact_steps():
     phases = [window.at(step, 8) for step in range(8)]
     assert phases[:2] == [{"phase": "off"}] * 2
     assert phases[2:5] == [{"phase": "decay", "p": 0.5, "precondition": 1.0}] * 3
-    assert phases[5:] == [{"phase": "frozen"}] * 3
+    assert phases[5:] == [{"phase": "frozen", "p": 0.5, "precondition": 1.0}] * 3
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def test_a_window_moves_its_values_step_by_step():
     assert [window.at(step, 9)["p"] for step in range(2, 7)] == [2.0, 1.5, 1.0, 0.5, 0.0]
     assert [window.at(step, 9)["weight_decay"] for step in (2, 4, 6)] == pytest.approx([1e-3, 1e-2, 1e-1])
     assert [window.at(step, 9)["l2"] for step in (2, 6)] == pytest.approx([0.1, 0.0])
-    assert window.at(1, 9) == {"phase": "off"} and window.at(7, 9) == {"phase": "frozen"}
+    assert window.at(1, 9) == {"phase": "off"}
+    # As in the last step of the window, so that a run that is resumed here goes on with the same l2.
+    assert window.at(7, 9) == window.at(8, 9) == {**window.at(6, 9), "phase": "frozen"}
     scheduled = window.scheduled()
     assert (
         0.123 in scheduled["p"]
