@@ -8,5 +8,7 @@ set -euo pipefail
 # One process more than there are cores, since ranks wait for each other, and up to 4. Each takes a file at a time:
 # most of the time goes into starting ranks and importing, on one core. In the order of names: the files that take
 # longest have few tests, and would come last.
+# Some build machines forbid bytecode files. Then every worker and every started program compiles all of it anew.
+export PYTHONDONTWRITEBYTECODE=
 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
 run "$PYTHON" -m pytest -n "$processes" --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not long" "$@"

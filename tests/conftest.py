@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +24,17 @@ torch.set_num_threads(
 )
 
 HERE = Path(__file__).resolve().parent
+# What ranks import: once, in the server that they are forked from. Each would take seconds to do so.
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.utils.cpp_extension",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # by every engine of ZeRO, which compiles it
+    "transformers.trainer",
+    "lp_dist.training.finetune",
+]
 OF_RANKS = {"run_ranks", "run_program", "cpu_op"}
 
 
@@ -35,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("distributed")
         if folder == "gpu":
             item.add_marker("gpu")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for the tests stays: looking through it for garbage would take a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or what Triton leaves behind is called a leak when Python ends
 
 
 @pytest.fixture(scope="session")
@@ -104,67 +125,49 @@ def run_ranks(tmp_path, cpu_op):
     """
 
     def run(fn, world_size: int, *args) -> list:
-        context = torch.multiprocessing.get_context("forkserver")
-        # or every rank imports them anew, which takes seconds
-        context.set_forkserver_preload(
-            ["torch", "deepspeed", "transformers.trainer", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-        )
-        ranks = [
-            context.Process(target=_rank, args=(fn, rank, world_size, tmp_path, dict(os.environ), args))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(300)
-            if process.is_alive():
-                process.kill()
-        results = []
-        errors = [path.read_text() for path in sorted(tmp_path.glob("error_*"))]
-        assert not errors, "\n".join(errors)
-        for rank, process in enumerate(ranks):
-            assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
-            results.append(pickle.loads((tmp_path / f"result_{rank}").read_bytes()))
-        return results
+        return _fork_ranks(tmp_path, fn, world_size, args)
 
     return run
-
-
-_SEVERAL = """
-import json, sys
-import torch
-from lp_dist.training import arguments, finetune
-
-for words in json.loads(sys.argv[1]):
-    finetune.run(*arguments.parse(words))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
 
 
 @pytest.fixture(scope="session")
 def run_program(tmp_path_factory, cpu_op):
-    """`run_program([arguments, ...])`: the training program under torchrun on 2 CPU ranks, one run after the other in
-    the same processes, since most of a small run's time is that of its imports. A failure shows what it printed."""
-    script = tmp_path_factory.mktemp("script") / "several.py"
-    script.write_text(_SEVERAL)
+    """`run_program([arguments, ...])`: the training program on 2 CPU ranks, one run after the other."""
 
     def run(runs: list[list[str]]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-            json.dumps(runs),
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        _fork_ranks(tmp_path_factory.mktemp("programs"), _programs, 2, (runs,))
 
     return run
+
+
+def _programs(rank: int, world_size: int, runs: list[list[str]]) -> None:
+    from lp_dist.training import arguments, finetune
+
+    os.chdir(ROOT)  # recipes and configs are named from there
+    for words in runs:
+        finetune.run(*arguments.parse(words))
+
+
+def _fork_ranks(directory: Path, fn, world_size: int, args: tuple) -> list:
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ranks = [
+        context.Process(target=_rank, args=(fn, rank, world_size, directory, dict(os.environ), args))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+    results = []
+    errors = [path.read_text() for path in sorted(directory.glob("error_*"))]
+    assert not errors, "\n".join(errors)
+    for rank, process in enumerate(ranks):
+        assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
+        results.append(pickle.loads((directory / f"result_{rank}").read_bytes()))
+    return results
 
 
 def _rank(fn, rank: int, world_size: int, directory: Path, environment: dict[str, str], args: tuple) -> None:
@@ -182,6 +185,7 @@ def _rank(fn, rank: int, world_size: int, directory: Path, environment: dict[str
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage for every engine, which would take longer than the steps
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size

@@ -203,6 +203,7 @@ def test_a_tensor_that_would_have_to_be_read_back_is_refused(gpu, key):
 # -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_compiles_to_vector_loads_for_gpus_that_are_not_here(tmp_path):
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(

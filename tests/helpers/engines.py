@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,8 +217,6 @@ def quiet() -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage for every engine, which takes longer than the steps
 
 
 def convert(folder: Path) -> None:

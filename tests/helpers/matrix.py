@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lp_dist import LpAdamW, LpLion, LpSGD, attach, param_groups
 
-STEPS, HALVES, MAX_NORM = 12, (6, 12), 0.25
+STEPS, HALVES, MAX_NORM = 8, (4, 8), 0.25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEEPSPEED = {
     "ZeRO 0": 0,
@@ -36,7 +36,7 @@ MAIN = ("one process", "DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")  # these ge
 # With powers of which nothing is a product or a root: the fused step gives the same bits wherever a weight lies, for
 # any p and γ.
 OPTIMIZERS = {
-    "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 0.8, "p": 0.8, "precondition": 0.0}),
+    "LpAdamW": (LpAdamW, {"lr": 1e-2, "weight_decay": 2.0, "p": 0.8, "precondition": 0.0}),
     "LpAdamW, preconditioned, capped": (
         LpAdamW,
         {"lr": 1e-2, "weight_decay": 0.01, "p": 0.3, "precondition": 0.6, "cutoff": 0.005},
@@ -72,9 +72,9 @@ def cells_of(dtype: str) -> list[Cell]:
     """
     cells = []
     for engine, (i, optimizer), accumulation, clipped in product(
-        ENGINES, enumerate(OPTIMIZERS), (1, 4), (False, True)
+        ENGINES, enumerate(OPTIMIZERS), (1, 2), (False, True)
     ):
-        even = (i + accumulation // 4 + clipped) % 2 == 0
+        even = (i + accumulation // 2 + clipped) % 2 == 0
         if (even and clipped == i // 2) if dtype == "fp16" else (even or (dtype == "fp32" and engine in MAIN)):
             cells.append(Cell(engine, dtype, optimizer, accumulation, clipped))
     return [cell for cell in cells if cell.engine != "BF16_Optimizer" or dtype == "bf16"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.commands import lp_dist_here
 from helpers.model_directories import changed, rewritten
 from helpers.snapshots import as_bytes
-from lp_dist import cli
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
@@ -399,18 +398,16 @@ def test_accelerates_pickled_weights_of_fsdp_are_taken_as_an_engines(model, tmp_
     assert open_checkpoint(model).runtime_names and export(model, tmp_path / "out", verify=True).verification["logits"]
 
 
-def run_cli(monkeypatch: Any, *words: str) -> Any:
-    monkeypatch.setattr(sys, "argv", ["lp-dist", "export", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code
-
-
 def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys, monkeypatch):
     rewritten(model, lambda tensors: [t.view(-1)[::2].zero_() for name, t in tensors.items() if "norm" not in name])
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "out[1]"
-    assert run_cli(monkeypatch, str(model), str(out), "--dtype", "bfloat16", "--shard_size", "1MB", "--verify") == 0
+    assert (
+        lp_dist_here(
+            monkeypatch, "export", str(model), str(out), "--dtype", "bfloat16", "--shard_size", "1MB", "--verify"
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     numel = sum(t.numel() for t in load_file(model / "model.safetensors").values())
     zeros = (numel - 5 * 48) // 2
@@ -429,7 +426,10 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
         and f"Saved to {out}; loads with from_pretrained." in printed
     )
     assert "small for" not in printed
-    assert run_cli(monkeypatch, str(out), str(tmp_path / "bitmask"), "--bitmask", "--shard-size", "20KB") == 0
+    assert (
+        lp_dist_here(monkeypatch, "export", str(out), str(tmp_path / "bitmask"), "--bitmask", "--shard-size", "20KB")
+        == 0
+    )
     printed = capsys.readouterr().out
     size = sum(file.stat().st_size for file in (tmp_path / "bitmask").glob("bitmask-*"))
     assert (
@@ -441,13 +441,13 @@ def test_the_command_prints_sizes_zeros_and_where_it_is(model, tmp_path, capsys,
 
 
 def test_the_command_says_in_one_line_what_is_wrong(model, tmp_path, capsys, monkeypatch):
-    assert run_cli(monkeypatch, str(tmp_path / "nowhere"), str(tmp_path / "out")).startswith(
+    assert lp_dist_here(monkeypatch, "export", str(tmp_path / "nowhere"), str(tmp_path / "out")).startswith(
         "lp-dist: error: there is no "
     )
     rewritten(model, lambda tensors: tensors["model.norm.weight"].copy_(torch.tensor([1e-9] + [1.0] * 47)))
-    assert run_cli(monkeypatch, str(model), str(tmp_path / "out"), "--dtype", "float16") == 0
+    assert lp_dist_here(monkeypatch, "export", str(model), str(tmp_path / "out"), "--dtype", "float16") == 0
     assert "1 of these were too small for the new dtype" in capsys.readouterr().out
-    assert "--overwrite" in run_cli(monkeypatch, str(model), str(tmp_path / "out"))
+    assert "--overwrite" in lp_dist_here(monkeypatch, "export", str(model), str(tmp_path / "out"))
     monkeypatch.setattr(
         "lp_dist.export.writer.copy_model_files",
         lambda *_: (
@@ -455,7 +455,7 @@ def test_the_command_says_in_one_line_what_is_wrong(model, tmp_path, capsys, mon
             and changed(tmp_path / "out.partial", intermediate_size=95)
         ),
     )
-    code = run_cli(monkeypatch, str(model), str(tmp_path / "out"), "--verify", "--overwrite")
+    code = lp_dist_here(monkeypatch, "export", str(model), str(tmp_path / "out"), "--verify", "--overwrite")
     assert (
         code.startswith("lp-dist: error: ")
         and "mismatched keys" in code
