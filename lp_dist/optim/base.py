@@ -234,25 +234,25 @@ class LpOptimizer(Optimizer):
             # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
             torch._foreach_add_(counts, 1 if capturable else _ONE)
         by_values: dict[int, tuple[dict[str, Any], list[StepRow]]] = {}
-        split_rows = SplitBlockRows()
+        split_rows, parameter_map = SplitBlockRows(), self.parameter_map
         for param, state, count in zip(params, states, counts):
             step = count.item() if count.device.type == "cpu" else count
             weights, grads, *local_states = self._local(param, [state[name] for name in names])
             param_row = StepRow(weights, grads, tuple(local_states), step)
             numel = weights.numel()
-            for offset, length, overrides in self.parameter_map.value_spans(param, numel):
+            for offset, length, overrides in parameter_map.value_spans(param, numel):
                 if id(overrides) not in by_values:
                     values = without_idle_pattern(acting_values(effective_values(group, overrides)))
                     by_values[id(overrides)] = values, []
                 values, rows = by_values[id(overrides)]
                 if values.get("pattern"):
-                    for param_slice in slices_in(self.parameter_map, param, weights, offset, length):
+                    for param_slice in slices_in(parameter_map, param, weights, offset, length):
                         rows.extend(split_rows.complete_blocks(param_slice, values, param_row))
                 elif length == numel:
                     rows.append(param_row)
                 else:
                     rows.append(param_row.with_tensors(tuple(flat_view(t, offset, length) for t in param_row.tensors)))
-        return [*by_values.values(), *split_rows.divided(self.parameter_map, group, self._ranking_keys)]
+        return [*by_values.values(), *split_rows.divided(parameter_map, group, self._ranking_keys)]
 
     def _ranking_keys(self, values: dict[str, Any], row: StepRow) -> Tensor:
         """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a complete block.

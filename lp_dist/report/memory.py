@@ -61,13 +61,13 @@ class Footprint:
         device: memory where forward and backward run.
         host: memory of the host under CPU offload. A node needs it once per rank.
         sent_per_step: bytes that a rank sends in an optimizer step of one micro-batch. The decay adds none.
-        sent_per_interval: bytes that a rank sends whenever zeros are counted.
+        sent_per_count: bytes that a rank sends whenever zeros are counted.
     """
 
     device: Memory
     host: Memory
     sent_per_step: int
-    sent_per_interval: int
+    sent_per_count: int
 
 
 def footprint(
@@ -123,7 +123,7 @@ def footprint(
         # forward and backward, and a reduce-scatter.
         sent_per_step=(2 * 4 if stage == 0 else 3 * width) * _passed(parameters, ranks),
         # An all-reduce of int64: zeros, elements, bins.
-        sent_per_interval=2 * 8 * _passed(counted * (2 + bins), ranks),
+        sent_per_count=2 * 8 * _passed(counted * (2 + bins), ranks),
     )
 
 
@@ -243,8 +243,8 @@ def table() -> str:
                     str(ranks),
                     name,
                     *(f"{n / 2**30:,.2f}" if n else "" for n in (*memory, lp_adamw.sent_per_step)),
-                    f"{lp_adamw.sent_per_interval:,}",
-                    f"{binned.sent_per_interval:,}",
+                    f"{lp_adamw.sent_per_count:,}",
+                    f"{binned.sent_per_count:,}",
                 ]
                 rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -41,10 +41,10 @@ def test_memory_and_communication_of_every_engine(run_ranks):
             assert 0 <= got["optimizer_state"] - sum(place.optimizer_state for place in places) <= 2 * 4 * 4, said
             assert got["beside"] - beside <= slack, said
             assert 0 <= got["sent"] - on_paper.sent_per_step <= 64, said  # norms and overflow flags
-            assert got["sent_to_count"] == on_paper.sent_per_interval and got["calls_to_count"] == 1, said
+            assert got["sent_to_count"] == on_paper.sent_per_count and got["calls_to_count"] == 1, said
             with_bins = footprint(
                 PARAMETERS, RANKS, stage, dtype=dtype, offload=offload, counted=got["counted"], bins=BINS
-            ).sent_per_interval
+            ).sent_per_count
             assert got["sent_to_count"] + got["sent_to_bin"] == with_bins, said
             assert got["counted"] == LAYERS and got["calls_of_inner_step"] == 0, said
         # Not all ranks reach the most: under ZeRO-1 the first does. The second group, of biases, has its copies later.

@@ -73,6 +73,7 @@ def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not
     assert zero_fraction_of(tmp_path / "dense") < 1e-3
 
 
+@pytest.mark.long  # under torchrun, where both ranks import everything
 def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_path, cpu_op):
     from lp_dist.export.writer import export
 

@@ -73,17 +73,17 @@ struct Plan {
         momentum; // plain: the step without momentum
     bool nesterov, latent;
     Power power;
-    int halves, gamma_halves;                           // 2·(2−p) if power is HALVES; 2γ, or ODD
+    int halves, gamma_halves;                           // 2·(2−p) if power is HALVES; 2γ, or OTHER_GAMMA
     float k;                                            // (αλ)^(1/(2−p))
     float L_hi, L_lo, c, c_hi, c_lo, y, y_hi, y_lo;     // log2(αλ), 2−p and γ: see power_any
-    float least, most; // αλ/x at the cutoff, below which it counts as 0, and at the floor, where it stays
+    float least, most; // αλ/x at the cutoff, below which it counts as 0, and at regrowth_below, where it stays
     float at_zero, base, inv_base;
     int kept, of; // of each block of so many weights the ones with the smallest αλ/x have none; of = 0: no blocks
     bool ranked;
     int32_t snap; // bits of the largest magnitude that becomes zero; −1: none does
 };
 
-constexpr int ODD = -1;                                 // γ is no multiple of ½ up to 2
+constexpr int OTHER_GAMMA = -1;                         // γ is no multiple of ½ up to 2
 
 // x = high + low, with high a multiple of 2^-9, so that its products with whole numbers are exact.
 void split(double x, float& high, float& low) {
@@ -127,9 +127,9 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.least = static_cast<float>(bounded / a.cutoff);
     s.most = a.regrowth_below > 0 ? clamped(bounded / a.regrowth_below, 0, LARGEST) : INFINITY;
     s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(bounded);
-    s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : ODD;
+    s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : OTHER_GAMMA;
     const double k = exponent == 0 ? bounded : std::pow(bounded, 1 / exponent);
-    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != ODD &&
+    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != OTHER_GAMMA &&
         k >= SMALLEST && k <= LARGEST) {
         s.power = HALVES;
         s.halves = static_cast<int>(exponent * 2);
@@ -250,7 +250,7 @@ void power_any(const Plan& s, const float* w, Buffers& b, const float* const nex
         Z[i] = (e - (shifted - 12582912.f)) + r;
         E[i] = as_float((at_least < high ? at_least : high) << 23);
     };
-    if (s.gamma_halves == ODD) {
+    if (s.gamma_halves == OTHER_GAMMA) {
         const float y = s.y, y_hi = s.y_hi, y_lo = s.y_lo;
         float *E2 = b.E2, *Z2 = b.Z2;
         exponents(b.D, E2, Z2, next[2]);
@@ -344,7 +344,7 @@ void decay_adam(const Plan& s, float* to, const Buffers& b, const float* next) {
 }
 
 void powers(const Plan& s, const float* w, Buffers& b, const float* const next[4]) {
-    switch (s.power == HALVES ? s.halves : ODD) {
+    switch (s.power == HALVES ? s.halves : -1) {
         case 0: return power_halves<0>(s, w, b.S, next[1]);
         case 1: return power_halves<1>(s, w, b.S, next[1]);
         case 2: return power_halves<2>(s, w, b.S, next[1]);

@@ -20,7 +20,7 @@ from torch import Tensor
 from lp_dist.optim.batching import StepRow
 from lp_dist.optim.decay import SNAP, lp_decay
 from lp_dist.optim.kernels.dispatch import Unavailable, ValuedRows
-from lp_dist.optim.kernels.triton_kernel import ANY, FROZEN, LARGEST, NONE, ODD, lp_step
+from lp_dist.optim.kernels.triton_kernel import ANY, FROZEN, LARGEST, NONE, OTHER_GAMMA, lp_step
 from lp_dist.optim.nm import parse_pattern
 
 _SIZE, _WARPS = 1024, 4  # 8 elements a thread: two vectors of 16 bytes of each fp32 tensor are under way at a time
@@ -216,7 +216,7 @@ def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, in
     form = (
         (int(halves), int(gamma))
         if halves in range(8) and gamma in range(5)
-        else (ANY.value, ODD.value if gamma else 0)
+        else (ANY.value, OTHER_GAMMA.value if gamma else 0)
     )
     return *form, bool(values.get("latent")), -1 if values.get("ranked") else n, m
 

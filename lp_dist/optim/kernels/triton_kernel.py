@@ -42,9 +42,9 @@ FIRST, HEAD, END, ALIGNED, W, G, M, V, ADDRESSES = map(tl.constexpr, range(9))
     NUMBERS,
 ) = map(tl.constexpr, range(24))
 # Forms: POWER is 2·(2−p) where that is whole and at most 7, or one of these; GAMMA is 2γ where that is whole and at
-# most 4, or ODD. KEPT of each OF weights have no pull, and if it is negative what they are ranked by goes into W
-# instead of a step; OF = 0: there are no blocks.
-NONE, FROZEN, ANY, ODD = map(tl.constexpr, (-1, -2, -3, -4))
+# most 4, or OTHER_GAMMA. KEPT of each OF weights have no pull, and if it is negative what they are ranked by goes into
+# W instead of a step; OF = 0: there are no blocks.
+NONE, FROZEN, ANY, OTHER_GAMMA = map(tl.constexpr, (-1, -2, -3, -4))
 _PLUS = tl.standard._sum_combine  # tl.sum's own: Triton's interpreter knows it, and is quick
 
 
@@ -129,10 +129,10 @@ def _block(
     HAS_STATE: tl.constexpr,
     NESTEROV: tl.constexpr,
     SIZE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    UNMASKED: tl.constexpr,
 ):
     at = tl.arange(0, SIZE)
-    inside = None if WHOLE else (start + at >= tl.load(row + HEAD)) & (start + at < tl.load(row + END))
+    inside = None if UNMASKED else (start + at >= tl.load(row + HEAD)) & (start + at < tl.load(row + END))
     w, step = _load(row + W, WEIGHT, start, at, inside), tl.load(plan + STEP)
     g = tl.load(plan + SIGN) * _load(row + G, GRADIENT, start, at, inside)
     m = _load(row + M, WEIGHT, start, at, inside) if HAS_STATE else g
@@ -195,7 +195,7 @@ def _store(address, values, TYPE: tl.constexpr, start, at, inside):
 
 @triton.jit
 def _pull(a, d, plan, POWER: tl.constexpr, GAMMA: tl.constexpr):
-    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff. What it is at the floor, MOST, is not looked at."""
+    """αλ/x of weights of magnitude `a`; 0 beyond the cutoff. MOST, its value at `regrowth_below`, is not looked at."""
     if POWER == ANY:
         pull = _power_any(a, d, plan, GAMMA)
     else:  # nothing needs to be approximated: products of q = k/|w|, k = (αλ)^(1/(2−p))

@@ -103,9 +103,9 @@ def test_what_adds_to_what():
     assert lp_adamw.device == adamw.device
     foreach = footprint(10**9, 8, 3, fused=False)
     assert foreach.device.total - adamw.device.total == foreach.device.temporaries > 0
-    assert lp_adamw.sent_per_interval == 2 * 7 * 8 * 11  # 84 numbers in 8 chunks of 11
+    assert lp_adamw.sent_per_count == 2 * 7 * 8 * 11  # 84 numbers in 8 chunks of 11
     alone = footprint(10**9, 1, 0, counted=7)
-    assert alone.sent_per_step == alone.sent_per_interval == 0
+    assert alone.sent_per_step == alone.sent_per_count == 0
     assert footprint(9, 8, 3).device.masters == 4 * 2  # the rank with the larger part
     assert footprint(10**10, 1, 3).device.gradients == 2 * 10**10 + 6 * 10**9  # copies of a sub-group at a time
 
