@@ -35,14 +35,14 @@ def _one_line_errors(command: Callable[..., None]) -> Iterator[None]:
 
     Commands import what they need when they run, as importing torch takes seconds.
     """
-    from lp_dist.errors import DiffersError, UsageError, with_flags
+    from lp_dist.errors import DiffersError, UsageError, printable, with_flags
 
     try:
         yield
     except (UsageError, DiffersError) as error:
         options = [param.name for param in signature(command).parameters.values() if param.default is not param.empty]
         flags = {name: f"--{name.replace('_', '-')}" for name in options}
-        sys.exit(f"lp-dist: error: {with_flags(str(error), flags)}")
+        sys.exit(f"lp-dist: error: {printable(with_flags(str(error), flags))}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -74,10 +74,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json")] = False,
     page: str = "",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_pickles: Annotated[bool, typer.Option("--trust-pickles")] = False,
 ) -> None:
     """Count the zeros of a model by kind of layer and by layer. MODEL is any checkpoint's directory, or a hub id.
 
-    --json: all tensors, one by one. --page: an HTML file with a map of the zeros.
+    --json: all tensors, one by one. --page: an HTML file with a map of the zeros. --trust-pickles: let the checkpoint
+    run the code that it names; without it none of it runs.
 
     Dead rows and columns are all zero. 2:4: the percentage of blocks, of four weights along the input, of which two or
     more are zero, as sparse tensor cores need it.
@@ -85,7 +87,9 @@ def inspect(
     from lp_dist.report import inspection
 
     with _one_line_errors(inspect):
-        zeros = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+        zeros = inspection.inspect(
+            model, revision=revision, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles
+        )
         if page:
             from lp_dist.report.page import build_inspection, write_text
 
@@ -110,6 +114,7 @@ def export(
     verify: Annotated[bool, typer.Option("--verify")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_pickles: Annotated[bool, typer.Option("--trust-pickles")] = False,
 ) -> None:
     """Write the model of a checkpoint (Hugging Face, DeepSpeed of any stage and world size, FSDP2) as a directory that
     from_pretrained loads.
@@ -119,7 +124,8 @@ def export(
     fp32 weights where a directory holds both. --bitmask: a bit for each weight and the weights that are not zero, for
     storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and
     attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it
-    back, compare weights, zeros and logits.
+    back, compare weights, zeros and logits. --trust-pickles: let the checkpoint run the code that it names; without it
+    none of it runs.
     """
     from lp_dist.export.writer import export as write
 
@@ -137,6 +143,7 @@ def export(
             verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            trust_pickles=trust_pickles,
         ).show()
 
 

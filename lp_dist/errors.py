@@ -14,6 +14,16 @@ class DiffersError(RuntimeError):
     """A file that was read back differs from what was written to it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as part of a line: some add pages to it."""
+    return printable((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """With what a terminal would take for a command, such as names in a damaged file may hold, as it is escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
     """An error message of the library in the words of the command line: `cap=0.5` becomes `--cap 0.5`.
 

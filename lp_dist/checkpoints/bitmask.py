@@ -21,10 +21,12 @@ from torch import Tensor
 
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_numbered
 from lp_dist.checkpoints.files import TensorLocation, safetensors
+from lp_dist.errors import UsageError
 
 FORM = "bitmask form"
 METADATA_KEY = "lp_dist.bitmask"
 _FILE_NAME = re.compile(r"bitmask(-\d+-of-\d+)?\.safetensors")
+_ANEW = "copy it anew, or export the model again"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -46,8 +48,14 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def unpack(bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of this shape that `pack` was given, bit for bit."""
+    """The tensor of this shape that `pack` was given, bit for bit.
+
+    Raises:
+        ValueError: the bitmask has more or fewer ones than there are values.
+    """
     mask = np.unpackbits(bitmask.numpy(), count=math.prod(shape)).view(bool)
+    if np.count_nonzero(mask) != values.numel():
+        raise ValueError(f"a bitmask has {np.count_nonzero(mask):,} ones, and {values.numel():,} values are there")
     bits = torch.zeros(len(mask), dtype=_INTEGERS[values.dtype.itemsize])
     bits.numpy()[mask] = values.view(bits.dtype).numpy()
     return bits.view(values.dtype).view(shape)
@@ -67,13 +75,21 @@ def _entries(file: Path) -> dict[str, Entry]:
     locations, metadata = safetensors(file)
     entries = {}
     for name, shape in json.loads(metadata.get(METADATA_KEY, "{}")).items():
+        numel = math.prod(shape)
         if name in locations:
+            is_right = tuple(shape) == locations[name].shape
             entries[name] = Entry(tuple(shape), locations[name].dtype, locations[name].read)
         else:
             bitmask, values = locations[f"{name}.bitmask"], locations[f"{name}.values"]
+            is_right = bitmask.shape == (math.ceil(numel / 8),) and len(values.shape) == 1
             entries[name] = Entry(tuple(shape), values.dtype, partial(_read, bitmask, values, tuple(shape)))
+        if min(shape, default=0) < 0 or not is_right:
+            raise UsageError(f"{file} holds another number of weights of {name} than its shape {shape} has; {_ANEW}")
     return entries
 
 
 def _read(bitmask: TensorLocation, values: TensorLocation, shape: tuple[int, ...]) -> Tensor:
-    return unpack(bitmask.read(), values.read(), shape)
+    try:
+        return unpack(bitmask.read(), values.read(), shape)
+    except ValueError as error:
+        raise UsageError(f"{bitmask.file} is damaged: {error}; {_ANEW}") from None

@@ -6,6 +6,7 @@ of tensors and of the byte ranges of the ranks' `*.distcp` files that hold them.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from lp_dist.checkpoints.entries import Checkpoint, Entry, unwrapped
+from lp_dist.checkpoints.allowed import load_index
+from lp_dist.checkpoints.entries import Checkpoint, Entry, check_inside, unwrapped
 from lp_dist.errors import UsageError
 
 # Accelerate's folder of the model's weights, in its own checkpoints and in Trainer's.
@@ -26,25 +29,29 @@ _ACCELERATE = "pytorch_model_fsdp_0"
 _OPTIMIZER = re.compile(r"(^|\.)optim\w*\.")
 
 
-def find(path: Path) -> Checkpoint | None:
+def find(path: Path, trust_pickles: bool = False) -> Checkpoint | None:
     """The distributed checkpoint in this directory; None if there is none.
 
     Raises:
-        UsageError: it is not complete, or holds no weights of a model.
+        UsageError: it is not complete, holds no weights of a model, or its index names classes that are not known,
+            unless it is trusted.
     """
     directory = next((folder for folder in (path, path / _ACCELERATE) if (folder / ".metadata").is_file()), None)
     if directory is None:
         return None
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    reader = _Reader(directory)
+    reader = _Reader(directory, trust_pickles)
     try:
         index = reader.read_metadata()
     except (pickle.UnpicklingError, EOFError) as error:
         raise UsageError(
             f"{directory / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
         ) from None
+    for storage in index.storage_data.values():
+        check_inside(directory / ".metadata", storage.relative_path)
     _check_files(directory, index.storage_data)
+    _check_sizes(directory, index)
     tensors = {
         key: metadata
         for key, metadata in index.state_dict_metadata.items()
@@ -77,12 +84,37 @@ def _check_files(directory: Path, storage_data: dict[Any, Any]) -> None:
             )
 
 
+def _check_sizes(directory: Path, index: Any) -> None:
+    """Raises UsageError where a tensor would be larger in memory than what the files hold of it."""
+    stored: dict[str, float] = {}
+    for part, storage in index.storage_data.items():
+        is_packed = bool(getattr(storage, "transform_descriptors", None))
+        stored[part.fqn] = stored.get(part.fqn, 0) + (math.inf if is_packed else storage.length)
+    for key, metadata in index.state_dict_metadata.items():
+        size = getattr(metadata, "size", None)
+        if size is None:
+            continue
+        needed = math.prod(size) * metadata.properties.dtype.itemsize
+        if min(size, default=0) < 0 or needed > stored.get(key, 0):
+            raise UsageError(
+                f"{directory / '.metadata'} gives {key} the shape {tuple(size)}, {needed:,} bytes, of which the files"
+                f" hold {stored.get(key, 0):,}; copy the checkpoint anew"
+            )
+
+
 class _Reader(dcp.FileSystemReader):
-    """Reads the index once, and not for every tensor."""
+    """Reads the index once, and not for every tensor; from it no other classes than torch writes there."""
+
+    def __init__(self, directory: Path, trust_pickles: bool) -> None:
+        super().__init__(directory)
+        self._directory, self._trust_pickles = directory, trust_pickles
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "_index"):
-            self._index = super().read_metadata(*args, **kwargs)
+            if self._trust_pickles:
+                self._index = super().read_metadata(*args, **kwargs)
+            else:
+                self._index = load_index(self._directory / ".metadata")
         return self._index
 
 
@@ -91,5 +123,8 @@ def _tensor(reader: _Reader, key: str, metadata: Any) -> Tensor:
     with warnings.catch_warnings():
         # One process reads the checkpoint, on purpose.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(state, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # a BaseException, around that of each rank
+            raise next((cause for cause, _ in error.failures.values()), error) from None
     return state[key]

@@ -97,6 +97,15 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is no JSON ({error}); copy or download it anew") from None
 
 
+def check_inside(index: Path, name: str) -> None:
+    """Raises UsageError for a name in `index` that leads out of the directory of the checkpoint."""
+    if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(
+            f"{index} names {name!r}, which is no file within the checkpoint; don't use a checkpoint from whoever made"
+            " this one"
+        )
+
+
 def check_numbered(path: Path, files: list[str]) -> None:
     """Checks that all files of a set that no index lists are there, by the numbers in their names.
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lp_dist.errors import UsageError
+from lp_dist.checkpoints.allowed import refusal, torch_file_globals
+from lp_dist.errors import UsageError, first_line
 
 # No 8-bit floats: without the scales, which another tensor holds, they are no weights.
 _DTYPES = {
@@ -67,7 +68,7 @@ class TensorLocation:
         count = math.prod(self.shape) * self.dtype.itemsize
         octets = np.fromfile(self.file, np.uint8, count, offset=self.offset)
         if len(octets) < count:
-            raise UsageError(f"{self.file} ends within a tensor: was it changed meanwhile? Copy it anew")
+            raise UsageError(f"{self.file} ends within a tensor, changed meanwhile perhaps; copy it anew")
         return (
             torch.from_numpy(octets).view(self.dtype).view(self.shape)
             if count
@@ -103,6 +104,14 @@ def safetensors(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
         raise UsageError(
             f"{file} holds tensors of dtype {min(unknown)}, which lp_dist does not read; dequantise the model first"
         )
+    for name, tensor in header.items():
+        begin, stop = tensor["data_offsets"]
+        needed = math.prod(tensor["shape"]) * _DTYPES[tensor["dtype"]].itemsize
+        if begin < 0 or min(tensor["shape"], default=0) < 0 or stop - begin != needed:
+            raise UsageError(
+                f"{file} gives {name} the shape {tensor['shape']}, {needed:,} bytes, and {stop - begin:,} bytes of"
+                " data; copy or download it anew"
+            )
     in_file_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     locations = {
         name: TensorLocation(file, start + tensor["data_offsets"][0], _DTYPES[tensor["dtype"]], tuple(tensor["shape"]))
@@ -121,21 +130,65 @@ class TorchFile:
         file: its path.
         trusted: whether it may hold any objects. Their code is run.
     Raises:
-        UsageError: it is not complete, or needs modules that can't be imported.
+        UsageError: it is not complete, names classes beyond `lp_dist.checkpoints.allowed`, or, if it is trusted, needs
+            modules that can't be imported.
     """
 
-    def __init__(self, file: Path, trusted: bool) -> None:
+    def __init__(self, file: Path, trusted: bool = False) -> None:
         self.file = file
         if not zipfile.is_zipfile(file):
             raise UsageError(f"{file} is no complete file of torch.save (since torch 1.6); copy it anew")
+        self._check_records()
         try:
-            self.content: Any = torch.load(file, map_location="meta", weights_only=not trusted)
+            self.content: Any = self._trusted() if trusted else self._restricted()
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UsageError(f"{file} can't be read ({str(error) or type(error).__name__}); copy it anew") from None
+            raise UsageError(f"{file} can't be read ({first_line(error)}); copy it anew") from None
+
+    def _check_records(self) -> None:
+        """Raises UsageError for records that would be larger in memory than in the file."""
+        try:
+            with zipfile.ZipFile(self.file) as archive:
+                packed = [record for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+        except zipfile.BadZipFile as error:
+            raise UsageError(f"{self.file} can't be read ({error}); copy it anew") from None
+        if packed:
+            raise UsageError(
+                f"{self.file} holds {packed[0].filename!r} compressed, which torch.save does not do, and it could be"
+                " of any size in memory; save it anew by torch.save"
+            )
+
+    def _restricted(self) -> Any:
+        with torch.serialization.safe_globals(torch_file_globals()):
+            try:
+                return torch.load(self.file, map_location="meta", weights_only=True)
+            except pickle.UnpicklingError:
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(self.file)
+                if names:
+                    raise UsageError(refusal(self.file, sorted(names))) from None
+                raise
+
+    def _trusted(self) -> Any:
+        try:
+            return torch.load(self.file, map_location="meta", weights_only=False)
         except (AttributeError, ImportError) as error:
             raise UsageError(
-                f"{file} holds objects of the training script ({error}); run lp-dist where Python finds its code"
+                f"{self.file} holds objects of DeepSpeed or of the training script ({error}); run lp-dist where Python"
+                " finds their code, such as by pip install '.[deepspeed]' in the project"
             ) from None
+
+    def check_fits(self, name: str, tensor: Any) -> None:
+        """Raises UsageError unless `tensor`, of `content` or a slice of it, is one that the file can hold."""
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"{self.file} holds {name} as a {type(tensor).__name__} and not as a tensor; save it anew as a plain"
+                " tensor"
+            )
+        nbytes, size = tensor.untyped_storage().nbytes(), self.file.stat().st_size
+        if max(nbytes, tensor.numel() * tensor.dtype.itemsize) > size:
+            raise UsageError(
+                f"{self.file} has {size:,} bytes, and gives {name} more: {tuple(tensor.shape)} of a storage of"
+                f" {nbytes:,}; copy it anew"
+            )
 
     def read(self, tensor: Tensor) -> Tensor:
         """Reads a tensor of `content`, or a slice of one.

@@ -4,16 +4,20 @@ bitmask form.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from lp_dist.checkpoints import bitmask, distributed, plain, zero
 from lp_dist.checkpoints.entries import Checkpoint, Entry
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 
 __all__ = ["Checkpoint", "Entry", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path, *, masters: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, masters: bool = False, trust_pickles: bool = False) -> Checkpoint:
     """Finds out what form the checkpoint at `path` has, and reads its index. No weight is read yet.
 
     Args:
@@ -21,9 +25,10 @@ def open_checkpoint(path: str | Path, *, masters: bool = False) -> Checkpoint:
             or universal, with its tags or of one tag; of `torch.distributed.checkpoint`; or of the bitmask form.
         masters: take the fp32 master weights of an engine's checkpoint, and nothing else, where the directory holds a
             model's own weights as well. Trainer writes both under DeepSpeed.
+        trust_pickles: let the checkpoint's pickles run the code that they name. Without it no code of a file runs.
     Raises:
-        UsageError: it is none of these, not complete, or of a kind that can't be read (tensor parallel, quantized, an
-            adapter alone).
+        UsageError: it is none of these, not complete, damaged, or of a kind that can't be read (tensor parallel,
+            quantized, an adapter alone); or it names code, and is not trusted.
     """
     path = Path(path)
     if not path.is_dir():
@@ -35,23 +40,68 @@ def open_checkpoint(path: str | Path, *, masters: bool = False) -> Checkpoint:
                 " hf download ID"
             )
         )
-    for find in (zero.find, distributed.find) if masters else (bitmask.find, plain.find, zero.find, distributed.find):
-        checkpoint = find(path)
-        if checkpoint is not None:
+    try:
+        checkpoint = _found(path, masters, trust_pickles)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the readers of the formats raise for what they did not expect in a file
+        raise UsageError(
+            f"{path} is damaged, or of a form that lp_dist does not know: reading its index ended with"
+            f" {type(error).__name__} ({first_line(error)}); copy or download it anew"
+        ) from error
+    if checkpoint is not None:
+        unprintable = next((name for name in checkpoint.entries if not name.isprintable()), None)
+        if unprintable is not None:  # a terminal would take it for a command
+            raise UsageError(
+                f"{path} holds a tensor called {unprintable!r}, as no model does; copy or download it anew"
+            )
+        entries = {
+            name: replace(entry, read=partial(_read, path, name, entry)) for name, entry in checkpoint.entries.items()
+        }
+        return replace(checkpoint, entries=entries)
+    raise UsageError(_why_none(path, masters))
+
+
+def _found(path: Path, masters: bool, trust_pickles: bool) -> Checkpoint | None:
+    if not masters and (checkpoint := bitmask.find(path)) is not None:
+        return checkpoint
+    finders = [zero.find, distributed.find] if masters else [plain.find, zero.find, distributed.find]
+    for find in finders:
+        if (checkpoint := find(path, trust_pickles)) is not None:
             return checkpoint
+    return None
+
+
+def _read(path: Path, name: str, entry: Entry) -> Tensor:
+    try:
+        tensor = entry.read()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{name} in {path} is damaged: reading it ended with {type(error).__name__} ({first_line(error)}); copy or"
+            " download the checkpoint anew"
+        ) from error
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        raise UsageError(
+            f"{name} in {path} is damaged: {tuple(tensor.shape)} of {tensor.dtype}, and the index says"
+            f" {entry.shape} of {entry.dtype}; copy or download the checkpoint anew"
+        )
+    return tensor
+
+
+def _why_none(path: Path, masters: bool) -> str:
     steps = sorted(path.glob("checkpoint-*"), key=lambda step: (len(step.name), step.name))
     hint = f"; it holds checkpoints of a run, of which {steps[-1]} is the last" if steps else ""
     if masters:
-        raise UsageError(
+        return (
             f"{path} holds no checkpoint of an engine, which --masters asks for; leave it out, or name the directory"
             f" of one{hint}"
         )
     if (path / "adapter_config.json").exists():
-        raise UsageError(
-            f"{path} holds an adapter and no model; merge it into its base first: lp-dist merge BASE {path} OUT"
-        )
-    raise UsageError(
+        return f"{path} holds an adapter and no model; merge it into its base first: lp-dist merge BASE {path} OUT"
+    return (
         f"{path} holds no weights that lp_dist knows: no *.safetensors or pytorch_model*.bin (or, as ZeRO-3 that does"
         " not gather leaves them, with empty tensors), DeepSpeed checkpoint (latest, *_states.pt) or"
-        f" torch.distributed.checkpoint (.metadata){hint}"
+        f" torch.distributed.checkpoint (.metadata){hint or '; name the directory of one, or copy it anew'}"
     )

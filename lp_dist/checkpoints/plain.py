@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from lp_dist.checkpoints.entries import Checkpoint, Entry, check_numbered, read_json, unwrapped
+from lp_dist.checkpoints.entries import Checkpoint, Entry, check_inside, check_numbered, read_json, unwrapped
 from lp_dist.checkpoints.files import TorchFile, safetensors
 from lp_dist.errors import UsageError
 
@@ -20,42 +20,45 @@ _NO_MODEL = re.compile(r"adapter_|bitmask(-\d+-of-\d+)?\.safetensors$")
 _ACCELERATE = "pytorch_model_fsdp.bin"  # what Accelerate, and Trainer with it, writes under FSDP
 
 
-def find(path: Path) -> Checkpoint | None:
+def find(path: Path, trust_pickles: bool = False) -> Checkpoint | None:
     """The model in this directory; None if there is none.
 
     Raises:
-        UsageError: it is not complete, or quantized.
+        UsageError: it is not complete, or quantized, or names classes that are not known, unless it is trusted.
     """
     _refuse_quantized(path)
     for name in _UNSHARDED:
         if (path / name).is_file():
-            return _read(path, [name])
+            return _read(path, [name], trust_pickles)
         if (path / f"{name}.index.json").is_file():
-            return _indexed(path, f"{name}.index.json")
+            return _indexed(path, f"{name}.index.json", trust_pickles)
     files = sorted(file.name for file in path.glob("*.safetensors") if not _NO_MODEL.match(file.name))
     if files:
         check_numbered(path, files)
-        return _read(path, files)
-    return _read(path, [_ACCELERATE]) if (path / _ACCELERATE).is_file() else None
+        return _read(path, files, trust_pickles)
+    return _read(path, [_ACCELERATE], trust_pickles) if (path / _ACCELERATE).is_file() else None
 
 
-def _indexed(path: Path, index: str) -> Checkpoint | None:
+def _indexed(path: Path, index: str, trust_pickles: bool) -> Checkpoint | None:
     names = read_json(path / index)["weight_map"]
     files = sorted(set(names.values()))
+    for file in files:
+        check_inside(path / index, file)
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise UsageError(
             f"{path / index} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are"
             " missing); copy or download the checkpoint anew"
         )
-    return _read(path, files, names)
+    return _read(path, files, trust_pickles, names)
 
 
-def _read(path: Path, files: list[str], names: Iterable[str] = ()) -> Checkpoint | None:
+def _read(path: Path, files: list[str], trust_pickles: bool, names: Iterable[str] = ()) -> Checkpoint | None:
     """The model in these files. names: the tensors that an index lists."""
     entries: dict[str, Entry] = {}
     for file in files:
-        entries.update(_safetensors(path / file) if file.endswith(".safetensors") else _pickle(path / file))
+        is_safe = file.endswith(".safetensors")
+        entries.update(_safetensors(path / file) if is_safe else _pickle(path / file, trust_pickles))
     absent = sorted({unwrapped(name) for name in names} - entries.keys())
     if absent:
         raise UsageError(
@@ -80,9 +83,11 @@ def _safetensors(file: Path) -> dict[str, Entry]:
     }
 
 
-def _pickle(file: Path) -> dict[str, Entry]:
-    torch_file = TorchFile(file, trusted=False)
+def _pickle(file: Path, trust_pickles: bool) -> dict[str, Entry]:
+    torch_file = TorchFile(file, trust_pickles)
     tensors = torch_file.content.items()
+    for name, tensor in tensors:
+        torch_file.check_fits(name, tensor)
     return {
         unwrapped(name): Entry(tuple(tensor.shape), tensor.dtype, partial(torch_file.read, tensor))
         for name, tensor in tensors

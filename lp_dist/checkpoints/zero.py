@@ -11,8 +11,6 @@ have under round_robin_gradients.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
 import re
 from functools import partial
@@ -22,22 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist.checkpoints.entries import Checkpoint, Entry, unwrapped
+from lp_dist.checkpoints.entries import Checkpoint, Entry, check_inside, unwrapped
 from lp_dist.checkpoints.files import TorchFile
 from lp_dist.errors import UsageError
 
 _PARALLEL = re.compile(r"mp_rank_(?!00)\d\d|expp_rank|^layer_")
 
 
-def find(path: Path) -> Checkpoint | None:
+def find(path: Path, trust_pickles: bool = False) -> Checkpoint | None:
     """The DeepSpeed checkpoint in this directory, or of its latest tag; None if there is none.
 
     Raises:
-        UsageError: it is not complete, or was saved with another kind of parallelism.
+        UsageError: it is not complete, was saved with another kind of parallelism, or names classes that are not
+            known, unless it is trusted.
     """
     latest = path / "latest"
     if latest.is_file():
         tag = latest.read_text().strip()
+        check_inside(latest, tag)
         if not (path / tag).is_dir():
             raise UsageError(
                 f"{latest} names {tag!r}, which is not there; name the directory of another tag in {path}"
@@ -54,11 +54,12 @@ def find(path: Path) -> Checkpoint | None:
             f"{path} was written with tensor, pipeline or expert parallelism, which lp_dist does not read; convert it"
             " with DeepSpeed's ds_to_universal first, and export that"
         )
-    models = [_load(file) for file in files]
+    models = [TorchFile(file, trust_pickles) for file in files]
     if universal:
-        return _checkpoint(path, "DeepSpeed universal", _universal(path / "zero", models[0]), models)
+        masters = _universal(path / "zero", models[0], trust_pickles)
+        return _checkpoint(path, "DeepSpeed universal", masters, models)
     if optim:
-        return _zero(path, [_load(file) for file in optim], models)
+        return _zero(path, [TorchFile(file, trust_pickles) for file in optim], models)
     if models[0].content.get("param_shapes"):
         raise UsageError(
             f"{path} was saved under ZeRO, but its *_optim_states.pt, which have the weights, are not there; copy it"
@@ -71,18 +72,6 @@ def find(path: Path) -> Checkpoint | None:
 def _sorted(path: Path, pattern: str) -> list[Path]:
     """The ranks' files in the order of ranks: rank 10 after rank 9."""
     return sorted(path.glob(pattern), key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
-
-
-def _load(file: Path) -> TorchFile:
-    try:
-        # Its classes are in the pickles.
-        importlib.import_module("deepspeed")
-    except ImportError:
-        raise UsageError(
-            f"reading {file.name} needs DeepSpeed; install the extra: pip install '.[deepspeed]' in the project"
-        ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return TorchFile(file, trusted=True)
 
 
 def _checkpoint(path: Path, form: str, masters: dict[str, Entry], models: list[TorchFile]) -> Checkpoint:
@@ -172,17 +161,18 @@ def _stage_3(states: list[tuple[TorchFile, dict[str, Any]]], param_shapes: list[
     return entries
 
 
-def _universal(folder: Path, first: TorchFile) -> dict[str, Entry]:
+def _universal(folder: Path, first: TorchFile, trust_pickles: bool) -> dict[str, Entry]:
     """The universal form: a directory for each parameter. After stages 1 and 2 frozen parameters have one too, but in
     another dtype than in the module.
     """
     shapes = {name: tuple(shape) for group in first.content["param_shapes"] for name, shape in group.items()}
     entries = {}
     for name, shape in shapes.items():
+        check_inside(first.file, name)
         file = folder / name / "fp32.pt"
         if not file.is_file():
             raise UsageError(f"there is no {file}, so the universal checkpoint is not complete; convert it anew")
-        torch_file = _load(file)
+        torch_file = TorchFile(file, trust_pickles)
         tensor = torch_file.content["param"] if isinstance(torch_file.content, dict) else torch_file.content
         # Flat after stage 3, and larger than the ranks' after tensor parallelism.
         entry = _joined(name, [(torch_file, tensor)], shape if tensor.numel() == math.prod(shape) else tensor.shape)
@@ -216,6 +206,8 @@ def _joined(name: str, slices: list[tuple[TorchFile, Tensor]], shape: Any) -> En
     Raises:
         UsageError: the slices have fewer elements than the tensor.
     """
+    for file, values in slices:
+        file.check_fits(name, values)
     shape, elements = tuple(shape), sum(values.numel() for _, values in slices)
     if elements < math.prod(shape):
         raise UsageError(

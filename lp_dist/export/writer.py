@@ -133,6 +133,7 @@ def export(
     verify: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    trust_pickles: bool = False,
 ) -> ExportResult:
     """Writes the model of a checkpoint to `out`, whole or not at all. The files lie in `out`.partial until all are
     written.
@@ -151,6 +152,7 @@ def export(
         verify: read the export back and compare it (`verify_export`) before it replaces `out`.
         overwrite: replace an earlier output.
         trust_remote_code: run code that comes with the model.
+        trust_pickles: as of `open_checkpoint`.
     Raises:
         DiffersError: what was read back differs; it stays in `out`.partial.
         UsageError: bad arguments, an unknown or incomplete checkpoint, weights that are not finite or too large for
@@ -167,7 +169,7 @@ def export(
     except ValueError:
         raise UsageError(f"--shard-size {shard_size} is no size; write it as 5GB or 500MB") from None
     given, out, new_dtype = Path(out), check_output_directory(out, overwrite), DTYPES.get(dtype or "")
-    checkpoint = open_checkpoint(run, masters=masters)
+    checkpoint = open_checkpoint(run, masters=masters, trust_pickles=trust_pickles)
     config_directory = _config_directory(checkpoint, config)
     check_output_directory(out, overwrite, checkpoint.path, *([config_directory] if config_directory else []))
     tensors = hf_tensors(checkpoint, config_directory, trust_remote_code)

@@ -134,7 +134,13 @@ def sums(tensors: Iterable[TensorZeros]) -> tuple[int, int]:
     return zeros, elements
 
 
-def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trust_pickles: bool = False,
+) -> Inspection:
     """Counts zeros, dead rows and columns, dead feed-forward channels and heads, and 2:4 blocks.
 
     One tensor at a time is in memory.
@@ -144,10 +150,12 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
             into the hub's cache.
         revision: of a model of the hub; None: its main one.
         trust_remote_code: let the model's repository run code of its own, to make its modules.
+        trust_pickles: as of `open_checkpoint`.
     Raises:
         UsageError: it is neither, or can't be read.
     """
-    checkpoint = open_checkpoint(model if Path(model).exists() else _download(str(model), revision))
+    path = model if Path(model).exists() else _download(str(model), revision)
+    checkpoint = open_checkpoint(path, trust_pickles=trust_pickles)
     config = checkpoint.directory_of("config.json")
     skeleton = _skeleton(config, trust_remote_code)
     names_in_model: set[str] = set()

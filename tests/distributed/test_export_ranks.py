@@ -280,5 +280,7 @@ def test_a_checkpoint_of_another_scripts_classes_says_so(tmp_path, monkeypatch):
         tmp_path / "mp_rank_00_model_states.pt",
     )
     monkeypatch.delitem(sys.modules, "their_script")
-    with pytest.raises(UsageError, match="objects of the training script .*their_script"):
+    with pytest.raises(UsageError, match=r"names their_script.Settings, whose code would run .*--trust-pickles"):
         open_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="objects of DeepSpeed or of the training script .*their_script"):
+        open_checkpoint(tmp_path, trust_pickles=True)

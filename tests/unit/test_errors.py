@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lp_dist.errors import with_flags
+from lp_dist.errors import first_line, printable, with_flags
 
 FLAGS = {"lr": "--learning_rate", "cap": "--cap", "scope": "--scope"}
 
@@ -22,3 +22,9 @@ FLAGS = {"lr": "--learning_rate", "cap": "--cap", "scope": "--scope"}
 )
 def test_arguments_become_flags(message, in_flags):
     assert with_flags(message, FLAGS) == in_flags
+
+
+def test_only_the_first_line_of_a_librarys_error_is_told_and_nothing_that_a_terminal_obeys():
+    assert first_line(RuntimeError("\n no such key\nand pages more")) == "no such key"
+    assert first_line(KeyError()) == "KeyError"
+    assert printable("a\x1b[2Jb\r\n\u202ec é λ") == r"a\x1b[2Jb\r\n\u202ec é λ"

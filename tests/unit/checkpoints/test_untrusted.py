@@ -1,0 +1,278 @@
+"""Checkpoints that someone sent: no code of theirs runs, no name leads out of the directory, and what is damaged ends
+in one line, whatever is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers.checkpoints import FORMS, WEIGHTS, model_states, tagged, zero2
+from helpers.commands import lp_dist_here
+from lp_dist.checkpoints.opening import open_checkpoint
+from lp_dist.errors import UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(params=FORMS)
+def checkpoint(request, tmp_path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    FORMS[request.param](directory)
+    return directory
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+
+
+def all_read(directory: Path, **more: Any) -> dict[str, torch.Tensor]:
+    return {name: entry.read() for name, entry in open_checkpoint(directory, **more).entries.items()}
+
+
+def test_every_form_gives_the_weights(checkpoint):
+    weights = all_read(checkpoint)
+    assert weights.keys() == WEIGHTS.keys() and all(torch.equal(weights[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+# --- code in pickles ---
+
+
+class Touching:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+CARRIERS = ("alone", "beside the weights", "in place of a weight")
+
+
+def with_code(directory: Path, file: Path, carrier: str, marker: Path) -> None:
+    """Puts an object that makes `marker` when it is unpickled into a file of the checkpoint."""
+    code: Any = Touching(marker)
+    if file.name == ".metadata":
+        index = pickle.loads((directory / file).read_bytes())
+        if carrier == "beside the weights":
+            index.planner_data, code = code, index
+        elif carrier == "in place of a weight":
+            index.state_dict_metadata["a.weight"], code = code, index
+        (directory / file).write_bytes(pickle.dumps(code))
+        return
+    content = torch.load(directory / file, weights_only=True)
+    if carrier == "beside the weights":
+        content = {**content, "more": code}
+    elif carrier == "in place of a weight":
+        content = {**content, next(iter(content)): code}
+    else:
+        content = code
+    torch.save(content, directory / file)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_no_code_of_a_checkpoint_runs_unless_it_is_trusted(checkpoint, carrier, tmp_path):
+    pickles = [file for file in files_of(checkpoint) if file.suffix in (".pt", ".bin") or file.name == ".metadata"]
+    for file in pickles:
+        sent, marker = tmp_path / "sent", tmp_path / "it ran"
+        shutil.copytree(checkpoint, sent)
+        with_code(sent, file, carrier, marker)
+        with pytest.raises(UsageError, match=r"names posix.mkdir, whose code would run .*--trust-pickles"):
+            open_checkpoint(sent)
+        assert not marker.exists()
+        with contextlib.suppress(UsageError):  # what came of the code is no checkpoint
+            open_checkpoint(sent, trust_pickles=True)
+        assert marker.exists(), f"{file} of {files_of(checkpoint)}"
+        marker.rmdir()
+        shutil.rmtree(sent)
+
+
+def test_code_in_the_data_of_a_distributed_checkpoint_does_not_run(tmp_path):
+    FORMS["distributed"](tmp_path)
+    marker = tmp_path / "it ran"
+    (data,) = tmp_path.glob("*.distcp")
+    size = data.stat().st_size
+    torch.save(Touching(marker), data)
+    data.write_bytes(data.read_bytes().ljust(size, b"\0"))
+    with pytest.raises(UsageError, match="is damaged: reading it ended with"):
+        all_read(tmp_path)
+    assert not marker.exists()
+
+
+def test_the_commands_say_so_in_one_line(tmp_path, monkeypatch):
+    zero2(tmp_path)
+    marker = tmp_path / "it ran"
+    with_code(tmp_path, Path("step3/mp_rank_00_model_states.pt"), "beside the weights", marker)
+    for words in (("inspect", str(tmp_path)), ("export", str(tmp_path), str(tmp_path / "out"))):
+        message = lp_dist_here(monkeypatch, *words)
+        assert message.startswith("lp-dist: error: ") and "names posix.mkdir" in message and "\n" not in message
+        assert not marker.exists() and not (tmp_path / "out").exists()
+        lp_dist_here(monkeypatch, *words, "--trust-pickles")
+        assert marker.exists()
+        marker.rmdir()
+
+
+def test_what_engines_and_scripts_write_besides_weights_is_passed_over(tmp_path):
+    """Loss scalers, random states of numpy, enums: no class of theirs is made."""
+    import numpy as np
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    zero2(tmp_path)
+    file = tagged(tmp_path) / "mp_rank_00_model_states.pt"
+    scaler = DynamicLossScaler(2**16, 2.0, 1000, 1, 1, False, torch.float16)
+    extras = [scaler, np.random.RandomState(3).get_state(), ZeroStageEnum(2), fragment_address(3, 4), np.float64(0.5)]
+    torch.save({**torch.load(file), "more": extras}, file)
+    assert all_read(tmp_path).keys() == WEIGHTS.keys()
+
+
+# --- names that lead out ---
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "x/../../secret", "", "a\0b"])
+def test_names_that_lead_out_of_the_directory_are_refused(name, tmp_path):
+    (tmp_path / "secret").mkdir()
+    save_file(WEIGHTS, tmp_path / "secret" / "model.safetensors")
+    where = {}
+    for form in ("sharded", "zero2", "universal", "distributed"):
+        where[form] = tmp_path / form
+        where[form].mkdir()
+        FORMS[form](where[form])
+    index = {"weight_map": {"a.weight": name}}
+    (where["sharded"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    (where["zero2"] / "latest").write_text(name)
+    shapes = [{name: torch.Size([5, 7])}]
+    torch.save(model_states(param_shapes=shapes), where["universal"] / "step3" / "mp_rank_00_model_states.pt")
+    metadata = pickle.loads((where["distributed"] / ".metadata").read_bytes())
+    for storage in metadata.storage_data.values():
+        storage.relative_path = name
+    (where["distributed"] / ".metadata").write_bytes(pickle.dumps(metadata))
+    for directory in where.values():
+        with pytest.raises(UsageError, match="which is no file within the checkpoint"):
+            open_checkpoint(directory)
+
+
+# --- sizes that are not there ---
+
+
+def huge_safetensors(directory: Path) -> None:
+    header = {"a.weight": {"dtype": "F32", "shape": [2**40, 7], "data_offsets": [0, 140]}}
+    octets = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(octets)) + octets + bytes(140))
+
+
+def huge_header(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + bytes(140))
+
+
+def huge_pickle(directory: Path) -> None:
+    torch.save({"a.weight": torch.zeros(1).expand(2**40)}, directory / "pytorch_model.bin")
+
+
+def huge_distributed(directory: Path) -> None:
+    FORMS["distributed"](directory)
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.state_dict_metadata["a.weight"].size = torch.Size([2**40, 7])
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def huge_bitmask(directory: Path) -> None:
+    shapes = {"b.weight": [2**30, 2**20]}
+    tensors = {"b.weight.bitmask": torch.zeros(3, dtype=torch.uint8), "b.weight.values": torch.zeros(0)}
+    save_file(tensors, directory / "bitmask.safetensors", {"lp_dist.bitmask": json.dumps(shapes)})
+
+
+def huge_zero(directory: Path) -> None:
+    zero2(directory)
+    shapes = [{"a.weight": torch.Size([2**40, 7])}]
+    torch.save(model_states(param_shapes=shapes), directory / "step3" / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize(
+    "make", [huge_safetensors, huge_header, huge_pickle, huge_distributed, huge_bitmask, huge_zero]
+)
+def test_sizes_are_checked_against_the_files_before_anything_is_allocated(make, tmp_path):
+    make(tmp_path)
+    with pytest.raises(UsageError):
+        open_checkpoint(tmp_path)
+
+
+# --- fuzzing ---
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """What may become of a file: cut short, bits turned over, a stretch of another, longer, empty, of another kind."""
+    kind = chance.choice(["short", "bits", "bits", "bits", "stretch", "longer", "empty", "text", "digits"])
+    changed = bytearray(content)
+    if kind == "short":
+        return bytes(changed[: chance.randrange(len(content) + 1)])
+    if kind == "bits":
+        # Most of a file is weights, in which anything is right: so near its ends, where indices lie.
+        for _ in range(chance.choice([1, 3, 20])):
+            reach = chance.choice([len(content), 200, 1000])
+            at = chance.randrange(min(reach, len(content))) if content else 0
+            at = at if chance.random() < 0.5 else len(content) - 1 - at
+            if content:
+                changed[at] ^= 1 << chance.randrange(8)
+        return bytes(changed)
+    if kind == "stretch" and content:
+        start = chance.randrange(len(content))
+        changed[start : start + 64] = chance.randbytes(64)
+        return bytes(changed)
+    if kind == "digits":  # numbers of headers and indices
+        return bytes(chance.choice(b"0123456789-") if 48 <= b <= 57 and chance.random() < 0.2 else b for b in changed)
+    return {"longer": content + chance.randbytes(100), "empty": b"", "text": b'{"a": [1, null, {}]}'}.get(kind, b"[]")
+
+
+def fuzz(directory: Path, scratch: Path, rounds: int, seed: int) -> tuple[int, int]:
+    """Damages one file after another. Returns how often the checkpoint was refused, and how often it was read."""
+    chance = random.Random(seed)
+    refused = read = 0
+    for _ in range(rounds):
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(directory, scratch)
+        file = scratch / chance.choice(files_of(directory))
+        file.write_bytes(damaged(file.read_bytes(), chance))
+        before = files_of(scratch)
+        try:
+            all_read(scratch)
+            read += 1
+        except UsageError as error:
+            refused += 1
+            assert "\n" not in str(error) and ";" in str(error), "one line, with the way out"
+        assert files_of(scratch) == before, "reading writes nothing"
+    return refused, read
+
+
+def test_what_is_damaged_is_read_or_refused_and_nothing_else(checkpoint, tmp_path):
+    refused, _ = fuzz(checkpoint, tmp_path / "scratch", rounds=60, seed=0)
+    assert refused >= 20
+
+
+@pytest.mark.long
+def test_damaged_in_many_more_ways(checkpoint, tmp_path):
+    seed = int(os.environ.get("LP_DIST_SEED", random.randrange(10_000)))
+    refused, _ = fuzz(checkpoint, tmp_path / "scratch", rounds=500, seed=seed)
+    assert refused >= 200, f"seed {seed}"
+
+
+def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path):
+    save_file({"a\x1b[2J.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"holds a tensor called 'a\\x1b\[2J.weight', as no model does") as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).isprintable()
