@@ -48,6 +48,7 @@ for _step in tqdm(range(STEPS), disable=not accelerator.is_main_process):
     scheduler.step()
     optimizer.zero_grad()
     attached.after_step()  # (+)
+attached.finish()  # (+) prunes what is missing if the run ended early
 
 accelerator.unwrap_model(model).save_pretrained(
     out, is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model)

@@ -50,5 +50,6 @@ for _step in tqdm(range(STEPS), disable=int(os.environ.get("RANK", 0)) != 0):
     engine.backward(loss)
     engine.step()
     attached.after_step()  # (+)
+attached.finish()  # (+) prunes what is missing if the run ended early
 
 engine.save_checkpoint(f"{out}/checkpoint")

@@ -42,6 +42,7 @@ for _step in tqdm(range(STEPS)):
     scheduler.step()
     optimizer.zero_grad()
     attached.after_step()  # (+)
+attached.finish()  # (+) prunes what is missing if the run ended early
 
 model.save_pretrained(out)
 tokenizer.save_pretrained(out)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.attachment.plan import Plan
 from lp_dist.attachment.restoring import restore_rates, restore_values, warn_of_other_rates
+from lp_dist.attachment.watch import Watch
 from lp_dist.optim import nm
 from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.nm import SplitBlocks
@@ -97,6 +98,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         for controller in (group_controller, weight_controller):
             if controller is not None:
                 controller.begin(steps_taken(plan.optimizer))
+        watch = attached_state.hooks.watch = Watch(plan)
     except Exception:
         attached_state.hooks.remove()
         attached_state.parameter_map = ParameterMap()
@@ -114,6 +116,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         weight_controller,
         group_decay,
         group_controller,
+        watch,
     )
 
     def load(state: dict[str, Any] | None) -> None:

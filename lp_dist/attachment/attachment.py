@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lp_dist.attachment.plan import attachable_of
+from lp_dist.attachment.watch import Watch
 from lp_dist.errors import UsageError
 from lp_dist.optim.parameter_map import check_keys
 from lp_dist.sharding.shards import Shard
@@ -32,6 +33,7 @@ class Attachment:
         weight_controller: brings single weights to their target, if there is one.
         group_decay: decays weight groups, if there are some.
         group_controller: brings these to their target, if there is one.
+        watch: compares what steps with what was planned.
     """
 
     optimizer: Optimizer
@@ -42,6 +44,7 @@ class Attachment:
     weight_controller: WeightController | None = None
     group_decay: GroupDecayHook | None = None
     group_controller: GroupController | None = None
+    watch: Watch | None = None
 
     @property
     def decayed_singly(self) -> frozenset[str]:
@@ -70,6 +73,8 @@ class Attachment:
         really taken.
         """
         for controller in self._controllers():
+            if controller.is_due and self.watch is not None:
+                self.watch.check()
             controller.after_step()
         if self.group_decay is not None:
             self.group_decay.after_step()
@@ -78,10 +83,19 @@ class Attachment:
         """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing is
         pruned now.
         """
+        if self.watch is not None:
+            self.watch.check()
         for controller in self._controllers():
             controller.finish()
         if self.group_decay is not None:
             self.group_decay.forget()  # waits for a reduction that has begun
+
+    def warn_if_unfinished(self) -> None:
+        """Says so where a run ends before the window of its target does. Call it on every rank where a run is stopped
+        early and `finish` is not to prune what is missing, since it may be resumed.
+        """
+        for controller in self._controllers():
+            controller.warn_if_unfinished()
 
     @property
     def logs(self) -> dict[str, float]:

@@ -289,9 +289,11 @@ def _resolve_overrides(
 ) -> Overrides:
     """What single parameters override: no decay for those that may not, and what the script's patterns say."""
     overrides: Overrides = {}
+    # Of all that may not decay, whatever its group has now: a loop or a scheduler may write a λ into it later.
+    for shard in shards:
+        if shard.name not in may_decay:
+            overrides[shard.name] = {"weight_decay": 0.0}
     excluded = [s.name for s in shards if s.name not in may_decay and requested[s.group]["weight_decay"] > 0]
-    for name in excluded:
-        overrides[name] = {"weight_decay": 0.0}
     if excluded:
         logger.warning(
             "no decay for %d parameters that their param group would decay, such as %s: embeddings, heads, norms and"

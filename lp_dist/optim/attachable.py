@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,17 +22,19 @@ class AttachedHooks:
     Args:
         after_load: puts the requested hyperparameters back after a state was loaded.
         group_decay: decays whole weight groups.
+        watch: compares what steps with what was planned.
     """
 
     after_load: Removable | None = None
     group_decay: Removable | None = None
+    watch: Removable | None = None
 
     def remove(self) -> None:
         """Takes all of them off."""
-        for hook in (self.after_load, self.group_decay):
+        for hook in (self.after_load, self.group_decay, self.watch):
             if hook is not None:
                 hook.remove()
-        self.after_load = self.group_decay = None
+        self.after_load = self.group_decay = self.watch = None
 
 
 @dataclass
@@ -42,11 +45,13 @@ class AttachedState:
         parameter_map: which parameter lies where, and what single parameters override.
         requested: the hyperparameters with which the script made the param groups.
         hooks: taken off by the next `attach`.
+        before_step: called before each step, while the groups are as the script and the engine have them.
     """
 
     parameter_map: ParameterMap = field(default_factory=ParameterMap)
     requested: RequestedValues = field(default_factory=RequestedValues)
     hooks: AttachedHooks = field(default_factory=AttachedHooks)
+    before_step: Callable[[], None] | None = None
 
 
 class Attachable(Protocol):

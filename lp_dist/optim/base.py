@@ -158,8 +158,11 @@ class LpOptimizer(Optimizer):
             What the closure returned, or None.
         Raises:
             TypeError: a gradient is sparse.
-            ValueError: a hyperparameter is out of range, or a tensor that is to decay is all zeros at its first step.
+            ValueError: a hyperparameter is out of range, a tensor that is to decay is all zeros at its first step, or
+                the tensors are not those that `attach` has seen.
         """
+        if self.attached.before_step is not None:
+            self.attached.before_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():

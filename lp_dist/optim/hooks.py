@@ -206,6 +206,8 @@ class LpDecay:
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._restore()
+        if self.attached.before_step is not None:
+            self.attached.before_step()
         args, kwargs, changed = _evaluate_closure(args, kwargs)
         groups = optimizer.param_groups
         for group in groups:

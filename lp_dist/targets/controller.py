@@ -119,6 +119,12 @@ class Controller(ABC):
                 )
             self.prepare_step(t)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step may begin with an update or the final pruning."""
+        upcoming = self.last_step + 1
+        return self.final_pruning is None and upcoming >= min(self.next_update, self.window.end - 1)
+
     def begin(self, t: int) -> None:
         """Prepares the first step here, t; after a resume beyond the window's start `load_state_dict` does."""
         if t <= self.window.start:
@@ -153,6 +159,25 @@ class Controller(ABC):
             if not self.before:
                 self._begin()
             self._prune()
+
+    def warn_if_unfinished(self) -> None:
+        """Says so where the run ends before its window does, with what is zero, counted now. Collective."""
+        if self.final_pruning is None:
+            logger.warning(
+                "the run ends after %d steps, before the window of the %s does at %d of %d: %.2f %% are zero, of the"
+                " %.2f %% to end with. Nothing was pruned. Go on from the last checkpoint, or set the number of steps"
+                " to what the run takes; finish() of what attach returned prunes the rest at once",
+                steps_taken(self.run.optimizer),
+                self.subject,
+                self.window.end,
+                self.window.total,
+                100 * self.zero_share(),
+                100 * self.sparsity,
+            )
+
+    @abstractmethod
+    def zero_share(self) -> float:
+        """Share that is zero now, of what the controller counts; counted over all ranks. Collective."""
 
     def planned_share(self, t: int) -> float:
         """Share of the way to the target that the plan has after t steps."""

@@ -203,16 +203,22 @@ class GroupController(Controller):
         return [groups.label for groups in self.sets if scope_of(self.budget, groups) == scope]
 
     def _set_logs(self, t: int, squares: Tensor) -> None:
-        total = float(self.costs.sum())
-        first = sum(self.before.values()) / total
-        scopes = self._indices_by_scope().values()
-        measured = sum(float(self.costs[indices][squares[indices] == 0].sum()) for indices in scopes) / total
+        first = sum(self.before.values()) / float(self.costs.sum())
+        measured = self._zero_share(squares)
         self.logs = {
             "lp/groups_target": self.sparsity,
             "lp/groups_plan": first + (self.sparsity - first) * self.planned_share(t),
             "lp/groups_measured": measured,
             "lp/groups_lambda": max(settings.weight_decay for settings in self.hook.settings),
         }
+
+    def zero_share(self) -> float:
+        return self._zero_share(self._squares())
+
+    def _zero_share(self, squares: Tensor) -> float:
+        scopes = self._indices_by_scope().values()
+        dead = sum(float(self.costs[indices][squares[indices] == 0].sum()) for indices in scopes)
+        return dead / float(self.costs.sum())
 
     # -- beside a target of single weights ------------------------------------
 

@@ -134,6 +134,10 @@ class WeightController(Controller):
             form = {"weight_decay": LEAST_WEIGHT_DECAY, **self.target.form()}
             self.parameter_map.set(shard.name, **{**form, **_own_form(self._script_overrides[shard.name])})
 
+    def zero_share(self) -> float:
+        counts = census(self.shards).counts
+        return sum(count.zeros for count in counts) / sum(count.elements for count in counts)
+
     def _zeros(self) -> dict[str, ZeroCount]:
         """Zeros and elements of each scope before the window; raises UsageError where there are more than the target
         asks for.

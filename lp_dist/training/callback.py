@@ -175,9 +175,10 @@ class LpCallback(TrainerCallback, ExportableState):
         self.attached.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
-        # A run that was stopped earlier may be resumed.
         if state.global_step >= state.max_steps:
             self.attached.finish()
+        else:  # stopped early, by a callback or Ctrl-C: it may be resumed
+            self.attached.warn_if_unfinished()
 
     def progress(self, model: nn.Module) -> dict[str, float]:
         """The entries for a log line: of the target's last update. Without a target of single weights zeros are

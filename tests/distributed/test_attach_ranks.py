@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach, param_groups
@@ -60,3 +61,38 @@ def with_round_robin(rank: int, world_size: int) -> None:
     )
     with pytest.raises(RuntimeError, match="round_robin_gradients.*remove it from zero_optimization"):
         attach(engine.handle)
+
+
+TOO_EARLY = ("zero0", "bf16_optimizer", "zero1", "zero2", "zero3", "zero3 offload", "accelerate zero2", "fsdp2", "ddp")
+
+
+def too_early(rank: int, world_size: int) -> dict[str, str]:
+    """attach before the engine is made: for each engine what its first step says, "" for nothing."""
+    from helpers.engines import ended, make, quiet
+
+    quiet()
+    said = {}
+    for kind in TOO_EARLY:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+        optimizer = LpAdamW(model.parameters(), lr=1e-2)
+        attach(model, optimizer, target=SparsityTarget(0.5), total_steps=100)
+        more = {} if kind != "zero2" else {"bf16": {"enabled": True}}
+        engine = make(kind, model, lambda model: optimizer, lambda o: torch.optim.lr_scheduler.ConstantLR(o), **more)
+        try:
+            x = torch.ones(2, 7, dtype=next(model.parameters()).dtype)
+            engine.step(engine(x).float().square().mean())
+            said[kind] = ""
+        except ValueError as error:
+            said[kind] = str(error)
+        ended(engine)
+    return said
+
+
+def test_an_engine_that_is_made_after_attach_is_refused_at_its_first_step(run_ranks):
+    """Today's logs would say that a target is reached of which no zero is in the file."""
+    for said in run_ranks(too_early, 2):
+        for kind in ("bf16_optimizer", "zero1", "zero2", "zero3", "zero3 offload", "accelerate zero2"):
+            assert "other tensors than when attach was called" in said[kind], (kind, said[kind])
+        assert "parameters of the model are other tensors" in said["fsdp2"], said["fsdp2"]
+        assert said["ddp"] == said["zero0"] == "", "these step the very parameters that attach has seen"

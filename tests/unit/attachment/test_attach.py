@@ -64,7 +64,7 @@ def test_a_pattern_reaches_what_decays_and_a_full_name_reaches_anything():
     optimizer = LpAdamW(param_groups(model, 1.0), lr=0.1, precondition=0.0)
     attached = attach(model, optimizer, overrides={"*": {"weight_decay": 2.0}, "embed.weight": {"weight_decay": 3.0}})
     assert attached.decayed == {"module.weight", "embed.weight"}
-    assert optimizer.parameter_map.values("norm.weight") == {}
+    assert optimizer.parameter_map.values("norm.weight") == {"weight_decay": 0.0}
     assert optimizer.parameter_map.values("module.weight") == {"weight_decay": 2.0}
     attached = attach(model, optimizer, overrides={"module.*": {"weight_decay": 0.0}})
     assert attached.decayed == frozenset()
