@@ -89,12 +89,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UsageError: it is no JSON.
+        UsageError: it is no JSON, or no object.
     """
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is no JSON ({error}); copy or download it anew") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds a {type(content).__name__} and no object of JSON; copy or download it anew")
+    return content
 
 
 def check_inside(index: Path, name: str) -> None:

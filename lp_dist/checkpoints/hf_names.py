@@ -119,7 +119,12 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
             " the directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
             " with it"
         ) from error
-    name = (settings.architectures or [None])[0]
+    named = settings.architectures or [None]
+    if not isinstance(named, list):
+        raise UsageError(
+            f"{config}/config.json has {named!r} for architectures, which is a list of names; copy or download it anew"
+        )
+    name = named[0]
     auto_map = getattr(settings, "auto_map", {}) if trust_remote_code else {}
     cls = getattr(
         transformers,

@@ -22,6 +22,8 @@ from helpers.checkpoints import FORMS, WEIGHTS, model_states, tagged, zero2
 from helpers.commands import lp_dist_here
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
+from lp_dist.export.writer import export
+from lp_dist.report.inspection import inspect
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -210,6 +212,41 @@ def test_sizes_are_checked_against_the_files_before_anything_is_allocated(make, 
     make(tmp_path)
     with pytest.raises(UsageError):
         open_checkpoint(tmp_path)
+
+
+# --- configurations ---
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[]", "holds a list and no object of JSON"),
+        ("null", "holds a NoneType and no object of JSON"),
+        ('{"architectures": ["Ll', "is no JSON"),
+        (b"\x87\xff", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ({**CONFIG, "architectures": 3}, None),
+        ({**CONFIG, "quantization_config": 7}, "is damaged"),
+        ({**CONFIG, "hidden_size": 2**45}, None),
+        ({**CONFIG, "hidden_size": "a"}, None),
+        ({**CONFIG, "model_type": "nosuch"}, None),
+        ({**CONFIG, "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}, None),
+    ],
+)
+def test_a_configuration_of_any_content_runs_nothing_and_ends_in_one_line_or_in_the_count(content, words, tmp_path):
+    directory, marker = tmp_path / "checkpoint", tmp_path / "it ran"
+    directory.mkdir()
+    FORMS["safetensors"](directory)
+    content = json.dumps(content) if isinstance(content, dict) else content
+    (directory / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (directory / "code.py").write_text(f"import os; os.mkdir({str(marker)!r})")
+    for call in (lambda: inspect(directory), lambda: export(directory, tmp_path / "out", overwrite=True)):
+        with pytest.raises(UsageError, match=words) if words else contextlib.suppress(UsageError):
+            call()
+        assert not marker.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "out"}, "written inside OUT alone"
 
 
 # --- fuzzing ---
