@@ -71,8 +71,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, uninterrupted, t
     assert resumed.state.global_step == STEPS and same(resumed, uninterrupted)
 
 
-@pytest.mark.parametrize("step, told", [(2, True), (12, True), (END, False)])
-def test_a_run_that_is_stopped_before_its_window_ends_says_what_is_zero_then(step, told, tmp_path, caplog):
+@pytest.mark.parametrize("step, warned", [(2, True), (12, True), (END, False)])
+def test_a_run_that_is_stopped_before_its_window_ends_says_what_is_zero_then(step, warned, tmp_path, caplog):
     trainer = train(tmp_path, [LpCallback(target=TARGET), Interrupted(step)])
     counts = zeros(trainer).values()
     share = sum(count for count, _ in counts) / sum(elements for _, elements in counts)
@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_before_its_window_ends_says_what_is_zero_then(ste
         f"the run ends after {step} steps, before the window of the weights does at {END} of {STEPS}:"
         f" {100 * share:.2f} % are zero, of the 60.00 % to end with"
     )
-    assert (line in caplog.text) == told and ("Nothing was pruned" in caplog.text) == told, caplog.text
+    assert (line in caplog.text) == warned and ("Nothing was pruned" in caplog.text) == warned, caplog.text
 
 
 def test_a_curve_of_ones_own_can_not_come_from_a_checkpoint(tmp_path):
