@@ -79,3 +79,17 @@ def test_a_banned_word_is_seen_wherever_it_is_a_name():
         "Piece",
     }
     assert "floor" not in {name for name, _ in names(ast.parse("math.floor(x)"))}
+
+
+def test_no_line_is_over_119_columns():
+    """ruff sees to Python alone."""
+    folders = ("lp_dist", "tests", "docs/examples", "launch", "configs", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    code = [path for path in files if path.suffix in (".py", ".cpp", ".sh", ".html", ".yaml", "")]
+    long_lines = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*code, ROOT / "pyproject.toml"]
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 119
+    ]
+    assert not long_lines

@@ -127,10 +127,11 @@ Plan plan_of(const Values& a, Base base, int64_t step) {
     s.least = static_cast<float>(bounded / a.cutoff);
     s.most = a.regrowth_below > 0 ? clamped(bounded / a.regrowth_below, 0, LARGEST) : INFINITY;
     s.at_zero = exponent > 0 ? INFINITY : exponent < 0 ? 0 : static_cast<float>(bounded);
-    s.gamma_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2 ? static_cast<int>(a.gamma * 2) : OTHER_GAMMA;
+    const bool in_halves = a.gamma * 2 == std::floor(a.gamma * 2) && a.gamma <= 2;
+    s.gamma_halves = in_halves ? static_cast<int>(a.gamma * 2) : OTHER_GAMMA;
     const double k = exponent == 0 ? bounded : std::pow(bounded, 1 / exponent);
-    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && s.gamma_halves != OTHER_GAMMA &&
-        k >= SMALLEST && k <= LARGEST) {
+    if (exponent >= 0 && exponent <= 3.5 && exponent * 2 == std::floor(exponent * 2) && in_halves && k >= SMALLEST &&
+        k <= LARGEST) {
         s.power = HALVES;
         s.halves = static_cast<int>(exponent * 2);
         s.k = static_cast<float>(k);
