@@ -113,10 +113,10 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         by_hand,
         candidates,
         matrices,
+        watch,
         weight_controller,
         group_decay,
         group_controller,
-        watch,
     )
 
     def load(state: dict[str, Any] | None) -> None:

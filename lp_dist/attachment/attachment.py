@@ -30,10 +30,10 @@ class Attachment:
         by_hand: names of the parameters that decay by a λ of the param groups or the overrides.
         candidates: names of the parameters that may decay.
         in_groups: names of the matrices that hold weight groups.
+        watch: compares what steps with what was planned.
         weight_controller: brings single weights to their target, if there is one.
         group_decay: decays weight groups, if there are some.
         group_controller: brings these to their target, if there is one.
-        watch: compares what steps with what was planned.
     """
 
     optimizer: Optimizer
@@ -41,10 +41,10 @@ class Attachment:
     by_hand: frozenset[str]
     candidates: frozenset[str]
     in_groups: frozenset[str]
+    watch: Watch
     weight_controller: WeightController | None = None
     group_decay: GroupDecayHook | None = None
     group_controller: GroupController | None = None
-    watch: Watch | None = None
 
     @property
     def decayed_singly(self) -> frozenset[str]:
@@ -73,7 +73,7 @@ class Attachment:
         really taken.
         """
         for controller in self._controllers():
-            if controller.is_due and self.watch is not None:
+            if controller.is_due:
                 self.watch.check()
             controller.after_step()
         if self.group_decay is not None:
@@ -83,8 +83,7 @@ class Attachment:
         """With a target, call it after the last step: if fp16 has skipped steps of the window, what is missing is
         pruned now.
         """
-        if self.watch is not None:
-            self.watch.check()
+        self.watch.check()
         for controller in self._controllers():
             controller.finish()
         if self.group_decay is not None:

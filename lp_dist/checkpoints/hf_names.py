@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lp_dist.checkpoints.entries import Checkpoint, Entry
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
         settings = transformers.AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the class of a config may raise anything
         raise UsageError(
-            f"transformers {transformers.__version__} does not read {config}/config.json ({_first_line(error)}); give"
+            f"transformers {transformers.__version__} does not read {config}/config.json"
+            f" ({type(error).__name__}: {first_line(error)}); give"
             " the directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
             " with it"
         ) from error
@@ -164,13 +165,10 @@ def build_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
             )
     except Exception as error:  # so may the class of a model, on another model's config or where a package is missing
         raise UsageError(
-            f"{cls.__name__} can't be made from {source} ({_first_line(error)}); give the config of the model that was"
+            f"{cls.__name__} can't be made from {source} ({type(error).__name__}: {first_line(error)}); give the config"
+            " of the model that was"
             " trained: --config MODEL"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def model_entries(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Entry]:
