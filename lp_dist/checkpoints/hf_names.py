@@ -116,9 +116,8 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
     except Exception as error:  # the class of a config may raise anything
         raise UsageError(
             f"transformers {transformers.__version__} does not read {config}/config.json"
-            f" ({type(error).__name__}: {first_line(error)}); give"
-            " the directory or hub id of the model by --config MODEL, and --trust-remote-code where its code comes"
-            " with it"
+            f" ({type(error).__name__}: {first_line(error)}); give the directory or hub id of the model by --config"
+            " MODEL, and --trust-remote-code where its code comes with it"
         ) from error
     named = settings.architectures or [None]
     if not isinstance(named, list):
@@ -165,9 +164,8 @@ def build_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
             )
     except Exception as error:  # so may the class of a model, on another model's config or where a package is missing
         raise UsageError(
-            f"{cls.__name__} can't be made from {source} ({type(error).__name__}: {first_line(error)}); give the config"
-            " of the model that was"
-            " trained: --config MODEL"
+            f"{cls.__name__} can't be made from {source} ({type(error).__name__}: {first_line(error)}); give the"
+            " config of the model that was trained: --config MODEL"
         ) from error
 
 
