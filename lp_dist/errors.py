@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
@@ -17,6 +18,22 @@ class DiffersError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What an error of a library says, as part of a line: some add pages to it."""
     return printable((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
+
+
+@contextmanager
+def in_one_line(what: str, way_out: str) -> Iterator[None]:
+    """Within it whatever a reader raises for what it did not expect in a file becomes a UsageError of one line.
+
+    Args:
+        what: the start of the line, up to "ended with", which the name of the error follows.
+        way_out: the end of the line.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # of any library, which each raise what they like for a file that is damaged
+        raise UsageError(f"{what} {type(error).__name__} ({first_line(error)}); {way_out}") from error
 
 
 def printable(text: str) -> str:

@@ -16,6 +16,9 @@ import torch
 
 from lp_dist.errors import UsageError
 
+# The way out in messages.
+TRUST = "if you trust who wrote it, --trust-pickles, or `trust_pickles=True` in Python, lets it run"
+
 
 class Unread:
     """Stands for an object that lp_dist makes no use of. Whatever it is made with is dropped."""
@@ -113,6 +116,5 @@ def refusal(file: Path, names: list[str]) -> str:
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
         f"{file} names {names[0]}{others}, whose code would run when the file is read, and which neither torch nor"
-        " DeepSpeed writes for weights; if you trust who wrote it, --trust-pickles, or `trust_pickles=True` in Python,"
-        " lets it run"
+        f" DeepSpeed writes for weights; {TRUST}"
     )

@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lp_dist.checkpoints.allowed import load_index
+from lp_dist.checkpoints.allowed import TRUST, load_index
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_inside, unwrapped
+from lp_dist.checkpoints.files import TorchFile
 from lp_dist.errors import UsageError
 
 # Accelerate's folder of the model's weights, in its own checkpoints and in Trainer's.
@@ -42,15 +44,7 @@ def find(path: Path, trust_pickles: bool = False) -> Checkpoint | None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = _Reader(directory, trust_pickles)
-    try:
-        index = reader.read_metadata()
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(
-            f"{directory / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
-        ) from None
-    for storage in index.storage_data.values():
-        check_inside(directory / ".metadata", storage.relative_path)
-    _check_files(directory, index.storage_data)
+    index = _index(directory, reader.read_metadata)
     _check_sizes(directory, index)
     tensors = {
         key: metadata
@@ -68,6 +62,45 @@ def find(path: Path, trust_pickles: bool = False) -> Checkpoint | None:
             " of the model's checkpoint"
         )
     return Checkpoint(directory, "torch.distributed.checkpoint", entries, runtime_names=True)
+
+
+def check_pickles(directory: Path) -> None:
+    """Checks what torch unpickles by itself when it loads the distributed checkpoint in this directory: the index,
+    and whatever in the files is no tensor.
+
+    Raises:
+        UsageError: it is not complete, or names classes that are not known.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    index = _index(directory, lambda: load_index(directory / ".metadata"))
+    for part, storage in index.storage_data.items():
+        # Tensors are read by the list of torch's own.
+        if isinstance(index.state_dict_metadata.get(part.fqn), TensorStorageMetadata):
+            continue
+        file = directory / storage.relative_path
+        packed = ", ".join(map(str, getattr(storage, "transform_descriptors", None) or ()))
+        if packed:
+            raise UsageError(
+                f"{file} holds {part.fqn} packed ({packed}), so it can't be checked before torch unpickles it; {TRUST}"
+            )
+        with file.open("rb") as stream:
+            stream.seek(storage.offset)
+            TorchFile(file, saved=stream.read(storage.length))
+
+
+def _index(directory: Path, read: Callable[[], Any]) -> Any:
+    """The index that `read` gives, of files that are inside of the directory and complete."""
+    try:
+        index = read()
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(
+            f"{directory / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
+        ) from None
+    for storage in index.storage_data.values():
+        check_inside(directory / ".metadata", storage.relative_path)
+    _check_files(directory, index.storage_data)
+    return index
 
 
 def _check_files(directory: Path, storage_data: dict[Any, Any]) -> None:

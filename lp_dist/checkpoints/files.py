@@ -18,8 +18,9 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -129,14 +130,16 @@ class TorchFile:
     Args:
         file: its path.
         trusted: whether it may hold any objects. Their code is run.
+        saved: what torch.save wrote, where that is a part of the file.
     Raises:
         UsageError: it is not complete, names classes beyond `lp_dist.checkpoints.allowed`, or, if it is trusted, needs
             modules that can't be imported.
     """
 
-    def __init__(self, file: Path, trusted: bool = False) -> None:
+    def __init__(self, file: Path, trusted: bool = False, saved: bytes | None = None) -> None:
         self.file = file
-        if not zipfile.is_zipfile(file):
+        self._saved = saved
+        if not zipfile.is_zipfile(self._source):
             raise UsageError(f"{file} is no complete file of torch.save (since torch 1.6); copy it anew")
         self._check_records()
         try:
@@ -144,10 +147,14 @@ class TorchFile:
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UsageError(f"{file} can't be read ({first_line(error)}); copy it anew") from None
 
+    @property
+    def _source(self) -> Path | IO[bytes]:
+        return self.file if self._saved is None else BytesIO(self._saved)
+
     def _check_records(self) -> None:
         """Raises UsageError for records that would be larger in memory than in the file."""
         try:
-            with zipfile.ZipFile(self.file) as archive:
+            with zipfile.ZipFile(self._source) as archive:
                 packed = [record for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
         except zipfile.BadZipFile as error:
             raise UsageError(f"{self.file} can't be read ({error}); copy it anew") from None
@@ -160,16 +167,16 @@ class TorchFile:
     def _restricted(self) -> Any:
         with torch.serialization.safe_globals(torch_file_globals()):
             try:
-                return torch.load(self.file, map_location="meta", weights_only=True)
+                return torch.load(self._source, map_location="meta", weights_only=True)
             except pickle.UnpicklingError:
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(self.file)
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(self._source)
                 if names:
                     raise UsageError(refusal(self.file, sorted(names))) from None
                 raise
 
     def _trusted(self) -> Any:
         try:
-            return torch.load(self.file, map_location="meta", weights_only=False)
+            return torch.load(self._source, map_location="meta", weights_only=False)
         except (AttributeError, ImportError) as error:
             raise UsageError(
                 f"{self.file} holds objects of DeepSpeed or of the training script ({error}); run lp-dist where Python"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lp_dist.checkpoints import bitmask, distributed, plain, zero
 from lp_dist.checkpoints.entries import Checkpoint, Entry
-from lp_dist.errors import UsageError, first_line
+from lp_dist.errors import UsageError, in_one_line
 
 __all__ = ["Checkpoint", "Entry", "open_checkpoint"]
 
@@ -40,15 +40,11 @@ def open_checkpoint(path: str | Path, *, masters: bool = False, trust_pickles: b
                 " hf download ID"
             )
         )
-    try:
+    with in_one_line(
+        f"{path} is damaged, or of a form that lp_dist does not know: reading its index ended with",
+        "copy or download it anew",
+    ):
         checkpoint = _found(path, masters, trust_pickles)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the readers of the formats raise for what they did not expect in a file
-        raise UsageError(
-            f"{path} is damaged, or of a form that lp_dist does not know: reading its index ended with"
-            f" {type(error).__name__} ({first_line(error)}); copy or download it anew"
-        ) from error
     if checkpoint is not None:
         unprintable = next((name for name in checkpoint.entries if not name.isprintable()), None)
         if unprintable is not None:  # a terminal would take it for a command
@@ -73,15 +69,8 @@ def _found(path: Path, masters: bool, trust_pickles: bool) -> Checkpoint | None:
 
 
 def _read(path: Path, name: str, entry: Entry) -> Tensor:
-    try:
+    with in_one_line(f"{name} in {path} is damaged: reading it ended with", "copy or download the checkpoint anew"):
         tensor = entry.read()
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"{name} in {path} is damaged: reading it ended with {type(error).__name__} ({first_line(error)}); copy or"
-            " download the checkpoint anew"
-        ) from error
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise UsageError(
             f"{name} in {path} is damaged: {tuple(tensor.shape)} of {tensor.dtype}, and the index says"

@@ -100,7 +100,10 @@ class _SaveCheckpoint:
 
 @dataclass(eq=False)
 class _LoadCheckpoint:
-    """An engine's `load_checkpoint` that restores our state afterwards."""
+    """An engine's `load_checkpoint` that checks the pickles before, and restores our state afterwards.
+
+    It has one more keyword, `trust_pickles`: let the checkpoint run the code that it names.
+    """
 
     original: Callable[..., Any]
     restore: Callable[[Any], None]
@@ -108,9 +111,14 @@ class _LoadCheckpoint:
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.original, updated=())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = self.original(*args, **kwargs)
+    def __call__(self, *args: Any, trust_pickles: bool = False, **kwargs: Any) -> Any:
         arguments = {**dict(zip(_LOAD_ARGUMENTS, args)), **kwargs}
+        if not trust_pickles and arguments.get("load_dir") is not None:
+            # Imported late: the optimizers need neither NumPy nor files.
+            from lp_dist.checkpoints.resuming import check_engine
+
+            check_engine(arguments["load_dir"], arguments.get("tag"))
+        path, client_state = self.original(*args, **kwargs)
         # DeepSpeed returns the client state even if only the weights were requested.
         weights_only = arguments.get("load_module_only", False) or not arguments.get("load_optimizer_states", True)
         self.restore(None if weights_only else (client_state or {}).get("lp_dist"))
@@ -170,8 +178,8 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     Raises:
         UsageError: names the key of the config, and what to set it to.
     """
-    zero = config.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer") or {}
+    zero = _section(config, "zero_optimization")
+    offload = _section(zero, "offload_optimizer")
     if "optimizer" in config:
         raise UsageError(
             'the DeepSpeed config has an "optimizer" section, which would take the place of ours; remove it'
@@ -181,7 +189,7 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             "with offload_optimizer, Accelerate silently replaces our optimizer by DeepSpeedCPUAdam; set "
             '"zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config'
         )
-    if offload.get("ratio", 1.0) < 1.0:
+    if offload.get("ratio", 1.0) != 1.0:
         raise UsageError(
             f"offload_optimizer.ratio={offload['ratio']} lets another optimizer step a part of the weights, without Lp"
             " decay; set it to 1.0"
@@ -196,6 +204,16 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             'under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable'
             " weights; set it in zero_optimization"
         )
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    section = config.get(key) or {}
+    if not isinstance(section, dict):
+        raise UsageError(
+            f'the DeepSpeed config has a {type(section).__name__} for "{key}", which is a section of keys and values;'
+            " write it as one, or remove it"
+        )
+    return section
 
 
 def join_deepspeed() -> None:

@@ -18,7 +18,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from lp_dist.errors import UsageError, with_flags
+from lp_dist.checkpoints.entries import read_json
+from lp_dist.errors import UsageError, in_one_line, with_flags
 from lp_dist.optim.hyperparameters import check_hyperparameters
 from lp_dist.optim.nm import PATTERNS
 from lp_dist.report.schema import FILE
@@ -46,6 +47,9 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let the model's repository run code of its own."}
+    )
+    trust_pickles: bool = field(
+        default=False, metadata={"help": "Let the checkpoint that is resumed run the code that its files name."}
     )
 
 
@@ -385,7 +389,14 @@ class DecayArguments:
         return values
 
 
+# Values that a recipe may come to. No recipe has a hundred.
+_MAX_VALUES = 10_000
+# Switches that let files run code: on the command line alone, since a recipe is a file as well.
+_BY_HAND = ("trust_remote_code", "trust_pickles")
+# Arguments of Transformers that may name a file of JSON; as flags, with underscores for every dash.
+_JSON_FILES = ("__deepspeed", "__fsdp_config", "__accelerator_config")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArguments)
+_NAMES = {item.name for arguments in ARGUMENT_CLASSES for item in dataclasses.fields(arguments)}
 # The flag of each argument that an error of the library may name, for `with_flags`.
 FLAGS = {item.name: f"--{item.name}" for arguments in ARGUMENT_CLASSES for item in dataclasses.fields(arguments)} | {
     "lr": "--learning_rate",
@@ -410,30 +421,90 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArgument
         argv = argv[1:]
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _from_yaml(Path(argv[0])) + argv[1:]
+    _check_json_files(argv)
     if not torch.accelerator.is_available() and "--use_cpu" not in argv:
         argv = [*argv, "--use_cpu", "true"]
     parser = HfArgumentParser(
         ARGUMENT_CLASSES, prog="lp-dist finetune", usage="lp-dist finetune [recipe.yaml] [--key value ...]"
     )
-    try:
-        model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        _check(data, decays, training)
-    # Of Transformers, or of the module that knows the limit.
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    with in_one_line("reading the arguments, and the files that they name, ended with", "correct what is wrong there"):
+        try:
+            model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            _check(data, decays, training)
+        # Of Transformers, or of the module that knows the limit.
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(reason if ";" in reason else f"{reason}; see lp-dist finetune -h") from None
     return model, data, decays, training
 
 
+def _check_json_files(argv: list[str]) -> None:
+    """Raises UsageError, which names the file, for a config of an engine that is no object of JSON."""
+    for word, value in zip(argv, [*argv[1:], ""]):
+        flag, _, attached = word.replace("-", "_").partition("=")
+        path = Path(word.partition("=")[2] if attached else value)
+        if flag in _JSON_FILES and path.is_file():
+            read_json(path)
+
+
 def _from_yaml(path: Path) -> list[str]:
-    """A recipe as words of a command line, so that values are parsed in one way only."""
+    """A recipe as words of a command line, so that values are parsed in one way only.
+
+    Raises:
+        UsageError: it is no mapping of keys to values, is larger than it looks, or gives a switch that lets code run.
+    """
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"can't read the recipe {path}: {error.strerror}") from None
+    except Exception as error:  # tags with a value that is none of theirs raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"the recipe {path} is no YAML ({reason}); write it as lines of `key: value`") from None
     if not isinstance(recipe, dict):
-        raise UsageError(f"the recipe {path} must be one mapping of keys to values")
+        raise UsageError(f"the recipe {path} must be one mapping of keys to values; write it as lines of `key: value`")
+    if _values_in(recipe, _MAX_VALUES) > _MAX_VALUES:
+        raise UsageError(
+            f"the recipe {path} comes to more than {_MAX_VALUES:,} values, by aliases perhaps; write out what is meant"
+        )
+    with in_one_line(f"the recipe {path} holds what is no argument: reading it ended with", "correct it"):
+        return _words(path, recipe)
+
+
+def _values_in(value: Any, limit: int) -> int:
+    """How many values this comes to when it is written out, or more than `limit`. By aliases a few lines can be
+    billions.
+    """
+    total, pending = 0, [value]
+    while pending and total <= limit:
+        value = pending.pop()
+        total += 1
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            pending += value
+    return total
+
+
+def _words(path: Path, recipe: dict[Any, Any]) -> list[str]:
     words: list[str] = []
     for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        # By the start of its name as well, which a command line takes for the argument.
+        switch = next((switch for switch in _BY_HAND if switch.startswith(name)), None)
+        if switch is not None and value is not False:
+            raise UsageError(
+                f"the recipe {path} has {key}: {value!r:.80}, which lets files run code, and a file can't allow that;"
+                f" leave it out, and give --{switch} true on the command line if you trust them"
+            )
+        # Transformers has a --no_X for some.
+        if name not in _NAMES and name.removeprefix("no_") not in _NAMES:
+            raise UsageError(
+                f"the recipe {path} has the key {key!r:.80}, which is no argument; see lp-dist finetune -h"
+            )
+        if any(str(item).startswith("--") for item in (value if isinstance(value, list) else [value])):
+            raise UsageError(
+                f"the recipe {path} has {key}: {value!r:.80}, which would be another argument; correct it"
+            )
         if value is None:
             continue
         words.append(f"--{key}")

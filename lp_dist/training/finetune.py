@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -30,9 +31,10 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lp_dist._version import __version__
+from lp_dist.checkpoints.resuming import check_run
 from lp_dist.data.gguf import dequantised
 from lp_dist.data.text import load_text, pack
-from lp_dist.errors import UsageError, with_flags
+from lp_dist.errors import UsageError, in_one_line, printable, with_flags
 from lp_dist.export.shrink import expected_removals
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         message = str(error)
         in_flags = with_flags(message, arguments.FLAGS) if decay_args is None else decay_args.in_flags(message)
-        sys.exit(f"lp-dist: error: {in_flags}")
+        sys.exit(f"lp-dist: error: {printable(in_flags)}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -157,23 +159,32 @@ def run(
     configuration = arguments.chosen(model_args, data_args, decay_args, args)
     reference = schema.read(decay_args.compare_with) if decay_args.compare_with else None
     set_seed(args.seed)
-    checkpoint = _checkpoint_to_resume(args)
+    checkpoint = _checkpoint_to_resume(args, model_args.trust_pickles)
     prepared = _prepare(settings)
     trained = _train(settings, prepared, checkpoint)
     _warn_of_missed_targets(trained)
     return _report(settings, prepared, trained, configuration, reference)
 
 
-def _checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names, or the last one of the run; None: start a new run."""
+def _checkpoint_to_resume(args: TrainingArguments, trust_pickles: bool) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names, or the last one of the run, once it is known to run no code
+    unless it is trusted; None: start a new run.
+    """
     requested = args.resume_from_checkpoint
-    if requested not in ("true", "True", True):
-        return requested
-    checkpoint = _last_checkpoint(args.output_dir)
+    if not requested:
+        return None
+    checkpoint = requested if requested not in ("true", "True", True) else _last_checkpoint(args.output_dir)
     if checkpoint is None:
         raise UsageError(
             f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out"
         )
+    # Trainer and the engine unpickle it by themselves.
+    check_run(checkpoint, trust_pickles=trust_pickles)
+    state = Path(checkpoint) / "trainer_state.json"
+    if not state.is_file():
+        raise UsageError(f"{checkpoint} has no trainer_state.json, so it is no checkpoint of a run; name another one")
+    with in_one_line(f"{state} is not Trainer's: reading it ended with", "copy it anew, or resume from another one"):
+        TrainerState.load_from_json(str(state))
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,44 @@ def distributed(directory: Path) -> None:
         dcp.save(dict(WEIGHTS), checkpoint_id=directory, no_dist=True)
 
 
+def of_trainer(directory: Path) -> None:
+    """What Trainer writes in one process."""
+    import numpy as np
+    from transformers import TrainingArguments
+
+    safetensors(directory)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(WEIGHTS["a.weight"].clone())])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(5, 7)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
+    torch.save(torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict(), directory / "scheduler.pt")
+    states = {"python": random.getstate(), "numpy": np.random.RandomState(0).get_state(), "cpu": torch.get_rng_state()}
+    torch.save(states, directory / "rng_state.pth")
+    torch.save(TrainingArguments(str(directory), use_cpu=True), directory / "training_args.bin")
+    callbacks = {"LpCallback": {"args": {}, "attributes": {}, "progress": {}}}
+    state = {"global_step": 3, "max_steps": 9, "epoch": 0.5, "log_history": [], "stateful_callbacks": callbacks}
+    (directory / "trainer_state.json").write_text(json.dumps(state))
+
+
+def under_deepspeed(directory: Path) -> None:
+    """What Trainer writes under DeepSpeed."""
+    of_trainer(directory)
+    (directory / "optimizer.pt").unlink()
+    zero2(directory)
+
+
+def under_fsdp2(directory: Path) -> None:
+    """What Trainer writes under FSDP2: what is no tensor lies in the files of the tensors."""
+    of_trainer(directory)
+    (directory / "optimizer.pt").unlink()
+    distributed(directory / "pytorch_model_fsdp_0")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        state = {"exp_avg": torch.zeros(3), "param_groups": [{"lr": 0.5, "betas": (0.9, 0.99), "phase": "decay"}]}
+        dcp.save({"optimizer": state}, checkpoint_id=directory / "optimizer_0", no_dist=True)
+
+
+RUNS = {make.__name__: make for make in (of_trainer, under_deepspeed, under_fsdp2)}
 FORMS = {
     make.__name__: make
     for make in (

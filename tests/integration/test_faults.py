@@ -23,6 +23,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from helpers.damage import Touching
 from helpers.paths import ROOT
 from lp_dist.report import schema
 from lp_dist.training import finetune
@@ -213,12 +214,29 @@ def test_a_checkpoint_whose_last_file_was_cut_short_is_passed_over(words, uninte
     assert "checkpoint-6 is incomplete" in caplog.text
 
 
-def test_a_truncated_checkpoint_is_an_error(words, uninterrupted, tmp_path):
-    for file in ("optimizer.pt", "scheduler.pt", "model.safetensors"):
+def test_a_truncated_checkpoint_is_an_error_before_anything_is_loaded(words, uninterrupted, tmp_path):
+    for file, message in (
+        ("optimizer.pt", "is no complete file of torch.save"),
+        ("scheduler.pt", "is no complete file of torch.save"),
+        ("model.safetensors", "is no complete safetensors file"),
+    ):
         out = interrupted(uninterrupted, tmp_path / file, 6)
         os.truncate(out / "checkpoint-6" / file, (out / "checkpoint-6" / file).stat().st_size // 2)
-        with pytest.raises(Exception, match="failed finding central directory|incomplete metadata"):
+        with pytest.raises(SystemExit, match=f"lp-dist: error: .*{file} {message}"):
             resumed(words, out)
+
+
+def test_a_checkpoint_that_someone_sent_runs_no_code(words, uninterrupted, tmp_path):
+    out = interrupted(uninterrupted, tmp_path, 6)
+    torch.save(Touching(tmp_path / "it ran"), out / "checkpoint-6" / "scheduler.pt")
+    with pytest.raises(SystemExit, match="scheduler.pt names posix.mkdir, whose code would run .*--trust-pickles"):
+        resumed(words, out)
+    (out / "checkpoint-6" / "trainer_state.json").write_text('{"unknown": 3}')
+    with pytest.raises(SystemExit, match="trainer_state.json is not Trainer's: reading it ended with TypeError"):
+        resumed(words, out, "--resume_from_checkpoint", str(out / "checkpoint-6"), "--trust_pickles", "true")
+    with pytest.raises(SystemExit, match="there is no checkpoint .*nowhere to resume from"):
+        resumed(words, out, "--resume_from_checkpoint", str(out / "nowhere"))
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_checkpoint_without_optimizer_state_is_gone_on_with_but_said(words, uninterrupted, tmp_path, caplog):

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from helpers.checkpoints import FORMS, WEIGHTS, model_states, tagged, zero2
 from helpers.commands import lp_dist_here
+from helpers.damage import Touching, files_of, fuzz
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
@@ -36,10 +37,6 @@ def checkpoint(request, tmp_path) -> Path:
     return directory
 
 
-def files_of(directory: Path) -> list[Path]:
-    return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-
-
 def all_read(directory: Path, **more: Any) -> dict[str, torch.Tensor]:
     return {name: entry.read() for name, entry in open_checkpoint(directory, **more).entries.items()}
 
@@ -50,16 +47,6 @@ def test_every_form_gives_the_weights(checkpoint):
 
 
 # --- code in pickles ---
-
-
-class Touching:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 CARRIERS = ("alone", "beside the weights", "in place of a weight")
@@ -252,59 +239,15 @@ def test_a_configuration_of_any_content_runs_nothing_and_ends_in_one_line_or_in_
 # --- fuzzing ---
 
 
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """What may become of a file: cut short, bits turned over, a stretch of another, longer, empty, of another kind."""
-    kind = chance.choice(["short", "bits", "bits", "bits", "stretch", "longer", "empty", "text", "digits"])
-    changed = bytearray(content)
-    if kind == "short":
-        return bytes(changed[: chance.randrange(len(content) + 1)])
-    if kind == "bits":
-        # Most of a file is weights, in which anything is right: so near its ends, where indices lie.
-        for _ in range(chance.choice([1, 3, 20])):
-            reach = chance.choice([len(content), 200, 1000])
-            at = chance.randrange(min(reach, len(content))) if content else 0
-            at = at if chance.random() < 0.5 else len(content) - 1 - at
-            if content:
-                changed[at] ^= 1 << chance.randrange(8)
-        return bytes(changed)
-    if kind == "stretch" and content:
-        start = chance.randrange(len(content))
-        changed[start : start + 64] = chance.randbytes(64)
-        return bytes(changed)
-    if kind == "digits":  # numbers of headers and indices
-        return bytes(chance.choice(b"0123456789-") if 48 <= b <= 57 and chance.random() < 0.2 else b for b in changed)
-    return {"longer": content + chance.randbytes(100), "empty": b"", "text": b'{"a": [1, null, {}]}'}.get(kind, b"[]")
-
-
-def fuzz(directory: Path, scratch: Path, rounds: int, seed: int) -> tuple[int, int]:
-    """Damages one file after another. Returns how often the checkpoint was refused, and how often it was read."""
-    chance = random.Random(seed)
-    refused = read = 0
-    for _ in range(rounds):
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(directory, scratch)
-        file = scratch / chance.choice(files_of(directory))
-        file.write_bytes(damaged(file.read_bytes(), chance))
-        before = files_of(scratch)
-        try:
-            all_read(scratch)
-            read += 1
-        except UsageError as error:
-            refused += 1
-            assert "\n" not in str(error) and ";" in str(error), "one line, with the way out"
-        assert files_of(scratch) == before, "reading writes nothing"
-    return refused, read
-
-
 def test_what_is_damaged_is_read_or_refused_and_nothing_else(checkpoint, tmp_path):
-    refused, _ = fuzz(checkpoint, tmp_path / "scratch", rounds=60, seed=0)
+    refused, _ = fuzz(checkpoint, tmp_path / "scratch", 60, 0, all_read)
     assert refused >= 20
 
 
 @pytest.mark.long
 def test_damaged_in_many_more_ways(checkpoint, tmp_path):
     seed = int(os.environ.get("LP_DIST_SEED", random.randrange(10_000)))
-    refused, _ = fuzz(checkpoint, tmp_path / "scratch", rounds=500, seed=seed)
+    refused, _ = fuzz(checkpoint, tmp_path / "scratch", 500, seed, all_read)
     assert refused >= 200, f"seed {seed}"
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from helpers.checkpoints import tagged, zero2
+from helpers.damage import Touching
+from lp_dist.errors import UsageError
 from lp_dist.sharding.deepspeed import check_deepspeed_config, in_checkpoints
 
 
@@ -93,3 +97,39 @@ def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(c
     with pytest.raises(ValueError) as caught:
         check_deepspeed_config({**GOOD, **change})
     assert message in str(caught.value)
+
+
+def test_an_engine_loads_no_checkpoint_that_names_code_unless_it_is_trusted(tmp_path):
+    loaded = []
+
+    class Engine:
+        __module__ = "deepspeed.runtime.engine"
+
+        def save_checkpoint(self, save_dir, tag=None, client_state=None):
+            return True
+
+        def load_checkpoint(self, load_dir, tag=None, **more):
+            loaded.append((load_dir, tag, more))
+            return load_dir, {}
+
+    engine = Engine()
+    in_checkpoints(engine, dict, lambda state: None)
+    zero2(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    torch.save({"more": Touching(tmp_path / "it ran")}, tagged(tmp_path) / "mp_rank_00_model_states.pt")
+    for arguments in ((tmp_path,), (tmp_path, "step3")):
+        with pytest.raises(UsageError, match=r"names posix.mkdir, whose code would run .*`trust_pickles=True`"):
+            engine.load_checkpoint(*arguments)
+    with pytest.raises(UsageError, match="names posix.mkdir"):
+        engine.load_checkpoint(load_dir=str(tmp_path), tag="step3")
+    assert loaded == [(tmp_path, None, {})] and not (tmp_path / "it ran").exists()
+    engine.load_checkpoint(tmp_path, "step3", trust_pickles=True)
+    assert loaded[1:] == [(tmp_path, "step3", {})]
+
+
+@pytest.mark.parametrize(
+    "config", [{"zero_optimization": [1]}, {"zero_optimization": {"offload_optimizer": "cpu"}}], ids=str
+)
+def test_a_section_of_a_config_that_is_none_is_told(config):
+    with pytest.raises(UsageError, match=r'the DeepSpeed config has a (list|str) for "\w+", which is a section'):
+        check_deepspeed_config(config)
