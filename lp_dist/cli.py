@@ -60,10 +60,9 @@ def report(run: str, out: str = "", png: Annotated[bool, typer.Option("--png")] 
     --out: another file for the page. --png: write its figures beside it as well, for papers.
     """
     from lp_dist.report import page
-    from lp_dist.report.schema import read
 
     with _one_line_errors(report):
-        for path in page.write(read(run), Path(out or Path(run) / page.FILE), png):
+        for path in page.draw_again(run, out, png):
             typer.echo(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lp_dist.benchmarks.row_names import current_names
+from lp_dist.errors import in_one_line
 
 ResultRow = dict[str, Any]
 
@@ -26,13 +27,21 @@ def append(path: Path, row: ResultRow) -> None:
     """Appends one row to a file, and makes the file if there is none.
 
     Args:
-        path: the .jsonl file; its directory exists.
+        path: the .jsonl file; its directory exists. After an error it is as it was.
         row: plain JSON types, all numbers finite.
     Raises:
         ValueError: a number is infinite or no number, which JSON cannot hold.
+        OSError: it can't be written.
     """
-    with path.open("a") as file:
-        file.write(to_line(row) + "\n")
+    left = (to_line(row) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read(path: Path) -> list[ResultRow]:
@@ -43,7 +52,15 @@ def read(path: Path) -> list[ResultRow]:
     Returns:
         The rows in the order in which they were appended; an empty list without a file. Older names in them are
         replaced (`row_names.current_names`).
+    Raises:
+        UsageError: a line is no JSON, or no row.
     """
     if not path.exists():
         return []
-    return [current_names(json.loads(line)) for line in path.read_text().splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        with in_one_line(
+            f"line {number} of {path} is no row: reading it ended with", "remove it, or copy the file anew"
+        ):
+            rows.append(current_names(json.loads(line)))
+    return rows

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lp_dist.errors import UsageError
+from lp_dist.checkpoints.entries import read_json
+from lp_dist.errors import UsageError, in_one_line
 from lp_dist.export.output_directory import atomic_directory, check_output_directory
 from lp_dist.report.console import print_table, say
 from lp_dist.report.numbers import percent, perplexity
@@ -172,7 +173,7 @@ def merge(
         block_size: tokens of a block.
         overwrite: replace an earlier output.
     Raises:
-        UsageError: bad arguments, or an adapter that is not of this base.
+        UsageError: bad arguments, files that are damaged, or an adapter that is not of this base.
     """
     try:
         from peft import PeftModel
@@ -183,23 +184,29 @@ def merge(
     out = check_output_directory(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
-    try:
+    if Path(adapter).is_dir():
+        _check_adapter(Path(adapter))
+    with in_one_line(
+        f"{base} can't be read as a language model with its tokenizer: reading it ended with",
+        "name its directory or hub id",
+    ):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{base} can't be read as a language model with its tokenizer ({str(error).splitlines()[0]}); name its"
-            " directory or hub id"
-        ) from None
     text = None
     if dataset is not None:
         text = held_out(tokenizer, dataset, dataset_config, dataset_split, text_column, blocks, block_size)
     perplexity = {} if text is None else {"base": perplexity_of(model, text)}
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+    with in_one_line(
+        f"the adapter {adapter} is not there, or not one of {base}: reading it ended with",
+        "name the directory or hub id of an adapter of this base",
+    ):
+        # Nothing of the sizes that its config gives is made before its tensors are there.
+        adapted = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+    missing = next((name for name, param in adapted.named_parameters() if param.is_meta), None)
+    if missing is not None:
         raise UsageError(
-            f"the adapter {adapter} is not there, or not one of {base} ({str(error).splitlines()[0]})"
-        ) from None
+            f"the adapter {adapter} has no weights for {missing}, which its adapter_config.json adds to the model;"
+            " copy or download it anew"
+        )
     if text is not None:
         perplexity["with the adapter"] = perplexity_of(adapted, text)
     merged = merge_adapter(adapted)
@@ -208,8 +215,36 @@ def merge(
     merged.perplexity = perplexity
     with atomic_directory(out) as partial:
         merged.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        # Of a template whose name leads out of the directory Transformers says so by a ValueError.
+        with in_one_line(f"the tokenizer of {base} can't be saved: saving it ended with", "take another base"):
+            tokenizer.save_pretrained(partial)
     return merged
+
+
+def _check_adapter(directory: Path) -> None:
+    """Checks the files of an adapter before peft reads them.
+
+    Raises:
+        UsageError: one is damaged, its weights name classes that are not known, or its config has Megatron imported.
+    """
+    # Imported late: `import lp_dist` comes here by `merge_adapter`, and needs no NumPy.
+    from lp_dist.checkpoints.files import TorchFile, safetensors
+
+    with in_one_line(f"the adapter {directory} is damaged: reading it ended with", "copy or download it anew"):
+        config = directory / "adapter_config.json"
+        if not config.is_file():
+            raise UsageError(
+                f"{directory} has no adapter_config.json, so it is no adapter; name what peft's save_pretrained wrote"
+            )
+        if read_json(config).get("megatron_config") is not None:
+            # peft imports a module by a name of the file then.
+            raise UsageError(f"{config} is of an adapter for Megatron; make one of the base in Transformers")
+        if (directory / "adapter_model.safetensors").is_file():
+            safetensors(directory / "adapter_model.safetensors")
+        elif (directory / "adapter_model.bin").is_file():
+            file = TorchFile(directory / "adapter_model.bin")
+            for name, tensor in file.content.items():
+                file.check_fits(name, tensor)
 
 
 def held_out(

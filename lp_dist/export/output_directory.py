@@ -27,7 +27,7 @@ def check_output_directory(out: str | Path, overwrite: bool, *sources: Path) -> 
     """
     out = Path(out).resolve()
     for source in sources:
-        for directory in (out, _partial(out)):
+        for directory in (out, _partial(out), _replaced(out)):
             if directory in (source.resolve(), *source.resolve().parents):
                 raise UsageError(
                     f"{directory} is or holds {source}, which it is to be made from; choose another place for it"
@@ -52,6 +52,8 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     """A directory `out`.partial to write into, which replaces `out` at the end.
 
     After an error it is removed, and `out` is as it was. After a DiffersError it stays, so that one can look at it.
+    What was in `out` is moved aside first, and removed when the new directory is in its place: killed in between, a
+    process leaves it as `out`.replaced.
     """
     partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
@@ -63,10 +65,23 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    if not out.exists():
+        partial.rename(out)
+        return
+    before = _replaced(out)
+    shutil.rmtree(before, ignore_errors=True)
+    out.rename(before)
+    try:
+        partial.rename(out)
+    except BaseException:
+        before.rename(out)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(out.name + ".replaced")

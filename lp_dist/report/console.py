@@ -32,12 +32,14 @@ def print_table(
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    # As text: names of a checkpoint may hold brackets, which rich would read as markup.
+    table = Table(title=Text(title, style="table.title"))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=column in no_wrap)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console = Console()
     (console if width is None or console.is_terminal else Console(width=width)).print(table)
 

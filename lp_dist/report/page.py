@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lp_dist._version import __version__
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, in_one_line
 from lp_dist.report.console import groups_line, target_line
 from lp_dist.report.numbers import percent, perplexity
-from lp_dist.report.schema import name_of
+from lp_dist.report.replacing import replace_text, replaced
+from lp_dist.report.schema import name_of, read
 from lp_dist.sparsity.measure import layer_of
 
 FILE = "report.html"
@@ -167,9 +168,28 @@ def write(report: dict[str, Any], path: Path, png: bool = False) -> list[Path]:
         for drawing in figures.DRAWINGS:
             if (figure := drawing.draw(report)) is not None:
                 written.append(path.with_name(f"{path.stem}-{drawing.name}.png"))
-                with _write_errors():
-                    canvas.png(figure, written[-1])
+                with _write_errors(written[-1]), replaced(written[-1]) as partial:
+                    canvas.png(figure, partial)
     return written
+
+
+def draw_again(run: str | Path, out: str | Path = "", png: bool = False) -> list[Path]:
+    """`lp-dist report`: draws the page of a finished run again.
+
+    Args:
+        run: its output_dir.
+        out: of the HTML file; empty: report.html in `run`.
+        png: as of `write`.
+    Returns:
+        The paths that were written, the page first.
+    Raises:
+        UsageError: there is no report, nothing can be drawn from it, or as of `write`.
+    """
+    report = read(run)
+    with in_one_line(
+        f"the report in {run} is damaged: drawing it ended with", "copy it anew, or repeat the run for another one"
+    ):
+        return write(report, Path(out or Path(run) / FILE), png)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -178,20 +198,18 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         UsageError: the file can't be written.
     """
-    with _write_errors():
-        path.write_text(text, encoding="utf-8")
-    return path
+    with _write_errors(path):
+        return replace_text(path, text)
 
 
 @contextmanager
-def _write_errors() -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     """Errors of the file system become UsageErrors that name the file."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"can't write {error.filename}: {error.strerror}; name a file in a directory that exists and can be"
-            " written to"
+            f"can't write {path}: {error.strerror}; name a file in a directory that exists and can be written to"
         ) from None
 
 

@@ -17,13 +17,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lp_dist.errors import UsageError
 from lp_dist.optim.batching import count_zeros
+from lp_dist.report.replacing import replace_text
 from lp_dist.sparsity.measure import Histogram, Sparsity
+
+_Check = Callable[[Any], bool]
 
 VERSION = 3
 # A file of its own, since loaders refuse keys of config.json that they don't know (vLLM's sparsity_config).
@@ -32,11 +35,8 @@ FILE = "lp_dist_report.json"
 
 def write(directory: str | os.PathLike, report: dict[str, Any]) -> Path:
     """Writes the report beside the checkpoint, atomically: never a part of it. Returns its path."""
-    path = Path(directory) / FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
-    return path
+    text = json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+    return replace_text(Path(directory) / FILE, text)
 
 
 def _plain(value: Any) -> Any:
@@ -54,12 +54,12 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
     Args:
         directory: output_dir of that run.
     Raises:
-        UsageError: there is none, it can't be read, or it is of another version.
+        UsageError: there is none, it can't be read, is of another version, or lacks what a report has.
     """
     path = Path(directory) / FILE
     try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        report = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"no report of a finished run at {path} ({error}); give the output_dir of one") from None
     version = report.get("version") if isinstance(report, dict) else type(report).__name__
     if version != VERSION:
@@ -67,7 +67,108 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} is of version {version!r}, and this lp_dist reads version {VERSION}; install the lp_dist that"
             " wrote it, or repeat the run with this one"
         )
+    wrong = next((key for key, fits in _ENTRIES.items() if not fits(report.get(key))), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{path} has {report.get(wrong)!r:.80} for {wrong}, which no report has; copy it anew, or repeat the run"
+        )
     return report
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    """Infinities and nans are text."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in ("inf", "-inf", "nan")
+
+
+def _is_share(value: Any) -> bool:
+    """[zeros, elements] of something that has elements."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1] > 0
+
+
+def _or_null(fits: _Check) -> _Check:
+    return lambda value: value is None or fits(value)
+
+
+def _list_of(fits: _Check) -> _Check:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _mapping_to(fits: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _has(**entries: _Check) -> _Check:
+    """An object with these entries, and perhaps others."""
+    return lambda value: isinstance(value, dict) and all(fits(value.get(key)) for key, fits in entries.items())
+
+
+def _is_log_entry(value: Any) -> bool:
+    """What is drawn has a step; other values may be of any kind, as callbacks of others log them."""
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("step", 0))
+        and all(
+            _is_number(item)
+            for key, item in value.items()
+            if key.startswith("lp/") or key in ("loss", "eval_perplexity", "eval_sparsity")
+        )
+    )
+
+
+_COMPARED = {
+    "output_dir": _is_text,
+    "steps": _is_count,
+    "parameters": _is_count,
+    "zeros": _is_count,
+    "sparsity": _is_number,
+    "sparsity_of_all": _is_number,
+    "perplexity_after": _or_null(_is_number),
+    "log": _list_of(_is_log_entry),
+}
+_PRUNING = _or_null(_has(before=_is_number, after=_is_number, pruned_at_end=_is_number))
+_HISTOGRAMS = _has(
+    edges=_list_of(_is_number),
+    before=_list_of(_is_count),
+    after=_list_of(_is_count),
+    zeros_before=_is_count,
+    zeros_after=_is_count,
+)
+# {entry: what it must be}, of those that tables, figures and a comparison read.
+_ENTRIES: dict[str, _Check] = {
+    **_COMPARED,
+    "command": _is_text,
+    "model": _is_text,
+    "dataset": _is_text,
+    "configuration": _mapping_to(lambda value: True),
+    "decay": _has(),
+    "sparsity_before": _is_number,
+    "histograms": lambda value: (
+        _HISTOGRAMS(value) and len(value["before"]) == len(value["after"]) == max(0, len(value["edges"]) - 1)
+    ),
+    "window": _or_null(lambda value: _list_of(_is_count)(value) and len(value) == 2),
+    "target": _or_null(_has(sparsity=_is_number, final_pruning=_PRUNING)),
+    "groups": _or_null(_has(sparsity=_or_null(_is_number), final_pruning=_PRUNING, kinds=_mapping_to(_is_share))),
+    "reference": _or_null(_has(**_COMPARED)),
+    "perplexity_before": _or_null(_is_number),
+    "decayed_weights": _is_count,
+    "kinds": _mapping_to(_is_share),
+    "tensors": _mapping_to(_is_share),
+    "seconds": _or_null(_is_number),
+    "engine": _is_text,
+    "world_size": _is_count,
+    "environment": _mapping_to(lambda value: True),
+    "weight_decay": _is_number,
+    "versions": _mapping_to(lambda value: True),
+    "next": _is_text,
+}
 
 
 def to_compare(reference: dict[str, Any]) -> dict[str, Any]:
