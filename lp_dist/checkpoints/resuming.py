@@ -18,21 +18,20 @@ from lp_dist.checkpoints.entries import check_inside, read_json
 from lp_dist.checkpoints.files import TorchFile, safetensors
 from lp_dist.errors import UsageError, in_one_line
 
-# What DeepSpeed, Accelerate and Trainer load. No other files named so are in their checkpoints.
+# What DeepSpeed, Accelerate and Trainer load. Not training_args.bin, which Trainer writes and never reads.
 _PICKLES = re.compile(r".*\.(pt|pth|pkl)|(pytorch_model|adapter_model|optimizer|scheduler|sampler).*\.bin")
-# Trainer writes it, and never reads it.
-_NEVER_LOADED = "training_args.bin"
 _ANEW = "copy the checkpoint anew, or resume from another one"
 # Each names the directory below it that DeepSpeed goes on with.
 _LATEST = ("latest", "latest_universal")
 
 
-def check_run(directory: str | os.PathLike, *, trust_pickles: bool = False) -> None:
+def check_run(directory: str | os.PathLike, *, trust_pickles: bool = False, share: tuple[int, int] = (0, 1)) -> None:
     """Checks a checkpoint of a run, before Trainer goes on from it under any engine. No tensor is read.
 
     Args:
         directory: a `checkpoint-*` of its output_dir.
         trust_pickles: let its pickles run the code that they name when they are loaded.
+        share: (index, count) of the pickles to check, where several ranks divide them.
     Raises:
         UsageError: it is no directory, files are damaged or lead out of it, or a pickle names a class that is not
             known, and is not trusted.
@@ -46,15 +45,16 @@ def check_run(directory: str | os.PathLike, *, trust_pickles: bool = False) -> N
         for file in sorted(directory.glob("*.safetensors")):
             safetensors(file)
     if not trust_pickles:
-        check_pickles(directory)
+        check_pickles(directory, share)
 
 
-def check_engine(directory: str | os.PathLike, tag: str | None = None) -> None:
+def check_engine(directory: str | os.PathLike, tag: str | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
     """Checks the pickles of a DeepSpeed checkpoint, before an engine loads it.
 
     Args:
         directory: the `load_dir` of an engine's `load_checkpoint`.
         tag: the directory below it; None: the one that `latest`, or `latest_universal`, names.
+        share: as of `check_run`.
     Raises:
         UsageError: a file is damaged or leads out of it, or a pickle names a class that is not known.
     """
@@ -62,21 +62,25 @@ def check_engine(directory: str | os.PathLike, tag: str | None = None) -> None:
     for name in tags:
         # Where nothing is, the engine has its own words.
         if (Path(directory) / str(name)).is_dir():
-            check_pickles(Path(directory) / str(name))
+            check_pickles(Path(directory) / str(name), share)
 
 
-def check_pickles(directory: Path) -> None:
+def check_pickles(directory: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Checks all pickles in a directory and below it that an engine or Trainer may load.
 
+    Args:
+        directory: of a checkpoint.
+        share: as of `check_run`.
     Raises:
         UsageError: one is damaged, or names a class that is not known; or a name leads out of the directory.
     """
     with in_one_line(f"{directory} is damaged: reading its pickles ended with", _ANEW):
         _latest(directory)
-        for file in _files(directory):
+        pickles = [file for file in _files(directory) if file.name == ".metadata" or _PICKLES.fullmatch(file.name)]
+        for file in pickles[share[0] :: share[1]]:
             if file.name == ".metadata":
                 distributed.check_pickles(file.parent)
-            elif _PICKLES.fullmatch(file.name) and file.name != _NEVER_LOADED:
+            else:
                 TorchFile(file)
 
 

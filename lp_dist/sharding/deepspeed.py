@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import platform
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lp_dist.errors import UsageError
-from lp_dist.sharding.collectives import rank_and_world_size
+from lp_dist.sharding.collectives import all_gather_objects, rank_and_world_size
 from lp_dist.sharding.engines import inner_optimizer, is_deepspeed, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
 
@@ -84,18 +87,43 @@ def update_copies(optimizer: Any) -> None:
 
 @dataclass(eq=False)
 class _SaveCheckpoint:
-    """An engine's `save_checkpoint` that adds our state to the client state, where there is any."""
+    """An engine's `save_checkpoint` that adds our state to the client state, where there is any, and names a
+    checkpoint in `latest` when it is complete.
+    """
 
+    engine: Any
     original: Callable[..., Any]
     state: Callable[[], Any]
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.original, updated=())
 
-    def __call__(self, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         state = self.state()
         client_state = {**(client_state or {}), **({} if state is None else {"lp_dist": state})}
-        return self.original(save_dir, tag, client_state, *args, **kwargs)
+        # A decoupled engine writes in the background, and names the checkpoint when it has written it.
+        if not save_latest or self.engine.checkpoint_engine.is_decoupled():
+            return self.original(save_dir, tag, client_state, save_latest, *args, **kwargs)
+        # DeepSpeed's rank 0 names a checkpoint in `latest` while other ranks may still write their files. If they are
+        # killed meanwhile, the run has nothing to go on from. The original ends in a barrier.
+        tag = f"global_step{self.engine.global_steps}" if tag is None else str(tag)
+        saved = self.original(save_dir, tag, client_state, False, *args, **kwargs)
+        if rank_and_world_size()[0] == 0:
+            latest = Path(save_dir) / "latest"
+            partial = latest.with_name("latest.partial")
+            partial.write_text(tag)
+            partial.replace(latest)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return saved
 
 
 @dataclass(eq=False)
@@ -117,12 +145,34 @@ class _LoadCheckpoint:
             # Imported late: the optimizers need neither NumPy nor files.
             from lp_dist.checkpoints.resuming import check_engine
 
-            check_engine(arguments["load_dir"], arguments.get("tag"))
+            directory, tag = arguments["load_dir"], arguments.get("tag")
+            check_in_shares(lambda share: check_engine(directory, tag, share=share))
         path, client_state = self.original(*args, **kwargs)
         # DeepSpeed returns the client state even if only the weights were requested.
         weights_only = arguments.get("load_module_only", False) or not arguments.get("load_optimizer_states", True)
         self.restore(None if weights_only else (client_state or {}).get("lp_dist"))
         return path, client_state
+
+
+def check_in_shares(check: Callable[[tuple[int, int]], None]) -> None:
+    """Checks files before all ranks load them: the ranks of a node, which see the same ones, divide them. Collective.
+
+    Args:
+        check: checks a share of the files, given as (index, count).
+    Raises:
+        UsageError: on all ranks, what one of them has raised.
+    """
+    nodes = all_gather_objects((platform.node(), uuid.getnode()))
+    rank, _ = rank_and_world_size()
+    peers = [peer for peer, node in enumerate(nodes) if node == nodes[rank]]
+    message = None
+    try:
+        check((peers.index(rank), len(peers)))
+    except UsageError as error:
+        message = str(error)
+    first = next(filter(None, all_gather_objects(message)), None)
+    if first is not None:
+        raise UsageError(first)
 
 
 # The positional arguments of an engine's `load_checkpoint`.
@@ -153,7 +203,9 @@ def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any
         return
     load, save = engine.load_checkpoint, engine.save_checkpoint
     engine.load_checkpoint = _LoadCheckpoint(load.original if isinstance(load, _LoadCheckpoint) else load, restore)
-    engine.save_checkpoint = _SaveCheckpoint(save.original if isinstance(save, _SaveCheckpoint) else save, state)
+    engine.save_checkpoint = _SaveCheckpoint(
+        engine, save.original if isinstance(save, _SaveCheckpoint) else save, state
+    )
 
 
 def check_deepspeed_version() -> None:

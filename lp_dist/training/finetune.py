@@ -40,7 +40,7 @@ from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
 from lp_dist.report.numbers import percent
 from lp_dist.sharding.collectives import reduction_device
-from lp_dist.sharding.deepspeed import check_deepspeed_config, join_deepspeed
+from lp_dist.sharding.deepspeed import check_deepspeed_config, check_in_shares, join_deepspeed
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape
 from lp_dist.sparsity.measure import Histogram, Sparsity, measure_histogram, measure_sparsity
@@ -179,7 +179,7 @@ def _checkpoint_to_resume(args: TrainingArguments, trust_pickles: bool) -> str |
             f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint; name one, or leave it out"
         )
     # Trainer and the engine unpickle it by themselves.
-    check_run(checkpoint, trust_pickles=trust_pickles)
+    check_in_shares(lambda share: check_run(checkpoint, trust_pickles=trust_pickles, share=share))
     state = Path(checkpoint) / "trainer_state.json"
     if not state.is_file():
         raise UsageError(f"{checkpoint} has no trainer_state.json, so it is no checkpoint of a run; name another one")

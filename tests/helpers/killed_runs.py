@@ -22,6 +22,7 @@ from helpers.snapshots import snapshot
 from helpers.target_runs import Case, engine_of, trained
 from lp_dist import SparsityTarget, attach
 from lp_dist.attachment.attachment import Attachment
+from lp_dist.checkpoints.resuming import check_pickles
 from lp_dist.structured.resolve import groups_of
 
 STEPS, SAVE_EVERY = 24, 3
@@ -117,6 +118,8 @@ def _resumed(engine: Engine, attachment: Attachment, directory: Path) -> int:
     if not (directory / "latest").is_file():
         return 0
     tag = (directory / "latest").read_text()
+    # As `finetune` does. DeepSpeed's engine does so by itself.
+    check_pickles(directory / tag)
     engine.load(directory, tag)
     if not hasattr(engine.handle, "load_checkpoint"):
         attachment.load_state_dict(json.loads((directory / tag / "target.json").read_text()))

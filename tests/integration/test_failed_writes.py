@@ -34,7 +34,12 @@ WRITES = 10
 
 
 def content_of(directory: Path) -> dict[str, str]:
-    return {str(file): hashlib.sha256((directory / file).read_bytes()).hexdigest() for file in files_of(directory)}
+    """Digests of all files below it; empty ones of directories."""
+    paths = sorted(directory.rglob("*"))
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in paths
+    }
 
 
 def limits(full_size: int, count: int = WRITES) -> list[int]:

@@ -84,6 +84,17 @@ def test_code_among_the_tensors_of_a_distributed_checkpoint_is_refused(tmp_path)
     assert not marker.exists()
 
 
+def test_ranks_that_divide_the_files_check_all_of_them(run, tmp_path):
+    pickles = [file for file in files_of(run) if file.suffix in (".pt", ".pth")]
+    for file in pickles:
+        shutil.copytree(run, tmp_path / "sent")
+        torch.save({"more": Touching(tmp_path / "it ran")}, tmp_path / "sent" / file)
+        shares = [(index, 3) for index in range(3)]
+        refused = [share for share in shares if not is_taken(lambda: check_run(tmp_path / "sent", share=share))]
+        assert len(refused) == 1
+        shutil.rmtree(tmp_path / "sent")
+
+
 def test_what_trainer_writes_and_never_loads_may_hold_anything(run, tmp_path):
     torch.save(Touching(tmp_path / "it ran"), run / "training_args.bin")
     check_run(run)

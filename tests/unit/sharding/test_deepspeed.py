@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,8 +64,8 @@ def test_a_second_attach_replaces_the_first_in_an_engines_checkpoints():
     assert restored == [("second", "state")]
     assert engine.save_checkpoint.__name__ == "save_checkpoint" and engine.save_checkpoint.__doc__ == "Saves."
     in_checkpoints(engine, lambda: None, restored.append)
-    engine.save_checkpoint("y")
-    assert saved[-1] == ("y", None, {}, True)
+    engine.save_checkpoint("y", save_latest=False)
+    assert saved[-1] == ("y", None, {}, False)
 
 
 GOOD = {
@@ -97,6 +99,44 @@ def test_deepspeed_configs_that_would_train_or_save_something_else_are_refused(c
     with pytest.raises(ValueError) as caught:
         check_deepspeed_config({**GOOD, **change})
     assert message in str(caught.value)
+
+
+def test_latest_names_a_checkpoint_when_it_is_complete_and_not_before(tmp_path):
+    """DeepSpeed names it while other ranks may still write theirs."""
+
+    class Engine:
+        __module__ = "deepspeed.runtime.engine"
+        global_steps = 7
+        is_decoupled = False
+
+        @property
+        def checkpoint_engine(self):
+            return SimpleNamespace(is_decoupled=lambda: self.is_decoupled)
+
+        def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen=False):
+            calls.append((tag, save_latest, exclude_frozen, sorted(path.name for path in tmp_path.iterdir())))
+            if tag == "fails":
+                raise OSError("No space left on device")
+            return True
+
+        def load_checkpoint(self, load_dir, tag=None):
+            return load_dir, {}
+
+    calls: list[tuple] = []
+    engine = Engine()
+    in_checkpoints(engine, dict, lambda state: None)
+    assert engine.save_checkpoint(tmp_path, exclude_frozen=True)
+    assert calls.pop() == ("global_step7", False, True, []) and (tmp_path / "latest").read_text() == "global_step7"
+    with pytest.raises(OSError, match="No space left"):
+        engine.save_checkpoint(tmp_path, "fails")
+    assert (tmp_path / "latest").read_text() == "global_step7"
+    assert engine.save_checkpoint(tmp_path, 9) and (tmp_path / "latest").read_text() == "9"
+    engine.save_checkpoint(tmp_path, "10", None, False)
+    engine.is_decoupled = True
+    engine.save_checkpoint(tmp_path, "11")
+    assert (tmp_path / "latest").read_text() == "9"
+    assert [call[:2] for call in calls[-2:]] == [("10", False), ("11", True)], "as the engine does it by itself"
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_an_engine_loads_no_checkpoint_that_names_code_unless_it_is_trusted(tmp_path):
