@@ -207,9 +207,11 @@ def merge(
             f"the adapter {adapter} has no weights for {missing}, which its adapter_config.json adds to the model;"
             " copy or download it anew"
         )
-    if text is not None:
-        perplexity["with the adapter"] = perplexity_of(adapted, text)
-    merged = merge_adapter(adapted)
+    # Of kinds that can't be merged, such as aLoRA, peft says so when it should.
+    with in_one_line(f"the adapter {adapter} can't be merged: merging it ended with", "take one that peft can merge"):
+        if text is not None:
+            perplexity["with the adapter"] = perplexity_of(adapted, text)
+        merged = merge_adapter(adapted)
     if text is not None:
         perplexity["merged, zeros kept"] = perplexity_of(merged.model, text)
     merged.perplexity = perplexity

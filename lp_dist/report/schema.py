@@ -67,11 +67,10 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} is of version {version!r}, and this lp_dist reads version {VERSION}; install the lp_dist that"
             " wrote it, or repeat the run with this one"
         )
-    wrong = next((key for key, fits in _ENTRIES.items() if not fits(report.get(key))), None)
+    wrong = next((key for key, fits in _ENTRIES.items() if key not in report or not fits(report[key])), None)
     if wrong is not None:
-        raise UsageError(
-            f"{path} has {report.get(wrong)!r:.80} for {wrong}, which no report has; copy it anew, or repeat the run"
-        )
+        value = f"{report[wrong]!r:.80}" if wrong in report else "nothing"
+        raise UsageError(f"{path} has {value} for {wrong}, which no report has; copy it anew, or repeat the run")
     return report
 
 
@@ -107,7 +106,9 @@ def _mapping_to(fits: _Check) -> _Check:
 
 def _has(**entries: _Check) -> _Check:
     """An object with these entries, and perhaps others."""
-    return lambda value: isinstance(value, dict) and all(fits(value.get(key)) for key, fits in entries.items())
+    return lambda value: (
+        isinstance(value, dict) and all(key in value and fits(value[key]) for key, fits in entries.items())
+    )
 
 
 def _is_log_entry(value: Any) -> bool:

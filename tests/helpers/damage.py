@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -75,9 +76,9 @@ def altered(content: Any, chance: random.Random) -> Any:
             if kind == "none of it":
                 del where[key]
             elif kind == "more" and isinstance(where, dict):
-                where[chance.choice(["a", "../x", "[/b]", "\x1b[2J", ""])] = chance.choice(_VALUES)
+                where[chance.choice(["a", "../x", "[/b]", "\x1b[2J", ""])] = copy.deepcopy(chance.choice(_VALUES))
             else:
-                where[key] = chance.choice(_VALUES)
+                where[key] = copy.deepcopy(chance.choice(_VALUES))
             break
     return content
 

@@ -86,6 +86,7 @@ def test_code_in_a_pickled_adapter_does_not_run(base, adapter, tmp_path):
         ({"target_modules": "("}, "is not there, or not one of"),
         ({"r": 2**40}, "is not there, or not one of"),
         ({"r": 2**22}, "is not there, or not one of"),
+        ({"alora_invocation_tokens": [1]}, "can't be merged: merging it ended with NotImplementedError"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "is of an adapter for Megatron"),
     ],
     ids=str,

@@ -48,6 +48,14 @@ def test_an_entry_of_another_type_is_named(change, words, tmp_path):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("entry", sorted(cases.full().keys() - {"seed", "learning_rate", "version"}))
+def test_an_entry_that_is_missing_is_named(entry, tmp_path):
+    """Also where it may be null, since a comparison and a page read it."""
+    schema.write(tmp_path, {key: value for key, value in cases.full().items() if key != entry})
+    with pytest.raises(UsageError, match=f"has nothing for {entry}, which no report has"):
+        schema.read(tmp_path)
+
+
 def fuzzed(directory: Path, rounds: int, seed: int) -> int:
     chance, taken = random.Random(seed), 0
     for _ in range(rounds):
