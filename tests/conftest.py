@@ -35,7 +35,7 @@ PRELOADED = [
     "transformers.trainer",
     "lp_dist.training.finetune",
 ]
-OF_RANKS = {"run_ranks", "run_program", "cpu_op"}
+OF_RANKS = {"run_ranks", "rank_pool", "run_program", "cpu_op"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -128,6 +128,54 @@ def run_ranks(tmp_path, cpu_op):
         return _fork_ranks(tmp_path, fn, world_size, args)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def rank_pool(tmp_path_factory, cpu_op):
+    """`rank_pool(fn, *args)` → what `fn(rank, 2, *args)` returned on each of two ranks that live for the whole module.
+
+    A rank that raises ends the pool, and so do ranks of which one waits for the other for a minute.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    directory = tmp_path_factory.mktemp("pool")
+    pipes = [context.Pipe() for _ in range(2)]
+    ranks = [
+        context.Process(target=_rank, args=(_serve, rank, 2, directory, dict(os.environ), (pipes[rank][1],)))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+
+    def run(fn, *args) -> list:
+        for pipe, _ in pipes:
+            pipe.send((fn, args))
+        results = []
+        for rank, (pipe, _) in enumerate(pipes):
+            assert pipe.poll(60), f"rank {rank} does not answer: {fn.__name__}{args}"
+            results.append(pipe.recv())
+        errors = [error for _, error in results if error]
+        assert not errors, "\n".join(errors)
+        return [result for result, _ in results]
+
+    yield run
+    for pipe, _ in pipes:
+        pipe.send(None)
+    for process in ranks:
+        process.join(20)
+        process.kill()
+
+
+def _serve(rank: int, world_size: int, pipe) -> None:
+    import traceback
+
+    while (job := pipe.recv()) is not None:
+        fn, args = job
+        try:
+            pipe.send((fn(rank, world_size, *args), ""))
+        except BaseException:
+            pipe.send((None, f"rank {rank}:\n{traceback.format_exc()}"))
+            raise
 
 
 @pytest.fixture(scope="session")

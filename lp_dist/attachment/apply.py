@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,17 @@ from lp_dist.optim import nm
 from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.nm import SplitBlocks
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
-from lp_dist.optim.state import steps_taken
+from lp_dist.optim.state import steps_taken, warn_of_free_zeros
 from lp_dist.sharding.collectives import all_gather_objects, all_reduce_max
 from lp_dist.sharding.deepspeed import in_checkpoints, undo_dry_step, wrapper_of
 from lp_dist.sharding.engines import inner_scheduler
 from lp_dist.sharding.shards import Shard, all_zero_names, full_shape
+from lp_dist.sparsity.census import census
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.targets.controller import RunContext
 from lp_dist.targets.group_controller import GroupController
+from lp_dist.targets.lr_lookahead import LearningRates
+from lp_dist.targets.run_steps import RunSteps
 from lp_dist.targets.target import GroupTarget
 from lp_dist.targets.weight_controller import WeightController
 
@@ -76,7 +80,9 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     if plan.weight_target is None and not steps_taken(plan.optimizer):
         _refuse_all_zero([s for s in plan.shards if plan.decays_by_hand(s) and plan.values_of(s)["p"] < 2])
     attached_state.parameter_map = parameter_map
+    _warn_of_free_zeros(plan)
     attached_state.hooks.remove()
+    steps = RunSteps(plan.optimizer, plan.first_step)
     guard = LoadGuard(plan, model)
     attached_state.hooks.after_load = plan.optimizer.register_load_state_dict_post_hook(guard.after_state_load)
     if wrapper_of(plan.engine_optimizer) is not None:
@@ -87,30 +93,37 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     run = RunContext(
         plan.optimizer,
         plan.engine_optimizer,
-        plan.lr_scheduler or getattr(model, "lr_scheduler", None),
+        LearningRates(
+            plan.lr_scheduler or getattr(model, "lr_scheduler", None),
+            plan.optimizer,
+            # By Trainer, Accelerate, or the engine itself.
+            plan.is_stepped_each_step
+            or plan.lr_scheduler is None
+            or plan.lr_scheduler is not inner_scheduler(plan.lr_scheduler),
+        ),
         plan.total_steps or 0,
         sum(full_shape(param).numel() for param in plan.model.parameters()),
+        steps,
     )
     try:
         group_decay, group_controller = _make_groups(plan, run)
         attached_state.hooks.group_decay = group_decay
         weight_controller = _make_weights(plan, run, parameter_map, group_controller)
-        for controller in (group_controller, weight_controller):
-            if controller is not None:
-                controller.begin(steps_taken(plan.optimizer))
-        watch = attached_state.hooks.watch = Watch(plan)
+        controllers = [controller for controller in (group_controller, weight_controller) if controller is not None]
+        watch = attached_state.hooks.watch = Watch(plan, steps, controllers)
+        if not steps.is_unsure:
+            watch.begin()
     except Exception:
         attached_state.hooks.remove()
         attached_state.parameter_map = ParameterMap()
         raise
-    by_hand = frozenset(shard.name for shard in plan.shards if plan.decays_by_hand(shard))
     candidates = frozenset(shard.name for shard in plan.candidates())
     in_groups = frozenset(member.name for groups in plan.sets for member in groups.members)
     matrices = in_groups & {shard.name for shard in plan.shards if len(shard.shape) > 1}
     attachment = Attachment(
         plan.optimizer,
         plan.shards,
-        by_hand,
+        steps,
         candidates,
         matrices,
         watch,
@@ -119,14 +132,21 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         group_controller,
     )
 
+    def save() -> dict[str, Any] | None:
+        state = attachment.state_dict()
+        return state if state.keys() - {"step"} else None
+
     def load(state: dict[str, Any] | None) -> None:
         guard.after_engine_load()
         if group_decay is not None:
             group_decay.forget()
+        steps.after_load()
         if state is not None:
             attachment.load_state_dict(state)
 
-    in_checkpoints(model, lambda: attachment.state_dict() or None, load)
+    attached_state.attachment = attachment
+    weakref.finalize(attachment, watch.end.warn)
+    in_checkpoints(model, save, load)
     beside = f", and on {sum(groups.count for groups in plan.sets):,} groups in {len(matrices)}" if plan.sets else ""
     logger.info("Lp decay on %d of %d parameters%s", len(attachment.decayed_singly), len(plan.shards), beside)
     return attachment
@@ -193,6 +213,14 @@ def _parameter_map(shards: list[Shard]) -> ParameterMap:
         starts.setdefault(name, []).append(start)
     parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max) if starts else None
     return parameter_map
+
+
+def _warn_of_free_zeros(plan: Plan) -> None:
+    """Warns of a model that comes sparse, and whose matrices neither decay nor have a target. Collective."""
+    if plan.weight_target is None and not steps_taken(plan.optimizer):
+        free = [s for s in plan.shards if s.name in plan.may_decay and not plan.decays_by_hand(s) and not s.is_on_disk]
+        counts = [count for count in census(free).counts if count.zeros < count.elements]
+        warn_of_free_zeros(sum(count.zeros for count in counts), sum(count.elements for count in counts))
 
 
 def _refuse_all_zero(decaying: list[Shard]) -> None:

@@ -23,6 +23,7 @@ def attach(
     total_steps: int | None = None,
     lr_scheduler: Any = None,
     scheduled: dict[str, Container] | None = None,
+    first_step: int = 0,
 ) -> Attachment:
     """Gives the optimizer a map of which parameter each part of its tensors belongs to.
 
@@ -30,7 +31,8 @@ def attach(
     shard. What decays is decided by name, whoever made the param groups. The hyperparameters of the script
     hold, whatever a checkpoint loader writes into the groups.
 
-    Call it on every rank, after the engine is made; a second call replaces the first. It makes one small reduction and
+    Call it on every rank, after the engine is made. What an earlier call returned is void from then on, and says so
+    when it is used. It makes one small reduction and
     two exchanges (hyperparameters, where shards begin), gathers nothing, and costs nothing per step but for blocks of
     a pattern that lie on several ranks.
 
@@ -50,14 +52,21 @@ def attach(
         lr_scheduler: gives a target the learning rates ahead, and its last ones are put back after DeepSpeed has
             loaded a checkpoint; an engine's own is taken by itself.
         scheduled: values of group keys that the caller sets at some step, and that a checkpoint may hold.
+        first_step: steps that the run has behind it. The state of a target, where one is loaded, says it by itself;
+            the steps that the optimizer has behind it, perhaps of another run, don't count.
     Returns:
         An `Attachment`.
     Raises:
         RuntimeError: another optimizer steps, or ranks disagree on hyperparameters.
-        ValueError: the optimizer steps nothing of the model, a pattern or name matches nothing, a value is bad, or a
-            matrix that is to decay is all zeros before the first step.
+        ValueError: the optimizer steps nothing of the model, a pattern or name matches nothing, a value is bad, a
+            matrix that is to decay is all zeros before the first step, or a target's window lies behind `first_step`.
     """
-    request = Request(names, overrides or {}, target, groups, total_steps, lr_scheduler, scheduled or {})
+    request = Request(names, overrides or {}, target, groups, total_steps, lr_scheduler, scheduled or {}, first_step)
+    return attach_as_requested(model, optimizer, request)
+
+
+def attach_as_requested(model: Any, optimizer: Any, request: Request) -> Attachment:
+    """`attach` with its arguments in one."""
     try:
         plan = make_plan(model, optimizer, request)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -23,7 +23,7 @@ from lp_dist.optim.parameter_map import check_keys
 from lp_dist.sharding.deepspeed import foreign_steppers
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap
 from lp_dist.sharding.shards import Shard, locate_shards
-from lp_dist.sparsity.selection import matrix_names
+from lp_dist.sparsity.selection import factors_of_weights, matrix_names
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.resolve import resolve_groups
 from lp_dist.targets.feasibility import can_keep_latent_weights
@@ -44,7 +44,11 @@ Overrides = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a script asks of `attach`, which documents the arguments."""
+    """What a script asks of `attach`, which documents the arguments.
+
+    Args:
+        is_stepped_each_step: whether `lr_scheduler` is known to be stepped at each optimizer step.
+    """
 
     names: Iterable[str] | None
     overrides: Overrides
@@ -53,6 +57,8 @@ class Request:
     total_steps: int | None
     lr_scheduler: Any
     scheduled: dict[str, Container]
+    first_step: int
+    is_stepped_each_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Plan:
         total_steps: optimizer steps of the run; at least 1 with a target.
         lr_scheduler: as the script handed it over.
         scheduled: values of group keys that the caller sets at some step.
+        first_step: steps that the run has behind it.
+        is_stepped_each_step: whether the scheduler is known to be stepped at each optimizer step.
     """
 
     model: nn.Module
@@ -90,6 +98,8 @@ class Plan:
     total_steps: int | None
     lr_scheduler: Any
     scheduled: dict[str, Container]
+    first_step: int
+    is_stepped_each_step: bool
 
     def values_of(self, shard: Shard) -> dict[str, Any]:
         """The hyperparameters that the script asks for, for one parameter."""
@@ -130,6 +140,7 @@ class Plan:
             **settings,
             "the target": self.weight_target and self.weight_target.described(),
             "total_steps": self.total_steps,
+            "first_step": self.first_step,
             "the groups": groups,
         }
 
@@ -186,6 +197,8 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         request.total_steps,
         request.lr_scheduler,
         request.scheduled,
+        request.first_step,
+        request.is_stepped_each_step,
     )
     if weight_target is not None:
         for shard in shards:
@@ -210,6 +223,12 @@ def verify(optimizer: Any) -> Optimizer:
         RuntimeError: it has no Lp decay, or another one steps some of the weights; names the config key to set.
     """
     inner = inner_optimizer(optimizer)
+    if type(inner).__name__ == "ZeroRedundancyOptimizer":
+        raise RuntimeError(
+            "torch's ZeroRedundancyOptimizer gives each rank whole parameters of its own, and writes them over those"
+            " of the others, past this optimizer: lp_dist has no shards of it. Use DeepSpeed's ZeRO-1, or FSDP2, which"
+            " save the same memory"
+        )
     if not isinstance(inner, LpOptimizer) and handle_of(inner) is None:
         raise RuntimeError(
             f"the optimizer that steps is {type(inner).__module__}.{type(inner).__name__}, not one of lp_dist: there"
@@ -218,6 +237,7 @@ def verify(optimizer: Any) -> Optimizer:
             " optimizer_cls_and_kwargs=(LpAdamW, {...}) to Trainer, or give the optimizer the decay by"
             " lp_dist.add_lp_decay(optimizer)"
         )
+    _refuse_wrappers(optimizer)
     others = foreign_steppers(optimizer)
     if others:
         raise RuntimeError(
@@ -226,6 +246,30 @@ def verify(optimizer: Any) -> Optimizer:
             " offload_optimizer.ratio to 1.0"
         )
     return inner
+
+
+# Packages whose wrappers only pass a step on. DeepSpeed's have a check of their own.
+_PASSING_ON = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "lightning_fabric",
+    "lp_dist",
+    "pytorch_lightning",
+    "transformers",
+)
+
+
+def _refuse_wrappers(optimizer: Any) -> None:
+    """Raises RuntimeError for an optimizer around the one that steps which may keep weights of its own."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        if type(optimizer).__module__.split(".")[0] not in _PASSING_ON:
+            raise RuntimeError(
+                f"{type(optimizer).__module__}.{type(optimizer).__name__} is wrapped around {type(inner).__name__}:"
+                " where it keeps weights of its own, as Lookahead and averages do, it would write them over the zeros."
+                " If it only passes steps on, hand over what lies inside: attach(model, wrapper.optimizer)"
+            )
+        optimizer = inner
 
 
 def attachable_of(optimizer: Optimizer) -> Attachable:
@@ -253,7 +297,25 @@ def split_targets(
 
 
 def _may_decay(module: nn.Module, names: Iterable[str] | None) -> set[str]:
-    may_decay = matrix_names(module) if names is None else set(names)
+    if names is None:
+        may_decay = matrix_names(module)
+        factors = factors_of_weights(module)
+        if factors and not may_decay:
+            raise UsageError(
+                f"all matrices are computed from other parameters, such as {factors[0]}: zeros in these are not those"
+                " of the model. Make the weights plain first: prune.remove(module, 'weight') of torch.nn.utils,"
+                " parametrize.remove_parametrizations, remove_weight_norm"
+            )
+        if factors:
+            logger.warning(
+                "no decay for %d parameters from which a module computes its weights, such as %s: zeros in them are"
+                " not those of the model. To have them decay make the weights plain first: prune.remove(module,"
+                " 'weight') of torch.nn.utils, parametrize.remove_parametrizations, remove_weight_norm",
+                len(factors),
+                factors[0],
+            )
+    else:
+        may_decay = set(names)
     unknown_names = sorted(may_decay - {name for name, _ in module.named_parameters()})
     if unknown_names:
         raise UsageError(

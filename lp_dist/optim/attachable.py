@@ -46,12 +46,16 @@ class AttachedState:
         requested: the hyperparameters with which the script made the param groups.
         hooks: taken off by the next `attach`.
         before_step: called before each step, while the groups are as the script and the engine have them.
+        in_window: whether a target's window is open here.
+        attachment: what `attach` returned last, kept alive with the optimizer.
     """
 
     parameter_map: ParameterMap = field(default_factory=ParameterMap)
     requested: RequestedValues = field(default_factory=RequestedValues)
     hooks: AttachedHooks = field(default_factory=AttachedHooks)
     before_step: Callable[[], None] | None = None
+    in_window: bool = False
+    attachment: Any = None
 
 
 class Attachable(Protocol):

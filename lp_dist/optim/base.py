@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from lp_dist.optim import decay, nm
 from lp_dist.optim.attachable import AttachedState
-from lp_dist.optim.batching import StepRow, batches, to_local
-from lp_dist.optim.hyperparameters import acting_values, check_hyperparameters
+from lp_dist.optim.batching import StepRow, batches, count_zeros, to_local
+from lp_dist.optim.hyperparameters import acting_values, check_hyperparameters, plain_value
 from lp_dist.optim.kernels import dispatch
 from lp_dist.optim.latent import LatentWeights
 from lp_dist.optim.nm_rows import SplitBlockRows, slices_in, without_idle_pattern
 from lp_dist.optim.parameter_map import ParameterMap, effective_values, flat_view
-from lp_dist.optim.state import refuse_all_zero
+from lp_dist.optim.state import IN_WINDOW, refuse_all_zero, refuse_unattended_window, warn_of_free_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,30 @@ class _Stepped(NamedTuple):
     x: list[Tensor] | None
     denom: list[Tensor] | None
     latent: LatentWeights | None
+
+
+# Arguments of torch's optimizers that ours don't have, and what to do instead.
+_OF_TORCH = {
+    "fused": "the fused step is chosen by itself, or by implementation='fused'",
+    "foreach": "it is chosen by itself, or by implementation='foreach'",
+    "amsgrad": "there is no such variant here; leave it out",
+    "differentiable": "the step can't be differentiated; leave it out",
+    "correct_bias": "the bias is corrected always; leave it out",
+    "dampening": "there is none; leave it out",
+    "decoupled_weight_decay": "the decay is decoupled always; leave it out",
+}
+_ALWAYS = ("correct_bias", "decoupled_weight_decay")
+
+
+def refuse_arguments(cls: type, arguments: dict[str, Any]) -> None:
+    """Raises TypeError for arguments that an optimizer lacks; those of torch's that ask for what it does anyway
+    are taken.
+    """
+    for key, value in arguments.items():
+        if key in _OF_TORCH and bool(value) is (key in _ALWAYS):
+            continue
+        way_out = _OF_TORCH.get(key, "see help(" + cls.__name__ + ") for those that it has")
+        raise TypeError(f"{cls.__name__} has no argument {key}={value!r}: {way_out}")
 
 
 class LpOptimizer(Optimizer):
@@ -78,7 +102,9 @@ class LpOptimizer(Optimizer):
         self._checked: set[int] = set()  # ids of parameters that were checked for zeros
         self._counts: dict[int, Tensor] = {}  # `step` by id of its parameter, as far as it is the optimizer's own
         self.attached = AttachedState()
-        super().__init__(params, defaults)
+        plain = {key: plain_value(value) for key, value in defaults.items()}
+        self._left_open = frozenset(key for key, value in defaults.items() if value is not plain[key])
+        super().__init__(params, {**plain, IN_WINDOW: False})
 
     @property
     def parameter_map(self) -> ParameterMap:
@@ -90,6 +116,7 @@ class LpOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; raises ValueError on a bad hyperparameter and TypeError on complex parameters."""
         self.check({**self.defaults, **param_group})
+        left_open = self._left_open - param_group.keys()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
@@ -104,7 +131,7 @@ class LpOptimizer(Optimizer):
                 if reason is not None:
                     self.param_groups.pop()
                     raise ValueError(_REFUSED.format(reason))
-        self.attached.requested.add(group, group.keys() - {"params"})
+        self.attached.requested.add(group, group.keys() - {"params", IN_WINDOW}, left_open)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own has groups and state alone.
@@ -115,6 +142,7 @@ class LpOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("attached", AttachedState())  # not in a copy: its tensors are others; attach it anew
         self.__dict__.setdefault("_counts", {})
+        self.__dict__.setdefault("_left_open", frozenset())
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one among the defaults of what is unpickled
@@ -159,7 +187,8 @@ class LpOptimizer(Optimizer):
         Raises:
             TypeError: a gradient is sparse.
             ValueError: a hyperparameter is out of range, a tensor that is to decay is all zeros at its first step, or
-                the tensors are not those that `attach` has seen.
+                the tensors are not those that `attach` has seen; the state is from the middle of a target's window,
+                and no target goes on with it.
         """
         if self.attached.before_step is not None:
             self.attached.before_step()
@@ -167,9 +196,13 @@ class LpOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state and self.attached.attachment is None:
+            self._warn_of_zeros()
         fused: dict[str, dispatch.ValuedRows] = {}
         for group in self.param_groups:
             self.check(group)
+            if not self.attached.in_window:
+                refuse_unattended_window(group)
             for values, rows in self._rows_by_values(group):
                 if self.implementation in (None, "fused"):
                     rows = self._without_fused(values, rows, fused)
@@ -182,6 +215,21 @@ class LpOptimizer(Optimizer):
         for device_type, valued_rows in fused.items():
             dispatch.step(device_type, self.kernel, valued_rows)
         return loss
+
+    def _warn_of_zeros(self) -> None:
+        """Looks once, before the first step of all, for the zeros of a model that comes sparse; `attach` does so over
+        all ranks.
+        """
+        weights = [
+            to_local(param)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and param.ndim >= 2 and not group["weight_decay"] > 0
+        ]
+        counts = [(int(count_zeros(w)), w.numel()) for w in weights if w.numel()]
+        # All of them: a layer that begins at zero, as the output of a residual branch may.
+        counts = [(zeros, elements) for zeros, elements in counts if zeros < elements]
+        warn_of_free_zeros(sum(zeros for zeros, _ in counts), sum(elements for _, elements in counts))
 
     def _without_fused(
         self, values: dict[str, Any], rows: list[StepRow], fused: dict[str, dispatch.ValuedRows]

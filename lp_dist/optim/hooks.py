@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lp_dist.errors import UsageError
 from lp_dist.optim import decay
 from lp_dist.optim.attachable import AttachedState
 from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.batching import to_local
 from lp_dist.optim.hyperparameters import Phase, acting_values, check_hyperparameters
 from lp_dist.optim.parameter_map import ParameterMap, effective_values, flat_view
-from lp_dist.optim.state import STEP_COUNT, refuse_all_zero
+from lp_dist.optim.state import IN_WINDOW, STEP_COUNT, refuse_all_zero, refuse_unattended_window
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,17 @@ def add_lp_decay(
     Returns:
         A handle: `.memory` is "largest tensor" or "copy", `.remove()` takes the decay off again.
     Raises:
-        ValueError: the optimizer is one of lp_dist, LBFGS, has the decay already, or a hyperparameter is bad.
+        ValueError: the optimizer is one of lp_dist, LBFGS, has the decay already, keeps other weights than the model's
+            (schedule-free), or a hyperparameter is bad. At the first step: its state holds a copy of the weights.
     """
-    defaults = {"p": p, "l2": l2, "cutoff": cutoff, "regrowth_below": regrowth_below, "phase": Phase.DECAY.value}
+    defaults = {
+        "p": p,
+        "l2": l2,
+        "cutoff": cutoff,
+        "regrowth_below": regrowth_below,
+        "phase": Phase.DECAY.value,
+        IN_WINDOW: False,
+    }
     return LpDecay(optimizer, defaults, one_at_a_time)
 
 
@@ -117,6 +126,11 @@ class LpDecay:
             raise ValueError(
                 "LBFGS takes many inner steps a call, so there is no weight 'before the step'; use another optimizer"
             )
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"{name} has a train() and an eval(), by which it changes the model's weights for others that it keeps"
+                " (schedule-free): zeros would not be in what is saved. Use an optimizer with one copy of the weights"
+            )
         if handle_of(optimizer) is not None:
             raise ValueError(
                 f"this {name} has the Lp decay already; call .remove() of the handle that add_lp_decay returned first"
@@ -133,6 +147,7 @@ class LpDecay:
         self.attached = AttachedState()
         for group in optimizer.param_groups:
             self.attached.requested.add(group, _REQUESTED)
+        self._has_stepped = False
         # What must be put back or used after the step; all empty between steps.
         self._before_step: list[_BeforeStep] = []
         self._weight_decays: list[tuple[dict, float]] = []  # group, λ, which the base must not see
@@ -214,6 +229,8 @@ class LpDecay:
             for key, value in self._defaults.items():
                 group.setdefault(key, value)  # a group that was added later
             self.check(group)
+            if not self.attached.in_window:
+                refuse_unattended_window(group)
         self._weight_decays = [(group, group["weight_decay"]) for group in groups]
         for group in groups:
             group["weight_decay"] = 0.0
@@ -232,6 +249,9 @@ class LpDecay:
         return (args, kwargs) if changed else None
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._has_stepped:
+            self._refuse_copies(optimizer)
+            self._has_stepped = True
         self._apply(optimizer)
         self._restore()
         for group in optimizer.param_groups:
@@ -241,6 +261,24 @@ class LpDecay:
                     # Plain SGD counts none, and `steps_taken` must know which were skipped. No tensor: torch would
                     # load it in the dtype of the weight.
                     state[STEP_COUNT] = state.get(STEP_COUNT, 0) + 1
+
+    def _refuse_copies(self, optimizer: Optimizer) -> None:
+        """Raises UsageError where the state holds the stepped weights once more: the next step would begin there."""
+        if type(optimizer).__module__.startswith("torch."):
+            return  # none of them does; ASGD's average is for its user to take
+        for group in optimizer.param_groups:
+            for param in _with_grad(group["params"]):
+                weights = to_local(param)
+                for key, value in optimizer.state[param].items():
+                    copy = to_local(value) if isinstance(value, Tensor) else None
+                    if copy is None or copy.numel() < 2 or copy.shape != weights.shape or not weights.any():
+                        continue
+                    if torch.equal(copy.to(weights.dtype), weights):
+                        raise UsageError(
+                            f"{type(optimizer).__name__} keeps a copy of the weights in its state ({key!r}), and"
+                            " writes it over them at each step: zeros would not stay. Use an optimizer without masters"
+                            " of its own; lp_dist's keep bf16 weights exact under DeepSpeed and FSDP2"
+                        )
 
     def _step_in_batches(self, optimizer: Optimizer) -> None:
         """Steps and decays a few parameters at a time; leaves the groups empty, so that the step proper has nothing to

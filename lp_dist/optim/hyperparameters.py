@@ -15,6 +15,21 @@ from lp_dist.optim import nm
 P_MIN, P_MAX = -4.0, 4.0
 
 
+class OpenFloat(float):
+    """A default that a caller did not name, so that Trainer's arguments may take its place."""
+
+
+class OpenPair(tuple[float, float]):
+    """As `OpenFloat`, of two numbers."""
+
+
+def plain_value(value: Any) -> Any:
+    """The plain number or pair of a default that was left open; other values as they are."""
+    if isinstance(value, OpenFloat):
+        return float(value)
+    return tuple(value) if isinstance(value, OpenPair) else value
+
+
 class Phase(str, Enum):
     """What the decay does to the parameters that have a weight_decay above 0.
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist.optim.base import LpOptimizer
+from lp_dist.optim.base import LpOptimizer, refuse_arguments
+from lp_dist.optim.hyperparameters import OpenFloat, OpenPair
+
+_LR, _LION_LR, _BETAS, _EPS = OpenFloat(1e-3), OpenFloat(1e-4), OpenPair((0.9, 0.999)), OpenFloat(1e-8)
 
 
 class LpAdamW(LpOptimizer):
@@ -21,7 +24,8 @@ class LpAdamW(LpOptimizer):
 
     Args:
         params: parameters or param groups; every argument below but `implementation` is a group key too.
-        lr: α, a number or a one-element tensor.
+        lr: α, a number or a one-element tensor. Where Trainer makes the optimizer and this, betas or eps is not named,
+            `LpCallback` gives it the value of `TrainingArguments`.
         betas: decay rates of the moments.
         eps: ε, added to √v̂.
         weight_decay: λ. Our λ carries the 1/p (see `decay.py`). A fine-tune needs one two or three orders of magnitude
@@ -62,9 +66,9 @@ class LpAdamW(LpOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        lr: float | Tensor = _LR,
+        betas: tuple[float, float] = _BETAS,
+        eps: float = _EPS,
         weight_decay: float = 0.0,
         *,
         p: float = 0.5,
@@ -79,7 +83,9 @@ class LpAdamW(LpOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         implementation: str | None = None,
+        **others: Any,
     ) -> None:
+        refuse_arguments(type(self), others)
         super().__init__(
             params,
             dict(
@@ -163,7 +169,7 @@ class LpSGD(_Unconditioned):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = _LR,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -178,7 +184,9 @@ class LpSGD(_Unconditioned):
         maximize: bool = False,
         capturable: bool = False,
         implementation: str | None = None,
+        **others: Any,
     ) -> None:
+        refuse_arguments(type(self), others)
         super().__init__(
             params,
             dict(
@@ -231,7 +239,7 @@ class LpLion(_Unconditioned):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor = 1e-4,
+        lr: float | Tensor = _LION_LR,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
@@ -245,7 +253,9 @@ class LpLion(_Unconditioned):
         maximize: bool = False,
         capturable: bool = False,
         implementation: str | None = None,
+        **others: Any,
     ) -> None:
+        refuse_arguments(type(self), others)
         super().__init__(
             params,
             dict(

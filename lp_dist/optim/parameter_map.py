@@ -144,9 +144,11 @@ class RequestedValues:
     def __init__(self) -> None:
         self._of = WeakIdKeyDictionary()
         self.groups: list[dict[str, Any]] = []
+        self.left_open: list[frozenset[str]] = []  # of each group, what its values are a default of
 
-    def add(self, group: dict[str, Any], keys: Iterable[str]) -> None:
-        """Notes a group's values of `keys`."""
+    def add(self, group: dict[str, Any], keys: Iterable[str], left_open: frozenset[str] = frozenset()) -> None:
+        """Notes a group's values of `keys`, and which of them the caller did not name."""
+        self.left_open.append(left_open)
         self.groups.append({key: group[key] for key in keys if key in group})
         for param in group["params"]:
             self._of[param] = self.groups[-1]

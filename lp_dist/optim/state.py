@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase, phase_of
+
+logger = logging.getLogger(__name__)
 
 # Where `add_lp_decay` counts steps of an optimizer that counts none itself, such as plain SGD.
 STEP_COUNT = "lp_decay_step"
+# The group key that says that a target's window is open: set by the target, and so in every saved state.
+IN_WINDOW = "in_window"
 
 
 def steps_taken(optimizer: Optimizer) -> int:
@@ -38,4 +44,36 @@ def refuse_all_zero(param: Tensor, group: dict[str, Any]) -> None:
             f"a parameter of shape {tuple(param.shape)} is to decay, but it is all zeros: zero absorbs for p < 2, so"
             " it could never move. Put it into a group with weight_decay=0 (lp_dist.param_groups does so by itself),"
             " or initialise it"
+        )
+
+
+# From here on the zeros of a model are no accident of its initialisation.
+MANY_ZEROS = 0.1
+
+
+def warn_of_free_zeros(zeros: int, elements: int) -> None:
+    """Warns of weights that are zero in a model which comes sparse, where nothing keeps them."""
+    if elements and zeros >= MANY_ZEROS * elements:
+        logger.warning(
+            "%.1f %% of %s weights are zero, and nothing keeps them: they will grow. To keep them:"
+            ' LpAdamW(param_groups(model, 1.0), lr=..., phase="frozen")',
+            100 * zeros / elements,
+            f"{elements:,}",
+        )
+
+
+def mark_window(optimizer: Optimizer, is_open: bool) -> None:
+    """Notes in the param groups, which are saved with the state, whether a target's window is open."""
+    for group in optimizer.param_groups:
+        group[IN_WINDOW] = is_open
+
+
+def refuse_unattended_window(group: dict[str, Any]) -> None:
+    """Raises UsageError for a state from the middle of a target's window, where no target goes on with it."""
+    if group.get(IN_WINDOW):
+        raise UsageError(
+            "the optimizer's state is from the middle of a target's window, and no target goes on with it: zeros would"
+            " grow again, from latent weights that lie where the momentum is kept. Give the same target (LpCallback;"
+            " attach, and load_state_dict() of what it returned), or start anew from the saved model without its"
+            " optimizer state"
         )

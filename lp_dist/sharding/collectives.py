@@ -86,6 +86,14 @@ def assert_same_on_all_ranks(settings: dict[str, Any] | Exception) -> None:
     for rank, other in enumerate(per_rank):
         if isinstance(other, str):
             raise RuntimeError(f"rank {rank} could not attach its optimizer: {other}")
+        only_one_has = sorted(key for key in set(per_rank[0]) ^ set(other) if key.startswith("param group of "))
+        if only_one_has:
+            raise RuntimeError(
+                f"ranks disagree: {only_one_has[0]} is known to one of the ranks 0 and {rank} alone, so their"
+                " optimizers step other parameters. Where that is meant, as by torch's ZeroRedundancyOptimizer,"
+                " lp_dist can't count them: use DeepSpeed's ZeRO-1 or FSDP2. Else start every rank with the same"
+                " script and config"
+            )
         for key in sorted(set(per_rank[0]) | set(other)):
             if per_rank[0].get(key) != other.get(key):
                 raise RuntimeError(

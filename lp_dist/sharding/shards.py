@@ -184,6 +184,20 @@ def all_zero_names(shards: list[Shard]) -> list[str]:
     return [shard.name for shard, count in zip(shards, counts) if not count]
 
 
+def names_without_gradient(shards: list[Shard]) -> list[str]:
+    """Names of the parameters that had no gradient yet, or none but zeros, over all ranks, by Adam's second moments.
+    Collective: one small reduction.
+
+    Engines that keep gradients in flat tensors give zeros where there is none.
+    """
+    had_some = []
+    for shard in shards:
+        moments = shard.state.get("exp_avg_sq") if shard.length else None
+        had_some.append(0 if moments is None else int(moments.any()))
+    counts = all_reduce_sum(torch.tensor(had_some)).tolist()
+    return [shard.name for shard, count in zip(shards, counts) if not count]
+
+
 class _DTensorLocation(NamedTuple):
     """See `LocalShard`."""
 

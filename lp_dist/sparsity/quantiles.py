@@ -296,6 +296,13 @@ def _batches(slices: list[ScoredSlice]) -> Iterator[list[ScoredSlice]]:
         yield batch
 
 
+def count_not_finite(slices: list[ScoredSlice]) -> int:
+    """How many weights, or second moments of them, are nan or infinite, over all ranks. Collective: one reduction."""
+    tensors = [t for scored in slices for t in (scored.weights, scored.exp_avg_sq) if t is not None and t.numel()]
+    counts = [t.isfinite().logical_not_().sum().cpu() for t in tensors]
+    return int(all_reduce_sum(torch.stack([*counts, torch.zeros((), dtype=torch.int64)]).sum().view(1)))
+
+
 @torch.no_grad()
 def zero_at_or_below(slices: list[ScoredSlice], thresholds: dict[str, float]) -> None:
     """Sets weights to zero whose saliency is at or below the threshold of their scope, in place.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lp_dist.optim.batching import count_zeros
 from lp_dist.sharding.collectives import all_reduce_sum
@@ -102,7 +103,7 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
     """Names of the matrices of linear, convolution and attention modules. The rules look at no values.
 
     Left out are biases, norms, embeddings, output heads, and all parameters of peft's adapters: LoRA's B starts at
-    zero, and a sparse A makes no weight of the model zero.
+    zero, and a sparse A makes no weight of the model zero. So are those of `factors_of_weights`.
 
     Args:
         model: before or after it is sharded, but unwrapped.
@@ -123,15 +124,37 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), module)
     names = set()
+    computed = set(factors_of_weights(model))
     # It yields a tied parameter once, under its first name.
     for name, param in model.named_parameters():
-        if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}":
+        if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}" or name in computed:
             continue
         if id(param) in embeddings or id(param) in heads or any(word in _HEAD_NAMES for word in name.split(".")):
             if include_embeddings and len(full_shape(param)) >= 2:
                 names.add(name)
         elif _is_matrix(name, param, owners[id(param)]):
             names.add(name)
+    return names
+
+
+def factors_of_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters from which a module computes its weights at each use, so that zeros in them are not
+    those of the model: of torch's parametrizations, weight norm and `torch.nn.utils.prune`.
+
+    Args:
+        model: before or after it is sharded, but unwrapped.
+    """
+    names = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        params = dict(module.named_parameters(recurse=False))
+        buffers = dict(module.named_buffers(recurse=False))
+        if isinstance(module, ParametrizationList):
+            factors = list(params)
+        else:
+            pruned = [name for name in params if name.endswith("_orig") and f"{name[:-5]}_mask" in buffers]
+            pairs = [name[:-2] for name in params if name.endswith("_g") and f"{name[:-2]}_v" in params]
+            factors = [*pruned, *(f"{name}{part}" for name in pairs for part in ("_g", "_v"))]
+        names += [f"{path}.{name}".lstrip(".") for name in factors]
     return names
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
-from lp_dist.optim.state import steps_taken
-from lp_dist.targets.feasibility import Window, regrowth_end, update_interval
+from lp_dist.targets.feasibility import Window, check_rates, regrowth_end, update_interval
+from lp_dist.targets.lr_lookahead import LearningRates
+from lp_dist.targets.run_steps import RunSteps
 from lp_dist.targets.schedule import window_steps
 from lp_dist.targets.target import SparsityTarget
 
@@ -25,16 +26,18 @@ class RunContext:
     Args:
         optimizer: the inner optimizer, which steps.
         engine_optimizer: an engine's optimizer around it, or that itself.
-        lr_scheduler: gives the learning rates ahead; may be None.
+        rates: the learning rates ahead.
         total_steps: optimizer steps of the run.
         total_parameters: elements of all parameters of the model.
+        steps: counts the optimizer steps of the run.
     """
 
     optimizer: Optimizer
     engine_optimizer: Any
-    lr_scheduler: Any
+    rates: LearningRates
     total_steps: int
     total_parameters: int
+    steps: RunSteps
 
 
 def weight_decay_for(x: float, p: float, learning_rates: float, least: float = 0.0) -> float:
@@ -68,13 +71,14 @@ class Controller(ABC):
         final_pruning: shares that were zero "before" and "after" it, and their difference, "pruned_at_end"; None until
             then.
         logs: target, plan, what was measured at the last update, and λ.
-        last_step: optimizer steps at the last call; -1 before the first.
+        last_step: steps of the run at the last call; -1 before the first.
     Raises:
         UsageError: the window holds no step of the run.
     """
 
     state_version: int
     subject: str  # whose target it is, for messages
+    measured_key: str  # of the share of zeros, in `logs`
 
     def __init__(self, target: SparsityTarget, run: RunContext) -> None:
         self.target, self.run = target, run
@@ -100,6 +104,11 @@ class Controller(ABC):
 
     @property
     @abstractmethod
+    def param_groups(self) -> set[int]:
+        """Indices of the param groups that decay to the target."""
+
+    @property
+    @abstractmethod
     def sparsity(self) -> float:
         """Share to end with, of what the controller counts."""
 
@@ -109,15 +118,36 @@ class Controller(ABC):
         """Call it after each optimizer step (and the scheduler's); a step that was skipped, or a micro-batch, changes
         nothing.
         """
-        t = steps_taken(self.run.optimizer)
+        t = self.run.steps.taken
         if t != self.last_step:
-            if t > self.window.start and not self.before:
-                raise RuntimeError(
-                    f"the optimizer has taken {t} steps, and the window of the {self.subject} began at"
-                    f" {self.window.start}, but the target's own state is not here: load it (load_state_dict of what"
-                    " attach returned), or call after_step() after each optimizer step from the first on"
-                )
+            self.check_begun(t)
             self.prepare_step(t)
+
+    def check_begun(self, t: int) -> None:
+        """Raises UsageError if the window began before step t, and it was not prepared here, nor loaded."""
+        if t > self.window.start and not self.before:
+            raise UsageError(
+                f"the run is at step {t}, and the window of the {self.subject} began at {self.window.start}, but the"
+                " target's own state is not here. To go on with a run load it: load_state_dict() of what attach"
+                " returned, after the optimizer's state (a DeepSpeed engine does so by itself, where load_checkpoint"
+                " comes after attach). To begin a target here, begin its window later: start, end. A loop has to call"
+                " after_step() after each optimizer step, from the first on"
+            )
+
+    @property
+    def progress(self) -> str:
+        """Where the target stood at the last call, in words."""
+        measured = self.logs.get(self.measured_key)
+        share = "nothing was counted yet" if measured is None else f"{measured:.2%} were zero at the last update"
+        return (
+            f"of the {self.subject} {self.sparsity:.2%} were to be zero by step {self.window.end}, and at step"
+            f" {self.last_step} {share}"
+        )
+
+    @property
+    def is_in_window(self) -> bool:
+        """Whether weights are being brought to the target: since its window has begun, up to the final pruning."""
+        return bool(self.before) and self.final_pruning is None
 
     @property
     def is_due(self) -> bool:
@@ -126,16 +156,24 @@ class Controller(ABC):
         return self.final_pruning is None and upcoming >= min(self.next_update, self.window.end - 1)
 
     def begin(self, t: int) -> None:
-        """Prepares the first step here, t; after a resume beyond the window's start `load_state_dict` does."""
-        if t <= self.window.start:
-            self.prepare_step(t)
+        """Prepares the first step here, t, where no state is loaded.
+
+        Raises:
+            UsageError: the window began before it.
+        """
+        self.check_begun(t)
+        self.prepare_step(t)
 
     def prepare_step(self, t: int) -> None:
         """Prepares step t (from 0)."""
         self.last_step = t
+        self.run.rates.note(t)
         if t < self.window.start:
             return
         if not self.before:
+            first, end = self.window[:2]
+            if not self.run.rates.is_stepped_each_step:  # else it was looked at before the run
+                check_rates(self.param_groups, first, end, self.run.rates.ahead(end - 1 - t), self.run.rates.is_sure)
             self._begin()
         if t >= self.window.end - 1:
             if self.final_pruning is None:
@@ -145,20 +183,33 @@ class Controller(ABC):
             self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
 
     def finish(self) -> None:
-        """Prunes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps.
-        Collective.
+        """Prunes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps;
+        else counts once more, since weights may have been loaded or set after the final pruning. Collective.
         """
         if self.final_pruning is None:
             logger.warning(
                 "the run ended after %d steps that were really taken, before the window of the %s did at %d; pruning"
                 " what is missing now",
-                steps_taken(self.run.optimizer),
+                self.run.steps.taken,
                 self.subject,
                 self.window.end,
             )
             if not self.before:
                 self._begin()
             self._prune()
+            return
+        said, counted = self.logs[self.measured_key], self.zero_share()
+        self.logs = {**self.logs, self.measured_key: counted}
+        if counted < said:
+            logger.warning(
+                "%.2f %% of the %s are zero now, and %.2f %% were after the final pruning: %s",
+                100 * counted,
+                self.subject,
+                100 * said,
+                "freeze=False lets zeros grow again"
+                if not self.target.freeze
+                else "other weights were loaded since, such as by load_best_model_at_end, or something else sets them",
+            )
 
     def warn_if_unfinished(self) -> None:
         """Says so where the run ends before its window does, with what is zero, counted now. Collective."""
@@ -167,7 +218,7 @@ class Controller(ABC):
                 "the run ends after %d steps, before the window of the %s does at %d of %d: %.2f %% are zero, of the"
                 " %.2f %% to end with. Nothing was pruned. Go on from the last checkpoint, or set the number of steps"
                 " to what the run takes; finish() of what attach returned prunes the rest at once",
-                steps_taken(self.run.optimizer),
+                self.run.steps.taken,
                 self.subject,
                 self.window.end,
                 self.window.total,
@@ -240,7 +291,7 @@ class Controller(ABC):
         """Goes on where `state` was. Call it after the optimizer's state was loaded.
 
         Raises:
-            UsageError: it is of another target, another run, or another version.
+            UsageError: it is of another target, another version, or of a run of another length whose window is open.
         """
         if state.get("version") != self.state_version:
             raise UsageError(
@@ -248,6 +299,15 @@ class Controller(ABC):
                 f" reads {self.state_version}; install the one that wrote it"
             )
         current = self.state_dict()
+        window = Window(*state["window"][:3])
+        if state["final_pruning"] is not None and window != self.window:
+            # More steps after the end: only the phase after the window is left, and it is as in the first run.
+            logger.info(
+                "the target of the %s was reached in a run of %d steps; its zeros are kept in the steps after it",
+                self.subject,
+                window.total,
+            )
+            self.window, current["window"] = window, state["window"]
         for key in ("target", "window", *self._compared_keys):
             if current[key] != state[key]:
                 raise UsageError(
@@ -259,7 +319,8 @@ class Controller(ABC):
         self.before, self.next_update = dict(state["before"]), state["next_update"]
         self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
         self._load_own_state(state)
-        self.prepare_step(steps_taken(self.run.optimizer))
+        self.run.rates.forget()
+        self.prepare_step(self.run.steps.taken)
 
     _compared_keys: tuple[str, ...] = ()  # of the own state, which a checkpoint must agree on
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -9,14 +10,17 @@ from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
 from lp_dist.optim.optimizers import LpAdamW
-from lp_dist.optim.state import steps_taken
-from lp_dist.sharding.shards import Shard
-from lp_dist.targets.lr_lookahead import rates_ahead
+from lp_dist.sharding.shards import Shard, is_dtensor
+from lp_dist.targets.lr_lookahead import LearningRates
 from lp_dist.targets.target import PatternTarget, SparsityTarget, WeightTarget, check_p
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_WINDOW = 8  # optimizer steps: the collapse of a weight takes some, whatever λ is
 # Steps between two updates that a target takes by itself. With more, weights that move far are found too late.
 LONGEST_INTERVAL = 20
+# A warning is due where the learning rate is 0 for more than this part of the window, at its end.
+MOSTLY = 0.1
 # Part of the window with regrowth, but a collapse before its end: what is near zero needs no more.
 REGROWTH_PART = 0.8
 
@@ -63,7 +67,8 @@ def check_reachable(
     forms: dict[str, dict[str, Any]],
     window: Window,
     total_parameters: int,
-    lr_scheduler: Any,
+    taken: int | None,
+    rates: LearningRates,
 ) -> None:
     """Raises UsageError, with what to change, for a target of single weights that can't be reached.
 
@@ -74,7 +79,8 @@ def check_reachable(
         forms: their p, precondition and the like, by name.
         window: of the target.
         total_parameters: elements of all parameters of the model.
-        lr_scheduler: gives the learning rates ahead; may be None.
+        taken: steps of the run so far; None: not known yet, as a checkpoint may be loaded.
+        rates: the learning rates ahead.
     """
     if not shards:
         raise UsageError(
@@ -85,6 +91,14 @@ def check_reachable(
         raise UsageError(
             "a target can't be followed under NVMe offload, since the weights lie on the disk between steps; offload"
             " to the CPU instead, or give a weight_decay (λ) and no target"
+        )
+    strided = [s.name for s in shards if not is_dtensor(s.tensor) and not s.tensor.is_contiguous()]
+    if strided:
+        raise UsageError(
+            f"{len(strided)} parameters that are to decay to a target don't lie in memory row by row, such as"
+            f" {strided[0]} (channels_last, or a transposed view): param.data = param.data.contiguous() for each,"
+            " before the optimizer is made; inputs may stay channels_last. Or leave them out by an override,"
+            " weight_decay 0"
         )
     for name, form in forms.items():
         try:
@@ -106,7 +120,7 @@ def check_reachable(
             f" {elements / total_parameters:.3f}, let more decay (names=), or use relative_to='decayed'"
         )
     first = max(1, window.start) if any(form.get("precondition") for form in forms.values()) else window.start
-    check_window_length(target, optimizer, {shard.group for shard in shards}, window, first, lr_scheduler)
+    check_window_length(target, {shard.group for shard in shards}, window, first, taken, rates)
 
 
 def _check_latent_windows(target: WeightTarget | PatternTarget, optimizer: Optimizer) -> None:
@@ -125,21 +139,21 @@ def _check_latent_windows(target: WeightTarget | PatternTarget, optimizer: Optim
 
 def check_window_length(
     target: SparsityTarget,
-    optimizer: Optimizer,
     param_groups: set[int],
     window: Window,
     first: int,
-    lr_scheduler: Any,
+    taken: int | None,
+    rates: LearningRates,
 ) -> None:
     """Raises UsageError for a window in which nothing can become zero.
 
     Args:
         target: what to reach.
-        optimizer: the inner optimizer.
         param_groups: indices of the param groups that decay.
         window: of the target.
         first: the first step at which something can.
-        lr_scheduler: gives the learning rates ahead; may be None.
+        taken: steps of the run so far; None: not known yet, and the learning rates ahead neither.
+        rates: the learning rates ahead.
     """
     start, end, total = window
     if end - start < SHORTEST_WINDOW:
@@ -153,10 +167,59 @@ def check_window_length(
             else ""
         )
         raise UsageError(f"{short}; {longer}lower start, or raise end")
-    taken = steps_taken(optimizer)
-    ahead = rates_ahead(lr_scheduler, optimizer, end - 1 - taken)[first - taken :] if taken <= first else []
-    if ahead and not any(rate[i] > 0 for rate in ahead for i in param_groups):
-        raise UsageError(
-            f"the learning rate is 0 in the whole window from step {first} to {end}, so nothing can decay; move the"
-            " window"
+    if taken is None or taken > first:
+        return
+    ahead = rates.ahead(total - taken)
+    # A schedule that has ended before the window may be one that is stepped once an epoch.
+    has_ended = any(_is_any(rate, param_groups) for rate in ahead[:1]) and not any(
+        _is_any(rate, param_groups) for rate in ahead[first - taken :]
+    )
+    check_rates(param_groups, first, end, ahead[first - taken : end - 1 - taken], rates.is_sure or not has_ended)
+
+
+def _is_any(rate: list[float], param_groups: set[int]) -> bool:
+    return any(rate[i] > 0 for i in param_groups)
+
+
+def check_rates(param_groups: set[int], first: int, end: int, rates: list[list[float]], is_sure: bool) -> None:
+    """Looks for learning rates of 0 in a window, where nothing can decay.
+
+    Args:
+        param_groups: indices of the param groups that decay.
+        first: the first step at which something can decay.
+        end: of the window.
+        rates: of each step from `first` on to the one before the final pruning, of each group.
+        is_sure: whether the scheduler is stepped at each optimizer step.
+    Raises:
+        UsageError: there is none above 0, and that is sure.
+    """
+    acting = [i for i, rate in enumerate(rates) if _is_any(rate, param_groups)]
+    if rates and not acting:
+        if is_sure:
+            raise UsageError(
+                f"the learning rate is 0 in the whole window from step {first} to {end}, so nothing can decay; move"
+                " the window"
+            )
+        logger.warning(
+            "if the learning-rate scheduler is stepped at each optimizer step, the rate is 0 in the whole window from"
+            " step %d to %d, and nothing can decay; move the window",
+            first,
+            end,
         )
+    elif rates and len(rates) - 1 - acting[-1] > MOSTLY * len(rates):
+        logger.warning(
+            "the learning rate is 0 from step %d on, and the window ends at %d: nothing decays in between, and what is"
+            " missing is pruned at once. End the window there (end=%d), or let the schedule last as long as the run",
+            first + acting[-1] + 1,
+            end,
+            first + acting[-1] + 1,
+        )
+    else:
+        still = [group for group in sorted(param_groups) if rates and not any(rate[group] > 0 for rate in rates)]
+        if still:
+            logger.warning(
+                "the learning rate of param group %s is 0 in the whole window: its weights don't decay, and those"
+                " below the threshold are pruned at once in the final step. If they are to stay as they are, freeze"
+                " them (requires_grad_(False)), or leave them out by an override, weight_decay 0",
+                ", ".join(map(str, still)),
+            )

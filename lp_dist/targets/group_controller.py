@@ -23,7 +23,6 @@ from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
 from lp_dist.targets.feasibility import check_window_length
-from lp_dist.targets.lr_lookahead import rates_ahead
 from lp_dist.targets.target import GroupTarget
 from lp_dist.targets.weight_controller import WeightController
 
@@ -42,6 +41,7 @@ class GroupController(Controller):
 
     state_version = 2
     subject = "groups"
+    measured_key = "lp/groups_measured"
     target: GroupTarget
 
     def __init__(self, target: GroupTarget, run: RunContext, sets: list[WeightGroups], shards: list[Shard]) -> None:
@@ -52,9 +52,10 @@ class GroupController(Controller):
             groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name)
             for groups in sets
         }
-        window, param_groups = self.window, set(self._param_group_of.values())
+        window = self.window
         self._plan_updates(bool(target.precondition), slow=target.p > 0.5)
-        check_window_length(target, run.optimizer, param_groups, window, self.window.start, run.lr_scheduler)
+        taken = None if run.steps.is_unsure else run.steps.taken
+        check_window_length(target, self.param_groups, window, self.window.start, taken, run.rates)
         self.budget = group_budget(target)
         self.required = required_costs(self.budget, sets, run.total_parameters)
         self.costs = group_costs(self.budget, sets)
@@ -70,6 +71,10 @@ class GroupController(Controller):
         self.hook = GroupDecayHook(
             run.optimizer, sets, shards, p=target.p, precondition=target.precondition, interval=target.interval
         )
+
+    @property
+    def param_groups(self) -> set[int]:
+        return set(self._param_group_of.values())
 
     @property
     def sparsity(self) -> float:
@@ -120,7 +125,13 @@ class GroupController(Controller):
         horizon = min(self.update_every, self.window.end - 1 - t)
         regrowth = self.target.regrowth if self.allows_regrowth(t) else 0.0
         squares = self._squares()
-        rates = rates_ahead(self.run.lr_scheduler, self.run.optimizer, horizon)
+        if not bool(squares.isfinite().all()):
+            raise RuntimeError(
+                f"at step {t} weights of {int(squares.isfinite().logical_not().sum()):,} groups are nan or infinite:"
+                " no threshold can be found, and what was trained is spoiled. Go on from the last checkpoint with a"
+                " lower learning rate, or with clipped gradients"
+            )
+        rates = self.run.rates.ahead(horizon)
         means = squares / self.hook.sizes.cpu()
         limits: dict[str, float] = {}  # mean squares at the threshold, by label
         for scope, indices in self._indices_by_scope().items():

@@ -15,6 +15,67 @@ from lp_dist.sharding.engines import inner_scheduler, scheduler_steps
 logger = logging.getLogger(__name__)
 
 
+class LearningRates:
+    """The learning rates of the steps to come, in a loop that may step its scheduler at each step or once an epoch.
+
+    Args:
+        lr_scheduler: torch's, DeepSpeed's, Accelerate's wrapper of one, or None.
+        optimizer: the inner one.
+        is_stepped_each_step: whether the scheduler is known to be stepped at each optimizer step.
+    """
+
+    def __init__(self, lr_scheduler: Any, optimizer: Optimizer, is_stepped_each_step: bool = False) -> None:
+        self._lr_scheduler, self._optimizer = lr_scheduler, optimizer
+        self.is_stepped_each_step = is_stepped_each_step
+        self._seen_steps = self._since_move = 0
+        self._interval = 0.0  # steps between the last two moves of the scheduler; 0: it was never seen to move
+        self._last: tuple[int, int] | None = None  # the run's step and the scheduler's at the last look
+
+    def forget(self) -> None:
+        """Another state was loaded, and with it, before or after, that of the scheduler."""
+        self._seen_steps = self._since_move = 0
+        self._last = None
+
+    def note(self, t: int) -> None:
+        """Looks how far the scheduler has come at step t of the run."""
+        epoch = getattr(inner_scheduler(self._lr_scheduler), "last_epoch", None)
+        if not isinstance(epoch, int):
+            return
+        if self._last is not None:
+            steps, moves = t - self._last[0], epoch - self._last[1]
+            if steps > 0 and 0 <= moves <= steps * scheduler_steps(self._lr_scheduler):  # else a state was loaded
+                self._seen_steps, self._since_move = self._seen_steps + steps, self._since_move + steps
+                if moves:
+                    self._interval = self._since_move * scheduler_steps(self._lr_scheduler) / moves
+                    self._since_move = 0
+        self._last = t, epoch
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between two steps of the scheduler, as far as it was seen; 0: it was never stepped."""
+        is_one = self.is_stepped_each_step or self._seen_steps < ENOUGH_STEPS
+        return 1 if is_one else round(self._interval)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is known how often the scheduler is stepped."""
+        return self.is_stepped_each_step or self._lr_scheduler is None or self._seen_steps >= ENOUGH_STEPS
+
+    def ahead(self, steps: int) -> list[list[float]]:
+        """Of each param group for the next `steps` optimizer steps, the present ones first; see `rates_ahead`."""
+        interval = self.interval
+        if interval == 1 or steps < 1:
+            return rates_ahead(self._lr_scheduler, self._optimizer, steps)
+        if interval == 0:
+            return rates_ahead(None, self._optimizer, steps)
+        rates = rates_ahead(self._lr_scheduler, self._optimizer, -(-steps // interval))
+        return [rate for rate in rates for _ in range(interval)][:steps]
+
+
+# A scheduler that has not moved after so many steps is one that is stepped once an epoch.
+ENOUGH_STEPS = 4
+
+
 def rates_ahead(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[float]]:
     """Learning rates of each param group for the next `steps` optimizer steps, the present ones first.
 
@@ -54,7 +115,12 @@ def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[f
         for group in optimizer.param_groups
     ]
     stand_in = torch.optim.SGD(groups)
-    memo = {id(optimizer): stand_in, id(inner.optimizer): stand_in}
+    memo: dict[int, Any] = {id(optimizer): stand_in, id(inner.optimizer): stand_in}
+    # What a rule of the user's belongs to, a whole model perhaps, is not copied with it.
+    for rule in _rules(inner):
+        owner = getattr(rule, "__self__", None)
+        if owner is not None:
+            memo[id(owner)] = owner
     rates: list[list[float]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a scheduler that is stepped before its optimizer
@@ -72,3 +138,9 @@ def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[f
             if over:
                 break
     return rates
+
+
+def _rules(scheduler: Any) -> list[Any]:
+    """The functions of a user's by which a scheduler, and those inside of it, find their rates."""
+    inside = [rule for each in getattr(scheduler, "_schedulers", ()) for rule in _rules(each)]
+    return [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_ref", None), *inside]

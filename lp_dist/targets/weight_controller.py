@@ -19,12 +19,13 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap
 from lp_dist.sharding.deepspeed import update_copies
-from lp_dist.sharding.shards import Shard
+from lp_dist.sharding.shards import Shard, names_without_gradient
 from lp_dist.sparsity.census import Census, ZeroCount, census
 from lp_dist.sparsity.nm_blocks import scored_blocks
 from lp_dist.sparsity.quantiles import (
     MAX_SALIENCY,
     ScoredSlice,
+    count_not_finite,
     fraction_at_or_below,
     restore_latent,
     sample_stride,
@@ -33,7 +34,6 @@ from lp_dist.sparsity.quantiles import (
 )
 from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
 from lp_dist.targets.feasibility import check_reachable
-from lp_dist.targets.lr_lookahead import rates_ahead
 from lp_dist.targets.target import PatternTarget, WeightTarget
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class WeightController(Controller):
 
     state_version = 4
     subject = "weights"
+    measured_key = "lp/measured"
     target: WeightTarget | PatternTarget
 
     def __init__(
@@ -77,7 +78,8 @@ class WeightController(Controller):
         # What the script overrides for single parameters holds under a target too.
         self._script_overrides = {shard.name: parameter_map.values(shard.name) for shard in candidates}
         forms = {shard.name: self._values(shard) for shard in self.shards}
-        check_reachable(target, run.optimizer, self.shards, forms, self.window, run.total_parameters, run.lr_scheduler)
+        taken = None if run.steps.is_unsure else run.steps.taken
+        check_reachable(target, run.optimizer, self.shards, forms, self.window, run.total_parameters, taken, run.rates)
         self._plan_updates(
             bool(target.latent_windows) or any(form.get("precondition") for form in forms.values()),
             slow=any(form["p"] > 0.5 for form in forms.values()),
@@ -91,6 +93,10 @@ class WeightController(Controller):
             return self.target.sparsity
         # Not kept, since a checkpoint says which of the candidates are left out.
         return self.target.sparsity * self.run.total_parameters / sum(shard.shape.numel() for shard in self.shards)
+
+    @property
+    def param_groups(self) -> set[int]:
+        return {shard.group for shard in self.shards}
 
     @property
     def shards(self) -> list[Shard]:
@@ -163,11 +169,8 @@ class WeightController(Controller):
         self.before = {scope: count.zeros / count.elements for scope, count in counts.items()}
         if self.target.pattern:  # a zero that is kept in its block is no part of it
             self.before = fraction_at_or_below(self.scored_slices(all_local=False), dict.fromkeys(counts, 0.0))
-        without_gradient = [
-            shard.name
-            for shard in self.shards
-            if shard.length and not shard.state and self._values(shard).get("precondition")
-        ]
+        preconditioned = [shard for shard in self.shards if self._values(shard).get("precondition")]
+        without_gradient = names_without_gradient(preconditioned)
         if without_gradient:
             logger.warning(
                 "%d of the parameters that decay have had no gradient before the window, %s among them: the loss is"
@@ -195,10 +198,11 @@ class WeightController(Controller):
         planned = self.planned_share(t + horizon)
         shares = {scope: before + (self.sparsity - before) * planned for scope, before in self.before.items()}
         sample = self.scored_slices(all_local=False, elements=elements)
+        self._refuse_not_finite(t, sample)
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
-        rates = rates_ahead(self.run.lr_scheduler, self.run.optimizer, horizon)
+        rates = self.run.rates.ahead(horizon)
         # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
         # next update.
         length = self.window.end - self.window.start
@@ -216,6 +220,21 @@ class WeightController(Controller):
             )
             weight_decays.append(weight_decay)
         self._set_logs(t, measured, weight_decays, near_zero)
+
+    def _refuse_not_finite(self, t: int, slices: list[ScoredSlice]) -> None:
+        """Raises RuntimeError, on every rank, where a weight or Adam's second moment of it is nan or infinite."""
+        if not count_not_finite(slices):
+            return
+        by_name = [
+            (shard.name, count_not_finite([ScoredSlice.from_shard("all", shard, self._values(shard), False)]))
+            for shard in self.shards
+        ]
+        spoiled = [(name, count) for name, count in by_name if count]
+        raise RuntimeError(
+            f"at step {t} {spoiled[0][1]:,} weights of {spoiled[0][0]}, or Adam's second moments of them, are nan or"
+            f" infinite, and {len(spoiled) - 1} more parameters have some: no threshold can be found, and what was"
+            " trained is spoiled. Go on from the last checkpoint with a lower learning rate, or with clipped gradients"
+        )
 
     def _near_zero(self, sample: list[ScoredSlice], elements: dict[str, int]) -> float | None:
         """Share of the weights whose saliency is at or below that of regrowth at the last update: zeros, and what is
@@ -238,6 +257,7 @@ class WeightController(Controller):
             scope: round(self.sparsity * count.elements)
             for scope, count in self._by_scope(census(self.shards)).items()
         }
+        self._refuse_not_finite(self.window.end - 1, self.scored_slices(all_local=False))
         if self.target.pattern:
             thresholds = dict.fromkeys(ranks, MAX_SALIENCY)
         else:
@@ -249,6 +269,15 @@ class WeightController(Controller):
             self.parameter_map.set(shard.name, latent=False)
         update_copies(self.run.engine_optimizer)
         measured = census(self.shards)
+        dead = [shard.name for shard, count in zip(self.shards, measured.counts) if count.zeros == count.elements]
+        if dead:
+            logger.warning(
+                "%d matrices are all zeros now, such as %s: nothing passes through them any more. One threshold for"
+                " all takes most where the loss is least sensitive; scope='layer' gives each matrix the same share,"
+                " and an override with weight_decay 0 leaves one dense",
+                len(dead),
+                dead[0],
+            )
         after = self._by_scope(measured)
         total = sum(count.elements for count in after.values())
         zeros_before, zeros_after = (sum(count.zeros for count in counts.values()) for counts in (before, after))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,15 +14,17 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lp_dist.attachment.attach import Attachment, attach
+from lp_dist.attachment.attach import Attachment, attach_as_requested
+from lp_dist.attachment.plan import Request
 from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase, phase_of
 from lp_dist.optim.state import steps_taken
-from lp_dist.sharding.engines import unwrap, wrapper_of
+from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
 from lp_dist.sparsity.measure import measure_sparsity
 from lp_dist.structured.resolve import KINDS
 from lp_dist.targets.schedule import DecayWindow
 from lp_dist.targets.target import CURVES, GroupDecay, SparsityTarget
+from lp_dist.training.argument_defaults import take_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +77,14 @@ class LpCallback(TrainerCallback, ExportableState):
         self.groups = GroupDecay(**groups) if isinstance(groups, dict) else groups
         self.names = None if names is None else sorted(names)
         self.overrides = overrides
-        self.attached: Attachment | None = None
+        self._attached: Attachment | None = None
+        self._ended: weakref.ref[Attachment] | None = None  # the optimizer keeps it alive, and nothing else
+        self._progress: dict[str, Any] = {}
+
+    @property
+    def attached(self) -> Attachment | None:
+        """What `attach` returned for this training; after its end for as long as the optimizer lives. None before."""
+        return self._attached if self._ended is None else self._ended()
 
     def state(self) -> dict[str, Any]:
         """For Trainer's checkpoints: the arguments of this callback, and the state of the target."""
@@ -102,33 +113,33 @@ class LpCallback(TrainerCallback, ExportableState):
         return {
             "args": arguments,
             "attributes": {},
-            "progress": self.attached.state_dict() if self.attached is not None else {},
+            "progress": self._attached.state_dict() if self._attached is not None else self._progress,
         }
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        scheduled = self.window.scheduled() if self.window is not None else {}
-        self.attached = attach(
-            model,
-            optimizer,
+        self._ended = None
+        inner = inner_optimizer(optimizer_of(model, optimizer))
+        take_arguments(inner, lr_scheduler, args)
+        if state.global_step and not steps_taken(inner):
+            self._without_optimizer_state(state)
+        request = Request(
             names=self.names,
-            overrides=self.overrides,
+            overrides=self.overrides or {},
             target=self.target or None,
             groups=self.groups,
             total_steps=state.max_steps if self.target else None,
             lr_scheduler=lr_scheduler,
-            scheduled=scheduled,
+            scheduled=self.window.scheduled() if self.window is not None else {},
+            first_step=state.global_step,
+            is_stepped_each_step=True,
         )
-        _check_saved(model, optimizer, self.attached.decayed, args)
-        self._optimizer = self.attached.optimizer
-        # Steps before the optimizer was made: of a checkpoint without optimizer state Trainer alone knows them.
-        self._steps_before = 0 if steps_taken(self._optimizer) else state.global_step
-        if self._steps_before and not self.target:
-            logger.warning(
-                "resuming at step %d without optimizer state: the checkpoint had none, so the moments start at zero",
-                self._steps_before,
-            )
-        self._resume_target(state)
-        decayed = [shard for shard in self.attached.shards if shard.name in self.attached.decayed]
+        self._attached = attach_as_requested(model, optimizer, request)
+        _check_saved(model, optimizer, self._attached.decayed, args)
+        self._optimizer = self._attached.optimizer
+        self._resume(state)
+        if self.target:
+            _check_best(args, state, self._attached)
+        decayed = [shard for shard in self._attached.shards if shard.name in self._attached.decayed]
         self._decayed = sorted({shard.group for shard in decayed})
         if self.window is None:
             return
@@ -151,57 +162,82 @@ class LpCallback(TrainerCallback, ExportableState):
             state.max_steps,
         )
 
-    def _resume_target(self, state) -> None:
+    def _without_optimizer_state(self, state) -> None:
+        if self.target:
+            raise UsageError(
+                f"the checkpoint of step {state.global_step} has no optimizer state, so the target can't be resumed"
+                " from it; train with save_only_model=False, or start anew from its weights with another output_dir"
+            )
+        logger.warning(
+            "resuming at step %d without optimizer state: the checkpoint had none, so the moments start at zero",
+            state.global_step,
+        )
+
+    def _resume(self, state) -> None:
+        """Goes on where the checkpoint was, or begins."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[-1] if isinstance(saved, list) else saved
         progress = (saved or {}).get("progress")
         # Trainer expects it there when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if self._steps_before and self.target:
-            raise UsageError(
-                f"the checkpoint of step {self._steps_before} has no optimizer state, so the target can't be resumed"
-                " from it; train with save_only_model=False, or start anew from its weights with another output_dir"
-            )
         if progress and state.global_step:
-            self.attached.load_state_dict(progress)
+            self._attached.load_state_dict(progress)
+        self._attached.begin()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._attached.watch.check_current()
+        if self.target and not self._attached.is_finished:
+            # The best model is one of those that are as sparse as asked. A resumed state may have another.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         if self.window is not None:
-            values = self.window.at(self._steps_before + steps_taken(self._optimizer), state.max_steps)
+            values = self.window.at(self._attached.steps.taken, state.max_steps)
             for i in self._decayed:
                 self._optimizer.param_groups[i].update(values)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.attached.after_step()
+        self._attached.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
-            self.attached.finish()
+            self._attached.finish()
         else:  # stopped early, by a callback or Ctrl-C: it may be resumed
-            self.attached.warn_if_unfinished()
+            self._attached.warn_if_unfinished()
+        # Nothing of the model is kept: a search trains another one next.
+        self._progress, self._ended = self._attached.state_dict(), weakref.ref(self._attached)
+        self._attached = self._optimizer = None
 
     def progress(self, model: nn.Module) -> dict[str, float]:
         """The entries for a log line: of the target's last update. Without a target of single weights zeros are
         counted now, which is collective.
         """
-        if self.attached is None or not self.attached.decayed:
+        attached = self.attached
+        if attached is None or not attached.decayed:
             return {}
-        logs = dict(self.attached.logs)
-        if self.attached.weight_controller is None:
-            logs["lp/measured"] = measure_sparsity(model, names=self.attached.counted).total
+        logs = dict(attached.logs)
+        if attached.weight_controller is None:
+            logs["lp/measured"] = measure_sparsity(model, names=attached.counted).total
         return logs
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
         # Trainer's own log lines come after this callback. Loggers came before it.
         if "loss" in (logs or {}) and "lp/measured" not in logs:
             logs.update(self.progress(model))
         bad = [key for key in ("loss", "grad_norm") if math.isnan((logs or {}).get(key, 0.0))]
-        if bad and not args.fp16:
+        if bad and not _skips_steps(args, optimizer):
             raise RuntimeError(
                 f"{bad[0]} is nan at step {state.global_step}: the weights are spoiled. Resume from the last"
                 " checkpoint with a lower learning rate or max_grad_norm; with DeepSpeed in bf16,"
                 ' "check_grad_overflow": true in its bf16 section skips such steps'
             )
+
+
+def _skips_steps(args: Any, optimizer: Any) -> bool:
+    """Whether a step whose gradients have overflown is skipped: by the loss scaling of fp16, whoever asked for it."""
+    return (
+        args.fp16
+        or os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp16"
+        or bool(getattr(wrapper_of(optimizer), "dynamic_loss_scale", False))
+    )
 
 
 def _to_target(target: SparsityTarget | dict[str, Any]) -> SparsityTarget:
@@ -240,4 +276,20 @@ def _check_saved(model: nn.Module, optimizer: Any, decayed: Iterable[str], args:
             " checkpoints (save_strategy) would not hold the trained base. Set save_strategy='no' and save the model"
             " at the end by lp_dist.merge_adapter(trainer.model), or train under DeepSpeed, whose checkpoints hold"
             " all that is trained"
+        )
+
+
+def _check_best(args: Any, state: Any, attached: Attachment) -> None:
+    """Raises UsageError where no evaluation can find a best model that is as sparse as asked."""
+    end = max(controller.window.end for controller in attached.controllers)
+    if not args.load_best_model_at_end or args.eval_strategy != "steps" or not args.eval_steps:
+        return
+    interval = args.eval_steps if args.eval_steps >= 1 else math.ceil(state.max_steps * args.eval_steps)
+    last = state.max_steps // interval * interval
+    if last < end - 1:
+        raise UsageError(
+            f"load_best_model_at_end=True takes the best of the evaluations, and the last one, at step {last} of"
+            f" {state.max_steps}, lies before the end of the target's window at {end}: the best model would not have"
+            f" the zeros. Set eval_steps to at most {max(1, state.max_steps - end + 1)}, end the window earlier"
+            " (SparsityTarget(end=)), or leave load_best_model_at_end out"
         )

@@ -115,14 +115,17 @@ class LpTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LpCallback):
                     logs.update(callback.progress(self.model))
-        if "eval_loss" in logs:
+        # Of an evaluation, which has its name in front of all that it measures, and always a runtime.
+        prefixes = [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]
+        evaluated = [prefix for prefix in prefixes if prefix != "train" and f"{prefix}_loss" in logs]
+        for prefix in evaluated:
             # Beyond 700 a float is infinite.
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
-            logs["eval_sparsity"] = self.measure_sparsity().total
+            logs[f"{prefix}_perplexity"] = math.exp(min(logs[f"{prefix}_loss"], 700.0))
+            logs[f"{prefix}_sparsity"] = self.measure_sparsity().total
         super().log(logs, *args, **kwargs)
         show_on_bar(self.callback_handler.callbacks, logs)
         # The same on all ranks, as a histogram is collective.
-        if "eval_loss" in logs and "tensorboard" in self.args.report_to:
+        if evaluated and "tensorboard" in self.args.report_to:
             histogram = measure_histogram(self.model, names=self.counted)
             for writer in tensorboards(self.callback_handler.callbacks):
                 write_histograms(writer, histogram, self.state.global_step)

@@ -96,3 +96,24 @@ def test_an_engine_that_is_made_after_attach_is_refused_at_its_first_step(run_ra
             assert "other tensors than when attach was called" in said[kind], (kind, said[kind])
         assert "parameters of the model are other tensors" in said["fsdp2"], said["fsdp2"]
         assert said["ddp"] == said["zero0"] == "", "these step the very parameters that attach has seen"
+
+
+def redundancy(rank: int, world_size: int) -> list[str]:
+    """torch's ZeroRedundancyOptimizer, and what lies inside of it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5)))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), LpAdamW, lr=1e-2)
+    said = []
+    for given in (optimizer, optimizer.optim):
+        with pytest.raises(RuntimeError) as caught:
+            attach(model, given, target=SparsityTarget(0.5), total_steps=100)
+        said.append(str(caught.value))
+    return said
+
+
+def test_torchs_zero_redundancy_optimizer_is_refused_by_name_on_every_rank(run_ranks):
+    for outer, inner in run_ranks(redundancy, 2):
+        assert outer.startswith("torch's ZeroRedundancyOptimizer gives each rank whole parameters of its own")
+        assert "so their optimizers step other parameters" in inner and "ZeroRedundancyOptimizer" in inner
+        assert all("DeepSpeed's ZeRO-1" in said for said in (outer, inner))

@@ -216,7 +216,7 @@ def test_a_grad_scaler_skips_the_step():
     [lambda groups: LpAdamW(groups, lr=0.1), lambda groups: hooked(torch.optim.SGD(groups, lr=0.1))],
     ids=["counts its steps", "counts none"],
 )
-def test_trap_11_the_window_of_the_callback_does_not_count_skipped_steps(optimizer_of):
+def test_trap_11_the_window_of_the_callback_does_not_count_skipped_steps(optimizer_of, tmp_path):
     """Trainer counts them: global_step goes on."""
     model = nn.Sequential(nn.Linear(5, 3))
     optimizer, state = (
@@ -224,7 +224,8 @@ def test_trap_11_the_window_of_the_callback_does_not_count_skipped_steps(optimiz
         SimpleNamespace(global_step=0, max_steps=8, stateful_callbacks={}),
     )
     callback, phases = LpCallback(DecayWindow(2, 4)), []
-    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    args = transformers.TrainingArguments(tmp_path, use_cpu=True, learning_rate=0.1)
+    callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
     for skipped in (True, False, True, False, False, False, True, False):
         callback.on_step_begin(None, state, None)
         phases.append(optimizer.param_groups[0]["phase"])

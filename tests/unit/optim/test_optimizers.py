@@ -216,6 +216,7 @@ def test_state_and_group_keys_are_the_promised_ones(implementation, dtype):
         "lag",
         "maximize",
         "capturable",
+        "in_window",
     }
     for cls, settings, state_keys, group_keys in [
         (LpAdamW, {}, {"step", "exp_avg", "exp_avg_sq"}, {"betas", "eps", "precondition", "latent"}),

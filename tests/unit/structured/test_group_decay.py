@@ -212,7 +212,7 @@ def test_every_so_many_steps_it_decays_for_the_learning_rates_of_all():
                 for i in group:
                     wanted[i] *= factor
         assert flat(model) == pytest.approx(wanted, rel=1e-12), number
-    assert attached.state_dict() == {"groups": {"steps": 0, "rates": {}}}
+    assert attached.state_dict() == {"step": 6, "groups": {"steps": 0, "rates": {}}}
 
 
 @settings(max_examples=200, deadline=None)

@@ -189,7 +189,7 @@ def test_the_state_of_another_run_is_refused(how, change, words):
 def test_no_state_is_no_error_where_there_is_no_target():
     run = TargetRun(None)
     run.attached.load_state_dict({})
-    assert run.attached.state_dict() == {}
+    assert run.attached.state_dict() == {"step": 0}
 
 
 @pytest.mark.parametrize("step", [3, 20, FINAL_PRUNING, TOTAL])
@@ -240,7 +240,9 @@ def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_me
 
 def test_without_a_target_there_is_nothing_to_log_or_save():
     run = TargetRun(None).to(2)
-    assert run.attached.weight_controller is None and run.attached.logs == {} and run.attached.state_dict() == {}
+    assert (
+        run.attached.weight_controller is None and run.attached.logs == {} and run.attached.state_dict() == {"step": 2}
+    )
 
 
 def test_an_update_that_comes_late_does_not_shift_the_later_ones():

@@ -14,7 +14,8 @@ from deepspeed.runtime import lr_schedules as ds
 from torch.optim import lr_scheduler as lr
 from transformers import get_scheduler
 
-from lp_dist import LpAdamW
+from helpers.targets import TargetRun, model_of
+from lp_dist import LpAdamW, SparsityTarget, attach
 from lp_dist.targets.lr_lookahead import rates_ahead
 
 TOTAL = 30
@@ -250,3 +251,75 @@ def test_one_cycle_at_its_end_is_no_surprise(caplog):
     with pytest.raises(ValueError):
         scheduler.step()
     assert rates_ahead(scheduler, optimizer, 3) == [[optimizer.param_groups[0]["lr"]]] * 3 and not caplog.text
+
+
+# -- a scheduler that is stepped once an epoch --------------------------------
+
+EPOCHS = {
+    "CosineAnnealingLR": lambda o: lr.CosineAnnealingLR(o, T_max=10),
+    "ExponentialLR": lambda o: lr.ExponentialLR(o, 0.8),
+    "StepLR": lambda o: lr.StepLR(o, 3, 0.1),
+    "PolynomialLR": lambda o: lr.PolynomialLR(o, total_iters=10),
+    "LambdaLR": lambda o: lr.LambdaLR(o, lambda epoch: 1 - epoch / 10),
+    "MultiStepLR": lambda o: lr.MultiStepLR(o, [4, 7], 0.1),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["scheduler first", "after_step first"])
+@pytest.mark.parametrize("name", EPOCHS)
+def test_a_scheduler_that_is_stepped_once_an_epoch_is_known_by_what_it_does(name, first):
+    run = TargetRun(SparsityTarget(0.5), scheduled=False, total=200, attached=False)
+    run.scheduler = None
+    scheduler = EPOCHS[name](run.optimizer)
+    run.attached = attach(run.model, run.optimizer, target=run.target, total_steps=200, lr_scheduler=scheduler)
+    rates, expected = run.attached.weight_controller.run.rates, []
+    for step in range(200):
+        run.step()
+        if first:
+            run.attached.after_step()
+        if step % 20 == 19:
+            scheduler.step()
+        if not first:
+            run.attached.after_step()
+        if step == 99:
+            assert rates.interval == 20
+            ahead = [rate[0] for rate in rates.ahead(60)]
+        if 99 <= step < 159:
+            expected.append(run.optimizer.param_groups[0]["lr"])
+    assert ahead == pytest.approx(expected)
+    pruned = run.attached.weight_controller.final_pruning
+    assert pruned["after"] == pytest.approx(0.5, abs=1e-4) and pruned["pruned_at_end"] < 0.05
+
+
+def test_a_scheduler_that_is_stepped_each_step_or_not_at_all_is_known_too():
+    run = TargetRun(SparsityTarget(0.5))
+    rates = run.to(10).attached.weight_controller.run.rates
+    assert rates.interval == 1 and rates.is_sure
+    still = TargetRun(SparsityTarget(0.5), scheduled=False)
+    still.scheduler = lr.ExponentialLR(still.optimizer, 0.5)
+    still.attach()
+    still.scheduler = None
+    rates = still.to(10).attached.weight_controller.run.rates
+    assert rates.interval == 0 and rates.ahead(3) == [[3e-3]] * 3
+
+
+class Job(torch.nn.Module):
+    """Holds the model, and has the rule of its schedule, as a LightningModule does."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model, self.warm = model, 10
+
+    def rate(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warm)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a look ahead copies no model")
+
+
+def test_a_rule_that_belongs_to_a_model_is_evaluated_without_a_copy_of_it(caplog):
+    job = Job(model_of())
+    optimizer = LpAdamW(job.parameters(), lr=0.1)
+    scheduler = lr.SequentialLR(optimizer, [lr.LambdaLR(optimizer, job.rate), lr.ExponentialLR(optimizer, 0.5)], [10])
+    ahead = [rate[0] for rate in rates_ahead(scheduler, optimizer, 12)]
+    assert ahead == pytest.approx([0.01 * (i + 1) for i in range(10)] + [0.1, 0.05]) and not caplog.text
