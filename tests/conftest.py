@@ -7,7 +7,9 @@ import importlib
 import json
 import os
 import pickle
+import signal
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
@@ -141,7 +143,7 @@ def rank_pool(tmp_path_factory, cpu_op):
     directory = tmp_path_factory.mktemp("pool")
     pipes = [context.Pipe() for _ in range(2)]
     ranks = [
-        context.Process(target=_rank, args=(_serve, rank, 2, directory, dict(os.environ), (pipes[rank][1],)))
+        context.Process(target=_rank, args=(_serve, rank, 2, directory, dict(os.environ), (pipes[rank][1], directory)))
         for rank in range(2)
     ]
     for process in ranks:
@@ -152,7 +154,12 @@ def rank_pool(tmp_path_factory, cpu_op):
             pipe.send((fn, args))
         results = []
         for rank, (pipe, _) in enumerate(pipes):
-            assert pipe.poll(60), f"rank {rank} does not answer: {fn.__name__}{args}"
+            if not pipe.poll(60):
+                for process in ranks:
+                    os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
+                stacks = "\n".join((directory / f"stack_{each}").read_text() for each in range(2))
+                pytest.fail(f"rank {rank} does not answer: {fn.__name__}{args}\n{stacks}")
             results.append(pipe.recv())
         errors = [error for _, error in results if error]
         assert not errors, "\n".join(errors)
@@ -166,9 +173,12 @@ def rank_pool(tmp_path_factory, cpu_op):
         process.kill()
 
 
-def _serve(rank: int, world_size: int, pipe) -> None:
+def _serve(rank: int, world_size: int, pipe, directory: Path) -> None:
+    import faulthandler
     import traceback
 
+    # Where ranks wait for each other the test wants to know where.
+    faulthandler.register(signal.SIGUSR1, file=(directory / f"stack_{rank}").open("w"))
     while (job := pipe.recv()) is not None:
         fn, args = job
         try:

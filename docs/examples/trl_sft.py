@@ -1,7 +1,8 @@
 """TRL's SFTTrainer, which is a Trainer. (+) makes the model sparse.
 
 python docs/examples/trl_sft.py MODEL TEXT.jsonl OUT, or through any launcher; TEXT has a column "text" (or
-"messages", "prompt" and "completion").
+"messages", "prompt" and "completion"). RewardTrainer takes the same lines; DPO, KTO, GRPO and RLOO have no such
+argument, and take it as an attribute before train(): trainer.optimizer_cls_and_kwargs = (LpAdamW, {}).
 """
 
 import sys
@@ -28,7 +29,7 @@ trainer = SFTTrainer(
     name,
     args=args,
     train_dataset=load_dataset("json", data_files=text, split="train"),
-    optimizer_cls_and_kwargs=(LpAdamW, {"lr": args.learning_rate}),  # (+)
+    optimizer_cls_and_kwargs=(LpAdamW, {}),  # (+) learning rate, betas and eps are those of args
     callbacks=[LpCallback(target=SparsityTarget(0.5))],  # (+)
 )
 trainer.train()

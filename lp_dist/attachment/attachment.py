@@ -196,6 +196,11 @@ class Attachment:
             raise ValueError(
                 f"{name!r} is not a trainable parameter of this optimizer; names are those of model.named_parameters()"
             )
+        if self.optimizer.param_groups[shard.group].get("capturable"):
+            raise ValueError(
+                f"capturable=True: a CUDA graph may repeat a step with the values of its capture, so {name!r} can't"
+                " get others later; give them to attach(overrides=), before the capture"
+            )
         attachable = attachable_of(self.optimizer)
         check_keys(values)
         parameter_map = attachable.attached.parameter_map

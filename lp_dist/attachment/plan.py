@@ -182,6 +182,8 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         weight_target = _with_form(weight_target, inner, requested)
         _check_left_to_target(weight_target, requested, overrides)
     group_request = group_target or request.groups
+    if weight_target is not None or group_request is not None or request.scheduled:
+        _refuse_captured(inner)
     plan = Plan(
         module,
         inner,
@@ -376,6 +378,17 @@ def _resolve_overrides(
         for name in matches:
             overrides[name] = {**overrides.get(name, {}), **values}
     return overrides
+
+
+def _refuse_captured(optimizer: Optimizer) -> None:
+    """Raises UsageError where a CUDA graph may repeat a step with the λ, cutoff and phase of its capture."""
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        raise UsageError(
+            "capturable=True is for a step that a CUDA graph repeats, with the λ, cutoff and phase that it was"
+            " captured with: a target, a decay window and groups change them, and nothing would follow. Set"
+            " capturable=False and capture the forward and backward pass alone, or give a weight_decay (λ) and no"
+            " target"
+        )
 
 
 def _with_form(

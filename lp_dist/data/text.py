@@ -58,7 +58,16 @@ def load_text(
     else:
         data = datasets.load_dataset(dataset, config, split=split)
     if text_column not in data.column_names:
-        raise UsageError(f"text_column={text_column!r} is not in {dataset}; its columns are {data.column_names}")
+        chat = next((name for name in ("messages", "conversations") if name in data.column_names), None)
+        way_out = (
+            f". {chat!r} holds chats, and this program trains on plain text: write a column of text by the tokenizer's"
+            " apply_chat_template, or use TRL's SFTTrainer (docs/examples/trl_sft.py)"
+            if chat is not None
+            else ""
+        )
+        raise UsageError(
+            f"text_column={text_column!r} is not in {dataset}; its columns are {data.column_names}{way_out}"
+        )
     if eval_split is not None:
         held_out = datasets.load_dataset(dataset, config, split=eval_split)
     else:

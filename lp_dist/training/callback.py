@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from lp_dist.attachment.attach import Attachment, attach_as_requested
 from lp_dist.attachment.plan import Request
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, in_one_line
 from lp_dist.optim.hyperparameters import Phase, phase_of
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
@@ -181,7 +181,12 @@ class LpCallback(TrainerCallback, ExportableState):
         # Trainer expects it there when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if progress and state.global_step:
-            self._attached.load_state_dict(progress)
+            with in_one_line(
+                f"the state of the target in the checkpoint of step {state.global_step} is damaged: reading it ended"
+                " with",
+                "copy the checkpoint anew, or resume from another one",
+            ):
+                self._attached.load_state_dict(progress)
         self._attached.begin()
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -258,6 +258,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
         callbacks=[callback],
         teacher=prepared.teacher,
         distill=decay_args.distill,
+        trust_pickles=True,  # they were checked before the model was loaded
     )
     _check_engine(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -306,13 +307,15 @@ def read_inputs(
     """
     with args.main_process_first(desc="reading the model and the data"):
         path = dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
-        context = getattr(
-            AutoConfig.from_pretrained(
+        _refuse_adapter(path)
+        with in_one_line(
+            f"--model {model_args.model} can't be read: its config.json ended with",
+            "name a hub id, a .gguf file, or a directory that save_pretrained wrote",
+        ):
+            config = AutoConfig.from_pretrained(
                 path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code
-            ),
-            "max_position_embeddings",
-            None,
-        )
+            )
+        context = getattr(config, "max_position_embeddings", None)
         if context is not None and data_args.block_size > context:
             raise UsageError(
                 f"block_size={data_args.block_size} is beyond the model's context of {context} tokens; lower it"
@@ -338,6 +341,15 @@ def read_inputs(
     return path, tokenizer, train_blocks, eval_blocks
 
 
+def _refuse_adapter(path: str | Path) -> None:
+    """Raises UsageError for the directory of an adapter, which would be loaded with its base, or not at all."""
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--model {path} holds an adapter, whose weights are beside those of the model: merge it first, by lp-dist"
+            f" merge BASE {path} OUT, and name --model OUT"
+        )
+
+
 def _check_teacher(
     name: str, model_args: arguments.ModelArguments, path: str | Path, tokenizer: Any, args: TrainingArguments
 ) -> str | Path:
@@ -345,6 +357,7 @@ def _check_teacher(
     trust = {"trust_remote_code": model_args.trust_remote_code}
     with args.main_process_first(desc="reading the teacher"):
         teacher_path = dequantised(name) if name.endswith(".gguf") else name
+        _refuse_adapter(teacher_path)
         check_vocabularies(
             AutoConfig.from_pretrained(path, revision=model_args.revision, **trust),
             AutoConfig.from_pretrained(teacher_path, **trust),

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
+from lp_dist.checkpoints.resuming import check_run
 from lp_dist.errors import UsageError
+from lp_dist.sharding.deepspeed import check_in_shares
 from lp_dist.sparsity.measure import Sparsity, measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import decayed_names
 from lp_dist.training.callback import LpCallback
@@ -49,6 +52,7 @@ class LpTrainer(Trainer):
             takes a forward pass for each batch, and is in no checkpoint.
         distill: weight of the divergence from the teacher in the training loss. The cross-entropy has the rest.
             Evaluations have the cross-entropy alone.
+        trust_pickles: resume from a checkpoint whose files name classes that are not known, and run their code.
     Raises:
         ValueError: the teacher has another vocabulary, is the model itself, or one of them is no causal language
             model. When training resumes from a checkpoint: it had no teacher, or another `distill`.
@@ -60,9 +64,11 @@ class LpTrainer(Trainer):
         counted: Iterable[str] | None = None,
         teacher: nn.Module | None = None,
         distill: float = 0.5,
+        trust_pickles: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._trust_pickles = trust_pickles
         self._requested_names = None if counted is None else frozenset(counted)
         self._decayed_names: frozenset[str] | None = None
         self._teacher, self._distill, self._prepared_teacher = teacher, distill, None
@@ -77,10 +83,29 @@ class LpTrainer(Trainer):
                     " leave one of them out"
                 )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which resumes only from a checkpoint whose files hold nothing but tensors and plain values.
+
+        Raises:
+            UsageError: a file of the checkpoint is damaged, or names a class that is not known.
+        """
+        # True takes the last one of output_dir, and Trainer has words for it where there is none.
+        checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+        checkpoint = checkpoint or (resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+        if checkpoint is not None and not self._trust_pickles:
+            check_in_shares(lambda share: check_run(checkpoint, share=share))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_callback_state(self) -> None:
         """Trainer calls it when it has read the state of a checkpoint."""
         state = self.state.stateful_callbacks.get(DistillationState.__name__, self._distillation.state())
-        saved, distill = state["attributes"]["distill"], self._distillation.distill
+        distill = self._distillation.distill
+        saved = state["attributes"].get("distill")
+        if not isinstance(saved, (int, float)):
+            raise UsageError(
+                f"trainer_state.json of the checkpoint has distill={saved!r}, which must be a number: it is damaged;"
+                " copy the checkpoint anew, or resume from another one"
+            )
         if saved != distill:
             before, now = (
                 f"a teacher with distill={weight:g}" if weight else "no teacher" for weight in (saved, distill)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,33 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(words, phrases, commo
         finetune.main([*common, "--output_dir", str(tmp_path), *words])
     message = str(caught.value.code)
     assert message.startswith("lp-dist: error: ") and all(phrase in message for phrase in phrases), message
+
+
+def refusal(words: list[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(words)
+    return str(caught.value.code)
+
+
+def test_an_adapter_is_no_model_and_a_directory_without_a_model_is_none(common, tiny_model, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    output = ["--output_dir", str(tmp_path / "run")]
+    assert "can't be read: its config.json ended with" in refusal([*common, *output, "--model", str(adapter)])
+    (adapter / "adapter_config.json").write_text("{}")
+    for words in (["--model", str(adapter)], ["--teacher", str(adapter)]):
+        message = refusal([*common, *output, *words])
+        assert "holds an adapter" in message and f"lp-dist merge BASE {adapter} OUT" in message, message
+    shutil.copy(tiny_model / "config.json", adapter)  # a base that lies beside an adapter of its own
+    assert "holds an adapter" in refusal([*common, *output, "--model", str(adapter)])
+
+
+def test_chats_are_no_text(common, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    chat.write_text(20 * (json.dumps({"messages": turns}) + "\n"))
+    message = refusal([*common, "--output_dir", str(tmp_path / "run"), "--dataset", str(chat)])
+    assert "its columns are ['messages']" in message and "apply_chat_template" in message and "SFTTrainer" in message
 
 
 @pytest.mark.parametrize("words, dtype", [([], torch.float32), (["--bf16", "true"], torch.bfloat16)])

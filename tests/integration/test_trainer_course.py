@@ -5,6 +5,7 @@ given, a hyperparameter search. What is said is counted in what comes out.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import weakref
 from pathlib import Path
@@ -317,3 +318,39 @@ def test_what_the_callback_says_after_the_end_is_what_a_save_writes(tmp_path, ca
     trainer.save_model(tmp_path / "model")
     assert callback.attached.logs["lp/measured"] == in_file(tmp_path / "model", callback)
     assert callback.state()["progress"]["step"] == STEPS
+
+
+# -- a checkpoint that someone sent -------------------------------------------
+
+
+class Runs:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+def test_a_trainer_of_ours_resumes_from_no_file_that_runs_code(tmp_path):
+    train(tmp_path, [LpCallback(target=HALF), Interrupted(10)], trainer=LpTrainer)
+    checkpoint = tmp_path / "checkpoint-10"
+    (checkpoint / "global_step10").mkdir()
+    torch.save({"module": Runs(tmp_path / "ran")}, checkpoint / "global_step10" / "mp_rank_00_model_states.pt")
+    for resume in (True, str(checkpoint)):
+        with pytest.raises(UsageError, match="names builtins.getattr .* whose code would run"):
+            train(tmp_path, [LpCallback(target=HALF)], trainer=LpTrainer, resume=resume)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("progress", [{"step": 10, "weights": 3}, {"weights": {"version": 4}}, [1], {"step": "ten"}])
+def test_a_state_of_any_content_ends_in_one_line(progress, tmp_path):
+    train(tmp_path, [LpCallback(target=HALF), Interrupted(10)])
+    file = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["LpCallback"]["progress"] = progress
+    file.write_text(json.dumps(state))
+    with pytest.raises(UsageError) as caught:
+        train(tmp_path, [LpCallback(target=HALF)], resume=True)
+    assert "\n" not in str(caught.value)

@@ -418,3 +418,17 @@ def test_a_wrapper_that_may_keep_weights_of_its_own_is_refused_and_what_it_does_
     counted = sum(int((param == 0).sum()) for param in params) / sum(param.numel() for param in params)
     assert attached.logs["lp/measured"] == counted < 0.4
     assert "something else sets them" in warnings_of(caplog)
+
+
+# -- a step that a CUDA graph repeats -----------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{"target": HALF, "total_steps": TOTAL}, {"scheduled": {"phase": ["off"]}}])
+def test_what_changes_the_values_of_a_captured_step_is_refused(arguments):
+    model = model_of()
+    optimizer = LpAdamW(model.parameters(), lr=1e-3, capturable=True)
+    with pytest.raises(UsageError, match="capturable=True is for a step that a CUDA graph repeats.*capturable=False"):
+        attach(model, optimizer, **arguments)
+    attached = attach(model, optimizer, overrides={"0.weight": {"weight_decay": 0.1}})
+    with pytest.raises(ValueError, match="a CUDA graph may repeat a step with the values of its capture.*overrides="):
+        attached.set("0.weight", weight_decay=0.2)
