@@ -203,8 +203,8 @@ class LpCallback(TrainerCallback, ExportableState):
         self._attached.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            self._attached.finish()
+        if state.global_step >= state.max_steps or self._attached.is_finished:
+            self._attached.finish()  # counts what came back, where Trainer has loaded the best model
         else:  # stopped early, by a callback or Ctrl-C: it may be resumed
             self._attached.warn_if_unfinished()
         # Nothing of the model is kept: a search trains another one next.

@@ -103,6 +103,7 @@ def test_early_stopping_waits_for_the_end_of_the_window(tmp_path):
     )
     assert trainer.state.global_step == 21, "the first one behind the window is the best, and the next one is worse"
     trainer.save_model(tmp_path / "model")
+    assert callback.attached.logs["lp/measured"] == in_file(tmp_path / "model", callback)
     assert in_file(tmp_path / "model", callback) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -172,6 +173,39 @@ def test_a_finished_run_is_resumed_for_more_steps_and_keeps_its_zeros(tmp_path, 
     trainer = train(tmp_path, [callback], resume=True, steps=STEPS + 12)
     assert trainer.state.global_step == STEPS + 12
     assert measure_sparsity(trainer.model, names=callback.attached.counted).total == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_run_that_ran_out_of_memory_begins_anew_with_smaller_batches(tmp_path):
+    """Trainer keeps the optimizer, with the steps of the attempt."""
+    phases: list[str] = []
+
+    class Full(LpTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) == 4 and self.state.global_step == 5:
+                phases.clear()
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            phases.append(optimizer.param_groups[0]["phase"])
+
+    train(
+        tmp_path, [LpCallback(DecayWindow(0.5, 0.75)), Spy()], ways=with_lambda, trainer=Full,
+        auto_find_batch_size=True,
+    )  # fmt: skip
+    assert phases == 12 * ["off"] + 6 * ["decay"] + 6 * ["frozen"]
+
+
+def test_a_run_that_ran_out_of_memory_in_its_window_is_not_begun_again_on_half_pruned_weights(tmp_path):
+    class Full(LpTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) == 4 and self.state.global_step == 10:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    with pytest.raises(UsageError, match="from the middle of a target's window"):
+        train(tmp_path, [LpCallback(target=HALF)], trainer=Full, auto_find_batch_size=True)
 
 
 # -- what TrainingArguments say -----------------------------------------------
