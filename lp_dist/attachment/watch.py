@@ -108,7 +108,8 @@ class Watch:
         self._noted_count = self._count()
         is_open = any(controller.is_in_window for controller in self._controllers)
         self._attached_state.in_window = is_open
-        mark_window(self._optimizer, is_open)
+        if self._controllers:  # else a mark is that of a state which was loaded
+            mark_window(self._optimizer, is_open)
         unfinished = [controller for controller in self._controllers if controller.final_pruning is None]
         self.end.is_known = not (unfinished and self._steps.have_begun)
         self.end.progress = [controller.progress for controller in unfinished]

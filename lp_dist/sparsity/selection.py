@@ -147,14 +147,10 @@ def factors_of_weights(model: nn.Module) -> list[str]:
     names = []
     for path, module in model.named_modules(remove_duplicate=False):
         params = dict(module.named_parameters(recurse=False))
-        buffers = dict(module.named_buffers(recurse=False))
-        if isinstance(module, ParametrizationList):
-            factors = list(params)
-        else:
-            pruned = [name for name in params if name.endswith("_orig") and f"{name[:-5]}_mask" in buffers]
-            pairs = [name[:-2] for name in params if name.endswith("_g") and f"{name[:-2]}_v" in params]
-            factors = [*pruned, *(f"{name}{part}" for name in pairs for part in ("_g", "_v"))]
-        names += [f"{path}.{name}".lstrip(".") for name in factors]
+        # Older ones hang a plain tensor on the module, computed before each use from parameters that are called alike.
+        computed = tuple(f"{key}_" for key, value in vars(module).items() if isinstance(value, Tensor))
+        is_list = isinstance(module, ParametrizationList)
+        names += [f"{path}.{name}".lstrip(".") for name in params if is_list or name.startswith(computed)]
     return names
 
 

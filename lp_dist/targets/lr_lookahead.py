@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import types
 import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lp_dist.sharding.engines import inner_scheduler, scheduler_steps
@@ -117,10 +120,7 @@ def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[f
     stand_in = torch.optim.SGD(groups)
     memo: dict[int, Any] = {id(optimizer): stand_in, id(inner.optimizer): stand_in}
     # What a rule of the user's belongs to, a whole model perhaps, is not copied with it.
-    for rule in _rules(inner):
-        owner = getattr(rule, "__self__", None)
-        if owner is not None:
-            memo[id(owner)] = owner
+    memo |= {id(each): each for each in _held(inner)}
     rates: list[list[float]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a scheduler that is stepped before its optimizer
@@ -140,7 +140,19 @@ def _stepped(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> list[list[f
     return rates
 
 
-def _rules(scheduler: Any) -> list[Any]:
-    """The functions of a user's by which a scheduler, and those inside of it, find their rates."""
-    inside = [rule for each in getattr(scheduler, "_schedulers", ()) for rule in _rules(each)]
-    return [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_ref", None), *inside]
+def _held(scheduler: Any) -> list[Any]:
+    """What a scheduler, those inside of it, and the functions of a user's by which they find their rates hold on to,
+    and a look ahead does not need of its own: models, and what a method belongs to.
+    """
+    held: list[Any] = [value for value in vars(scheduler).values() if isinstance(value, nn.Module)]
+    rules = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_ref", None)]
+    while rules:
+        rule = rules.pop()
+        if isinstance(rule, functools.partial):
+            rules.append(rule.func)
+            held += [value for value in (*rule.args, *rule.keywords.values()) if isinstance(value, nn.Module)]
+        elif isinstance(rule, types.MethodType):
+            held.append(rule.__self__)
+        else:
+            held += [value for value in getattr(rule, "__dict__", {}).values() if isinstance(value, nn.Module)]
+    return held + [each for inside in getattr(scheduler, "_schedulers", ()) for each in _held(inside)]

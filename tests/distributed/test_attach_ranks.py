@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach, param_groups
+from lp_dist.errors import UsageError
 
 
 def disagreeing(rank: int, world_size: int) -> list[str]:
@@ -117,3 +120,59 @@ def test_torchs_zero_redundancy_optimizer_is_refused_by_name_on_every_rank(run_r
         assert outer.startswith("torch's ZeroRedundancyOptimizer gives each rank whole parameters of its own")
         assert "so their optimizers step other parameters" in inner and "ZeroRedundancyOptimizer" in inner
         assert all("DeepSpeed's ZeRO-1" in said for said in (outer, inner))
+
+
+MIDWAY = ("ddp", "bf16_optimizer", "zero1", "zero2", "zero3", "zero3 offload", "accelerate zero2", "fsdp2")
+
+
+def without_its_target(rank: int, world_size: int, directory: Path) -> dict[str, list[str]]:
+    """A checkpoint from the middle of a window is gone on with by an engine that was not attached, and by one that was
+    attached without the target. For each engine what these say.
+    """
+    from helpers.engines import ended, make, quiet
+
+    quiet()
+    said: dict[str, list[str]] = {}
+    for kind in MIDWAY:
+
+        def engine_of(kind: str = kind):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+            return make(
+                kind,
+                model,
+                lambda model: LpAdamW(model.parameters(), lr=1e-2),
+                lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+            )
+
+        def step(engine, kind: str = kind) -> None:
+            dtype = torch.bfloat16 if kind == "bf16_optimizer" else torch.float32
+            engine.step(engine(torch.ones(4, 7, dtype=dtype)).float().square().mean())
+
+        engine = engine_of()
+        attached = attach(engine.handle, engine.optimizer, target=SparsityTarget(0.5, start=2, end=14), total_steps=20)
+        for _ in range(6):
+            step(engine)
+            attached.after_step()
+        engine.save(directory / kind.replace(" ", "_"), "midway")
+        ended(engine)
+        said[kind] = []
+        for is_attached in (False, True):
+            engine = engine_of()
+            try:
+                if is_attached:
+                    attach(engine.handle, engine.optimizer)
+                engine.load(directory / kind.replace(" ", "_"), "midway")
+                step(engine)
+                said[kind].append("")
+            except UsageError as error:
+                said[kind].append(str(error))
+            ended(engine)
+    return said
+
+
+def test_no_engine_goes_on_in_a_window_without_the_target(run_ranks, tmp_path_factory):
+    for said in run_ranks(without_its_target, 2, tmp_path_factory.mktemp("midway")):
+        for kind, (alone, attached) in said.items():
+            assert "from the middle of a target's window, and no target goes on with it" in alone, kind
+            assert "no target goes on with it" in attached or "and now there is no target of weights" in attached, kind

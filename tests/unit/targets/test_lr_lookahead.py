@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import accelerate.state
@@ -317,9 +318,30 @@ class Job(torch.nn.Module):
         raise AssertionError("a look ahead copies no model")
 
 
-def test_a_rule_that_belongs_to_a_model_is_evaluated_without_a_copy_of_it(caplog):
+class Rule:
+    """A rule that is an object, and holds a model."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, step: int) -> float:
+        return self.job.rate(step)
+
+
+def of_model(job: Job, step: int) -> float:
+    return job.rate(step)
+
+
+@pytest.mark.parametrize(
+    "rule_of",
+    [lambda job: job.rate, Rule, lambda job: partial(of_model, job), lambda job: lambda step: job.rate(step)],
+    ids=["a method", "an object", "partial", "a closure"],
+)
+def test_a_rule_that_belongs_to_a_model_is_evaluated_without_a_copy_of_it(rule_of, caplog):
     job = Job(model_of())
     optimizer = LpAdamW(job.parameters(), lr=0.1)
-    scheduler = lr.SequentialLR(optimizer, [lr.LambdaLR(optimizer, job.rate), lr.ExponentialLR(optimizer, 0.5)], [10])
+    scheduler = lr.SequentialLR(
+        optimizer, [lr.LambdaLR(optimizer, rule_of(job)), lr.ExponentialLR(optimizer, 0.5)], [10]
+    )
     ahead = [rate[0] for rate in rates_ahead(scheduler, optimizer, 12)]
     assert ahead == pytest.approx([0.01 * (i + 1) for i in range(10)] + [0.1, 0.05]) and not caplog.text

@@ -112,11 +112,12 @@ COMPUTED = {
     "weight norm": parametrizations.weight_norm,
     "the old weight norm": nn.utils.weight_norm,
     "spectral norm": parametrizations.spectral_norm,
+    "the old spectral norm": nn.utils.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*_norm.* is deprecated")
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_what_a_module_computes_its_weights_from_stays_dense_and_is_named(kind, caplog):
     model = two_linear()
