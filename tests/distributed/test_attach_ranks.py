@@ -123,47 +123,60 @@ def test_torchs_zero_redundancy_optimizer_is_refused_by_name_on_every_rank(run_r
 
 
 MIDWAY = ("ddp", "bf16_optimizer", "zero1", "zero2", "zero3", "zero3 offload", "accelerate zero2", "fsdp2")
+UNIVERSAL = ("bf16_optimizer", "zero1", "zero2", "zero3")
 
 
-def without_its_target(rank: int, world_size: int, directory: Path) -> dict[str, list[str]]:
-    """A checkpoint from the middle of a window is gone on with by an engine that was not attached, and by one that was
-    attached without the target. For each engine what these say.
-    """
-    from helpers.engines import ended, make, quiet
+def midway_engine(kind: str, **more):
+    from helpers.engines import make
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+    return make(
+        kind,
+        model,
+        lambda model: LpAdamW(model.parameters(), lr=1e-2),
+        lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        **more,
+    )
+
+
+def midway_step(engine, kind: str) -> None:
+    dtype = torch.bfloat16 if kind == "bf16_optimizer" else torch.float32
+    engine.step(engine(torch.ones(4, 7, dtype=dtype)).float().square().mean())
+
+
+def saved_midway(rank: int, world_size: int, directory: Path) -> None:
+    """Checkpoints from the middle of a window, one of each engine."""
+    from helpers.engines import ended, quiet
+
+    quiet()
+    for kind in MIDWAY:
+        engine = midway_engine(kind)
+        attached = attach(engine.handle, engine.optimizer, target=SparsityTarget(0.5, start=2, end=14), total_steps=20)
+        for _ in range(6):
+            midway_step(engine, kind)
+            attached.after_step()
+        engine.save(directory / kind, "saved")
+        ended(engine)
+
+
+def without_its_target(
+    rank: int, world_size: int, directory: Path, kinds: tuple[str, ...], tag: str, more: dict
+) -> dict[str, list[str]]:
+    """What an engine says that goes on there without `attach`, and one that was attached without the target."""
+    from helpers.engines import ended, quiet
 
     quiet()
     said: dict[str, list[str]] = {}
-    for kind in MIDWAY:
-
-        def engine_of(kind: str = kind):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
-            return make(
-                kind,
-                model,
-                lambda model: LpAdamW(model.parameters(), lr=1e-2),
-                lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-            )
-
-        def step(engine, kind: str = kind) -> None:
-            dtype = torch.bfloat16 if kind == "bf16_optimizer" else torch.float32
-            engine.step(engine(torch.ones(4, 7, dtype=dtype)).float().square().mean())
-
-        engine = engine_of()
-        attached = attach(engine.handle, engine.optimizer, target=SparsityTarget(0.5, start=2, end=14), total_steps=20)
-        for _ in range(6):
-            step(engine)
-            attached.after_step()
-        engine.save(directory / kind.replace(" ", "_"), "midway")
-        ended(engine)
+    for kind in kinds:
         said[kind] = []
         for is_attached in (False, True):
-            engine = engine_of()
+            engine = midway_engine(kind, **more)
             try:
                 if is_attached:
                     attach(engine.handle, engine.optimizer)
-                engine.load(directory / kind.replace(" ", "_"), "midway")
-                step(engine)
+                engine.load(directory / kind, tag)
+                midway_step(engine, kind)
                 said[kind].append("")
             except UsageError as error:
                 said[kind].append(str(error))
@@ -171,8 +184,25 @@ def without_its_target(rank: int, world_size: int, directory: Path) -> dict[str,
     return said
 
 
-def test_no_engine_goes_on_in_a_window_without_the_target(run_ranks, tmp_path_factory):
-    for said in run_ranks(without_its_target, 2, tmp_path_factory.mktemp("midway")):
+def test_no_engine_goes_on_in_a_window_without_the_target(run_ranks, tmp_path, tmp_path_factory):
+    """Torch's distributed and DeepSpeed's universal checkpoints say so too."""
+    from helpers.engines import convert
+
+    directory = tmp_path_factory.mktemp("midway")
+    run_ranks(saved_midway, 2, directory)
+    ranks: list[dict[str, list[str]]] = []
+    for kinds, tag, more in (
+        (MIDWAY, "saved", {}),
+        (UNIVERSAL, "universal", {"checkpoint": {"load_universal": True}}),
+    ):
+        for left in tmp_path.iterdir():  # where the next ranks could meet those before
+            left.unlink()
+        if tag == "universal":
+            for kind in kinds:
+                convert(directory / kind)
+        ranks += run_ranks(without_its_target, 2, directory, kinds, tag, more)
+    assert len(ranks) == 4
+    for said in ranks:
         for kind, (alone, attached) in said.items():
             assert "from the middle of a target's window, and no target goes on with it" in alone, kind
             assert "no target goes on with it" in attached or "and now there is no target of weights" in attached, kind
