@@ -67,6 +67,7 @@ class Watch:
         self._needs_state = False  # another state was loaded into the optimizer than the target's
         self._noted_count = 0
         self._optimizer: Optimizer = plan.optimizer
+        self._groups = plan.optimizer.param_groups
         self._model: nn.Module = plan.model
         self._params = dict(plan.model.named_parameters())
         self._is_whole = {name for name, param in self._params.items() if zero3_shape(param) is None}
@@ -136,9 +137,16 @@ class Watch:
             self._needs_state = True
         self._steps.after_load()
         self._noted_count = self._count()
+        self._groups = self._optimizer.param_groups  # loading makes them anew
 
     def _before_step(self) -> None:
-        self.begin()
+        if not self._has_begun:
+            # ZeRO 1 and 2 show an optimizer one of its groups at a time.
+            stepped, self._optimizer.param_groups = self._optimizer.param_groups, self._groups
+            try:
+                self.begin()
+            finally:
+                self._optimizer.param_groups = stepped
         if self._needs_state:
             raise UsageError(
                 "a state was loaded into the optimizer in the middle of the run, and not the target's own: load it"

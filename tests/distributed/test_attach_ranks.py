@@ -206,3 +206,42 @@ def test_no_engine_goes_on_in_a_window_without_the_target(run_ranks, tmp_path, t
         for kind, (alone, attached) in said.items():
             assert "from the middle of a target's window, and no target goes on with it" in alone, kind
             assert "no target goes on with it" in attached or "and now there is no target of weights" in attached, kind
+
+
+USED = ("bf16_optimizer", "zero2", "zero3")
+
+
+def attached_to_a_used_engine(rank: int, world_size: int) -> dict[str, tuple[float, int]]:
+    """Some dense steps, then a target from the first step on. For each engine the zeros, and the run's steps."""
+    from helpers.engines import ended, gathered, make, quiet
+
+    quiet()
+    seen = {}
+    for kind in USED:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+        # ZeRO 1 and 2 show the optimizer one group at a time, and the first is not the one that decays.
+        engine = make(kind, model, lambda model: LpAdamW(param_groups(model, 0.0)[::-1], lr=1e-2))
+        for _ in range(3):
+            midway_step(engine, kind)
+        target = SparsityTarget(0.5, start=0, end=14, latent_windows=0, precondition=0.0)
+        attached = attach(engine.handle, engine.optimizer, target=target, total_steps=20)
+        assert len(attached.optimizer.param_groups) == 2
+        for _ in range(20):
+            midway_step(engine, kind)
+            attached.after_step()
+        attached.finish()
+        weights = gathered(engine)
+        matrices = [weights[name] for name in attached.decayed]
+        zeros = sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
+        assert attached.logs["lp/measured"] == zeros
+        seen[kind] = (zeros, attached.steps.taken)
+        ended(engine)
+    return seen
+
+
+def test_a_target_for_an_engine_that_has_stepped_before_begins_with_the_first_step_of_the_run(run_ranks):
+    for seen in run_ranks(attached_to_a_used_engine, 2):
+        assert seen.keys() == set(USED)
+        for kind, (zeros, steps) in seen.items():
+            assert zeros == pytest.approx(0.5, abs=0.01) and steps == 20, kind

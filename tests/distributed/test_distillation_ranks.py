@@ -45,6 +45,8 @@ def words(tiny_model, topics, cpu_op, tmp_path_factory) -> list[str]:
         "no",
         "--logging_steps",
         "1",
+        "--max_eval_blocks",
+        "4",
         "--teacher",
         str(teacher),
         "--distill",
