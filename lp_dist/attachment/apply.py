@@ -96,10 +96,8 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
         LearningRates(
             plan.lr_scheduler or getattr(model, "lr_scheduler", None),
             plan.optimizer,
-            # By Trainer, Accelerate, or the engine itself.
-            plan.is_stepped_each_step
-            or plan.lr_scheduler is None
-            or plan.lr_scheduler is not inner_scheduler(plan.lr_scheduler),
+            # By Trainer, or by the engine itself.
+            plan.is_stepped_each_step or plan.lr_scheduler is None,
         ),
         plan.total_steps or 0,
         sum(full_shape(param).numel() for param in plan.model.parameters()),
@@ -134,7 +132,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
 
     def save() -> dict[str, Any] | None:
         state = attachment.state_dict()
-        return state if state.keys() - {"step"} else None
+        return state if state.keys() & {"weights", "groups"} else None
 
     def load(state: dict[str, Any] | None) -> None:
         guard.after_engine_load()

@@ -146,6 +146,8 @@ class Attachment:
         """
         self.watch.check_current()
         state: dict[str, Any] = {"step": self.steps.taken}
+        if self.controllers:
+            state["rates"] = self.controllers[0].run.rates.state_dict()  # one for both
         if self.weight_controller is not None:
             state["weights"] = self.weight_controller.state_dict()
         if self.group_decay is not None:
@@ -161,6 +163,8 @@ class Attachment:
         self.watch.check_current()
         # Of a version that did not save it the optimizer's.
         self.steps.resume(state.get("step", steps_taken(self.optimizer)))
+        if self.controllers and "rates" in state:
+            self.controllers[0].run.rates.load_state_dict(state["rates"])
         for key, holder, has_target in (
             ("weights", self.weight_controller, True),
             ("groups", self.group_controller or self.group_decay, self.group_controller is not None),

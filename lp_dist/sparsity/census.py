@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lp_dist.optim.batching import count_zeros
 from lp_dist.sharding.collectives import all_reduce_sum
-from lp_dist.sharding.shards import Shard
+from lp_dist.sharding.shards import Shard, local_shard
 
 
 class ZeroCount(NamedTuple):
@@ -72,6 +72,21 @@ def census(shards: list[Shard]) -> Census:
         int((row_counts == 0).sum()),
         row_counts.numel(),
     )
+
+
+def count_copies(shards: list[Shard]) -> list[ZeroCount]:
+    """Zeros and elements of each parameter in the model's own copy, which a save of the model writes. Collective: one
+    reduction.
+
+    Without an engine it is what the optimizer steps; DeepSpeed has fp32 masters beside it.
+
+    Args:
+        shards: of the parameters to count, the same ones on every rank.
+    """
+    copies = [local_shard(shard.param).counted for shard in shards]
+    zeros = concatenate_on_host([count_zeros(values).view(1) for values in copies], torch.int64)
+    counts = torch.stack([zeros, torch.tensor([values.numel() for values in copies], dtype=torch.int64)], 1)
+    return [ZeroCount(*pair) for pair in all_reduce_sum(counts).tolist()]
 
 
 def concatenate_on_host(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -148,7 +148,12 @@ def factors_of_weights(model: nn.Module) -> list[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         params = dict(module.named_parameters(recurse=False))
         # Older ones hang a plain tensor on the module, computed before each use from parameters that are called alike.
-        computed = tuple(f"{key}_" for key, value in vars(module).items() if isinstance(value, Tensor))
+        tensors = {key: value.shape for key, value in vars(module).items() if isinstance(value, Tensor)}
+        computed = tuple(
+            f"{key}_"
+            for key, shape in tensors.items()
+            if any(name.startswith(f"{key}_") and full_shape(param) == shape for name, param in params.items())
+        )
         is_list = isinstance(module, ParametrizationList)
         names += [f"{path}.{name}".lstrip(".") for name in params if is_list or name.startswith(computed)]
     return names

@@ -228,7 +228,7 @@ class Controller(ABC):
 
     @abstractmethod
     def zero_share(self) -> float:
-        """Share that is zero now, of what the controller counts; counted over all ranks. Collective."""
+        """Share that is zero now in what a save writes, of what the controller counts; over all ranks. Collective."""
 
     def planned_share(self, t: int) -> float:
         """Share of the way to the target that the plan has after t steps."""
@@ -319,7 +319,6 @@ class Controller(ABC):
         self.before, self.next_update = dict(state["before"]), state["next_update"]
         self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
         self._load_own_state(state)
-        self.run.rates.forget()
         self.prepare_step(self.run.steps.taken)
 
     _compared_keys: tuple[str, ...] = ()  # of the own state, which a checkpoint must agree on

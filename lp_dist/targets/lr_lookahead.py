@@ -34,10 +34,20 @@ class LearningRates:
         self._interval = 0.0  # steps between the last two moves of the scheduler; 0: it was never seen to move
         self._last: tuple[int, int] | None = None  # the run's step and the scheduler's at the last look
 
-    def forget(self) -> None:
-        """Another state was loaded, and with it, before or after, that of the scheduler."""
-        self._seen_steps = self._since_move = 0
-        self._last = None
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "seen_steps": self._seen_steps,
+            "since_move": self._since_move,
+            "interval": self._interval,
+            "last": self._last and list(self._last),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was; the scheduler may be loaded before or after."""
+        self._seen_steps, self._since_move = state["seen_steps"], state["since_move"]
+        self._interval = state["interval"]
+        self._last = tuple(state["last"]) if state["last"] is not None else None
 
     def note(self, t: int) -> None:
         """Looks how far the scheduler has come at step t of the run."""
@@ -46,6 +56,8 @@ class LearningRates:
             return
         if self._last is not None:
             steps, moves = t - self._last[0], epoch - self._last[1]
+            if steps == 0:
+                return
             if steps > 0 and 0 <= moves <= steps * scheduler_steps(self._lr_scheduler):  # else a state was loaded
                 self._seen_steps, self._since_move = self._seen_steps + steps, self._since_move + steps
                 if moves:

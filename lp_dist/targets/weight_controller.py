@@ -20,7 +20,7 @@ from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap
 from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard, names_without_gradient
-from lp_dist.sparsity.census import Census, ZeroCount, census
+from lp_dist.sparsity.census import Census, ZeroCount, census, count_copies
 from lp_dist.sparsity.nm_blocks import scored_blocks
 from lp_dist.sparsity.quantiles import (
     MAX_SALIENCY,
@@ -141,7 +141,7 @@ class WeightController(Controller):
             self.parameter_map.set(shard.name, **{**form, **_own_form(self._script_overrides[shard.name])})
 
     def zero_share(self) -> float:
-        counts = census(self.shards).counts
+        counts = count_copies(self.shards)
         return sum(count.zeros for count in counts) / sum(count.elements for count in counts)
 
     def _zeros(self) -> dict[str, ZeroCount]:

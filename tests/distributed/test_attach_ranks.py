@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -231,9 +232,7 @@ def attached_to_a_used_engine(rank: int, world_size: int) -> dict[str, tuple[flo
             midway_step(engine, kind)
             attached.after_step()
         attached.finish()
-        weights = gathered(engine)
-        matrices = [weights[name] for name in attached.decayed]
-        zeros = sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
+        zeros = zeros_in(gathered(engine), attached.decayed)
         assert attached.logs["lp/measured"] == zeros
         seen[kind] = (zeros, attached.steps.taken)
         ended(engine)
@@ -245,3 +244,50 @@ def test_a_target_for_an_engine_that_has_stepped_before_begins_with_the_first_st
         assert seen.keys() == set(USED)
         for kind, (zeros, steps) in seen.items():
             assert zeros == pytest.approx(0.5, abs=0.01) and steps == 20, kind
+
+
+COPIES = ("zero0", "bf16_optimizer", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def overwritten(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
+    """Weights that a script loads into the model's own copy, past the engine, when all is done. For each engine what
+    finish says, and what a save writes.
+    """
+    import deepspeed
+
+    from helpers.engines import ended, gathered, make, quiet
+
+    quiet()
+    seen = {}
+    for kind in COPIES:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+        more = {"bf16": {"enabled": True}} if kind in ("zero0", "zero2") else {}
+        engine = make(kind, model, lambda model: LpAdamW(model.parameters(), lr=1e-2), **more)
+        attached = attach(engine.handle, engine.optimizer, target=SparsityTarget(0.5, start=2, end=11), total_steps=12)
+        for _ in range(12):
+            dtype = torch.bfloat16 if more or kind == "bf16_optimizer" else torch.float32
+            engine.step(engine(torch.ones(4, 7, dtype=dtype)).float().square().mean())
+            attached.after_step()
+        attached.finish()
+        assert attached.logs["lp/measured"] == zeros_in(gathered(engine), attached.decayed)
+        params = list(model.parameters())
+        context = deepspeed.zero.GatheredParameters(params, modifier_rank=0) if kind == "zero3" else nullcontext()
+        with context, torch.no_grad():
+            for param in params:
+                if kind != "zero3" or rank == 0:
+                    param.fill_(0.5)
+        attached.finish()
+        seen[kind] = attached.logs["lp/measured"], zeros_in(gathered(engine), attached.decayed)
+        ended(engine)
+    return seen
+
+
+def zeros_in(weights: dict[str, torch.Tensor], names) -> float:
+    matrices = [weights[name] for name in names]
+    return sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
+
+
+def test_finish_counts_the_copy_that_a_save_writes(run_ranks):
+    for seen in run_ranks(overwritten, 2):
+        assert seen == dict.fromkeys(COPIES, (0.0, 0.0))

@@ -15,7 +15,7 @@ from deepspeed.runtime import lr_schedules as ds
 from torch.optim import lr_scheduler as lr
 from transformers import get_scheduler
 
-from helpers.targets import TargetRun, model_of
+from helpers.targets import TargetRun, model_of, same
 from lp_dist import LpAdamW, SparsityTarget, attach
 from lp_dist.targets.lr_lookahead import rates_ahead
 
@@ -290,6 +290,40 @@ def test_a_scheduler_that_is_stepped_once_an_epoch_is_known_by_what_it_does(name
     assert ahead == pytest.approx(expected)
     pruned = run.attached.weight_controller.final_pruning
     assert pruned["after"] == pytest.approx(0.5, abs=1e-4) and pruned["pruned_at_end"] < 0.05
+
+
+@pytest.mark.parametrize("stop", [30, 59, 60, 75])
+@pytest.mark.parametrize("order", ["scheduler first", "scheduler last"])
+def test_a_run_with_such_a_scheduler_resumes_bit_for_bit(stop, order):
+    def run_of():
+        run = TargetRun(SparsityTarget(0.5), scheduled=False, total=200)
+        scheduler = lr.ExponentialLR(run.optimizer, 0.8)
+        run.attached = attach(run.model, run.optimizer, target=run.target, total_steps=200, lr_scheduler=scheduler)
+        return run, scheduler
+
+    def go_on(run, scheduler, until):
+        while run.taken < until:
+            run.to(run.taken + 1)
+            if run.taken % 20 == 0:
+                scheduler.step()
+
+    whole, scheduler = run_of()
+    go_on(whole, scheduler, 160)
+    cut, scheduler = run_of()
+    go_on(cut, scheduler, stop)
+    states = copy.deepcopy([each.state_dict() for each in (cut.model, cut.optimizer, cut.attached, scheduler)])
+    resumed, scheduler = run_of()
+    resumed.model.load_state_dict(states[0])
+    resumed.optimizer.load_state_dict(states[1])
+    if order == "scheduler first":
+        scheduler.load_state_dict(states[3])
+    resumed.attached.load_state_dict(states[2])
+    if order == "scheduler last":
+        scheduler.load_state_dict(states[3])
+    resumed.taken = stop
+    go_on(resumed, scheduler, 160)
+    assert same(resumed.weights(), whole.weights())
+    assert resumed.attached.state_dict() == whole.attached.state_dict()
 
 
 def test_a_scheduler_that_is_stepped_each_step_or_not_at_all_is_known_too():
