@@ -17,6 +17,7 @@ The sums then do not depend on the sharding, except for one in some millions aft
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from lp_dist.optim.decay import SNAP
 from lp_dist.optim.hooks import handle_of
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.collectives import reduction_device
-from lp_dist.sharding.shards import Shard
+from lp_dist.sharding.shards import LocalShard, Shard, local_shard
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.placement import MatrixShard, matrix_shards, tiles
 
@@ -156,7 +157,8 @@ class GroupDecayHook:
         if self._up_to_date:
             return
         self.forget()
-        self._squares, self._up_to_date = self._local_squares(), True
+        self._squares = self._local_squares(lambda shard: shard.local, self.precondition)
+        self._up_to_date = True
         if torch.distributed.is_initialized():
             self._squares = self._squares.to(reduction_device())
             self._reduction = torch.distributed.all_reduce(self._squares, async_op=True)
@@ -180,25 +182,37 @@ class GroupDecayHook:
             self._reduction.wait()
         self._reduction, self._up_to_date = None, False
 
-    def _local_squares(self) -> Tensor:
+    def squares_of_copies(self) -> Tensor:
+        """‖w‖² of each group in the model's own copy, which a save of the model writes; measured now. Collective.
+
+        Returns:
+            As `squares`.
+        """
+        sums = self._local_squares(lambda shard: local_shard(shard.param), 0.0)
+        if torch.distributed.is_initialized():
+            sums = sums.to(reduction_device())
+            torch.distributed.all_reduce(sums)
+        return sums.to(self.sizes.device)[:-1]
+
+    def _local_squares(self, local_of: Callable[[Shard], LocalShard], precondition: float) -> Tensor:
         """This rank's share of the squares, with a last element for weights of no group."""
-        sums = {
-            matrix.shard.tensor.device: torch.zeros(
-                len(self.sizes) + 1, dtype=self.dtype, device=matrix.shard.tensor.device
-            )
-            for matrix in self.matrices
-        }
+        sums: dict[torch.device, Tensor] = {}
         for matrix in self.matrices:
-            shard, local = matrix.shard, matrix.shard.local
+            shard, local = matrix.shard, local_of(matrix.shard)
             counted, first = local.counted.reshape(-1), local.counted_start
             assert first is not None and local.start is not None
+            device = counted.device
+            if device not in sums:
+                sums[device] = torch.zeros(len(self.sizes) + 1, dtype=self.dtype, device=device)
             for tile in tiles(counted, first, matrix.row_length):
                 values = tile.values
-                if self.precondition:
+                if precondition:
                     values = values * self.preconditioner(shard, first - local.start + tile.start, values)
                 squares = torch.square(values.to(self.dtype))
                 for dim, numbers in matrix.group_numbers.items():
-                    sums[counted.device].index_add_(0, numbers[(tile.rows, tile.columns)[dim]], squares.sum(1 - dim))
+                    # Of an offloaded master they are on the host, and those of its copy are asked for elsewhere.
+                    of_tile = numbers[(tile.rows, tile.columns)[dim]].to(device)
+                    sums[device].index_add_(0, of_tile, squares.sum(1 - dim))
         first_sum, *other_sums = sums.values()
         return sum((other.to(first_sum.device) for other in other_sums), first_sum)
 

@@ -224,7 +224,7 @@ class GroupController(Controller):
         }
 
     def zero_share(self) -> float:
-        return self._zero_share(self._squares())
+        return self._zero_share(self.hook.squares_of_copies().cpu())
 
     def _zero_share(self, squares: Tensor) -> float:
         scopes = self._indices_by_scope().values()

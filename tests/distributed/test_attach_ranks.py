@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lp_dist import LpAdamW, SparsityTarget, attach, param_groups
+from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
 from lp_dist.errors import UsageError
 
 
@@ -249,9 +249,9 @@ def test_a_target_for_an_engine_that_has_stepped_before_begins_with_the_first_st
 COPIES = ("zero0", "bf16_optimizer", "zero1", "zero2", "zero3", "fsdp2")
 
 
-def overwritten(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
+def overwritten(rank: int, world_size: int) -> dict[str, tuple[float, ...]]:
     """Weights that a script loads into the model's own copy, past the engine, when all is done. For each engine what
-    finish says, and what a save writes.
+    finish says of weights and groups, and what a save writes.
     """
     import deepspeed
 
@@ -261,16 +261,22 @@ def overwritten(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
     seen = {}
     for kind in COPIES:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5, bias=False))
+        model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 8, bias=False))
+        channels = groups_of(model, outputs="0", inputs="2", kind="channels")
+        targets = [
+            SparsityTarget(0.25, groups=channels, start=2, end=11),
+            SparsityTarget(0.5, start=11, end=19),
+        ]
         more = {"bf16": {"enabled": True}} if kind in ("zero0", "zero2") else {}
         engine = make(kind, model, lambda model: LpAdamW(model.parameters(), lr=1e-2), **more)
-        attached = attach(engine.handle, engine.optimizer, target=SparsityTarget(0.5, start=2, end=11), total_steps=12)
-        for _ in range(12):
+        attached = attach(engine.handle, engine.optimizer, target=targets, total_steps=20)
+        for _ in range(20):
             dtype = torch.bfloat16 if more or kind == "bf16_optimizer" else torch.float32
-            engine.step(engine(torch.ones(4, 7, dtype=dtype)).float().square().mean())
+            engine.step(engine(torch.ones(4, 8, dtype=dtype)).float().square().mean())
             attached.after_step()
         attached.finish()
         assert attached.logs["lp/measured"] == zeros_in(gathered(engine), attached.decayed)
+        assert attached.logs["lp/groups_measured"] == 0.25
         params = list(model.parameters())
         context = deepspeed.zero.GatheredParameters(params, modifier_rank=0) if kind == "zero3" else nullcontext()
         with context, torch.no_grad():
@@ -278,7 +284,9 @@ def overwritten(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
                 if kind != "zero3" or rank == 0:
                     param.fill_(0.5)
         attached.finish()
-        seen[kind] = attached.logs["lp/measured"], zeros_in(gathered(engine), attached.decayed)
+        logs = attached.logs
+        zeros = zeros_in(gathered(engine), attached.decayed)
+        seen[kind] = logs["lp/measured"], logs["lp/groups_measured"], zeros
         ended(engine)
     return seen
 
@@ -290,4 +298,4 @@ def zeros_in(weights: dict[str, torch.Tensor], names) -> float:
 
 def test_finish_counts_the_copy_that_a_save_writes(run_ranks):
     for seen in run_ranks(overwritten, 2):
-        assert seen == dict.fromkeys(COPIES, (0.0, 0.0))
+        assert seen == dict.fromkeys(COPIES, (0.0, 0.0, 0.0))

@@ -93,6 +93,7 @@ def on_two_ranks(rank: int, world_size: int, directory: Path) -> dict[str, dict[
     return seen
 
 
+@pytest.mark.long
 def test_arguments_are_defaults_and_what_is_said_of_the_best_model_is_in_the_file(run_ranks, tmp_path_factory):
     for seen in run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("trainers")):
         for stage in STAGES:

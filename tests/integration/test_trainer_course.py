@@ -107,6 +107,24 @@ def test_early_stopping_waits_for_the_end_of_the_window(tmp_path):
     assert in_file(tmp_path / "model", callback) == pytest.approx(0.5, abs=1e-3)
 
 
+class BringsBackOthers(Worse):
+    """What it takes for the best model is a dense one."""
+
+    def _load_best_model(self):
+        with torch.no_grad():
+            for param in self.model.parameters():
+                param.fill_(0.5)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["to the end", "stopped early"])
+def test_what_comes_back_as_the_best_model_is_counted(stopped, tmp_path, caplog):
+    callback = LpCallback(target=HALF)
+    stopping = [EarlyStoppingCallback(early_stopping_patience=1)] if stopped else []
+    train(tmp_path, [*stopping, callback], trainer=evaluated(BringsBackOthers), **EVALUATED)
+    assert callback.attached.logs["lp/measured"] == 0.0
+    assert "0.00 % of the weights are zero now, and 50." in caplog.text and "load_best_model_at_end" in caplog.text
+
+
 def test_a_run_whose_evaluations_all_lie_before_the_end_of_the_window_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"the last one, at step 15 of 24, lies before the end .* at 17.*at most 8"):
         train(

@@ -474,3 +474,14 @@ def test_where_several_layers_have_one_threshold_some_of_a_kind_must_stay():
             target=SparsityTarget(0.9, groups=pairs_of(model), scope="global"),
             total_steps=50,
         )
+
+
+def test_finish_counts_the_groups_that_are_zero_then(caplog):
+    run = TargetRun(target_of(), total=TOTAL).to(TOTAL)
+    run.attached.finish()
+    assert run.attached.logs["lp/groups_measured"] == pytest.approx((48 + 19) / 224) and not caplog.text
+    with torch.no_grad():
+        run.model[0].weight.fill_(0.5)
+    run.attached.finish()
+    assert run.attached.logs["lp/groups_measured"] == pytest.approx(19 / 224)
+    assert "% of the groups are zero now" in caplog.text and "other weights were loaded since" in caplog.text
