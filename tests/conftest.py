@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import logging
 import os
 import pickle
 import signal
@@ -58,6 +59,15 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or what Triton leaves behind is called a leak when Python ends
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level():
+    """A program that a test calls sets how much is logged, as it would for its own process."""
+    logger = logging.getLogger("lp_dist")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -269,6 +269,16 @@ def test_what_the_caller_named_holds_and_what_differs_is_said_once(tmp_path, cap
     ]
 
 
+def test_a_schedule_that_has_ended_before_the_window_is_refused_since_trainer_steps_it_each_step(tmp_path):
+    def ways(model):
+        optimizer = LpAdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - min(step, 2) / 2)
+        return {"optimizers": (optimizer, schedule)}
+
+    with pytest.raises(UsageError, match=f"the learning rate is 0 in the whole window from step {START} to {END}"):
+        train(tmp_path, [LpCallback(target=HALF)], ways=ways)
+
+
 def test_a_schedule_that_is_made_from_the_rate_itself_needs_it_named(tmp_path):
     with pytest.raises(UsageError, match="lr_scheduler_type='polynomial' was made from the optimizer's learning rate"):
         train(tmp_path, [LpCallback(target=HALF)], ways=plain, lr_scheduler_type="polynomial")
