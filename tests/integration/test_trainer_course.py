@@ -257,6 +257,22 @@ def test_a_resumed_schedule_is_not_touched(tmp_path):
     assert same(train(tmp_path / "cut", [LpCallback(target=HALF)], ways=plain, resume=True, **arguments), expected)
 
 
+def test_other_arguments_than_a_checkpoints_are_said(tmp_path, caplog):
+    arguments = {"learning_rate": 2e-3, "lr_scheduler_type": "linear", "adam_beta2": 0.95}
+    expected = train(tmp_path / "uncut", [LpCallback(target=HALF)], ways=plain, **arguments)
+    for name in ("rate", "betas"):
+        train(tmp_path / name, [LpCallback(target=HALF), Interrupted(10)], ways=plain, **arguments)
+    caplog.clear()
+    faster = {**arguments, "learning_rate": 4e-3}
+    trainer = train(tmp_path / "rate", [LpCallback(target=HALF)], ways=plain, resume=True, **faster)
+    assert same(trainer, expected), "the schedule is the checkpoint's"
+    assert "from a rate of 0.002; the rate of 0.004 with which the optimizer was made" in caplog.text
+    other = {**arguments, "adam_beta2": 0.9}
+    trainer = train(tmp_path / "betas", [LpCallback(target=HALF)], ways=plain, resume=True, **other)
+    assert "param group 0 has betas=(0.9, 0.95), from a checkpoint perhaps; going on with betas=(0.9, 0.9)" in caplog.text
+    assert not same(trainer, expected) and trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
 def test_what_the_caller_named_holds_and_what_differs_is_said_once(tmp_path, caplog):
     ways = lambda model: {"optimizer_cls_and_kwargs": (LpAdamW, {"lr": 1e-2, "betas": (0.8, 0.99)})}  # noqa: E731
     trainer = train(tmp_path, [LpCallback(target=HALF)], ways=ways, learning_rate=2e-3, adam_beta1=0.7)
