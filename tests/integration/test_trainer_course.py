@@ -269,7 +269,9 @@ def test_other_arguments_than_a_checkpoints_are_said(tmp_path, caplog):
     assert "from a rate of 0.002; the rate of 0.004 with which the optimizer was made" in caplog.text
     other = {**arguments, "adam_beta2": 0.9}
     trainer = train(tmp_path / "betas", [LpCallback(target=HALF)], ways=plain, resume=True, **other)
-    assert "param group 0 has betas=(0.9, 0.95), from a checkpoint perhaps; going on with betas=(0.9, 0.9)" in caplog.text
+    assert (
+        "param group 0 has betas=(0.9, 0.95), from a checkpoint perhaps; going on with betas=(0.9, 0.9)" in caplog.text
+    )
     assert not same(trainer, expected) and trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
 
