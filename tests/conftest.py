@@ -63,11 +63,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_log_level():
-    """A program that a test calls sets how much is logged, as it would for its own process."""
-    logger = logging.getLogger("lp_dist")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+    """A program that a test or a fixture calls sets how much is logged, as it would for its own process."""
+    logging.getLogger("lp_dist").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
