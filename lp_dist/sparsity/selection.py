@@ -1,29 +1,70 @@
-"""Which parameters decay: by module type first, by name second, decided on the model before it is sharded."""
+"""Which parameters decay, and why the others don't: by what their modules are and do, by names only where that can't
+be told. Decided on the model before it is sharded.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lp_dist.modules.code import Use
+from lp_dist.modules.model import ModelCode, read_model
 from lp_dist.optim.batching import count_zeros
 from lp_dist.sharding.collectives import all_reduce_sum
 from lp_dist.sharding.shards import full_shape, is_dtensor, local_shard
 
 logger = logging.getLogger(__name__)
 
-_MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
-# Known by name of class, as importing transformers for an isinstance would cost seconds: GPT-2's linear layer.
-_MATRIX_CLASS_NAMES = ("Conv1D",)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_OF_TORCH = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, *_EMBEDDINGS)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
-# A parameter of an unknown kind of module (a fused expert tensor, a hand-written linear layer) decays if it is a
-# matrix and its name contains none of these.
-_NOT_MATRIX_NAMES = ("embed", "norm", "bias", "wte", "wpe", "rotary", "position", "cls_token")
+# What is multiplied as a matrix is none by these names of its own: positions, codes, tokens.
+_NO_OPERANDS = re.compile(
+    r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|codebook|probe|tokens?$|latents?$"
+)
+# Nor is a parameter whose use can't be told from the code by these, anywhere in its name or in its own.
+_NO_MATRICES = re.compile(r"embed|norm|bias|wte|wpe|rotary|position|cls_token")
+_NO_MATRIX = re.compile(r"quer(y|ies)(_|$)|(^|_)scale|gamma|a_log|time_|(^|_)dt(_|$)")
+# Taps of a short depthwise convolution over time: one filter of a few weights for each channel.
+_SHORT = 8
+
+
+class Reason(Enum):
+    """Why a parameter stays dense, or decays."""
+
+    MATRIX = "operand of a matrix product"
+    NAMED = "named by names="
+    FOREIGN_MATRIX = "matrix of a module whose code can't be read, by its shape and name"
+    FROZEN = "frozen"
+    QUANTIZED = "not floating-point"
+    ADAPTER = "adapter, or trained whole beside one"
+    COMPUTED = "weights are computed from it"
+    EXEMPT = "the model exempts it from weight decay"
+    EMBEDDING = "embedding"
+    LOOKUP = "table whose rows are looked up"
+    HEAD = "output head"
+    ROUTER = "router"
+    VECTOR = "vector: bias, norm, scale"
+    TOKEN = "learned token or position, joined to the activations"
+    ELEMENTWISE = "scales or shifts activations, or is a state space's"
+    SHORT_CONVOLUTION = "short depthwise convolution"
+    NO_MATRIX = "no matrix by its shape or name"
+    ZERO = "starts at zero, and zero absorbs"
+
+
+class Choice(NamedTuple):
+    """Whether a parameter decays, and why."""
+
+    decays: bool
+    reason: Reason
 
 
 def param_groups(
@@ -78,6 +119,7 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
     """
     params = dict(model.named_parameters())
     candidates = matrix_names(model, include_embeddings=include_embeddings)
+    _tell_foreign(model, {name for name in candidates if params[name].requires_grad})
     trainable = sorted(name for name in candidates if params[name].requires_grad)
     zeros = _all_zero_names([(name, params[name]) for name in trainable])
     chosen = set(trainable) - set(zeros)
@@ -100,10 +142,7 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
 
 
 def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:
-    """Names of the matrices of linear, convolution and attention modules. The rules look at no values.
-
-    Left out are biases, norms, embeddings, output heads, and all parameters of peft's adapters: LoRA's B starts at
-    zero, and a sparse A makes no weight of the model zero. So are those of `factors_of_weights`.
+    """Names of the parameters that `choices` lets decay. The rules look at no values.
 
     Args:
         model: before or after it is sharded, but unwrapped.
@@ -111,30 +150,163 @@ def matrix_names(model: nn.Module, *, include_embeddings: bool = False) -> set[s
     Returns:
         Names as of `model.named_parameters()`.
     """
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, _EMBEDDING_MODULES) for p in m.parameters(recurse=False)
+    return {name for name, choice in choices(model, include_embeddings=include_embeddings).items() if choice.decays}
+
+
+def choices(model: nn.Module, *, include_embeddings: bool = False) -> dict[str, Choice]:
+    """Decides for each parameter whether it decays, and why.
+
+    What is an operand of a matrix product decays: of linear, convolution, attention and expert modules of any class.
+    The rules look at no values, and at frozen parameters as at others.
+
+    Args:
+        model: before or after it is sharded, on any device, but unwrapped.
+        include_embeddings: also the embeddings and the output head.
+    Returns:
+        {name as of `model.named_parameters()`: what holds for it}, a tied parameter once.
+    """
+    reading = read_model(model)
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    rules = _Rules(
+        reading,
+        adapters=_adapters(model),
+        computed=set(factors_of_weights(model)),
+        exempt=_exempt(model),
+        heads=_heads(model) | reading.heads,
+        include_embeddings=include_embeddings,
+    )
+    return {name: rules.choose(name, param, owners[id(param)]) for name, param in model.named_parameters()}
+
+
+class _Rules:
+    """The rules, the first that holds decides.
+
+    Args:
+        reading: what the model's code does with its parameters.
+        adapters: ids of the parameters of adapters and of what is trained whole beside them.
+        computed: names of the factors of weights.
+        exempt: names of those that the model exempts from weight decay.
+        heads: names of the output heads.
+        include_embeddings: whether embeddings and heads decay.
+    """
+
+    def __init__(
+        self,
+        reading: ModelCode,
+        *,
+        adapters: set[int],
+        computed: set[str],
+        exempt: set[str],
+        heads: set[str],
+        include_embeddings: bool,
+    ) -> None:
+        self._reading, self._adapters, self._computed = reading, adapters, computed
+        self._exempt, self._heads, self._include_embeddings = exempt, heads, include_embeddings
+
+    def choose(self, name: str, param: Tensor, owner: nn.Module) -> Choice:
+        """What holds for a parameter of the module `owner`."""
+        shape = full_shape(param)
+        reason = self._by_role(name, param, owner)
+        if reason in (Reason.EMBEDDING, Reason.HEAD):
+            return Choice(self._include_embeddings and len(shape) >= 2, reason)
+        reason = reason or self._by_shape(shape, owner) or self._by_use(name, shape)
+        return Choice(reason in (Reason.MATRIX, Reason.FOREIGN_MATRIX), reason)
+
+    def _by_role(self, name: str, param: Tensor, owner: nn.Module) -> Reason | None:
+        if not param.is_floating_point():
+            return Reason.QUANTIZED
+        if id(param) in self._adapters or ".lora_" in f".{name}":
+            return Reason.ADAPTER
+        if name in self._computed:
+            return Reason.COMPUTED
+        if isinstance(owner, _EMBEDDINGS):
+            return Reason.EMBEDDING
+        if name in self._heads or any(word in _HEAD_NAMES for word in name.split(".")):
+            return Reason.HEAD
+        if name in self._exempt:
+            return Reason.EXEMPT
+        if name in self._reading.routers or any("router" in word.split("_") for word in name.lower().split(".")):
+            return Reason.ROUTER
+        return None
+
+    def _by_shape(self, shape: torch.Size, owner: nn.Module) -> Reason | None:
+        if isinstance(owner, _NORMS) or len(shape) < 2:
+            return Reason.VECTOR
+        if sum(size > 1 for size in shape) < 2 and not isinstance(owner, _OF_TORCH):
+            return Reason.VECTOR
+        if isinstance(owner, nn.MultiheadAttention) and shape[:2] == (1, 1):  # bias_k, bias_v
+            return Reason.VECTOR
+        if isinstance(owner, nn.Conv1d) and 1 < owner.groups == owner.in_channels and shape[-1] <= _SHORT:
+            return Reason.SHORT_CONVOLUTION
+        return None
+
+    def _by_use(self, name: str, shape: torch.Size) -> Reason:
+        uses = self._reading.uses.get(name, set())
+        if name not in self._reading.foreign:
+            return Reason.MATRIX
+        if Use.LOOKUP in uses:
+            return Reason.LOOKUP
+        is_stack = len(shape) == 2 or (len(shape) == 3 and min(shape) > 1)
+        if Use.PRODUCT in uses and Use.COMPUTED not in uses:
+            is_matrix = (is_stack or len(shape) > 3) and not _NO_OPERANDS.search(name.rpartition(".")[2].lower())
+            return Reason.MATRIX if is_matrix else Reason.NO_MATRIX
+        if Use.TOKEN in uses:
+            return Reason.TOKEN
+        if Use.ELEMENTWISE in uses:
+            return Reason.ELEMENTWISE
+        if Use.COMPUTED in uses:
+            return Reason.COMPUTED
+        kind = self._reading.foreign[name].lower()
+        is_known_otherwise = "norm" in kind or "embed" in kind or not named_like_a_matrix(name, shape)
+        return Reason.FOREIGN_MATRIX if is_stack and not is_known_otherwise else Reason.NO_MATRIX
+
+
+def _tell_foreign(model: nn.Module, names: set[str]) -> None:
+    """Names the matrices of modules that are none of torch's, a line for all layers together."""
+    owners = {
+        f"{path}.{name}".lstrip("."): type(module).__name__
+        for path, module in model.named_modules()
+        if not isinstance(module, _OF_TORCH)
+        for name, _ in module.named_parameters(recurse=False)
     }
-    # A method of the models of Transformers.
+    kinds = {
+        f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({owners[name]})": None for name in sorted(names & owners.keys())
+    }
+    if kinds:
+        logger.info(
+            "matrices of modules that are none of torch's decay too: %s; names= chooses otherwise", ", ".join(kinds)
+        )
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """Names of the parameters of the output head that a model of Transformers names itself."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    heads = {id(p) for p in head.parameters()} if head is not None else set()
-    adapters = _adapters(model)
-    owners: dict[int, nn.Module] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(id(param), module)
-    names = set()
-    computed = set(factors_of_weights(model))
-    # It yields a tied parameter once, under its first name.
-    for name, param in model.named_parameters():
-        if not param.is_floating_point() or id(param) in adapters or ".lora_" in f".{name}" or name in computed:
-            continue
-        if id(param) in embeddings or id(param) in heads or any(word in _HEAD_NAMES for word in name.split(".")):
-            if include_embeddings and len(full_shape(param)) >= 2:
-                names.add(name)
-        elif _is_matrix(name, param, owners[id(param)]):
-            names.add(name)
-    return names
+    heads = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    return {name for name, param in model.named_parameters() if id(param) in heads}
+
+
+def _exempt(model: nn.Module) -> set[str]:
+    """Names of the parameters that the model itself marks as without weight decay: by the attributes that state-space
+    models put on them, or by a method, as vision models have it.
+    """
+    exempt = {
+        name
+        for name, param in model.named_parameters()
+        if getattr(param, "_no_weight_decay", False)
+        or (getattr(param, "_optim", None) or {}).get("weight_decay", 1) == 0
+    }
+    for path, module in model.named_modules():
+        names: Any = getattr(module, "no_weight_decay", None)
+        keywords: Any = getattr(module, "no_weight_decay_keywords", None)
+        exact = {f"{path}.{name}".lstrip(".") for name in (names() if callable(names) else ())}
+        fragments = tuple(keywords() if callable(keywords) else ())
+        exempt |= {
+            name
+            for name, _ in module.named_parameters(prefix=path)
+            if name in exact or any(fragment in name for fragment in fragments)
+        }
+    return exempt
 
 
 def factors_of_weights(model: nn.Module) -> list[str]:
@@ -160,25 +332,17 @@ def factors_of_weights(model: nn.Module) -> list[str]:
 
 
 def _adapters(model: nn.Module) -> set[int]:
-    """The ids of the parameters that peft added to the layers that it wraps."""
-    # Layers of all of peft's tuners have these two attributes.
-    return {
-        id(param)
-        for module in model.modules()
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
-        for name, param in module.named_parameters()
-        if not name.startswith("base_layer.")
-    }
-
-
-def _is_matrix(name: str, param: Tensor, owner: nn.Module) -> bool:
-    if len(full_shape(param)) < 2:
-        return False
-    if isinstance(owner, _MATRIX_MODULES) or type(owner).__name__ in _MATRIX_CLASS_NAMES:
-        # nn.MultiheadAttention keeps these as (1, 1, embed_dim).
-        return not name.endswith(("bias_k", "bias_v"))
-    kind = type(owner).__name__.lower()
-    return not ("norm" in kind or "embed" in kind) and named_like_a_matrix(name, full_shape(param))
+    """The ids of the parameters that peft added: to the layers that it wraps, and copies of modules that it trains
+    whole.
+    """
+    ids: set[int] = set()
+    for module in model.modules():
+        # Layers of all of peft's tuners have these two attributes, and its copies of modules the others.
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
+            ids |= {id(param) for name, param in module.named_parameters() if not name.startswith("base_layer.")}
+        elif hasattr(module, "original_module") and hasattr(module, "_adapters"):
+            ids |= {id(param) for name, param in module.named_parameters() if not name.startswith("original_module.")}
+    return ids
 
 
 def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
@@ -189,8 +353,10 @@ def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
         shape: of the parameter before sharding; a matrix has at least two dimensions.
     """
     return (
-        len(tuple(shape)) >= 2
-        and not any(word in name for word in _NOT_MATRIX_NAMES)
+        sum(size > 1 for size in shape) >= 2
+        and not _NO_MATRICES.search(name.lower())
+        and not _NO_OPERANDS.search(name.rpartition(".")[2].lower())
+        and not _NO_MATRIX.search(name.rpartition(".")[2].lower())
         and not any(word in _HEAD_NAMES for word in name.split("."))
     )
 

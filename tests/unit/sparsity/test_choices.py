@@ -1,0 +1,324 @@
+"""Why a parameter decays or stays dense: a module that no library has for each rule, under names that say nothing."""
+
+from __future__ import annotations
+
+import logging
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lp_dist.sparsity.selection import Choice, Reason, choices, decayed_names, matrix_names
+
+
+def weights(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))
+
+
+class Kubla(nn.Module):
+    """A block: a matrix of its own on the right of a product, and one of torch."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.khan, self.xanadu = weights(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.xanadu(torch.relu(x @ self.khan))
+
+
+class Stack(nn.Module):
+    """A few blocks."""
+
+    def __init__(self, block=Kubla, depth: int = 2):
+        super().__init__()
+        self.storeys = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, x):
+        for storey in self.storeys:
+            x = storey(x)
+        return x
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """{parameter: its reason's name}, without biases and norms."""
+    return {name: choice.reason.name for name, choice in choices(model).items() if choice.reason != Reason.VECTOR}
+
+
+def test_operands_of_products_decay_whatever_they_are_called():
+    assert reasons(Kubla()) == {"khan": "MATRIX", "xanadu.weight": "MATRIX"}
+    assert matrix_names(Kubla()) == {"khan", "xanadu.weight"}
+
+
+class Alph(nn.Module):
+    """What has two dimensions above 1, and is no matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.river, self.cavern, self.sea = weights(5, 8), weights(9, 8), weights(8, 4)
+        self.walls, self.towers, self.gardens = weights(3, 8), weights(2, 8), weights(8, 8)
+        self.sunny = weights(1, 8)
+
+    def forward(self, x, ids):
+        x = torch.cat([self.river.expand(len(x), -1, -1), x])  # queries, registers
+        x = x + self.cavern[ids]  # relative positions
+        state = -torch.exp(self.sea.float())  # a state space's
+        x = x * self.walls[0] + x * self.towers[1]  # time mixes, scales by layer
+        x = x * torch.tanh(self.gardens)
+        return (x[..., None] * state).sum(-1) * self.sunny
+
+
+def test_scales_tables_tokens_and_state_spaces_stay_dense():
+    assert reasons(Alph()) == {
+        "river": "TOKEN",
+        "cavern": "LOOKUP",
+        "sea": "ELEMENTWISE",
+        "walls": "ELEMENTWISE",
+        "towers": "ELEMENTWISE",
+        "gardens": "ELEMENTWISE",
+    }
+    assert choices(Alph())["sunny"] == Choice(False, Reason.VECTOR)
+    assert matrix_names(Alph()) == set()
+
+
+@pytest.mark.parametrize("ending", ["tagger", "as wide", "deep", "parameter", "in a list", "wrapped"])
+def test_the_layer_whose_output_is_returned_is_a_head(ending):
+    class Abora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mount = Stack()
+            if ending == "parameter":
+                self.dulcimer = weights(8, 5)
+            elif ending == "in a list":
+                self.chorus = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+            elif ending == "deep":
+                self.song = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+            else:
+                self.song = nn.Linear(8, 8 if ending == "as wide" else 5)
+
+        def forward(self, x, labels=None):
+            features = self.mount(x)
+            if ending == "parameter":
+                return features @ self.dulcimer
+            if ending == "in a list":
+                return torch.stack([voice(features) for voice in self.chorus])
+            logits = self.song(features)
+            loss = None if labels is None else F.cross_entropy(logits, labels)
+            return {"loss": loss, "start": logits, "features": x}
+
+    class Maid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Abora()
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model = Maid() if ending == "wrapped" else Abora()
+    heads = {name for name, reason in reasons(model).items() if reason == "HEAD"}
+    expected = {"parameter": "dulcimer", "in a list": "chorus", "wrapped": "inner.song"}.get(ending, "song")
+    assert heads and all(name.startswith(expected) for name in heads)
+    assert {name for name in matrix_names(model) if "mount" in name} == {
+        f"{'inner.' * (ending == 'wrapped')}mount.storeys.{i}.{name}"
+        for i in (0, 1)
+        for name in ("khan", "xanadu.weight")
+    }
+    assert not heads & matrix_names(model) and {n for n in heads if "weight" in n or n == "dulcimer"} <= matrix_names(
+        model, include_embeddings=True
+    )
+
+
+def test_a_sequence_or_a_stack_has_no_head():
+    assert matrix_names(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))) == {"0.weight", "2.weight"}
+    assert len(matrix_names(Stack())) == 4
+
+
+class Porlock(nn.Module):
+    """Experts in one tensor, or in a list, and what chooses among them: by a ranking, or by its width alone."""
+
+    def __init__(self, is_list: bool, is_ranked: bool, is_bare: bool):
+        super().__init__()
+        self.is_ranked, self.is_bare = is_ranked, is_bare
+        self.people = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) if is_list else None
+        self.person = None if is_list else weights(3, 8, 8)
+        self.business = weights(3, 8) if is_bare else nn.Linear(8, 3)
+        self.common = nn.Linear(8, 8)
+
+    def forward(self, x):
+        scores = F.linear(x, self.business) if self.is_bare else self.business(x)
+        shares = scores.softmax(-1)
+        if self.is_ranked:
+            shares, _ = torch.topk(shares, 2, dim=-1)
+        total = self.common(x)
+        for i in range(shares.shape[-1]):
+            if self.people is not None:
+                total = total + self.people[i](x) * shares[..., i, None]
+            else:
+                total = total + F.linear(x, self.person[i]) * shares[..., i, None]
+        return total
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize(("is_ranked", "is_bare"), [(True, True), (True, False), (False, False)])
+def test_what_chooses_among_experts_stays_dense(is_list, is_ranked, is_bare):
+    model = Stack(lambda: Porlock(is_list, is_ranked, is_bare))
+    routers = {name for name, reason in reasons(model).items() if reason == "ROUTER"}
+    routers = {name.removesuffix(".bias") for name in routers}
+    assert {name.removesuffix(".weight") for name in routers} == {f"storeys.{i}.business" for i in (0, 1)}
+    assert {"storeys.0.common.weight", f"storeys.0.{'people.1.weight' if is_list else 'person'}"} <= matrix_names(
+        model
+    )
+
+
+def test_a_layer_that_is_as_wide_as_a_stack_is_deep_is_no_router():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.deep, self.out = nn.Linear(8, 8), Stack(depth=8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.out(self.deep(self.into(x)))
+
+    assert reasons(Vision())["into.weight"] == "MATRIX"
+
+
+def test_short_depthwise_convolutions_over_time_stay_dense_and_others_decay():
+    model = nn.Sequential(
+        nn.Conv1d(8, 8, 4, groups=8), nn.Conv1d(8, 8, 31, groups=8), nn.Conv1d(8, 8, 3), nn.Conv2d(8, 8, 7, groups=8)
+    )
+    assert choices(model)["0.weight"] == Choice(False, Reason.SHORT_CONVOLUTION)
+    assert matrix_names(model) == {"1.weight", "2.weight", "3.weight"}
+
+
+def test_vectors_that_are_written_in_two_dimensions_stay_dense():
+    class Thin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line, self.plane, self.point = weights(1, 8), weights(8, 8), weights(1, 1, 8)
+
+        def forward(self, x):
+            return (x @ self.plane + x @ self.line.T) * self.point
+
+    model = nn.Sequential(Thin(), nn.LayerNorm((4, 8)), nn.MultiheadAttention(8, 2, add_bias_kv=True))
+    assert matrix_names(model) == {"0.plane", "2.in_proj_weight", "2.out_proj.weight"}
+
+
+class Dream(nn.Module):
+    """Marks parameters as without weight decay in the three ways that are in use."""
+
+    def __init__(self):
+        super().__init__()
+        self.marked, self.optimized, self.listed, self.keyed, self.free = (weights(8, 8) for _ in range(5))
+        self.marked._no_weight_decay = True
+        self.optimized._optim = {"weight_decay": 0.0}
+
+    def no_weight_decay(self):
+        return {"listed"}
+
+    def no_weight_decay_keywords(self):
+        return {"keye"}
+
+    def forward(self, x):
+        return torch.relu(x @ self.marked @ self.optimized @ self.listed @ self.keyed @ self.free) * 2
+
+
+def test_what_the_model_exempts_from_weight_decay_stays_dense():
+    class Sleeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dream, self.last = Dream(), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.dream(x))
+
+    assert reasons(Sleeper()) == {
+        **dict.fromkeys(("dream.marked", "dream.optimized", "dream.listed", "dream.keyed"), "EXEMPT"),
+        "dream.free": "MATRIX",
+        "last.weight": "HEAD",
+        "last.bias": "HEAD",
+    }
+
+
+def unreadable(**params: nn.Parameter) -> nn.Module:
+    """A module whose code has no source."""
+    namespace: dict = {"nn": nn}
+    exec("class Sealed(nn.Module):\n    def forward(self, x):\n        return x", namespace)
+    module = namespace["Sealed"]()
+    for name, param in params.items():
+        module.register_parameter(name, param)
+    return module
+
+
+def test_without_code_shapes_and_names_decide_and_the_log_names_what_was_taken(caplog):
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        unreadable(
+            plain=weights(8, 8), stacked=weights(3, 8, 8), flat=weights(1, 8, 8), thin=weights(8, 1),
+            query_tokens=weights(4, 8), A_log=weights(8, 4), time_mix=weights(2, 8), pos=weights(4, 8),
+            rel_pos_h=weights(4, 8), logit_scale=weights(2, 8), probe=weights(2, 8),
+        ),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, "lp_dist"):
+        assert decayed_names(model) == {"0.weight", "1.plain", "1.stacked"}
+    assert "1.plain (Sealed), 1.stacked (Sealed); names= chooses otherwise" in caplog.text
+    assert choices(model)["1.plain"].reason == Reason.FOREIGN_MATRIX
+
+
+def test_matrices_of_other_classes_are_named_once_for_all_layers(caplog):
+    with caplog.at_level(logging.INFO, "lp_dist"):
+        decayed_names(Stack())
+    assert "decay too: storeys.*.khan (Kubla); names=" in caplog.text and caplog.text.count("khan") == 1
+
+
+def test_what_peft_trains_beside_stays_dense_and_nothing_but_that_is_refused():
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"model_type": "base"}
+            self.low, self.high, self.words = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(9, 8)
+            self.tail = nn.Linear(8, 3)
+
+        def forward(self, ids):
+            return self.tail(self.high(self.low(self.words(ids))))
+
+    config = peft.LoraConfig(target_modules=["low"], modules_to_save=["tail", "high"])
+    model = peft.get_peft_model(Base(), config)
+    trained = {name: c for name, c in choices(model).items() if model.get_parameter(name).requires_grad}
+    assert {name for name in trained if "modules_to_save" in name and "weight" in name}, "peft's layout has changed"
+    assert {choice.reason for choice in trained.values()} == {Reason.ADAPTER}
+    with pytest.raises(ValueError, match="only adapters are trained"):
+        decayed_names(model)
+
+
+def test_weights_that_are_computed_stay_dense():
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gilded, self.other = weights(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.other(F.linear(x, self.gilded - self.gilded.mean())) + 1
+
+    assert reasons(Mirrored())["gilded"] == "COMPUTED"
+
+
+def test_the_rules_are_the_same_on_the_meta_device():
+    for model in (Stack(lambda: Porlock(False, True, True)), Kubla(), Alph()):
+        assert choices(model) == choices(model.to("meta"))
+
+
+class Steered(nn.Module):
+    """A vector that grows with the input is none by a later reason: the first rule decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 8)
+
+    def forward(self, x):
+        return x @ self.table.weight
+
+
+def test_an_embedding_stays_one_where_it_is_multiplied_too():
+    assert choices(Steered())["table.weight"] == Choice(False, Reason.EMBEDDING)
+    assert matrix_names(Steered(), include_embeddings=True) == {"table.weight"}
