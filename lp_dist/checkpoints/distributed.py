@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lp_dist.checkpoints.allowed import TRUST, load_index
 from lp_dist.checkpoints.entries import Checkpoint, Entry, check_inside, unwrapped
 from lp_dist.checkpoints.files import TorchFile
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 
 # Accelerate's folder of the model's weights, in its own checkpoints and in Trainer's.
 _ACCELERATE = "pytorch_model_fsdp_0"
@@ -95,7 +95,7 @@ def _index(directory: Path, read: Callable[[], Any]) -> Any:
         index = read()
     except (pickle.UnpicklingError, EOFError) as error:
         raise UsageError(
-            f"{directory / '.metadata'} is not complete ({error or type(error).__name__}); copy the checkpoint anew"
+            f"{directory / '.metadata'} is not complete ({first_line(error)}); copy the checkpoint anew"
         ) from None
     for storage in index.storage_data.values():
         check_inside(directory / ".metadata", storage.relative_path)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -94,7 +94,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is no JSON ({error}); copy or download it anew") from None
+        raise UsageError(f"{file} is no JSON ({first_line(error)}); copy or download it anew") from None
     if not isinstance(content, dict):
         raise UsageError(f"{file} holds a {type(content).__name__} and no object of JSON; copy or download it anew")
     return content

@@ -157,7 +157,7 @@ class TorchFile:
             with zipfile.ZipFile(self._source) as archive:
                 packed = [record for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
         except zipfile.BadZipFile as error:
-            raise UsageError(f"{self.file} can't be read ({error}); copy it anew") from None
+            raise UsageError(f"{self.file} can't be read ({first_line(error)}); copy it anew") from None
         if packed:
             raise UsageError(
                 f"{self.file} holds {packed[0].filename!r} compressed, which torch.save does not do, and it could be"
@@ -179,8 +179,8 @@ class TorchFile:
             return torch.load(self._source, map_location="meta", weights_only=False)
         except (AttributeError, ImportError) as error:
             raise UsageError(
-                f"{self.file} holds objects of DeepSpeed or of the training script ({error}); run lp-dist where Python"
-                " finds their code, such as by pip install '.[deepspeed]' in the project"
+                f"{self.file} holds objects of DeepSpeed or of the training script ({first_line(error)}); run"
+                " lp-dist where Python finds their code, such as by pip install '.[deepspeed]' in the project"
             ) from None
 
     def check_fits(self, name: str, tensor: Any) -> None:

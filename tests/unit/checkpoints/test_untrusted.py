@@ -251,6 +251,14 @@ def test_damaged_in_many_more_ways(checkpoint, tmp_path):
     assert refused >= 200, f"seed {seed}"
 
 
+def test_an_index_that_asks_for_objects_of_elsewhere_is_refused_in_one_line(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02K\x00Q.")  # a persistent id: torch's words for it are of two lines
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UsageError, match="is not complete .*; copy the checkpoint anew") as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path):
     save_file({"a\x1b[2J.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match=r"holds a tensor called 'a\\x1b\[2J.weight', as no model does") as caught:
