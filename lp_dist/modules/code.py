@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import logging
 import textwrap
 import types
 from collections.abc import Callable, Iterable
@@ -18,10 +19,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from lp_dist.errors import first_line
 from lp_dist.modules.values import (
     INPUT,
     NOTHING,
@@ -41,6 +43,8 @@ from lp_dist.modules.values import (
     without_dims,
 )
 from lp_dist.sharding.shards import full_shape
+
+logger = logging.getLogger(__name__)
 
 
 class Use(Enum):
@@ -102,13 +106,23 @@ def code_of(module: nn.Module) -> ModuleCode | None:
         None: its `forward` has no source that can be read.
     """
     form = (
-        *((name, type(child)) for name, child in module.named_modules()),
+        # The classes by reference, so that none is kept alive by what was read of it.
+        *((name, ref(type(child))) for name, child in module.named_modules()),
         *((name, len(full_shape(param))) for name, param in module.named_parameters(remove_duplicate=False)),
     )
     codes = _CODES.setdefault(type(module), {})
     if form not in codes:
         reader = _Reader(module)
-        codes[form] = reader.code if reader.read() else None
+        try:
+            codes[form] = reader.code if reader.read() else None
+        except Exception as error:  # anything may stand in the code of a module
+            logger.warning(
+                "the code of %s can't be followed (%s: %s); its parameters are known by shape and name alone",
+                type(module).__name__,
+                type(error).__name__,
+                first_line(error),
+            )
+            codes[form] = None
     return codes[form]
 
 
@@ -144,10 +158,10 @@ _DEPTH = 8  # of functions that call each other
 
 
 @lru_cache(maxsize=2048)
-def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The syntax of a function; None where it has no source."""
+def _tree(code: types.CodeType) -> ast.FunctionDef | None:
+    """The syntax of a function; None where it has no source. Of its code, since a function may hold a model."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError, ValueError, IndentationError):
         return None
     first = tree.body[0] if tree.body else None
@@ -165,6 +179,14 @@ def _plain(function: Any) -> types.FunctionType | None:
     except ValueError:
         return None
     return function if isinstance(function, types.FunctionType) else None
+
+
+def _static(thing: Any, name: str) -> Any:
+    """An attribute that is there already, `UNKNOWN` if there is none. It runs no code of the object, as properties and
+    modules that are imported when they are used would.
+    """
+    value = getattr(thing, "__dict__", {}).get(name, UNKNOWN)
+    return inspect.getattr_static(thing, name, UNKNOWN) if value is UNKNOWN and isinstance(thing, type) else value
 
 
 @dataclass
@@ -200,7 +222,7 @@ class _Reader:
     def read(self) -> bool:
         """Fills in `code`. False: there is no source."""
         owner, function = _method(type(self.module), "forward")
-        if function is None or _tree(function) is None:
+        if function is None or _tree(function.__code__) is None:
             return False
         result = self._follow(function, Value(modules=(("", self.module),)), [], {}, owner, inputs=True)
         self.code.returned |= result.makers
@@ -218,7 +240,7 @@ class _Reader:
         inputs: bool = False,
     ) -> Value:
         """What a function returns."""
-        tree = _tree(function)
+        tree = _tree(function.__code__)
         key = (function, bound.modules[0][0] if bound is not None and bound.modules else "")
         if tree is None or key in self._active or len(self._frames) >= _DEPTH:
             return union([*args, *kwargs.values()]).derived()
@@ -412,12 +434,10 @@ class _Reader:
             self._bind(generator.target, element_of(self._value(generator.iter)))
 
     def _name(self, name: str) -> Value:
-        for frame in reversed(self._frames):
-            if name in frame.names:
-                return frame.names[name]
-            if frame.function is not self._frames[-1].function:
-                break
-        function = self._frames[-1].function
+        frame = self._frames[-1]
+        if name in frame.names:
+            return frame.names[name]
+        function = frame.function
         if function.__closure__ and name in function.__code__.co_freevars:
             cell = function.__closure__[function.__code__.co_freevars.index(name)]
             try:
@@ -435,11 +455,7 @@ class _Reader:
         if base.modules:
             return union([self._of_module(path, module, name) for path, module in base.modules])
         if base.known is not UNKNOWN:
-            # Attributes of other objects may run code, those of namespaces and classes do not.
-            if isinstance(base.known, (types.ModuleType, type)):
-                return self._object(getattr(base.known, name, UNKNOWN))
-            value = getattr(base.known, "__dict__", {}).get(name, UNKNOWN)
-            return Value(known=value)
+            return self._object(_static(base.known, name))
         if name in ("T", "mT", "H", "mH"):
             return reordered(base, last_swapped)
         if name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad"):
@@ -493,7 +509,7 @@ class _Reader:
             except (KeyError, IndexError, TypeError):
                 return NOTHING
         if not base.views:
-            return Value(makers=base.makers, is_input=base.is_input or index.is_input)
+            return replace(base.derived(), is_input=base.is_input or index.is_input)
         indices = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         views = set()
         for view in base.views:
@@ -553,7 +569,7 @@ class _Reader:
                 labels.add(view.path)
         makers = left.makers | right.makers
         if not labels:  # of two activations
-            return Value(makers=makers, is_input=left.is_input or right.is_input)
+            return Value(makers=makers, is_input=left.is_input or right.is_input, is_compared=True)
         for label in labels:
             self._feed(makers, label)
         return Value(makers=frozenset(labels), is_input=True)
@@ -579,7 +595,7 @@ class _Reader:
         if not holding:
             for value in args:
                 self._use_all(value, Use.TOKEN)
-            return Value(makers=given.makers, is_input=given.is_input)
+            return given.derived()
         for value in args:
             self._use_all(value, Use.TOKEN)
         labels = [self._label(path) for path in holding]
@@ -608,10 +624,7 @@ class _Reader:
                     [self._call_of_module(base, path, module, name, args, kwargs) for path, module in base.modules]
                 )
             if base.known is not UNKNOWN and not isinstance(base.known, (int, float, str, bool, type(None))):
-                if isinstance(base.known, (types.ModuleType, type)):
-                    target = getattr(base.known, name, UNKNOWN)
-                    return self._function(target, args, kwargs, name)
-                return union(everything).derived()
+                return self._function(_static(base.known, name), args, kwargs, name)
             if name in _ADDS_TO_ITSELF or (name.endswith("_") and not name.endswith("__")):
                 self._add_to(node.func.value, union(everything))
             return self._operation(name, [base, *args], kwargs)
@@ -622,7 +635,7 @@ class _Reader:
             return self._closure(func.code, args, kwargs)
         if func.known is getattr and len(args) >= 2 and isinstance(args[1].known, str):
             return self._attribute(args[0], args[1].known)
-        if func.known in (list, tuple, iter, reversed, sorted, next):
+        if any(func.known is same for same in (list, tuple, iter, reversed, sorted, next)):
             return args[0] if args else NOTHING
         if func.known is enumerate:
             return Value(items=None, **enumerated(args[0])) if args else NOTHING
@@ -691,7 +704,7 @@ class _Reader:
         if (view := _VIEWING.get(name)) is not None and operands:
             return replace(view(operands), items=None, known=UNKNOWN)
         joined = union(operands)
-        if name in _RANKINGS:
+        if name in _RANKINGS and not joined.is_compared:  # as scores of attention are
             self.code.choosing |= joined.makers
         elif name in _SCALED and len(operands) > 1:
             return self._scaled(operands[0], operands[1])

@@ -207,7 +207,8 @@ def _as_wide_as_experts(model: nn.Module, codes: dict[str, ModuleCode], reading:
         if product.experts is not None:
             owner = name.rpartition(".")[0]
             experts.add(owner)
-            by_block.setdefault(owner.rpartition(".")[0], set()).add(shapes[name][product.experts])
+            for block in (owner, owner.rpartition(".")[0]):  # the router lies beside them, or beside their module
+                by_block.setdefault(block, set()).add(shapes[name][product.experts])
     for path, code in codes.items():
         module = model.get_submodule(path)
         for label, child in module.named_modules():
@@ -223,12 +224,12 @@ def _as_wide_as_experts(model: nn.Module, codes: dict[str, ModuleCode], reading:
                 by_block.setdefault(path, set()).add(len(child))
     for block, counts in by_block.items():
         module = model.get_submodule(block)
+        beside = [*module.named_parameters(recurse=False)]
         for label, child in module.named_children():
-            if f"{block}.{label}".lstrip(".") in experts or not _is_matrix_alone(child):
-                continue
-            for name, param in child.named_parameters():
-                full = f"{block}.{label}.{name}".lstrip(".")
-                shape = full_shape(param)
-                product = reading.products.get(full)
-                if product is not None and len(shape) == 2 and shape[product.outputs] in counts | {1}:
-                    yield param
+            if f"{block}.{label}".lstrip(".") not in experts and _is_matrix_alone(child):
+                beside += child.named_parameters(prefix=label)
+        for name, param in beside:
+            full, shape = f"{block}.{name}".lstrip("."), full_shape(param)
+            product = reading.products.get(full)
+            if product is not None and len(shape) == 2 and shape[product.outputs] in counts | {1}:
+                yield param

@@ -41,6 +41,7 @@ class Value:
         views: parameters that this is, or is a view of.
         makers: submodules and parameters whose outputs this is made of.
         is_input: whether it depends on what the module was given.
+        is_compared: whether activations were multiplied with each other on the way, as queries with keys.
         items: of a tuple that was written out.
         code: a function that was defined on the way.
         above: for `super()`, the class whose bases are meant.
@@ -51,13 +52,14 @@ class Value:
     views: frozenset[View] = frozenset()
     makers: frozenset[str] = frozenset()
     is_input: bool = False
+    is_compared: bool = False
     items: tuple[Value, ...] | None = None
     code: ast.FunctionDef | ast.Lambda | None = None
     above: type | None = None
 
     def derived(self) -> Value:
         """Computed from this, and no parameter any more."""
-        return Value(makers=self.makers, is_input=self.is_input)
+        return Value(makers=self.makers, is_input=self.is_input, is_compared=self.is_compared)
 
 
 NOTHING = Value()
@@ -78,6 +80,7 @@ def union(values: Iterable[Value]) -> Value:
         views=frozenset().union(*(value.views for value in values)),
         makers=frozenset().union(*(value.makers for value in values)),
         is_input=any(value.is_input for value in values),
+        is_compared=any(value.is_compared for value in values),
         code=next((value.code for value in values if value.code is not None), None),
     )
 

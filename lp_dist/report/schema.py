@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 from lp_dist.optim.batching import count_zeros
 from lp_dist.report.replacing import replace_text
 from lp_dist.sparsity.measure import Histogram, Sparsity
@@ -60,7 +60,9 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"no report of a finished run at {path} ({error}); give the output_dir of one") from None
+        raise UsageError(
+            f"no report of a finished run at {path} ({first_line(error)}); give the output_dir of one"
+        ) from None
     version = report.get("version") if isinstance(report, dict) else type(report).__name__
     if version != VERSION:
         raise UsageError(

@@ -23,16 +23,16 @@ from lp_dist.sharding.shards import full_shape, is_dtensor, local_shard
 logger = logging.getLogger(__name__)
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_OF_TORCH = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, *_EMBEDDINGS)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
-# What is multiplied as a matrix is none by these names of its own: positions, codes, tokens.
-_NO_OPERANDS = re.compile(
+# Positions, codes and tokens, which may be multiplied as matrices are, by the last word of the name.
+_POSITIONS = re.compile(
     r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|codebook|probe|tokens?$|latents?$"
 )
-# Nor is a parameter whose use can't be told from the code by these, anywhere in its name or in its own.
-_NO_MATRICES = re.compile(r"embed|norm|bias|wte|wpe|rotary|position|cls_token")
-_NO_MATRIX = re.compile(r"quer(y|ies)(_|$)|(^|_)scale|gamma|a_log|time_|(^|_)dt(_|$)")
+# Where no code says what a parameter is used for, further words for what is no matrix: anywhere in the name, and in
+# its last word.
+_ANYWHERE = re.compile(r"embed|norm|bias|wte|wpe|rotary|position|cls_token")
+_LAST_WORD = re.compile(r"quer(y|ies)(_|$)|(^|_)scale|gamma|a_log|time_|(^|_)dt(_|$)")
 # Taps of a short depthwise convolution over time: one filter of a few weights for each channel.
 _SHORT = 8
 
@@ -41,9 +41,7 @@ class Reason(Enum):
     """Why a parameter stays dense, or decays."""
 
     MATRIX = "operand of a matrix product"
-    NAMED = "named by names="
     FOREIGN_MATRIX = "matrix of a module whose code can't be read, by its shape and name"
-    FROZEN = "frozen"
     QUANTIZED = "not floating-point"
     ADAPTER = "adapter, or trained whole beside one"
     COMPUTED = "weights are computed from it"
@@ -57,7 +55,6 @@ class Reason(Enum):
     ELEMENTWISE = "scales or shifts activations, or is a state space's"
     SHORT_CONVOLUTION = "short depthwise convolution"
     NO_MATRIX = "no matrix by its shape or name"
-    ZERO = "starts at zero, and zero absorbs"
 
 
 class Choice(NamedTuple):
@@ -118,11 +115,13 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
         ValueError: there is no such parameter.
     """
     params = dict(model.named_parameters())
-    candidates = matrix_names(model, include_embeddings=include_embeddings)
-    _tell_foreign(model, {name for name in candidates if params[name].requires_grad})
+    reading = read_model(model)
+    chosen_by_rules = _choose(model, reading, include_embeddings)
+    candidates = [name for name, choice in chosen_by_rules.items() if choice.decays]
     trainable = sorted(name for name in candidates if params[name].requires_grad)
     zeros = _all_zero_names([(name, params[name]) for name in trainable])
     chosen = set(trainable) - set(zeros)
+    _tell_foreign({name: reading.foreign[name] for name in sorted(chosen & reading.foreign.keys())})
     if zeros:
         logger.info("no decay for %d parameters that start at zero (zero absorbs), such as %s", len(zeros), zeros[0])
     if not chosen and _adapters(model):
@@ -165,7 +164,11 @@ def choices(model: nn.Module, *, include_embeddings: bool = False) -> dict[str, 
     Returns:
         {name as of `model.named_parameters()`: what holds for it}, a tied parameter once.
     """
-    reading = read_model(model)
+    return _choose(model, read_model(model), include_embeddings)
+
+
+def _choose(model: nn.Module, reading: ModelCode, include_embeddings: bool = False) -> dict[str, Choice]:
+    """As `choices`, of a model whose code has been read."""
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     rules = _Rules(
         reading,
@@ -209,7 +212,7 @@ class _Rules:
         reason = self._by_role(name, param, owner)
         if reason in (Reason.EMBEDDING, Reason.HEAD):
             return Choice(self._include_embeddings and len(shape) >= 2, reason)
-        reason = reason or self._by_shape(shape, owner) or self._by_use(name, shape)
+        reason = reason or self._by_shape(name, shape, owner) or self._by_use(name, shape)
         return Choice(reason in (Reason.MATRIX, Reason.FOREIGN_MATRIX), reason)
 
     def _by_role(self, name: str, param: Tensor, owner: nn.Module) -> Reason | None:
@@ -229,10 +232,10 @@ class _Rules:
             return Reason.ROUTER
         return None
 
-    def _by_shape(self, shape: torch.Size, owner: nn.Module) -> Reason | None:
+    def _by_shape(self, name: str, shape: torch.Size, owner: nn.Module) -> Reason | None:
         if isinstance(owner, _NORMS) or len(shape) < 2:
             return Reason.VECTOR
-        if sum(size > 1 for size in shape) < 2 and not isinstance(owner, _OF_TORCH):
+        if sum(size > 1 for size in shape) < 2 and name in self._reading.foreign:
             return Reason.VECTOR
         if isinstance(owner, nn.MultiheadAttention) and shape[:2] == (1, 1):  # bias_k, bias_v
             return Reason.VECTOR
@@ -248,7 +251,7 @@ class _Rules:
             return Reason.LOOKUP
         is_stack = len(shape) == 2 or (len(shape) == 3 and min(shape) > 1)
         if Use.PRODUCT in uses and Use.COMPUTED not in uses:
-            is_matrix = (is_stack or len(shape) > 3) and not _NO_OPERANDS.search(name.rpartition(".")[2].lower())
+            is_matrix = (is_stack or len(shape) > 3) and not _POSITIONS.search(name.rpartition(".")[2].lower())
             return Reason.MATRIX if is_matrix else Reason.NO_MATRIX
         if Use.TOKEN in uses:
             return Reason.TOKEN
@@ -261,17 +264,13 @@ class _Rules:
         return Reason.FOREIGN_MATRIX if is_stack and not is_known_otherwise else Reason.NO_MATRIX
 
 
-def _tell_foreign(model: nn.Module, names: set[str]) -> None:
-    """Names the matrices of modules that are none of torch's, a line for all layers together."""
-    owners = {
-        f"{path}.{name}".lstrip("."): type(module).__name__
-        for path, module in model.named_modules()
-        if not isinstance(module, _OF_TORCH)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    kinds = {
-        f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({owners[name]})": None for name in sorted(names & owners.keys())
-    }
+def _tell_foreign(classes: dict[str, str]) -> None:
+    """Names matrices of modules that are none of torch's, a line for all layers together.
+
+    Args:
+        classes: {name of a parameter: class of the module that has it}.
+    """
+    kinds = dict.fromkeys(f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({kind})" for name, kind in classes.items())
     if kinds:
         logger.info(
             "matrices of modules that are none of torch's decay too: %s; names= chooses otherwise", ", ".join(kinds)
@@ -352,11 +351,12 @@ def named_like_a_matrix(name: str, shape: Iterable[int]) -> bool:
         name: of the parameter.
         shape: of the parameter before sharding; a matrix has at least two dimensions.
     """
+    last = name.rpartition(".")[2].lower()
     return (
         sum(size > 1 for size in shape) >= 2
-        and not _NO_MATRICES.search(name.lower())
-        and not _NO_OPERANDS.search(name.rpartition(".")[2].lower())
-        and not _NO_MATRIX.search(name.rpartition(".")[2].lower())
+        and not _ANYWHERE.search(name.lower())
+        and not _POSITIONS.search(last)
+        and not _LAST_WORD.search(last)
         and not any(word in _HEAD_NAMES for word in name.split("."))
     )
 

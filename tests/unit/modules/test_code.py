@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,7 +198,65 @@ def test_code_without_a_source_is_not_read():
     assert code_of(namespace["Hidden"]()) is None
 
 
-def test_reading_keeps_no_module_alive_and_runs_nothing():
+class Compared(nn.Module):
+    """Attention that keeps the best keys: what is ranked are products of activations, and nothing is chosen by weights
+    alone.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.gate = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        scores = torch.matmul(self.left(x), self.right(x).transpose(-1, -2)).softmax(-1)
+        best = scores.topk(2, dim=-1).indices
+        return x[best] * self.gate(x).topk(2)[0]
+
+
+def test_what_attention_ranks_is_chosen_by_no_layer():
+    assert code_of(Compared()).choosing == {"gate"}
+
+
+class Looped(nn.Module):
+    """Values that are no plain ones: a comparison of an array, an index that is none."""
+
+    sizes = np.arange(3)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = weights(4, 4)
+
+    def forward(self, x):
+        call = self.sizes
+        return call(x @ self.weight) if self.sizes[x] else x
+
+
+def test_objects_that_can_not_be_compared_are_no_trouble():
+    assert code_of(Looped()).products == {"weight": Product(0, 1)}
+
+
+def test_what_can_not_be_followed_is_told_and_left_to_shapes_and_names(monkeypatch, caplog):
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = weights(4, 4)
+
+        def forward(self, x):
+            return x * self.plain
+
+    monkeypatch.setattr("lp_dist.modules.code.view_of", lambda path, param: 1 / 0)
+    module = Strange()
+    assert code_of(module) is None and code_of(module) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "the code of Strange can't be followed (ZeroDivisionError: division by zero); its parameters are known by"
+        " shape and name alone"
+    ]
+
+
+def read_once() -> list[weakref.ref]:
+    """References to a module that was read, to its class, and to a model in the closure of its `forward`."""
+    kept = nn.Linear(4, 4)
+
     class Once(nn.Module):
         def __init__(self):
             super().__init__()
@@ -209,11 +268,14 @@ def test_reading_keeps_no_module_alive_and_runs_nothing():
 
         def forward(self, x):
             assert self.device
-            return x @ self.weight
+            return kept(x @ self.weight)
 
     module = Once()
-    reference = weakref.ref(module)
     assert code_of(module).products == {"weight": Product(0, 1)}
-    del module
+    return [weakref.ref(module), weakref.ref(Once), weakref.ref(kept)]
+
+
+def test_reading_keeps_nothing_alive_and_runs_nothing():
+    references = read_once()
     gc.collect()
-    assert reference() is None
+    assert [reference() for reference in references] == [None] * 3

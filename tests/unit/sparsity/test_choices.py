@@ -135,40 +135,82 @@ def test_a_sequence_or_a_stack_has_no_head():
 
 
 class Porlock(nn.Module):
-    """Experts in one tensor, or in a list, and what chooses among them: by a ranking, or by its width alone."""
+    """Experts in one tensor."""
 
-    def __init__(self, is_list: bool, is_ranked: bool, is_bare: bool):
+    def __init__(self):
         super().__init__()
-        self.is_ranked, self.is_bare = is_ranked, is_bare
-        self.people = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)) if is_list else None
-        self.person = None if is_list else weights(3, 8, 8)
-        self.business = weights(3, 8) if is_bare else nn.Linear(8, 3)
-        self.common = nn.Linear(8, 8)
+        self.person, self.business = self.make_experts(), self.make_router()
+        self.common, self.honey = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def make_experts(self):
+        return weights(3, 8, 8)
+
+    def expert(self, i, x):
+        return F.linear(x, self.person[i])
 
     def forward(self, x):
-        scores = F.linear(x, self.business) if self.is_bare else self.business(x)
-        shares = scores.softmax(-1)
-        if self.is_ranked:
-            shares, _ = torch.topk(shares, 2, dim=-1)
-        total = self.common(x)
+        shares = self.shares(self.scores(x))
+        total = self.common(x) * torch.sigmoid(self.honey(x))
         for i in range(shares.shape[-1]):
-            if self.people is not None:
-                total = total + self.people[i](x) * shares[..., i, None]
-            else:
-                total = total + F.linear(x, self.person[i]) * shares[..., i, None]
+            total = total + self.expert(i, x) * shares[..., i, None]
         return total
 
 
-@pytest.mark.parametrize("is_list", [True, False])
-@pytest.mark.parametrize(("is_ranked", "is_bare"), [(True, True), (True, False), (False, False)])
-def test_what_chooses_among_experts_stays_dense(is_list, is_ranked, is_bare):
-    model = Stack(lambda: Porlock(is_list, is_ranked, is_bare))
+class InAList(Porlock):
+    """Experts in a list."""
+
+    def make_experts(self):
+        return nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def expert(self, i, x):
+        return self.person[i](x)
+
+
+class Layer:
+    """A router that is a layer."""
+
+    def make_router(self):
+        return nn.Linear(8, 3)
+
+    def scores(self, x):
+        return self.business(x)
+
+
+class Bare:
+    """A router that is a parameter of the block."""
+
+    def make_router(self):
+        return weights(3, 8)
+
+    def scores(self, x):
+        return F.linear(x, self.business)
+
+
+class Ranked:
+    """The best two experts act."""
+
+    def shares(self, scores):
+        return torch.topk(scores.softmax(-1), 2, dim=-1)[0]
+
+
+class Mixed:
+    """All experts act, so that the router is known by its width alone."""
+
+    def shares(self, scores):
+        return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("shares", [Ranked, Mixed])
+@pytest.mark.parametrize("router", [Layer, Bare])
+@pytest.mark.parametrize("experts", [Porlock, InAList])
+def test_what_chooses_among_experts_stays_dense(experts, router, shares):
+    model = Stack(type("Block", (router, shares, experts), {}))
     routers = {name for name, reason in reasons(model).items() if reason == "ROUTER"}
-    routers = {name.removesuffix(".bias") for name in routers}
-    assert {name.removesuffix(".weight") for name in routers} == {f"storeys.{i}.business" for i in (0, 1)}
-    assert {"storeys.0.common.weight", f"storeys.0.{'people.1.weight' if is_list else 'person'}"} <= matrix_names(
-        model
-    )
+    assert {name.removesuffix(".bias").removesuffix(".weight") for name in routers} == {
+        f"storeys.{i}.{name}" for i in (0, 1) for name in ("business", "honey")
+    }
+    expert = "storeys.0.person" if experts is Porlock else "storeys.0.person.1.weight"
+    assert {"storeys.0.common.weight", expert} <= matrix_names(model)
 
 
 def test_a_layer_that_is_as_wide_as_a_stack_is_deep_is_no_router():
@@ -304,7 +346,7 @@ def test_weights_that_are_computed_stay_dense():
 
 
 def test_the_rules_are_the_same_on_the_meta_device():
-    for model in (Stack(lambda: Porlock(False, True, True)), Kubla(), Alph()):
+    for model in (Stack(type("Block", (Bare, Ranked, Porlock), {})), Kubla(), Alph()):
         assert choices(model) == choices(model.to("meta"))
 
 
