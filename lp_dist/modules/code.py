@@ -185,8 +185,7 @@ def _static(thing: Any, name: str) -> Any:
     """An attribute that is there already, `UNKNOWN` if there is none. It runs no code of the object, as properties and
     modules that are imported when they are used would.
     """
-    value = getattr(thing, "__dict__", {}).get(name, UNKNOWN)
-    return inspect.getattr_static(thing, name, UNKNOWN) if value is UNKNOWN and isinstance(thing, type) else value
+    return getattr(thing, "__dict__", {}).get(name, UNKNOWN)
 
 
 @dataclass

@@ -106,7 +106,7 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
             (or a wrapper of it) its fp32 master weights are counted. The two differ in fp16, which rounds weights
             below 6e-8 to zero.
         names: the parameters to count, as of the unwrapped model's `named_parameters()`. None counts the matrices of
-            linear, convolution and attention modules (`lp_dist.sparsity.selection.matrix_names`).
+            linear, convolution, attention and expert modules (`lp_dist.sparsity.selection.matrix_names`).
     Returns:
         Zeros and elements by name.
     Raises:

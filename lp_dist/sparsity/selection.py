@@ -134,8 +134,8 @@ def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no trainable matrix that could decay; its parameters are frozen, all zeros,"
-            " or of modules that are not linear, convolution or attention layers. Unfreeze some, or build the param"
-            " groups by hand"
+            " or no operands of matrix products (embeddings, heads, routers, norms, tables). Unfreeze some, or build"
+            " the param groups by hand"
         )
     return chosen
 

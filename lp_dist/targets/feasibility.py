@@ -85,7 +85,8 @@ def check_reachable(
     if not shards:
         raise UsageError(
             "a sparsity is requested, but no parameter decays: all are frozen, all zeros, left out by an override, or"
-            " of modules that are not linear, convolution or attention layers. Unfreeze some, or name them (names=)"
+            " no operands of matrix products (embeddings, heads, routers, norms, tables). Unfreeze some, or name them"
+            " (names=)"
         )
     if any(shard.is_on_disk for shard in shards):
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -186,6 +187,28 @@ class Wrapped(nn.Module):
 def test_what_is_called_is_followed_on_both_sides_of_a_branch(choice):
     code = code_of(Wrapped(choice))
     assert code.products == {"first": Product(0, 1), "second": Product(1, 0), "third": Product(1, 0)}
+
+
+def louder(forward):
+    @functools.wraps(forward)
+    def inner(self, *args):
+        return forward(self, *args) * 2
+
+    return inner
+
+
+class Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = weights(4, 4)
+
+    @louder
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_decorator_that_keeps_the_function_is_looked_through():
+    assert code_of(Decorated()).products == {"weight": Product(0, 1)}
 
 
 def test_super_is_followed():

@@ -129,6 +129,52 @@ def test_the_layer_whose_output_is_returned_is_a_head(ending):
     )
 
 
+class Tower(nn.Module):
+    """A stack, and several layers behind it that pool what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.walls, self.roof = Stack(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.roof(self.walls(x).mean(1))
+
+
+class Dome(nn.Module):
+    """Features of two towers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = Tower(), Tower(), nn.Linear(8, 4)
+
+    def forward(self, x, y):
+        return self.first(x), self.last(self.second(y))
+
+
+def test_layers_that_pool_are_a_head_but_in_a_tower_beside_others():
+    assert {name for name, reason in reasons(Tower()).items() if reason == "HEAD"} >= {
+        "roof.0.weight",
+        "roof.1.weight",
+    }
+    assert {name for name, reason in reasons(Dome()).items() if reason == "HEAD"} == {"last.weight", "last.bias"}
+    assert "first.roof.0.weight" in matrix_names(Dome())
+
+
+def test_the_head_of_a_compiled_model_stays_dense():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.song = Stack(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.song(self.body(x))
+
+    assert {name for name, reason in reasons(torch.compile(Model())).items() if reason == "HEAD"} == {
+        "_orig_mod.song.weight",
+        "_orig_mod.song.bias",
+    }
+
+
 def test_a_sequence_or_a_stack_has_no_head():
     assert matrix_names(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))) == {"0.weight", "2.weight"}
     assert len(matrix_names(Stack())) == 4
@@ -164,6 +210,27 @@ class InAList(Porlock):
 
     def expert(self, i, x):
         return self.person[i](x)
+
+
+class InAModule(Porlock):
+    """Experts in a module of their own, beside the router."""
+
+    def make_experts(self):
+        return Guests()
+
+    def expert(self, i, x):
+        return self.person(i, x)
+
+
+class Guests(nn.Module):
+    """Experts in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = weights(3, 8, 8)
+
+    def forward(self, i, x):
+        return x @ self.all[i]
 
 
 class Layer:
@@ -202,25 +269,30 @@ class Mixed:
 
 @pytest.mark.parametrize("shares", [Ranked, Mixed])
 @pytest.mark.parametrize("router", [Layer, Bare])
-@pytest.mark.parametrize("experts", [Porlock, InAList])
-def test_what_chooses_among_experts_stays_dense(experts, router, shares):
+@pytest.mark.parametrize(
+    ("experts", "name"), [(Porlock, "person"), (InAList, "person.1.weight"), (InAModule, "person.all")]
+)
+def test_what_chooses_among_experts_stays_dense(experts, name, router, shares):
     model = Stack(type("Block", (router, shares, experts), {}))
     routers = {name for name, reason in reasons(model).items() if reason == "ROUTER"}
     assert {name.removesuffix(".bias").removesuffix(".weight") for name in routers} == {
-        f"storeys.{i}.{name}" for i in (0, 1) for name in ("business", "honey")
+        f"storeys.{i}.{router}" for i in (0, 1) for router in ("business", "honey")
     }
-    expert = "storeys.0.person" if experts is Porlock else "storeys.0.person.1.weight"
-    assert {"storeys.0.common.weight", expert} <= matrix_names(model)
+    assert {"storeys.0.common.weight", f"storeys.0.{name}"} <= matrix_names(model)
 
 
 def test_a_layer_that_is_as_wide_as_a_stack_is_deep_is_no_router():
     class Vision(nn.Module):
         def __init__(self):
             super().__init__()
-            self.into, self.deep, self.out = nn.Linear(8, 8), Stack(depth=8), nn.Linear(8, 3)
+            self.into, self.deep = nn.Linear(8, 8), nn.ModuleList(Kubla() for _ in range(8))
+            self.out = nn.Linear(8, 3)
 
         def forward(self, x):
-            return self.out(self.deep(self.into(x)))
+            x = self.into(x)
+            for storey in self.deep:
+                x = storey(x)
+            return self.out(x)
 
     assert reasons(Vision())["into.weight"] == "MATRIX"
 
@@ -343,6 +415,36 @@ def test_weights_that_are_computed_stay_dense():
             return self.other(F.linear(x, self.gilded - self.gilded.mean())) + 1
 
     assert reasons(Mirrored())["gilded"] == "COMPUTED"
+
+
+class Marked(nn.Module):
+    """Products with what is no matrix by its name, or not only; and a matrix beside a tensor that is called alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.mode_router, self.rel_pos, self.codebook = nn.Linear(8, 8), weights(5, 8), weights(5, 8)
+        self.shared, self.up_proj = weights(8, 8), weights(8, 8)
+        self.up = torch.ones(2)
+
+    def forward(self, x):
+        x = self.mode_router(x) @ self.up_proj
+        shared = self.shared + 1.0
+        return torch.relu(x @ self.shared + x @ shared), x @ self.rel_pos.T, x @ self.codebook.T
+
+
+def test_names_decide_where_use_does_not():
+    assert reasons(Stack(Marked)) == {
+        f"storeys.{i}.{name}": reason
+        for i in (0, 1)
+        for name, reason in {
+            "mode_router.weight": "ROUTER",
+            "mode_router.bias": "ROUTER",
+            "rel_pos": "NO_MATRIX",
+            "codebook": "NO_MATRIX",
+            "shared": "COMPUTED",
+            "up_proj": "MATRIX",
+        }.items()
+    }
 
 
 def test_the_rules_are_the_same_on_the_meta_device():
