@@ -71,11 +71,10 @@ def _tied_duplicates(checkpoint: Checkpoint, config: Path | None, trust_remote_c
     ZeRO-3 makes Trainer save the output head twice.
     """
     try:
-        model = meta_model(config, trust_remote_code) if config is not None else nn.Module()
+        model = meta_model(config, trust_remote_code) if config is not None else None
     except UsageError:
         # These names need no class that reads them.
         return set()
-    first: dict[int, str] = {}
     names = name_map(model, {name: entry.shape for name, entry in checkpoint.entries.items()})
     return {
         name
@@ -288,12 +287,13 @@ def name_map(model: Any, hf_shapes: dict[str, tuple[int, ...]], *, runtime_names
     """Maps the parameters of a model to the tensors of files, by the rules of `from_pretrained`.
 
     Args:
-        model: on any device, not sharded.
+        model: on any device, not sharded; None: it is not known, and has what the files have.
         hf_shapes: {name: shape}, of all tensors in the files.
         runtime_names: the files are an engine's, with the names and forms of the model in memory.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    first_names = _first_names(model)
+    runtime_names = runtime_names or model is None
+    shapes = hf_shapes if model is None else {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    first_names = {} if model is None else _first_names(model)
     conversions: dict[str, Conversion] = {}
     duplicates: dict[str, str] = {}
     foreign: dict[str, str] = {}
@@ -331,9 +331,7 @@ def _size(shape: tuple[int, ...] | None) -> str:
 def _first_names(model: nn.Module) -> dict[str, str]:
     """{name: the first name of the same parameter}, of all names that parameters have."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(param), name) for name, param in model.named_parameters(remove_duplicate=False)
-    }
+    return {name: first.setdefault(id(param), name) for name, param in model.named_parameters(remove_duplicate=False)}
 
 
 def _conversions(
@@ -349,9 +347,7 @@ def _conversions(
     patterns: dict[str, dict[str, str]] = {}  # {runtime name: {Hugging Face name: the pattern that it matched}}
     # The order in which a converter gets the experts, and in which grouped renamings must come.
     for hf_name in sorted(hf_shapes, key=dot_natural_key):
-        name, pattern = (
-            (hf_name, None) if runtime_names else _renamed(model, hf_name, shapes, renamings, converters)
-        )
+        name, pattern = (hf_name, None) if runtime_names else _renamed(model, hf_name, shapes, renamings, converters)
         if name not in shapes:
             continue
         if pattern is None:
@@ -388,7 +384,8 @@ def _renamed(
 
 
 def _rename(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for tensor in tensors.values()}
+    (tensor,) = tensors.values()
+    return {name: tensor}
 
 
 def _convert(

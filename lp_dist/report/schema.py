@@ -214,7 +214,11 @@ def histograms(before: Histogram, after: Histogram) -> dict[str, Any]:
 
 
 def count_saved(
-    directory: str | os.PathLike, names: Iterable[str], *, model: nn.Module | None = None, trust_remote_code: bool = False
+    directory: str | os.PathLike,
+    names: Iterable[str],
+    *,
+    model: nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> Sparsity:
     """Counts the exact zeros of parameters in the files of a saved model, by whatever names and in whatever form they
     are saved. A few tensors are in memory at a time.
@@ -236,9 +240,9 @@ def count_saved(
         with suppress(UsageError):
             model = meta_model(config, trust_remote_code)
     saved = name_map(
-        nn.Module() if model is None else model,
+        model,
         {name: entry.shape for name, entry in checkpoint.entries.items()},
-        runtime_names=checkpoint.runtime_names or model is None,
+        runtime_names=checkpoint.runtime_names,
     )
     requested = list(dict.fromkeys(names))
     missing = sorted(name for name in requested if name not in saved.by_param)
