@@ -253,14 +253,12 @@ class NameMap:
     """Which tensors in files hold which parameters of a model.
 
     Args:
-        conversions: in the order of the files.
+        conversions: what the model does not read, or what is not complete in the files, is in none of them.
         duplicates: {Hugging Face name: runtime name} of tensors beside the first one of a tied parameter.
-        foreign: {Hugging Face name: why the model does not read this tensor}.
     """
 
     conversions: list[Conversion]
     duplicates: dict[str, str]
-    foreign: dict[str, str]
 
     @cached_property
     def by_param(self) -> dict[str, Conversion]:
@@ -296,12 +294,8 @@ def name_map(model: Any, hf_shapes: dict[str, tuple[int, ...]], *, runtime_names
     first_names = {} if model is None else _first_names(model)
     conversions: dict[str, Conversion] = {}
     duplicates: dict[str, str] = {}
-    foreign: dict[str, str] = {}
     for conversion in _conversions(model, shapes, hf_shapes, runtime_names):
-        wrong = next((name for name, shape in conversion.shapes.items() if shapes.get(name) != shape), None)
-        if wrong is not None:
-            why = f"{wrong} of the model is {_size(shapes.get(wrong))}, not {_size(conversion.shapes[wrong])}"
-            foreign |= dict.fromkeys(conversion.hf_shapes, why)
+        if any(shapes.get(name) != shape for name, shape in conversion.shapes.items()):
             continue
         # What is tied is mostly saved once, by either name.
         named = replace(
@@ -315,17 +309,7 @@ def name_map(model: Any, hf_shapes: dict[str, tuple[int, ...]], *, runtime_names
             conversions[key] = named
         else:
             duplicates |= dict.fromkeys(named.hf_shapes, key)
-    mapped = {name for conversion in conversions.values() for name in conversion.hf_shapes}
-    foreign |= {
-        name: "the model has nothing of this name"
-        for name in hf_shapes
-        if name not in mapped and name not in duplicates and name not in foreign
-    }
-    return NameMap(list(conversions.values()), duplicates, foreign)
-
-
-def _size(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else f"of the shape {list(shape)}"
+    return NameMap(list(conversions.values()), duplicates)
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -509,8 +493,14 @@ def to_hf_tensors(model: nn.Module, entries: dict[str, Entry]) -> list[HfTensor]
 
     metas = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     reverted = shapes(metas)
-    conversions = name_map(model, dict(reverted)).conversions
-    sources = [list(conversion.shapes) for conversion in conversions]
+    position = {name: i for i, name in enumerate(entries)}
+    sources = sorted(
+        (
+            sorted(conversion.shapes, key=position.__getitem__)
+            for conversion in name_map(model, dict(reverted)).conversions
+        ),
+        key=lambda names: position[names[0]],
+    )
     try:
         converted = [shapes({name: metas[name] for name in names}) for names in sources]
     except Exception:  # a conversion that lacks its other tensors may raise anything

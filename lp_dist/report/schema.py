@@ -231,7 +231,7 @@ def count_saved(
             files, on the meta device.
         trust_remote_code: run code that comes with the model.
     Raises:
-        UsageError: a name is in none of the files.
+        UsageError: a parameter is not in the files, or not completely; or the files can't be read.
     """
     checkpoint = open_checkpoint(directory)
     config = checkpoint.directory_of("config.json")
@@ -248,7 +248,8 @@ def count_saved(
     missing = sorted(name for name in requested if name not in saved.by_param)
     if missing:
         raise UsageError(
-            f"{len(missing)} parameters are in no safetensors file of {directory}, such as {missing[0]!r}"
+            f"{len(missing)} parameters are not in the files of {directory}, or not completely, such as"
+            f" {missing[0]!r}; name a directory that save_pretrained wrote, with all of its files"
         )
     counts: dict[str, ZeroCount] = {}
     for name in requested:
