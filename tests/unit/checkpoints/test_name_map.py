@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -98,7 +99,8 @@ def test_a_model_of_a_class_with_a_head_and_one_without_read_the_files_of_each_o
 
 
 def test_an_engines_names_are_taken_as_they_are():
-    model = saved_model("minimax_m2")
+    # In files its experts may be transposed.
+    model = saved_model("qwen3_vl_moe")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = name_map(model, shapes, runtime_names=True)
     assert names.renamed == {name: name for name in shapes}
@@ -113,20 +115,69 @@ def test_a_tied_tensor_may_be_there_twice_or_by_its_second_name_alone(tmp_path):
     assert name_map(model, {second: shape}).renamed == {first: second}
 
 
-@pytest.mark.parametrize("change", ["an expert is missing", "an expert has another shape"])
-def test_a_parameter_that_is_not_complete_in_the_files_is_named(change, tmp_path):
+@pytest.mark.parametrize(
+    "param, change",
+    [
+        ("mlp.experts.gate_up_proj", lambda files: files.pop("block_sparse_moe.experts.2.w1.weight")),
+        # What is left is as it should be, with an expert less.
+        ("mlp.experts.down_proj", lambda files: files.pop("block_sparse_moe.experts.2.w2.weight")),
+        (
+            "mlp.experts.down_proj",
+            lambda files: files.update(
+                {f"block_sparse_moe.experts.{i}.w2.weight": torch.ones(32, 47) for i in range(4)}
+            ),
+        ),
+        ("self_attn.o_proj.weight", lambda files: files.update({"self_attn.o_proj.weight": torch.ones(32, 31)})),
+    ],
+    ids=["half of an expert is missing", "an expert is missing", "experts of another shape", "another shape"],
+)
+def test_a_parameter_that_is_not_complete_in_the_files_is_named(param, change, tmp_path):
     model = saved_model("mixtral")
     model.save_pretrained(tmp_path)
+    layer = "model.layers.1."
     files = files_of(tmp_path)
-    expert = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    tensor = files.pop(expert)
-    if "shape" in change:
-        files[expert] = tensor[:-1].contiguous()
+    of_layer = {name.removeprefix(layer): files.pop(name) for name in [*files] if name.startswith(layer)}
+    change(of_layer)
+    files |= {layer + name: tensor for name, tensor in of_layer.items()}
     save_file(files, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UsageError, match=r"^1 parameters are not in .* such as 'model\.layers\.1\.mlp\.experts\.gate_up_proj'"
-    ):
+    with pytest.raises(UsageError, match=f"^1 parameters are not in .* such as '{layer}{param}'"):
         count_saved(tmp_path, matrix_names(model))
+
+
+def test_a_model_that_was_read_in_the_form_of_memory_is_saved_in_it_again(tmp_path):
+    saved_model("mixtral").save_pretrained(tmp_path / "memory", save_original_format=False)
+    model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "memory")
+    model.save_pretrained(tmp_path / "again")
+    shapes = {name: tuple(tensor.shape) for name, tensor in files_of(tmp_path / "again").items()}
+    assert "model.layers.0.mlp.experts.down_proj" in shapes
+    assert hf_shapes_of(skeleton_of(model)) == shapes
+    assert count_saved(tmp_path / "again", matrix_names(model)) == measure_sparsity(model)
+
+
+def test_what_a_class_does_not_save_is_not_expected_in_its_files(tmp_path):
+    model = transformers.MarianMTModel(
+        transformers.MarianConfig(
+            vocab_size=97,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    )
+    model.save_pretrained(tmp_path)
+    skeleton = skeleton_of(model)
+    assert hf_shapes_of(skeleton) == {name: tuple(tensor.shape) for name, tensor in files_of(tmp_path).items()}
+    positions = "model.encoder.embed_positions.weight"
+    check_saved_names(skeleton, matrix_names(model))
+    with pytest.raises(UsageError, match=f"1 parameters of MarianMTModel .* such as {positions}"):
+        check_saved_names(skeleton, [positions])
 
 
 def test_a_class_that_transformers_does_not_know_is_saved_as_it_is_in_memory(tmp_path):
