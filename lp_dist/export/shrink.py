@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lp_dist.checkpoints.entries import read_json
-from lp_dist.checkpoints.hf_names import HfTensor, build_on_meta, hf_names, in_dtype, model_class
+from lp_dist.checkpoints.hf_names import HfTensor, build_on_meta, in_dtype, model_class, name_map
 from lp_dist.errors import UsageError
 from lp_dist.export.widths import Cut, Edits, Widths
 from lp_dist.sparsity.measure import layer_of
@@ -133,7 +133,7 @@ def shrink_plan(
     if not recognised:
         raise UsageError(f"--shrink has nothing to look at: {'; '.join(reasons)}")
     sets = [groups for kind in recognised.values() for groups in kind]
-    names = hf_names(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()})
+    names = name_map(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()}).renamed
     named = [groups for groups in sets if all(member.name in names for member in groups.members)]
     dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in sets}
     dead |= find_dead(named, names, tensors, dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lp_dist.checkpoints.hf_names import hf_names, meta_model, model_entries
+from lp_dist.checkpoints.hf_names import meta_model, model_entries, name_map
 from lp_dist.checkpoints.opening import Checkpoint, Entry, open_checkpoint
 from lp_dist.errors import UsageError
 from lp_dist.report.console import print_table, say
@@ -119,10 +119,18 @@ class Inspection:
 
 
 class _NamedEntry(NamedTuple):
-    """A tensor of a checkpoint. name: in its files; param_name: in the model, where the model has it."""
+    """A tensor of a checkpoint.
+
+    Args:
+        name: in its files.
+        param_name: in the model; `name` where it is not one parameter in the same form.
+        params: the parameters of the model whose weights it holds; empty where the model is not known.
+        entry: reads it.
+    """
 
     name: str
     param_name: str
+    params: tuple[str, ...]
     entry: Entry
 
 
@@ -158,10 +166,7 @@ def inspect(
     checkpoint = open_checkpoint(path, trust_pickles=trust_pickles)
     config = checkpoint.directory_of("config.json")
     skeleton = _skeleton(config, trust_remote_code)
-    names_in_model: set[str] = set()
-    matrices: set[str] = set()
-    if skeleton is not None:
-        names_in_model, matrices = set(skeleton.state_dict()), matrix_names(skeleton)
+    matrices: set[str] = set() if skeleton is None else matrix_names(skeleton)
     transposed = (
         set()
         if skeleton is None
@@ -170,11 +175,8 @@ def inspect(
     # Which rows and columns are dead, by the names of the parameters in the model.
     tensors, rows, columns = [], {}, {}
     with tqdm(total=checkpoint.nbytes, desc="Inspecting", unit="B", unit_scale=True) as bar:
-        for name, param_name, entry in _untied(checkpoint, skeleton):
-            # A name of the checkpoint may be none of the model in memory, where the experts of a layer are one tensor.
-            counted = (
-                param_name in matrices if param_name in names_in_model else named_like_a_matrix(name, entry.shape)
-            )
+        for name, param_name, params, entry in _untied(checkpoint, skeleton):
+            counted = matrices.issuperset(params) if params else named_like_a_matrix(name, entry.shape)
             tensor = TensorZeros(
                 name,
                 list(entry.shape),
@@ -228,32 +230,37 @@ def _skeleton(config: Path | None, trust_remote_code: bool) -> Any:
 
 def _untied(checkpoint: Checkpoint, skeleton: Any) -> list[_NamedEntry]:
     """The tensors in the order of the model, a tied one once. (Files have layer 10 before layer 2.)"""
-    position: dict[str, int] = {}
-    param_names: dict[str, str] = {}
-    tied: set[str] = set()
     entries = checkpoint.entries
-    if skeleton is not None and checkpoint.runtime_names:
+    if skeleton is None:
+        return [_NamedEntry(name, name, (), entries[name]) for name in sorted(entries, key=_by_number)]
+    if checkpoint.runtime_names:
         # A checkpoint of another model than its config says keeps its own names.
         with suppress(UsageError):
             entries = model_entries(checkpoint, skeleton)
-    if skeleton is not None:
-        position = {name: i for i, name in enumerate(skeleton.state_dict())}
-        param_names = {
-            saved_name: name
-            for name, saved_name in hf_names(skeleton, {name: entry.shape for name, entry in entries.items()}).items()
-        }
-        first: dict[int, str] = {}
-        saved = {param_names.get(name, name) for name in entries}
-        tied = {
-            name
-            for name, param in skeleton.named_parameters(remove_duplicate=False)
-            if first.setdefault(id(param), name) != name and first[id(param)] in saved
-        }
-    names = sorted(
-        (name for name in entries if name not in tied),
-        key=lambda name: (position.get(param_names.get(name, name), len(position)), _by_number(name)),
+    names = name_map(
+        skeleton,
+        {name: entry.shape for name, entry in entries.items()},
+        runtime_names=checkpoint.runtime_names,
     )
-    return [_NamedEntry(name, param_names.get(name, name), entries[name]) for name in names]
+    param_names = {saved_name: name for name, saved_name in names.renamed.items()}
+    position = {name: i for i, name in enumerate(skeleton.state_dict())}
+    named = [
+        _NamedEntry(
+            name,
+            param_names.get(name, name),
+            tuple(names.by_tensor[name].shapes) if name in names.by_tensor else (),
+            entry,
+        )
+        for name, entry in entries.items()
+        if name not in names.duplicates
+    ]
+    return sorted(
+        named,
+        key=lambda tensor: (
+            min((position[name] for name in tensor.params), default=len(position)),
+            _by_number(tensor.name),
+        ),
+    )
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

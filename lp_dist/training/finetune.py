@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lp_dist._version import __version__
+from lp_dist.checkpoints.hf_names import check_saved_names, skeleton_of
 from lp_dist.checkpoints.resuming import check_run
 from lp_dist.data.gguf import dequantised
 from lp_dist.data.text import load_text, pack
@@ -94,6 +95,7 @@ class Prepared:
 
     Args:
         model: with the weights that it starts from.
+        skeleton: the same model without weights, on the meta device.
         tokenizer: of the model.
         train_blocks: packed text to train on.
         eval_blocks: packed text to evaluate on.
@@ -106,6 +108,7 @@ class Prepared:
     """
 
     model: torch.nn.Module
+    skeleton: torch.nn.Module
     tokenizer: Any
     train_blocks: datasets.Dataset
     eval_blocks: datasets.Dataset
@@ -219,10 +222,14 @@ def _prepare(settings: Settings) -> Prepared:
             teacher_path, dtype=getattr(torch, dtype), trust_remote_code=settings.model.trust_remote_code
         )
     names = _from_rank_0(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
+    # The run ends by counting them in its files.
+    skeleton = skeleton_of(model)
+    check_saved_names(skeleton, names)
     # All of them, since what the target leaves out, and the overrides add, is known when the optimizer is attached.
     parameters = {name: full_shape(param).numel() for name, param in model.named_parameters()}
     return Prepared(
         model=model,
+        skeleton=skeleton,
         tokenizer=tokenizer,
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
@@ -422,11 +429,11 @@ def _report(
     Returns:
         The report; empty on other ranks.
     """
-    args, trainer, sparsity = settings.training, trained.trainer, trained.sparsity
+    args, trainer = settings.training, trained.trainer
     target, groups = _target_entries(trained)
     if not trainer.is_world_process_zero():
         return {}
-    _check_saved_zeros(args.output_dir, sparsity)
+    sparsity = _count_saved_zeros(args.output_dir, prepared.skeleton, trained.sparsity)
     log = trainer.state.log_history
     start = [entry for entry in log if "eval_perplexity" in entry and entry["step"] == 0]
     report = {
@@ -492,14 +499,23 @@ def _window(trained: Trained) -> tuple[int, int] | None:
     return callback.window and callback.window.steps(trained.trainer.state.max_steps)
 
 
-def _check_saved_zeros(directory: str, sparsity: Sparsity) -> None:
-    """Raises RuntimeError if the saved files hold other zeros than the trained model had."""
-    saved = schema.count_saved(directory, sparsity.counts)
+def _count_saved_zeros(directory: str, skeleton: torch.nn.Module, sparsity: Sparsity) -> Sparsity:
+    """Counts the zeros of the parameters in the saved files.
+
+    Args:
+        directory: of the files.
+        skeleton: of the model.
+        sparsity: of the trained model.
+    Raises:
+        RuntimeError: the files hold other zeros than the trained model had.
+    """
+    saved = schema.count_saved(directory, sparsity.counts, model=skeleton)
     if saved != sparsity:
         raise RuntimeError(
             f"the files in {directory} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros};"
             " please report this with the launch command"
         )
+    return saved
 
 
 def draw_page(directory: str) -> Path | None:

@@ -104,6 +104,11 @@ def test_it_gives_the_names_and_bits_of_save_pretrained(name, tmp_path):
         assert len(wanted) < len(model.state_dict()), "gates, queries, keys and values are not joined"
 
 
+def test_they_keep_the_order_of_the_checkpoint(config, tensors):
+    names = [*tensors]
+    assert [*written(checkpoint_of(tensors), config)] == names != sorted(names)
+
+
 def test_a_form_that_needs_all_tensors_at_once_is_refused(config, tensors, monkeypatch):
     def revert(_: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if len(state) < len(tensors):
