@@ -16,6 +16,7 @@ from torch import nn
 from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Layer, WeightGroups, layers_within, linear_layers, weight_groups
+from lp_dist.structured.mixtures import mixtures
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,15 @@ def channels(model: nn.Module) -> list[WeightGroups]:
     Raises:
         UsageError: none is recognised; the message says what was looked for.
     """
-    layers, widths = linear_layers(model), _widths(model)
-    reasons = dict.fromkeys(_experts(model), "its experts are one tensor for all of them, which is not known")
+    layers, widths = linear_layers(model), hidden_widths(model)
+    of_experts = mixtures(model)
+    reasons = {mixture.name: "channels of experts are a kind of their own, expert_channels" for mixture in of_experts}
     attention = {layer.name for module in _attentions(model) for layer in layers_within(layers, module)}
     sets: list[WeightGroups] = []
-    taken = set(attention)
+    taken = attention | {layer.name for mixture in of_experts for layer in layers_within(layers, mixture.name)}
     for module in _stacked(model):
         candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
-        match = _feed_forward(candidates, widths) or _square(
+        match = feed_forward(candidates, widths) or _square(
             type(model.get_submodule(module)).__name__, candidates, widths
         )
         if match is None:
@@ -62,7 +64,7 @@ def channels(model: nn.Module) -> list[WeightGroups]:
         "two or three linear layers in one module of a layer stack, outside of attention, from the model's width H to"
         " I (one, two, or one to 2·I) and back from I to H, with nothing else between them that is as wide as I"
     )
-    return _in_model_order(model, sets, "feed-forward channels", criteria, reasons)
+    return in_model_order(model, sets, "feed-forward channels", criteria, reasons)
 
 
 def heads(model: nn.Module) -> list[WeightGroups]:
@@ -118,18 +120,7 @@ def _attentions(model: nn.Module) -> list[str]:
     ]
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Modules with a matrix for each of many experts in one tensor."""
-    return sorted(
-        {
-            name.rpartition(".")[0]
-            for name, param in model.named_parameters()
-            if "experts" in name and len(full_shape(param)) == 3
-        }
-    )
-
-
-def _widths(model: nn.Module) -> set[int]:
+def hidden_widths(model: nn.Module) -> set[int]:
     """The hidden size of the model; several where it has several towers. Empty where neither a config nor an embedding
     has one.
     """
@@ -165,7 +156,7 @@ def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) 
 _LAST_FORWARD = re.compile(r"\.(down[a-z_]*|c_proj|fc2|w2|wo|lin2|dense_4h_to_h)$")
 
 
-def _feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
+def feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
     """The first layers and the last one, if these layers are those of one feed-forward network."""
     matches = []
     for down in candidates:
@@ -178,7 +169,7 @@ def _feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer
 
 
 def _square(kind: str, candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
-    """As `_feed_forward`, where there are as many channels as the model is wide (as removal can leave it). Names must
+    """As `feed_forward`, where there are as many channels as the model is wide (as removal can leave it). Names must
     then tell which layer is the last one.
     """
     if len(candidates) not in (2, 3):
@@ -267,7 +258,7 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
         " keys, values and a last one, or one for the first three in the layout of"
         f" {', '.join((*_ONE_AFTER_ANOTHER, *_HEAD_BY_HEAD))}, and nothing else that is as wide as the heads"
     )
-    return _in_model_order(model, sets, "attention heads", criteria, reasons)
+    return in_model_order(model, sets, "attention heads", criteria, reasons)
 
 
 def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
@@ -371,7 +362,7 @@ def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: 
 # -- results ------------------------------------------------------------------
 
 
-def _in_model_order(
+def in_model_order(
     model: Any, sets: list[WeightGroups], what: str, criteria: str, reasons: dict[str, str]
 ) -> list[WeightGroups]:
     """Sorts the groups in the order of the model.
@@ -407,4 +398,5 @@ def _in_model_order(
             failures[0],
         )
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    # Sets of one module stay in their order.
     return sorted(sets, key=lambda groups: position[groups.name])

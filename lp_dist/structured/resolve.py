@@ -10,10 +10,17 @@ from torch import nn
 
 from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
+from lp_dist.structured.experts import expert_channels, experts
 from lp_dist.structured.groups import Member, WeightGroups, linear_layers, weight_groups
 from lp_dist.structured.recognition import channels, heads, kv_groups
 
-KINDS = {"channels": channels, "heads": heads, "kv_groups": kv_groups}
+KINDS = {
+    "channels": channels,
+    "heads": heads,
+    "kv_groups": kv_groups,
+    "experts": experts,
+    "expert_channels": expert_channels,
+}
 
 
 def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str | WeightGroups]) -> list[WeightGroups]:
@@ -21,7 +28,7 @@ def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str |
 
     Args:
         model: plain, or in a wrapper that keeps the names of its modules.
-        groups: kinds ("channels", "heads", "kv_groups"), or groups that `groups_of` described.
+        groups: kinds ("channels", "heads", "kv_groups", "experts", "expert_channels"), or groups that `groups_of` described.
     Returns:
         In the order of `groups`.
     Raises:
@@ -49,10 +56,10 @@ def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str |
 
 
 def _refuse_shared_weights(sets: list[WeightGroups]) -> None:
-    ranges: dict[tuple[str, int], list[tuple[Member, str]]] = {}
+    ranges: dict[tuple[str, int, int | None], list[tuple[Member, str]]] = {}
     for groups in sets:
         for member in groups.members:
-            claimed = ranges.setdefault((member.name, member.dim), [])
+            claimed = ranges.setdefault((member.name, member.dim, member.expert), [])
             owner = next(
                 (
                     label
