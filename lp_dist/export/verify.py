@@ -118,16 +118,20 @@ def _compare_tensors(
 ) -> int:
     remaining, zeros = dict(exported.entries), 0
     for name, tensor in _expected(source, config, trust_remote_code):
-        entry = remaining.pop(name, None)
-        if entry is None:
-            raise DiffersError(f"{exported.path} has no {name}")
-        actual, expected = entry.read(), in_dtype(tensor, dtype)
+        expected = in_dtype(tensor, dtype)
         if plan is not None:
             if not plan.takes_only_zeros(name, expected):
                 raise DiffersError(
                     f"{name} in {source.path} has other weights than zeros in what was removed from {exported.path}"
                 )
-            expected = plan.cut(name, expected)
+            saved_name, name = name, plan.new_name(name)
+            if name is None:
+                continue
+            expected = plan.cut(saved_name, expected)
+        entry = remaining.pop(name, None)
+        if entry is None:
+            raise DiffersError(f"{exported.path} has no {name}")
+        actual = entry.read()
         if (actual.dtype, actual.shape) != (expected.dtype, expected.shape) or not torch.equal(
             as_bytes(expected), as_bytes(actual)
         ):

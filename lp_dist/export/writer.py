@@ -229,14 +229,18 @@ def _tensors(sources: list[HfTensor], dtype: torch.dtype | None, result: ExportR
     """The tensors to write, in their new dtype, one at a time. Counts their zeros in `result`."""
     with tqdm(total=sum(source.nbytes for source in sources), desc="Exporting", unit="B", unit_scale=True) as bar:
         for source in sources:
-            for name, stored in source.read().items():
-                tensor = stored if result.shrink_plan is None else result.shrink_plan.cut(name, stored)
+            for saved_name, stored in source.read().items():
+                result.bytes_dense += stored.numel() * in_dtype(stored.new_empty(0), dtype).itemsize
+                plan = result.shrink_plan
+                name = saved_name if plan is None else plan.new_name(saved_name)
+                if name is None:
+                    continue
+                tensor = stored if plan is None else plan.cut(saved_name, stored)
                 cast = in_dtype(tensor, dtype)
                 _check_finite(name, tensor, cast)
                 zeros = int(count_zeros(cast))
                 result.underflows += zeros - int(count_zeros(tensor)) if cast is not tensor else 0
                 result.counts[name] = ZeroCount(zeros, cast.numel())
-                result.bytes_dense += stored.numel() * cast.itemsize
                 yield name, cast.contiguous()
             bar.update(source.nbytes)
 
