@@ -1,9 +1,9 @@
-"""`lp-dist export --shrink`: removes dead channels, attention heads and experts, as far as config.json can hold the new
-numbers.
+"""`lp-dist export --shrink`: removes dead channels, attention heads and experts, as far as config.json can hold the
+new numbers.
 
 A group of weights is dead where everything that reads it is zero. A channel or a head then has no effect: its removal
-takes zeros out of sums. A dead expert adds nothing either, but takes a place among those that a router chooses. Without
-it another one is chosen, so that outputs change where it was.
+takes zeros out of sums. A dead expert adds nothing either, but takes a place among those that a router chooses.
+Without it another one is chosen, so that outputs change where it was.
 """
 
 from __future__ import annotations
@@ -89,6 +89,23 @@ def _renumbered(table: Tensor, numbers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class RemovedExperts:
+    """The experts that are removed from one layer.
+
+    Args:
+        router: name of its matrix in the model.
+        kept: (experts,) bool, which ones stay.
+        biases: names of the vectors in the model with an entry for each expert.
+        tables: {name of a table of numbers of experts in the model: its name in the files}.
+    """
+
+    router: str
+    kept: Tensor
+    biases: tuple[str, ...]
+    tables: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ShrinkPlan:
     """How to remove the dead groups of a model.
 
@@ -96,13 +113,13 @@ class ShrinkPlan:
         cuts: {Hugging Face name: what stays}, of tensors that lose some or get another name.
         config: config.json of the smaller model.
         removals: what is removed of each kind of groups.
-        experts: {name of a router's matrix in the model: (experts,) bool, which experts stay}, where some are removed.
+        experts: those that are removed of each layer; empty where none are.
     """
 
     cuts: dict[str, FileCut]
     config: dict[str, Any]
     removals: list[Removal]
-    experts: dict[str, Tensor] = field(default_factory=dict)
+    experts: tuple[RemovedExperts, ...] = ()
 
     @property
     def sums(self) -> list[int]:
@@ -159,12 +176,28 @@ def shrink_plan(
     removals = plan_removals(widths, recognised, dead, multiple)
     if not any(removal.removed for removal in removals):
         raise UsageError(f"--shrink can remove nothing: {'; '.join(map(str, removals))}")
-    routers = {
-        groups.followers[0].name: widths.kept[groups.followers[0].name, groups.followers[0].dim]
-        for groups in recognised.get("experts", [])
-        if groups.followers and (groups.followers[0].name, groups.followers[0].dim) in widths.kept
-    }
-    return ShrinkPlan(_file_cuts(widths, slices, sets), widths.config, removals, routers)
+    return ShrinkPlan(
+        _file_cuts(widths, slices, sets),
+        widths.config,
+        removals,
+        _removed_experts(widths, slices, recognised.get("experts", [])),
+    )
+
+
+def _removed_experts(
+    widths: Widths, slices: dict[str, list[SavedSlice]], sets: list[WeightGroups]
+) -> tuple[RemovedExperts, ...]:
+    """What is removed of the experts of each layer, of which there may be several sets."""
+    removed: dict[str, RemovedExperts] = {}
+    for groups in sets:
+        # The first of what follows is the router's matrix.
+        router, *others = groups.followers
+        kept = widths.kept.get((router.name, router.dim))
+        if kept is not None and router.name not in removed:
+            vectors = [member.name for member in others if len(widths.shapes[member.name]) == 1]
+            tables = {name: slices[name][0].name for name in groups.tables if name in slices}
+            removed[router.name] = RemovedExperts(router.name, kept, tuple(vectors), tables)
+    return tuple(removed.values())
 
 
 def _names(groups: WeightGroups) -> set[str]:
@@ -228,7 +261,10 @@ def _file_cuts(
     return {
         name: cut
         for name, cut in cuts.items()
-        if cut.name != name or cut.numbers is not None or cut.kept_by_expert or not all(k.all() for k in cut.kept.values())
+        if cut.name != name
+        or cut.numbers is not None
+        or cut.kept_by_expert
+        or not all(k.all() for k in cut.kept.values())
     }
 
 
@@ -239,9 +275,7 @@ def _as_many(table: Tensor, experts: Tensor) -> Tensor:
     return rest
 
 
-def _new_names(
-    widths: Widths, slices: dict[str, list[SavedSlice]], touched: set[str]
-) -> dict[str, str]:
+def _new_names(widths: Widths, slices: dict[str, list[SavedSlice]], touched: set[str]) -> dict[str, str]:
     """{name of a tensor in the files: its name in those of the smaller model}; experts are numbered anew."""
     small = widths.model()
     renamed = {new: name for name in touched if (new := widths.renamed(name)) is not None}

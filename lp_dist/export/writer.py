@@ -110,11 +110,22 @@ class ExportResult:
 
     def _verification_line(self, verification: dict[str, Any]) -> str:
         logits = f", and so are {verification['logits']:,} logits" if verification["logits"] else ""
-        if "difference" in verification:
+        if "difference" in verification and "without_experts" not in verification:
             logits = (
                 "; {logits:,} logits differ by {difference:.1e} at most, and rounding explains up to"
                 " {rounding:.1e}".format(**verification)
             )
+        if "without_experts" in verification:
+            compared = (
+                "where the checkpoint's routers can't choose the removed experts, {logits:,} logits differ by"
+                " {difference:.1e} at most, and rounding explains up to {rounding:.1e}. "
+                if verification["difference"] is not None
+                else "{logits:,} logits could not be compared, since it is not known how the routers compute theirs. "
+            )
+            logits = "; " + (
+                compared + "As it is, its routers still choose them, and its logits differ by up to"
+                " {without_experts:.1e}: evaluate the smaller model"
+            ).format(**verification)
         source = "the checkpoint's" if self.shrink_plan is None else "what the checkpoint has, without these,"
         return f"Read back: {verification['tensors']} tensors are {source} bit for bit{logits}."
 

@@ -170,9 +170,7 @@ def _refuse_too_few(
         return
     stay = totals[scope] - removable[scope]
     way_out = (
-        f"ask for {removable[scope] / totals[scope]:.3g} at most"
-        if removable[scope]
-        else "leave these groups out"
+        f"ask for {removable[scope] / totals[scope]:.3g} at most" if removable[scope] else "leave these groups out"
     )
     raise UsageError(
         f"sparsity={budget.sparsity:g} of the {totals[scope]:.0f} {scope} leaves {totals[scope] - required[scope]:.0f}"

@@ -105,9 +105,7 @@ def expert_channels(model: nn.Module) -> list[WeightGroups]:
                 continue
             for i, module in enumerate(mixture.modules):
                 members, count = layouts.channel_members(module)
-                sets.append(
-                    weight_groups(model, mixture.name, "expert_channels", count, members, section=f"[{i}]")
-                )
+                sets.append(weight_groups(model, mixture.name, "expert_channels", count, members, section=f"[{i}]"))
             continue
         layout = layouts.layout_of(mixture.name)
         if isinstance(layout, str):
@@ -293,7 +291,10 @@ class _Probe:
         roles: dict[str, ExpertWeight] = {}
         last, dim = None, 0
         for name, touched in self._touched({}, 0).items():
-            lines = [touched.movedim(d, 0).reshape(touched.shape[d], -1).any(1).nonzero().flatten().tolist() for d in range(touched.ndim)]
+            lines = [
+                touched.movedim(d, 0).reshape(touched.shape[d], -1).any(1).nonzero().flatten().tolist()
+                for d in range(touched.ndim)
+            ]
             # What makes one output is of that output alone.
             outputs = [d for d in range(touched.ndim) if lines[d] == [0] and touched.shape[d] > 1]
             if touched.ndim == 2 and len(outputs) == 1:
@@ -374,5 +375,3 @@ def _stand_in(module: nn.Module, scales: dict[int, int]) -> nn.Module:
     for key in [key for key in stand_in.__dict__ if key.startswith("_") and key.endswith("_hooks")]:
         stand_in.__dict__[key] = OrderedDict()
     return stand_in
-
-

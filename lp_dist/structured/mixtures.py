@@ -33,7 +33,7 @@ class Router:
         chosen: how many experts it chooses for a token.
         groups: how many groups of neighbouring experts it chooses among first; 1: it does not.
         chosen_groups: how many of these groups.
-        followers: name and dimension of every parameter and buffer with an entry for each expert.
+        followers: name and dimension of every parameter and buffer with an entry for each expert, `weight` first.
         tables: names of its tensors whose entries are numbers of experts.
     """
 
@@ -103,9 +103,7 @@ def _expert_stacks(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _are_equal(modules: list[nn.Module]) -> bool:
     """Whether these are several modules of one class and one size, with parameters."""
-    sizes = [
-        {name: tuple(full_shape(param)) for name, param in module.named_parameters()} for module in modules
-    ]
+    sizes = [{name: tuple(full_shape(param)) for name, param in module.named_parameters()} for module in modules]
     return (
         len(modules) > 1
         and bool(sizes[0])
@@ -176,6 +174,7 @@ def _described(model: nn.Module, above: str, experts: str, weight: str, count: i
             followers.append((name, shape.index(count)))
         elif len(shape) > 1 and not tensor.is_floating_point():
             tables.append(name)
+    followers.sort(key=lambda follower: follower[0] != weight)
     return Router(weight, chosen, groups, chosen_groups, tuple(followers), tuple(tables))
 
 

@@ -55,7 +55,7 @@ class MatrixShard:
             start: its first element in the parameter.
             max_elements: as of `tiles`.
         """
-        matrices, rows, columns = self.shape
+        _, rows, columns = self.shape
         for tile in tiles(values, start, columns, max_elements, rows if self._is_stack else None):
             first, row = divmod(tile.rows.start, rows)
             count = max(1, (tile.rows.stop - tile.rows.start) // rows)
@@ -169,7 +169,10 @@ def matrix_shards(sets: list[WeightGroups], shards: list[Shard]) -> list[MatrixS
 
     return [
         MatrixShard(
-            shard_of[name], shape, numbers_of(name, of_experts, is_row=True), numbers_of(name, of_experts, is_row=False)
+            shard_of[name],
+            shape,
+            numbers_of(name, of_experts, is_row=True),
+            numbers_of(name, of_experts, is_row=False),
         )
         for (name, of_experts), shape in matrices.items()
     ]

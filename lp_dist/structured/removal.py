@@ -258,80 +258,96 @@ _ROUTED = "since its router chooses as many"
 
 def _channels(widths: Widths, sets: list[WeightGroups], dead: dict[str, Tensor], multiple: int) -> list[Removal]:
     """Removes channels of feed-forward layers and of experts."""
-    removals: list[Removal] = []
-    remaining = sets
+    cuts = _ChannelCuts(widths, dead, multiple)
+    remaining = [
+        groups
+        for layers in _grouped_by(sets, _pattern_of)
+        if not cuts.cut_to_widths_by_layer(layers)
+        for groups in layers
+    ]
+    uncut: list[WeightGroups] = []
+    for same_width in _grouped_by(remaining, lambda groups: groups.count):
+        # Encoder and decoder may have config entries of their own, as experts and dense layers.
+        stacks = _grouped_by(same_width, _pattern_of)
+        of_width = [groups for stack in stacks if not cuts.cut_to_one_width(stack) for groups in stack]
+        if of_width and (len(stacks) == 1 or not cuts.cut_to_one_width(of_width)):
+            uncut += of_width
+    for base in sorted({groups.count for groups in uncut}):
+        multiples = [groups for groups in uncut if groups.count % base == 0]
+        if len({groups.count for groups in multiples}) > 1 and cuts.cut_to_one_width(multiples):
+            uncut = [groups for groups in uncut if groups not in multiples]
+    for same_width in _grouped_by(uncut, lambda groups: groups.count):
+        cuts.cut_to_one_width(same_width, report_failure=True)
+    return cuts.removals
 
 
-    def multiple_of(groups: WeightGroups) -> int:
-        # Products of many experts at once (grouped_mm) take rows of a multiple of 16 bytes.
-        return math.lcm(multiple, math.gcd(groups.count, 8)) if groups.kind == "expert_channels" else multiple
+class _ChannelCuts:
+    """Removes channels step by step.
 
-    def rounded(groups: WeightGroups) -> str:
-        return f", rounded up to a multiple of {multiple_of(groups)}" if multiple_of(groups) > 1 else ""
+    Args:
+        widths: the model.
+        dead: {label: (count,) bool, which groups are dead}.
+        multiple: what widths are rounded up to.
+    """
 
-    width_of = {
-        groups.label: min(groups.count, math.ceil(_alive(dead, groups) / multiple_of(groups)) * multiple_of(groups))
-        for groups in sets
-    }
+    def __init__(self, widths: Widths, dead: dict[str, Tensor], multiple: int) -> None:
+        self.removals: list[Removal] = []
+        self._widths, self._dead, self._multiple = widths, dead, multiple
 
-    def removal(layers: list[WeightGroups], after: list[int], why: str) -> Removal:
-        of_experts = all(groups.kind == "expert_channels" for groups in layers)
-        what, where = (_EXPERT_CHANNELS, "experts") if of_experts else (_CHANNELS, "layers")
-        return replace(_removal(what, layers, dead, after, why), where=where)
-
-    # Each layer gets a width of its own where the config has a list of widths.
-    for layers in _grouped_by(sets, _pattern_of):
+    def cut_to_widths_by_layer(self, layers: list[WeightGroups]) -> bool:
+        """Cuts each layer to a width of its own, where the config has a list of widths, or may have one."""
         before: dict[int | None, int] = {}
         after: dict[int | None, int] = {}
         for groups in layers:
             layer = _layer_of(groups)
             before[layer] = groups.count
-            after[layer] = max(after.get(layer, 0), width_of[groups.label])
+            after[layer] = max(after.get(layer, 0), self._width(groups))
         if None in before or before == after or len(set(after.values())) == len(set(before.values())) == 1:
-            continue
-        cuts = [Cut(groups, _kept(dead[groups.label], after[_layer_of(groups)])) for groups in layers]
-        if any(widths.cut(cuts, edits(after)) for edits in widths.layer_list_edits(before)):
-            removals.append(
-                removal(layers, [after[_layer_of(groups)] for groups in layers], rounded(layers[0]).removeprefix(", "))
-            )
-            remaining = [groups for groups in remaining if groups not in layers]
+            return False
+        widths = [after[_layer_of(groups)] for groups in layers]
+        cuts = [Cut(groups, _kept(self._dead[groups.label], width)) for groups, width in zip(layers, widths)]
+        if not any(self._widths.cut(cuts, edits(after)) for edits in self._widths.layer_list_edits(before)):
+            return False
+        self._report(layers, widths, self._rounded(layers[0]).removeprefix(", "))
+        return True
 
-    def cut_to_one_width(layers: list[WeightGroups], report_failure: bool) -> bool:
+    def cut_to_one_width(self, layers: list[WeightGroups], report_failure: bool = False) -> bool:
         """Cuts these layers to the width of the one that needs most, and returns whether that was possible. Some may
         be several times as wide as others, as the shared experts of some models.
         """
         before = min(groups.count for groups in layers)
-        widest = max(layers, key=lambda groups: width_of[groups.label] / groups.count)
-        width = math.ceil(width_of[widest.label] * before / widest.count)
-        widths_after = [width * (groups.count // before) for groups in layers]
-        cuts = [Cut(groups, _kept(dead[groups.label], number)) for groups, number in zip(layers, widths_after)]
+        widest = max(layers, key=lambda groups: self._width(groups) / groups.count)
+        width = math.ceil(self._width(widest) * before / widest.count)
+        after = [width * (groups.count // before) for groups in layers]
+        cuts = [Cut(groups, _kept(self._dead[groups.label], number)) for groups, number in zip(layers, after)]
         fits = width < before and any(
-            widths.cut(cuts, dict.fromkeys(paths, width)) for paths in widths.channel_entries(before)
+            self._widths.cut(cuts, dict.fromkeys(paths, width)) for paths in self._widths.channel_entries(before)
         )
-        why = f"all layers have one width, and {widest.name}{widest.section} needs {_alive(dead, widest):,}"
-        why += rounded(widest)
+        why = f"all layers have one width, and {widest.name}{widest.section} needs {_alive(self._dead, widest):,}"
+        why += self._rounded(widest)
         if width < before and not fits:
             why = f"no entry of config.json, changed alone, makes them fewer than {before:,}"
         if fits or report_failure:
-            removals.append(removal(layers, widths_after if fits else [groups.count for groups in layers], why))
+            self._report(layers, after if fits else [groups.count for groups in layers], why)
         return fits
 
-    uncut: list[WeightGroups] = []
-    for same_width in _grouped_by(remaining, lambda groups: groups.count):
-        # Encoder and decoder may have config entries of their own, as experts and dense layers.
-        stacks = _grouped_by(same_width, _pattern_of)
-        of_width = [
-            groups for stack in stacks if not cut_to_one_width(stack, report_failure=False) for groups in stack
-        ]
-        if of_width and (len(stacks) == 1 or not cut_to_one_width(of_width, report_failure=False)):
-            uncut += of_width
-    for base in sorted({groups.count for groups in uncut}):
-        multiples = [groups for groups in uncut if groups.count % base == 0]
-        if len({groups.count for groups in multiples}) > 1 and cut_to_one_width(multiples, report_failure=False):
-            uncut = [groups for groups in uncut if groups not in multiples]
-    for same_width in _grouped_by(uncut, lambda groups: groups.count):
-        cut_to_one_width(same_width, report_failure=True)
-    return removals
+    def _report(self, layers: list[WeightGroups], after: list[int], why: str) -> None:
+        of_experts = all(groups.kind == "expert_channels" for groups in layers)
+        what, where = (_EXPERT_CHANNELS, "experts") if of_experts else (_CHANNELS, "layers")
+        self.removals.append(replace(_removal(what, layers, self._dead, after, why), where=where))
+
+    def _multiple_of(self, groups: WeightGroups) -> int:
+        # Products of many experts at once (grouped_mm) take rows of a multiple of 16 bytes.
+        is_of_experts = groups.kind == "expert_channels"
+        return math.lcm(self._multiple, math.gcd(groups.count, 8)) if is_of_experts else self._multiple
+
+    def _rounded(self, groups: WeightGroups) -> str:
+        multiple = self._multiple_of(groups)
+        return f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
+
+    def _width(self, groups: WeightGroups) -> int:
+        multiple = self._multiple_of(groups)
+        return min(groups.count, math.ceil(_alive(self._dead, groups) / multiple) * multiple)
 
 
 # -- attention heads ----------------------------------------------------------

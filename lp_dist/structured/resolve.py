@@ -28,7 +28,8 @@ def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str |
 
     Args:
         model: plain, or in a wrapper that keeps the names of its modules.
-        groups: kinds ("channels", "heads", "kv_groups", "experts", "expert_channels"), or groups that `groups_of` described.
+        groups: kinds ("channels", "heads", "kv_groups", "experts", "expert_channels"), or groups that `groups_of`
+            described.
     Returns:
         In the order of `groups`.
     Raises:

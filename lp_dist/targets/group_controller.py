@@ -167,7 +167,7 @@ class GroupController(Controller):
         return order, int(torch.searchsorted(self.costs[order].cumsum(0), limit))
 
     def _must_stay(self, means: Tensor) -> Tensor:
-        """(number of groups,) bool, the strongest of each set, as many as must stay: the experts that a router needs."""
+        """(number of groups,) bool, the strongest of each set, as many as must stay: experts that a router needs."""
         stay = torch.zeros(len(means), dtype=torch.bool)
         for groups, of_set, flags in zip(self.sets, means.split(self._counts), stay.split(self._counts)):
             if groups.least:

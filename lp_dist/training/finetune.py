@@ -28,7 +28,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lp_dist._version import __version__
 from lp_dist.checkpoints.resuming import check_run

@@ -519,7 +519,8 @@ def test_the_command_tells_what_went_and_what_stayed(half, tmp_path, monkeypatch
     "family, arguments, wanted",
     [
         ("llama", {"groups": ["channels", "kv_groups"]}, [(48, 96), (2, 4)]),
-        ("llama", {"groups": "heads"}, [(2, 4)]),
+        # Which heads die is not known, and the layers may lose other ones.
+        ("llama", {"groups": "heads"}, [(0, 4), (0, 8)]),
         ("gpt2", {"groups": "channels"}, [(128, 256)]),
         ("gpt2", {"groups": "heads"}, [(0, 8)]),
         ("falcon", {"groups": "channels", "scope": "global"}, [(128, 256)]),
@@ -533,7 +534,10 @@ def test_what_can_be_cut_out_is_known_before_a_run(family, arguments, wanted):
     sets = resolve_groups(model, target.groups)
     removals = foreseen_removals(type(model), model.config, sets, group_budget(target)).removals
     assert [(removal.removed, sum(removal.before)) for removal in removals] == wanted
-    assert all(removal.removed or "makes a model of other ones" in str(removal) for removal in removals)
+    assert all(removal.removed or removal.why for removal in removals)
+    assert family != "gpt2" or all(
+        removal.removed or "makes a model of other ones" in str(removal) for removal in removals
+    )
 
 
 def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_model, caplog):

@@ -104,7 +104,7 @@ def test_a_layer_that_calls_itself_attention_has_channels_too():
     ]
 
 
-def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
+def test_channels_of_experts_are_told_to_be_another_kind(caplog):
     sizes = {
         **GROUPED,
         "moe_intermediate_size": 20,
@@ -119,8 +119,8 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
         "model.layers.1.mlp.shared_expert",
     ]
     assert (
-        "recognised in 2 parts of the model, which stay as they are: model.layers.0.mlp.experts: its experts are one"
-        " tensor for all" in caplog.text
+        "recognised in 2 parts of the model, which stay as they are: model.layers.0.mlp.experts: channels of"
+        " experts are a kind of their own, expert_channels" in caplog.text
     )
 
 

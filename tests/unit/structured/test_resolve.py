@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.families import FAMILIES, Own, model_of, slots
+from helpers.families import FAMILIES, Own, model_of, slot_of, slots
 from lp_dist.errors import UsageError
 from lp_dist.structured.resolve import KINDS, groups_of, resolve_groups
 
@@ -19,7 +19,8 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
     """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing,
     and its elements are all there.
     """
-    model, expected = model_of(family), FAMILIES[family][1][list(KINDS).index(kind)]
+    model, counts = model_of(family), FAMILIES[family][1]
+    expected = dict(zip(KINDS, counts)).get(kind, 0)
     if not expected:
         with pytest.raises(
             UsageError,
@@ -28,7 +29,8 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             resolve_groups(model, kind)
         return
     resolved, tokens = resolve_groups(model, kind), torch.arange(24).view(2, 12) % 61
-    assert [groups.count for groups in resolved] == [expected, expected]
+    sets = 2 * counts[3] if kind == "expert_channels" else 2
+    assert [groups.count for groups in resolved] == [expected] * sets
     grouped_query = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
     for groups in resolved:
         group = groups.count - 1
@@ -63,8 +65,7 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             model(tokens).logits.square().mean().backward()
             grads = {name: param.grad for name, param in model.named_parameters()}
             for member in groups.members:
-                slot = grads[member.name].narrow(member.dim, member.start + group * member.width, member.width)
-                assert not slot.any(), member
+                assert not slot_of(grads[member.name], member, group).any(), member
 
 
 def test_custom_groups_are_described_by_patterns():
@@ -116,7 +117,7 @@ def test_groups_that_share_weights_and_unknown_ones_are_refused():
     ):
         resolve_groups(model, ["heads", "kv_groups"])
     with pytest.raises(
-        UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"
+        UsageError, match="groups='neurons' is none of channels, heads, kv_groups, experts, expert_channels; name one, or describe your own"
     ):
         resolve_groups(model, "neurons")
     with pytest.raises(UsageError, match="no groups are named"):
