@@ -217,7 +217,8 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         return plan
     sets = resolve_groups(module, group_request.groups)
     if isinstance(group_request, GroupTarget):
-        sets = cuttable_groups(module, group_request, sets)
+        cuttable = cuttable_groups(module, group_request, sets)
+        group_request, sets = cuttable.target, cuttable.sets
     return replace(plan, sets=sets, group_request=_group_form(plan, group_request, sets))
 
 

@@ -121,10 +121,13 @@ class GroupDecayHook:
         self.counts = torch.tensor([groups.count for groups in sets])
         self.sizes = self.per_group([float(groups.elements) for groups in sets], device)
         self._kept_zero: dict[int, list[_KeptZero]] = {}  # by the tensor that the optimizer steps
-        # Groups without the weights that read them have gradients at zero. The momentum that would grow from these
-        # looks like a latent weight to a target of single weights, so it is set to zero as well.
+        # Groups without the weights that read them have gradients at zero, and so have the last biases of experts. The
+        # momentum that would grow from these looks like a latent weight to a target of single weights, so it is set
+        # to zero as well.
         self._zeroed_states = (
-            _MOMENTA if any(not any(member.reads for member in groups.members) for groups in sets) else ()
+            _MOMENTA
+            if any(groups.followers or not any(member.reads for member in groups.members) for groups in sets)
+            else ()
         )
         self._squares: Tensor | None = None
         self._reduction: Any = None

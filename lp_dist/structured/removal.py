@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lp_dist.checkpoints.hf_names import build_on_meta
-from lp_dist.structured.budget import GroupBudget, groups_to_prune
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.resolve import recognised_groups
 from lp_dist.structured.widths import Cut, Edits, Widths
@@ -117,7 +116,7 @@ class ForeseenRemovals:
     uncut: frozenset[str]
 
 
-def foreseen_removals(cls: Any, settings: Any, sets: list[WeightGroups], budget: GroupBudget) -> ForeseenRemovals:
+def foreseen_removals(cls: Any, settings: Any, counts: dict[str, int]) -> ForeseenRemovals:
     """What could be removed after a run with a target for groups, if the groups of a layer that die are its first
     ones.
 
@@ -127,10 +126,9 @@ def foreseen_removals(cls: Any, settings: Any, sets: list[WeightGroups], budget:
     Args:
         cls: as of `model_class`.
         settings: as of `model_class`.
-        sets: the groups that are to be pruned.
-        budget: how many of them.
+        counts: {label: how many groups of the set die}.
     Raises:
-        UsageError: as of `build_on_meta` and `groups_to_prune`.
+        UsageError: as of `build_on_meta`.
     """
     # A class may write into the configuration that it is made from.
     settings = deepcopy(settings)
@@ -139,8 +137,7 @@ def foreseen_removals(cls: Any, settings: Any, sets: list[WeightGroups], budget:
     dead = {
         groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in recognised.values() for groups in kind
     }
-    total = sum(param.numel() for param in model.parameters())
-    for label, count in groups_to_prune(budget, sets, total).items():
+    for label, count in counts.items():
         # Groups that the user described are not recognised, so they can't be removed.
         if label in dead:
             dead[label][:count] = True
@@ -160,6 +157,7 @@ def foreseen_removals(cls: Any, settings: Any, sets: list[WeightGroups], budget:
     parameters = {name for name, _ in model.named_parameters()}
     left = sum(math.prod(shape) for name, shape in widths.shapes.items() if name in parameters)
     cut = {name for (name, _), kept in {**widths.kept, **widths.kept_by_expert}.items() if not kept.all()}
+    sets = [groups for kind in recognised.values() for groups in kind if groups.label in counts]
     return ForeseenRemovals(
         removals,
         left,

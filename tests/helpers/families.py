@@ -83,7 +83,7 @@ MIXTURES: dict[str, tuple[dict, tuple[int, int]]] = {
     "nemotron_h": (
         {
             **{key: value for key, value in EXPERTS.items() if key != "num_hidden_layers"},
-            "layers_block_type": ["moe", "moe"],
+            "layers_block_type": ["moe", "attention", "moe"],
             "head_dim": 8,
             "n_routed_experts": 4,
             "moe_intermediate_size": 24,

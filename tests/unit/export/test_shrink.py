@@ -25,6 +25,7 @@ from lp_dist.export import shrink
 from lp_dist.export.writer import export
 from lp_dist.report.schema import FILE
 from lp_dist.structured import widths
+from lp_dist.structured.budget import groups_to_prune
 from lp_dist.structured.removal import foreseen_removals
 from lp_dist.structured.resolve import resolve_groups
 from lp_dist.targets.group_controller import group_budget
@@ -531,8 +532,9 @@ def test_what_can_be_cut_out_is_known_before_a_run(family, arguments, wanted):
     """(gone, all) of each kind; what stays says why."""
     model = model_of(family)
     target = SparsityTarget(**{"sparsity": 0.5, **arguments})
-    sets = resolve_groups(model, target.groups)
-    removals = foreseen_removals(type(model), model.config, sets, group_budget(target)).removals
+    total = sum(param.numel() for param in model.parameters())
+    counts = groups_to_prune(group_budget(target), resolve_groups(model, target.groups), total)
+    removals = foreseen_removals(type(model), model.config, counts).removals
     assert [(removal.removed, sum(removal.before)) for removal in removals] == wanted
     assert all(removal.removed or removal.why for removal in removals)
     assert family != "gpt2" or all(

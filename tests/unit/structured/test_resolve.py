@@ -19,7 +19,9 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
     """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing,
     and its elements are all there.
     """
-    model, counts = model_of(family), FAMILIES[family][1]
+    counts = FAMILIES[family][1]
+    # Every expert is chosen, so that each has an effect.
+    model = model_of(family, **({"num_experts_per_tok": counts[3]} if len(counts) > 3 else {}))
     expected = dict(zip(KINDS, counts)).get(kind, 0)
     if not expected:
         with pytest.raises(
@@ -117,7 +119,11 @@ def test_groups_that_share_weights_and_unknown_ones_are_refused():
     ):
         resolve_groups(model, ["heads", "kv_groups"])
     with pytest.raises(
-        UsageError, match="groups='neurons' is none of channels, heads, kv_groups, experts, expert_channels; name one, or describe your own"
+        UsageError,
+        match=(
+            "groups='neurons' is none of channels, heads, kv_groups, experts, expert_channels; name one, or describe"
+            " your own"
+        ),
     ):
         resolve_groups(model, "neurons")
     with pytest.raises(UsageError, match="no groups are named"):
