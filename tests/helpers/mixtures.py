@@ -19,7 +19,8 @@ class Shelf(nn.Module):
         self.inner = inner
 
     def forward(self, rows: Tensor, which: Tensor, how_much: Tensor) -> Tensor:
-        total = torch.zeros_like(rows)
+        # The gradients of all experts are summed before others join, as where ZeRO-3 wraps a module's inputs.
+        rows, total = rows.clone(), torch.zeros_like(rows)
         for i in range(len(self.alpha)):
             # How a product is added up depends on where its factors lie, and ZeRO-3 has them elsewhere.
             alpha, omega = self.alpha[i].clone(), self.omega[i].clone()
@@ -41,7 +42,7 @@ class Study(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         how_much, which = (F.linear(rows, self.chooser.clone()) + self.offset).softmax(-1).topk(self.top_k)
-        return rows + self.experts(rows, which, how_much)
+        return self.experts(rows, which, how_much)
 
 
 class Desk(nn.Module):
