@@ -124,9 +124,10 @@ def _with_room_for_rounding(
     more parameters than requested.
     """
     assert target.budget is not None
-    smaller, last = target, removals
+    smaller, last, budget = target, removals, target.budget
     while last.parameters > target.budget:
-        smaller = replace(smaller, budget=max(1, smaller.budget - (last.parameters - target.budget)))
+        budget = max(1, budget - (last.parameters - target.budget))
+        smaller = replace(smaller, budget=budget)
         try:
             following = foreseen(groups_to_prune(group_budget(smaller), sets, total))
         except UsageError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Member, WeightGroups, layers_within, linear_layers, weight_groups
 from lp_dist.structured.mixtures import Mixture, mixtures
+from lp_dist.structured.probing import stand_in
 from lp_dist.structured.recognition import feed_forward, hidden_widths, in_model_order
 
 
@@ -238,12 +238,12 @@ class _Probe:
             for name, shape in shapes.items()
         }
         self._forward = inspect.unwrap(type(module).forward)
-        self._stand_in = _stand_in(module, self.scales)
+        self._stand_in = stand_in(module, {}, self.scales)
         sizes = {size for shape in shapes.values() if len(shape) == 3 for size in shape[1:]}
-        for hidden in sorted(self.small(size) for size in sizes):
+        for width in sorted(self.small(size) for size in sizes):
             for call in (self._by_index, self._sorted):
                 # Between -1/2 and 1/2, so that no limit of an activation is met.
-                inputs = torch.rand(32, hidden, generator=generator, dtype=torch.float64) - 0.5
+                inputs = torch.rand(32, width, generator=generator, dtype=torch.float64) - 0.5
                 try:
                     outputs = call(inputs, self.weights)
                 except Exception:  # the code of a module may raise anything
@@ -316,7 +316,7 @@ class _Probe:
             shape = [1, 1, 1]
             shape[dim] = count
             by_channel.append((channel, self._touched({last: self.weights[last].detach() * mask.view(shape)}, None)))
-        for name in self.weights.keys() - roles.keys():
+        for name in [name for name in self.weights if name not in roles]:
             role = self._role(name, count, [(channel, touched[name]) for channel, touched in by_channel])
             if isinstance(role, str):
                 return role
@@ -365,13 +365,3 @@ def _smaller_sizes(shapes: dict[str, tuple[int, ...]], count: int) -> dict[int, 
     # Three channels at least tell layouts apart.
     factor = max(1, math.ceil(3 * divisor / sizes[0]))
     return {size: size // divisor * factor for size in sizes} if factor < divisor else {}
-
-
-def _stand_in(module: nn.Module, scales: dict[int, int]) -> nn.Module:
-    """The module without its parameters and hooks, whose whole numbers that are sizes are the smaller ones."""
-    stand_in = object.__new__(type(module))
-    for key, value in module.__dict__.items():
-        stand_in.__dict__[key] = scales.get(value, value) if type(value) is int else value
-    for key in [key for key in stand_in.__dict__ if key.startswith("_") and key.endswith("_hooks")]:
-        stand_in.__dict__[key] = OrderedDict()
-    return stand_in

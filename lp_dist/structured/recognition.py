@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Layer, WeightGroups, layers_within, linear_layers, weight_groups
 from lp_dist.structured.mixtures import mixtures
+from lp_dist.structured.probing import LayoutError, head_layout
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +231,14 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
         if len(candidates) < 2 or any(layer.name in taken for layer in layers_within(layers, module)):
             continue
         attention = _attention(model, module, candidates)
+        if isinstance(attention, str) and attention != _BORROWS:
+            attention = _as_run(model, module, kind, attention)
         if isinstance(attention, str):
             reasons[module] = attention
+            continue
+        if isinstance(attention, WeightGroups):
+            taken |= {layer.name for layer in layers_within(layers, module)}
+            sets.append(attention)
             continue
         taken |= {layer.name for layer in candidates}
         with_keys = kind == "kv_groups" or attention.shared == attention.heads
@@ -261,18 +268,45 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
     return in_model_order(model, sets, "attention heads", criteria, reasons)
 
 
-def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
-    """The layers of an attention module, or why they are not recognised."""
+def _as_run(model: nn.Module, module: str, kind: str, reason: str) -> WeightGroups | str:
+    """The groups of an attention whose layers do not tell what its heads are, by what its code does; or why not."""
     inside = model.get_submodule(module)
-    size = next(
+    size = _head_size(inside, ("v_head_dim", *HEAD_SIZES))
+    if size is None:
+        return reason
+    try:
+        layout = head_layout(inside, size)
+    except LayoutError as error:
+        return f"{reason}; by what its code does, {error}"
+    if layout is None:
+        return reason
+    with_keys = kind == "kv_groups" or layout.shared == layout.heads
+    members = layout.shared_members if with_keys else layout.members
+    if members is None:
+        return f"{reason}; single heads do not lie in a row beside keys and values of several of them, take kv_groups"
+    count = layout.shared if with_keys else layout.heads
+    last = next(layer for layer in linear_layers(model) if layer.name == f"{module}.{layout.last}")
+    complete = [replace(member, name=f"{module}.{member.name}") for member in members]
+    return weight_groups(model, module, kind, count, [*complete, *last.input_members(last.inputs // count)])
+
+
+def _head_size(module: nn.Module, keys: tuple[str, ...]) -> int | None:
+    """The size of a head by the first of these attributes that a module has."""
+    return next(
         (
             value
-            for submodule in inside.modules()
-            for key in HEAD_SIZES
+            for submodule in module.modules()
+            for key in keys
             if isinstance(value := getattr(submodule, key, None), int)
         ),
         None,
     )
+
+
+def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
+    """The layers of an attention module, or why they are not recognised."""
+    inside = model.get_submodule(module)
+    size = _head_size(inside, HEAD_SIZES)
     if size is None:
         return f"its modules have none of {', '.join(HEAD_SIZES)}"
     if len(candidates) == 2:

@@ -171,12 +171,20 @@ class Widths:
                 yield lambda new, path=path, value=value: {path: [new.get(i, width) for i, width in enumerate(value)]}
         if len(set(widths.values())) > 1:
             return
-        # A number for all layers, where the class may take a list as well.
+        # A number for all layers, where the class may take a list as well, or has configurations of single layers.
         for path, value in entries:
-            layers = self._section(path[:-1]).get("num_hidden_layers")
+            section = self._section(path[:-1])
+            layers = section.get("num_hidden_layers")
             if type(value) is int and value in widths.values() and isinstance(layers, int) and layers > max(widths):
                 yield lambda new, path=path, value=value, layers=layers: {
                     path: [new.get(i, value) for i in range(layers)]
+                }
+                of_layers = section.get("per_layer_config") or {}
+                yield lambda new, path=path, of_layers=of_layers: {
+                    (*path[:-1], "per_layer_config"): {
+                        **of_layers,
+                        **{str(i): {**of_layers.get(str(i), {}), path[-1]: width} for i, width in new.items()},
+                    }
                 }
 
     def expert_entries(self, count: int) -> Iterator[tuple[ConfigPath, ...]]:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 class Shelf(nn.Module):
     """Experts in four parameters: inputs before outputs, channels of gate and up in turns, with biases."""
 
-    def __init__(self, count: int, hidden: int, inner: int) -> None:
+    def __init__(self, count: int, width: int, inner: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.randn(count, hidden, 2 * inner) / 4)
+        self.alpha = nn.Parameter(torch.randn(count, width, 2 * inner) / 4)
         self.beta = nn.Parameter(torch.randn(count, 2 * inner) / 4)
-        self.omega = nn.Parameter(torch.randn(count, inner, hidden) / 4)
-        self.psi = nn.Parameter(torch.randn(count, hidden) / 4)
+        self.omega = nn.Parameter(torch.randn(count, inner, width) / 4)
+        self.psi = nn.Parameter(torch.randn(count, width) / 4)
         self.inner = inner
 
     def forward(self, rows: Tensor, which: Tensor, how_much: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ class Shelf(nn.Module):
 class Study(nn.Module):
     """A block of experts whose router is a bare matrix."""
 
-    def __init__(self, experts: nn.Module, count: int, hidden: int, top_k: int = 2) -> None:
+    def __init__(self, experts: nn.Module, count: int, width: int, top_k: int = 2) -> None:
         super().__init__()
-        self.chooser = nn.Parameter(torch.randn(count, hidden) / 4)
+        self.chooser = nn.Parameter(torch.randn(count, width) / 4)
         self.offset = nn.Buffer(torch.zeros(count))
         self.experts, self.top_k = experts, top_k
 
@@ -48,9 +48,9 @@ class Study(nn.Module):
 class Desk(nn.Module):
     """An expert that is a module."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(hidden, 12), nn.Linear(12, hidden)
+        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
 
 
 def mixture_model() -> nn.Sequential:

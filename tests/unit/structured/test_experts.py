@@ -70,8 +70,8 @@ def test_noise_in_a_group_does_nothing_once_what_reads_it_is_zero(family, kind):
             assert slot is None or member.name.endswith("down_proj_bias") or not slot.any(), member
 
 
-def stacked(count: int = 4, hidden: int = 10, inner: int = 6) -> nn.Module:
-    blocks = [Study(Shelf(count, hidden, inner), count, hidden) for _ in range(2)]
+def stacked(count: int = 4, width: int = 10, inner: int = 6) -> nn.Module:
+    blocks = [Study(Shelf(count, width, inner), count, width) for _ in range(2)]
     return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
 
 
@@ -157,7 +157,7 @@ class Tied(Shelf):
         (with_numbers(stacked(), n_group=3), "its router chooses among 3 groups, and 4 experts are no multiple of it"),
         (
             nn.ModuleDict({"layers": nn.ModuleList([Study(Tied(4, 10, 6), 4, 10)])}),
-            "layers.0.experts: it is not known what psi does to the channels",
+            "layers.0.experts: it is not known which weights of alpha make a channel",
         ),
         (nn.ModuleDict({"layers": nn.ModuleList([Shelf(4, 10, 6)])}), "no matrix beside it has 4 outputs"),
     ],

@@ -30,12 +30,6 @@ TOKENS = torch.arange(24).view(2, 12) % 61
             "it is not known what model.layers.0.self_attn.lambda_q1 does to the heads",
         ),
         (
-            "gpt_oss",
-            {**GROUPED, "num_attention_heads": 8, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-            "heads",
-            "it is not known what model.layers.0.self_attn.sinks does to the heads",
-        ),
-        (
             "stablelm",
             {**GROUPED, "qk_layernorm": True},
             "kv_groups",
