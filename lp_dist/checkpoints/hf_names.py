@@ -155,8 +155,11 @@ def build_on_meta(cls: Any, settings: Any, source: str) -> nn.Module:
     Raises:
         UsageError: the class can't be made from this configuration.
     """
+    from transformers.modeling_utils import set_zero3_state
+
     try:
-        with torch.device("meta"):
+        # Under ZeRO-3 it would be sharded, but for this mark of a model that is sharded already.
+        with torch.device("meta"), set_zero3_state():
             return (
                 cls.from_config(settings, trust_remote_code=True)
                 if hasattr(cls, "from_config")

@@ -158,7 +158,8 @@ def export(
         config: directory or hub id of the model, where no config.json is beside or above the checkpoint.
         masters: as of `open_checkpoint`.
         bitmask: write the bitmask form (`lp_dist.checkpoints.bitmask`), not one that loads with `from_pretrained`.
-        shrink: remove dead feed-forward channels and attention heads, as far as config.json can hold their numbers.
+        shrink: remove dead feed-forward channels, attention heads, experts and channels of experts, as far as
+            config.json can hold their numbers.
         multiple: with `shrink`, what the width of feed-forward layers is rounded up to.
         verify: read the export back and compare it (`verify_export`) before it replaces `out`.
         overwrite: replace an earlier output.

@@ -100,7 +100,7 @@ def test_custom_groups_are_described_by_patterns():
     "arguments, says",
     [
         (dict(outputs="*.up"), r"'\*.up' matches no linear layer of Sequential; names look like '0.back'"),
-        (dict(along="*.up"), r"matches no vector of Sequential; names look like"),
+        (dict(along="*.up"), r"matches no parameter of Sequential; names look like"),
         (dict(outputs="*t"), r"'\*t' matches two of the same layer \(0.left, 0.right\)"),
         (dict(outputs=["*.left", "*.back"]), "the groups of 0 are 4 and 6 wide, and width=1"),
         (dict(outputs="*.left", width=4), "the groups of 0 are 6 wide, and width=4"),
@@ -135,3 +135,27 @@ def test_adapters_must_be_merged_first():
     peft = pytest.importorskip("peft")
     with pytest.raises(UsageError, match="q_proj has an adapter beside it, .* merge the adapter first"):
         resolve_groups(peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])), "channels")
+
+
+def test_fused_layers_and_experts_are_described_as_they_are_recognised():
+    """Phi-3 has queries, keys and values in one layer, and fewer of the latter; Mixtral its experts in two tensors."""
+    model = model_of("phi3")
+    described = groups_of(
+        model,
+        outputs={"*.self_attn.qkv_proj": [32, 16, 16]},
+        inputs="*.self_attn.o_proj",
+        width=16,
+        kind="kv_groups",
+    )
+    for groups, recognised in zip(described, resolve_groups(model, "kv_groups"), strict=True):
+        assert (groups.count, groups.elements, {*groups.members}) == (
+            recognised.count,
+            recognised.elements,
+            {*recognised.members},
+        )
+    with pytest.raises(UsageError, match="has 64 outputs, which are not blocks of 32, 16 with as many groups each"):
+        groups_of(model, outputs={"*.qkv_proj": [32, 16]}, inputs="*.o_proj", width=16)
+    model = model_of("mixtral")
+    described = groups_of(model, along=["*.experts.gate_up_proj", "*.experts.down_proj"], kind="bodies")
+    recognised = resolve_groups(model, "experts")
+    assert [(g.count, g.elements) for g in described] == [(g.count, g.elements) for g in recognised]
