@@ -85,10 +85,19 @@ def mixtures(model: nn.Module) -> list[Mixture]:
             results.append(
                 Mixture(name, lists[0], (), f"its parameters are of {' and '.join(map(str, lists))} experts")
             )
+        elif (
+            len(inner := [shapes[0][1][0] for child in module.children() if len(shapes := _expert_stacks(child)) == 1])
+            > 1
+        ):
+            reason = "its experts lie in parameters of several modules, and it is not known how these work together"
+            results.append(Mixture(name, inner[0], (), reason))
         elif isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _are_equal([*module.children()]):
-            router = _router(model, name, len(module))
-            if isinstance(router, Router):
+            above = name.rpartition(".")[0]
+            owners = [*_matrices_of(model.get_submodule(above), above, name, len(module))]
+            # A stack of layers has no router in the same module, and layers of one are in no other layer.
+            if len(owners) == 1 and re.search(r"(^|\.)\d+\.", name):
                 names = tuple(f"{name}.{child}" for child, _ in module.named_children())
+                router = _described(model, above, name, owners[0], len(module))
                 results.append(Mixture(name, len(module), names, router))
     return results
 

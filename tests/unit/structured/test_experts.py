@@ -167,6 +167,26 @@ def test_what_is_not_known_is_refused_with_the_reason(model, says):
         resolve_groups(model, "experts")
 
 
+class Bench(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.planks = nn.Parameter(torch.randn(*shape))
+
+
+def test_experts_in_several_modules_are_refused():
+    block = nn.ModuleDict({"first": Bench(4, 12, 10), "last": Bench(4, 10, 12), "chooser": nn.Linear(10, 4)})
+    with pytest.raises(UsageError, match="layers.0: its experts lie in parameters of several modules"):
+        resolve_groups(nn.ModuleDict({"layers": nn.ModuleList([block])}), "experts")
+
+
+def test_layers_beside_a_head_with_as_many_outputs_are_no_experts():
+    """Two layers, and a classifier of two classes."""
+    model = nn.ModuleDict({"layers": nn.ModuleList(Desk(10) for _ in range(2)), "score": nn.Linear(10, 2)})
+    model.top_k = 1
+    assert not mixtures(model)
+    assert not mixtures(nn.ModuleDict({"stages": nn.ModuleList([model])})["stages"][0])
+
+
 def test_two_routers_are_refused():
     model = stacked()
     model["layers"][0].second = nn.Linear(10, 4)
