@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from helpers.families import GROUPED, MIXTURES, kill, model_of, slot_of, slots
 from helpers.mixtures import Desk, Shelf, Study
 from lp_dist.errors import UsageError
+from lp_dist.modules.model import read_model
 from lp_dist.structured.budget import GroupBudget, required_costs
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.mixtures import mixtures
@@ -165,6 +166,20 @@ class Tied(Shelf):
 def test_what_is_not_known_is_refused_with_the_reason(model, says):
     with pytest.raises(UsageError, match=says):
         resolve_groups(model, "experts")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_the_code_says_of_a_parameter_is_what_running_it_shows(family):
+    """`lp_dist.modules` reads the code; here it is run."""
+    model = model_of(family)
+    products = read_model(model).products
+    (first, *_) = resolve_groups(model, "expert_channels")
+    matrices = [member for member in first.members if not member.name.endswith("bias")]
+    assert len({member.name for member in matrices}) == 2
+    for member in matrices:
+        product = products[member.name]
+        assert product.experts == 0
+        assert member.dim == (product.inputs if member.reads else product.outputs), member
 
 
 class Bench(nn.Module):
