@@ -153,8 +153,7 @@ def weight_groups(
         members: as of `WeightGroups`.
         more: the other fields of `WeightGroups`.
     """
-    shapes = {name: full_shape(param) for name, param in model.named_parameters()}
-    elements = sum(elements_of(member, shapes[member.name]) for member in members)
+    elements = sum(elements_of(member, full_shape(model.get_parameter(member.name))) for member in members)
     assert elements % count == 0, f"the groups of {name} have different sizes"
     return WeightGroups(name, kind, count, elements // count, tuple(members), **more)
 
