@@ -187,6 +187,23 @@ def test_experts_and_their_channels_and_heads_go_together_from_every_form(tmp_pa
         assert all(torch.equal(tensors[name], results[FORMS[0]][name]) for name in tensors)
 
 
+def test_experts_and_channels_go_together_from_files_that_are_as_in_memory(tmp_path):
+    """What the removed experts had kept does not count for the width of the others."""
+    model = model_of("gpt_oss")
+    kill_experts(model)
+    for i, groups in enumerate(resolve_groups(model, "expert_channels")):
+        kill(model, groups, range(i, i + 8))
+    done = export(save(model, tmp_path / "masked"), tmp_path / "out", shrink=True, verify=True)
+    config = config_of(tmp_path / "out")
+    assert (config["num_local_experts"], config["intermediate_size"]) == (2, 40)
+    assert done.verification["difference"] <= 1e-6
+    experts = loaded(tmp_path / "out").model.layers[0].mlp.experts
+    before = model.model.layers[0].mlp.experts.down_proj
+    for i, expert in enumerate((1, 3)):
+        kept = [j for j in range(48) if not expert <= j < expert + 8]
+        assert torch.equal(experts.down_proj[i], before[expert][kept])
+
+
 def test_a_table_of_numbers_of_experts_is_numbered_anew(tmp_path):
     """DeepSeek-V4's first layers look up the experts of a token."""
     sizes = {

@@ -174,6 +174,18 @@ def test_heads_that_are_compared_with_each_other_are_refused():
         head_layout(Gaze(tie=True), 4)
 
 
+class Shared(Gaze):
+    """What it says depends on how many heads there are."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states) / len(self.warmth)
+
+
+def test_a_module_that_computes_something_else_without_a_head_is_refused():
+    with pytest.raises(LayoutError, match="without a head it computes something else"):
+        head_layout(Shared(), 4)
+
+
 class Closed(Gaze):
     def forward(self, states: Tensor, map_of_the_house: Tensor) -> Tensor:
         return super().forward(states) + F.relu(map_of_the_house.sum())
