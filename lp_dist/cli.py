@@ -121,10 +121,10 @@ def export(
     --dtype: float32, bfloat16, float16; else as stored. --shard-size: of a file, and so much is in memory at a time.
     --config: directory or hub id of the model, where no config.json is with the checkpoint. --masters: an engine's
     fp32 weights where a directory holds both. --bitmask: a bit for each weight and the weights that are not zero, for
-    storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels and
-    attention heads, for a smaller and faster model, its feed-forward width a multiple of --multiple. --verify: read it
-    back, compare weights, zeros and logits. --trust-pickles: let the checkpoint run the code that it names; without it
-    none of it runs.
+    storage and transfer; exporting that gives the model back. --shrink: leave out dead feed-forward channels,
+    attention heads, experts and channels of experts, for a smaller and faster model, its feed-forward width a multiple
+    of --multiple. --verify: read it back, compare weights, zeros and logits. --trust-pickles: let the checkpoint run
+    the code that it names; without it none of it runs.
     """
     from lp_dist.export.writer import export as write
 
@@ -239,7 +239,8 @@ def step(
 
     --sizes: numbers of weights. --repeats: rounds of one call of each implementation. --no-training-steps: the step
     alone. --layers, --hidden-size, --tokens, --rounds, --engines: of the training steps; a round is 10 steps.
-    --groups: the target is for channels, heads or kv_groups, which decay every --interval steps.
+    --groups: the target is for channels, heads, kv_groups, experts or expert_channels, which decay every
+    --interval steps.
     """
     from lp_dist.benchmarks.step.command import step as measure
     from lp_dist.benchmarks.step.training_step import Shape
@@ -314,9 +315,9 @@ def structured(
     """Compare methods that leave fewer channels or heads in a language model: what it loses, and its size and speed
     without them; writes structured.jsonl and structured.md.
 
-    --shares: of the --groups (channels, heads or kv_groups) of each layer, in percent. --methods: groups (lp_dist),
-    gcut and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor), lp (single zeros that leave
-    as many parameters), dense; with settings such as groups:lr=3e-4.
+    --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
+    --methods: groups (lp_dist), gcut and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor),
+    lp (single zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """
     from lp_dist.benchmarks.structured.command import structured as measure
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lp_dist.attachment.cuttable import cuttable_groups
 from lp_dist.attachment.nm_blocks import check_blocks
 from lp_dist.errors import UsageError
 from lp_dist.optim.attachable import Attachable
@@ -215,6 +216,9 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
     if group_request is None:
         return plan
     sets = resolve_groups(module, group_request.groups)
+    if isinstance(group_request, GroupTarget):
+        cuttable = cuttable_groups(module, group_request, sets)
+        group_request, sets = cuttable.target, cuttable.sets
     return replace(plan, sets=sets, group_request=_group_form(plan, group_request, sets))
 
 

@@ -1,16 +1,14 @@
-"""`lp-dist export --shrink`: removes dead feed-forward channels and attention heads, as far as config.json can hold
-the new numbers.
+"""`lp-dist export --shrink`: removes dead channels, attention heads and experts, as far as config.json can hold the
+new numbers.
 
-A group of weights is dead where everything that reads it is zero. It has no effect then: its removal takes zeros out
-of sums.
+A group of weights is dead where everything that reads it is zero. A channel or a head then has no effect: its removal
+takes zeros out of sums. A dead expert adds nothing either, but takes a place among those that a router chooses.
+Without it another one is chosen, so that outputs change where it was.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +19,90 @@ from tqdm.auto import tqdm
 from lp_dist.checkpoints.entries import read_json
 from lp_dist.checkpoints.hf_names import HfTensor, build_on_meta, in_dtype, model_class, name_map
 from lp_dist.errors import UsageError
-from lp_dist.export.widths import Cut, Edits, Widths
-from lp_dist.sparsity.measure import layer_of
-from lp_dist.structured.budget import groups_to_prune
+from lp_dist.export.saved_slices import SavedSlice, saved_slices
 from lp_dist.structured.groups import Member, WeightGroups
-from lp_dist.structured.resolve import recognised_groups, resolve_groups
-from lp_dist.targets.group_controller import group_budget
-from lp_dist.targets.target import GroupTarget
-
-_CHANNELS, _HEADS = "feed-forward channels", "attention heads"
+from lp_dist.structured.removal import WORDS, Removal, plan_removals
+from lp_dist.structured.resolve import recognised_groups
+from lp_dist.structured.widths import Widths
 
 
 @dataclass(frozen=True)
-class Removal:
-    """What was removed of the groups whose number one entry of the config holds.
+class FileCut:
+    """What stays of one tensor of the files.
 
     Args:
-        what: the kind of groups, in words.
-        dead: how many are dead in each module.
-        before: how many there were in each module.
-        after: how many stay in each module.
-        why: why dead ones stay; empty where all are removed.
+        name: under which it is written; None: it is left out.
+        kept: {dimension: (size,) bool, which indices stay}.
+        kept_by_expert: as `kept`, of what each index of dimension 0 keeps by itself, as many: (experts, size) bool.
+        readers: the dimensions along which only zeros may be removed.
+        numbers: of a tensor whose entries are numbers of experts: (experts,) int64, the new number of each, or -1.
     """
 
-    what: str
-    dead: list[int]
-    before: list[int]
-    after: list[int]
-    why: str = ""
+    name: str | None
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept_by_expert: dict[int, Tensor] = field(default_factory=dict)
+    readers: frozenset[int] = frozenset()
+    numbers: Tensor | None = None
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """What stays of it, in its order."""
+        for dim, table in self.kept_by_expert.items():
+            lines = tensor.movedim(dim, 1)
+            tensor = lines[table].view(len(table), -1, *lines.shape[2:]).movedim(1, dim)
+        for dim, kept in self.kept.items():
+            tensor = tensor.index_select(dim, kept.nonzero().flatten())
+        return tensor if self.numbers is None else _renumbered(tensor, self.numbers)
+
+    def takes_only_zeros(self, tensor: Tensor) -> bool:
+        """Whether all that is removed of what reads channels, heads or the insides of experts is zero."""
+        if self.name is None:
+            return not self.readers or not bool(tensor.any())
+        for dim, table in self.kept_by_expert.items():
+            if dim in self.readers and bool(tensor.movedim(dim, 1)[~table].any()):
+                return False
+        return not any(
+            bool(tensor.index_select(dim, (~kept).nonzero().flatten()).any())
+            for dim, kept in self.kept.items()
+            if dim in self.readers
+        )
 
     @property
-    def removed(self) -> int:
-        """How many are removed, over all modules."""
-        return sum(self.before) - sum(self.after)
+    def sums(self) -> list[int]:
+        """How many terms the sums had that have fewer now."""
+        masks = {dim: kept for dim, kept in self.kept.items() if not kept.all()}
+        tables = {dim: table[0] for dim, table in self.kept_by_expert.items()}
+        return [len(kept) for dim, kept in {**masks, **tables}.items() if dim in self.readers]
 
-    def __str__(self) -> str:
-        dead = f"{sum(self.dead):,} of {sum(self.before):,} {self.what} are dead"
-        if not self.removed:
-            return f"{dead} and stay: {self.why}"
-        widths = " → ".join(
-            f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
-            for counts in (self.before, self.after)
-        )
-        return (
-            f"{dead}, {self.removed:,} are removed: {widths} in each of {len(self.before)}"
-            f" layers{'; ' * bool(self.why)}{self.why}"
-        )
+
+def _renumbered(table: Tensor, numbers: Tensor) -> Tensor:
+    """A table of numbers of experts, along its last dimension those of one token. In the place of a removed expert
+    comes another one that the token has not: the next ones in turn, so that they are spread.
+    """
+    new = numbers[table.long()]
+    rows = new.view(-1, new.shape[-1])
+    count = int((numbers >= 0).sum())
+    for row, old in zip(rows, table.reshape(-1, new.shape[-1])):
+        for i in (row < 0).nonzero().flatten().tolist():
+            free = [number for number in range(count) if number not in row.tolist()]
+            row[i] = free[int(old[i]) % len(free)]
+    return new.to(table.dtype)
+
+
+@dataclass(frozen=True)
+class RemovedExperts:
+    """The experts that are removed from one layer.
+
+    Args:
+        router: name of its matrix in the model.
+        kept: (experts,) bool, which ones stay.
+        biases: names of the vectors in the model with an entry for each expert.
+        tables: {name of a table of numbers of experts in the model: its name in the files}.
+    """
+
+    router: str
+    kept: Tensor
+    biases: tuple[str, ...]
+    tables: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,38 +110,33 @@ class ShrinkPlan:
     """How to remove the dead groups of a model.
 
     Args:
-        kept: {Hugging Face name: {dimension: (size,) bool, which indices stay}}, of tensors that lose some.
-        readers: the (name, dimension) of these at which only zeros may be removed.
+        cuts: {Hugging Face name: what stays}, of tensors that lose some or get another name.
         config: config.json of the smaller model.
         removals: what is removed of each kind of groups.
+        experts: those that are removed of each layer; empty where none are.
     """
 
-    kept: dict[str, dict[int, Tensor]]
-    readers: set[tuple[str, int]]
+    cuts: dict[str, FileCut]
     config: dict[str, Any]
     removals: list[Removal]
+    experts: tuple[RemovedExperts, ...] = ()
 
     @property
     def sums(self) -> list[int]:
         """How many terms the sums had that have fewer now, a number for each tensor."""
-        return [
-            len(kept) for name, dims in self.kept.items() for dim, kept in dims.items() if (name, dim) in self.readers
-        ]
+        return [number for cut in self.cuts.values() for number in cut.sums]
+
+    def new_name(self, name: str) -> str | None:
+        """The name under which a tensor is written; None: it is left out."""
+        return self.cuts[name].name if name in self.cuts else name
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """What stays of the tensor of this name, in its order."""
-        for dim, kept in self.kept.get(name, {}).items():
-            tensor = tensor.index_select(dim, kept.nonzero().flatten())
-        return tensor
+        return self.cuts[name].apply(tensor) if name in self.cuts else tensor
 
     def takes_only_zeros(self, name: str, tensor: Tensor) -> bool:
-        """Whether all removed weights of this tensor that read channels or heads are zero."""
-        removed = [
-            (dim, (~kept).nonzero().flatten())
-            for dim, kept in self.kept.get(name, {}).items()
-            if (name, dim) in self.readers
-        ]
-        return not any(bool(tensor.index_select(dim, indices).any()) for dim, indices in removed)
+        """Whether all removed weights of this tensor that read channels, heads or experts are zero."""
+        return name not in self.cuts or self.cuts[name].takes_only_zeros(tensor)
 
 
 def shrink_plan(
@@ -133,65 +164,155 @@ def shrink_plan(
     if not recognised:
         raise UsageError(f"--shrink has nothing to look at: {'; '.join(reasons)}")
     sets = [groups for kind in recognised.values() for groups in kind]
-    names = name_map(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()}).renamed
-    named = [groups for groups in sets if all(member.name in names for member in groups.members)]
+    in_files = name_map(model, {name: shape for tensor in tensors for name, shape in tensor.shapes.items()})
+    saved = model.state_dict().keys()
+    slices = saved_slices(model, {name for groups in sets for name in _names(groups)}, in_files)
+    named = [groups for groups in sets if all(name in slices for name in _names(groups) & saved)]
     dead = {groups.label: torch.zeros(groups.count, dtype=torch.bool) for groups in sets}
-    dead |= find_dead(named, names, tensors, dtype)
+    dead |= find_dead(named, slices, tensors, dtype)
     if not any(bool(is_dead.any()) for is_dead in dead.values()):
         raise UsageError(_nothing_is_dead(sets, named, cls.__name__))
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
-    removals = _removals(widths, recognised, dead, multiple)
+    removals = plan_removals(widths, recognised, dead, multiple)
     if not any(removal.removed for removal in removals):
         raise UsageError(f"--shrink can remove nothing: {'; '.join(map(str, removals))}")
-    kept: dict[str, dict[int, Tensor]] = {}
-    for (name, dim), indices in widths.kept.items():
-        if not indices.all():
-            kept.setdefault(names[name], {})[dim] = indices
-    readers = {(names[member.name], member.dim) for groups in named for member in groups.members if member.reads}
-    return ShrinkPlan(kept, readers, widths.config, removals)
+    return ShrinkPlan(
+        _file_cuts(widths, slices, sets),
+        widths.config,
+        removals,
+        _removed_experts(widths, slices, recognised.get("experts", [])),
+    )
 
 
-def expected_removals(cls: Any, settings: Any, target: GroupTarget) -> list[Removal]:
-    """What could be removed after a run with a target for groups, if in every layer the first ones were dead.
+def _removed_experts(
+    widths: Widths, slices: dict[str, list[SavedSlice]], sets: list[WeightGroups]
+) -> tuple[RemovedExperts, ...]:
+    """What is removed of the experts of each layer, of which there may be several sets."""
+    removed: dict[str, RemovedExperts] = {}
+    for groups in sets:
+        # The first of what follows is the router's matrix.
+        router, *others = groups.followers
+        kept = widths.kept.get((router.name, router.dim))
+        if kept is not None and router.name not in removed:
+            vectors = [member.name for member in others if len(widths.shapes[member.name]) == 1]
+            tables = {name: slices[name][0].name for name in groups.tables if name in slices}
+            removed[router.name] = RemovedExperts(router.name, kept, tuple(vectors), tables)
+    return tuple(removed.values())
 
-    Args:
-        cls: as of `model_class`.
-        settings: as of `model_class`.
-        target: of the run.
-    Raises:
-        UsageError: as of `resolve_groups` and `attach`.
-    """
-    model = build_on_meta(cls, settings, "its configuration")
-    recognised, _ = recognised_groups(model)
-    dead = {
-        groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in recognised.values() for groups in kind
+
+def _names(groups: WeightGroups) -> set[str]:
+    """Names of all tensors of which the groups have some, or that have their numbers in them."""
+    return {member.name for member in (*groups.members, *groups.followers)} | {*groups.tables}
+
+
+def _file_cuts(
+    widths: Widths,
+    slices: dict[str, list[SavedSlice]],
+    sets: list[WeightGroups],
+) -> dict[str, FileCut]:
+    """What is cut of each tensor of the files, and how it is called then."""
+    readers = {
+        (member.name, dim)
+        for groups in sets
+        for member in groups.members
+        if member.reads
+        for dim in ((member.dim,) if member.expert is None else (0, member.dim))
     }
-    total_parameters = sum(param.numel() for param in model.parameters())
-    counts = groups_to_prune(group_budget(target), resolve_groups(model, target.groups), total_parameters)
-    for label, count in counts.items():
-        # Groups that the user described are not recognised, so they can't be removed.
-        if label in dead:
-            dead[label][:count] = True
-    for shared, queries in zip(recognised.get("kv_groups", []), recognised.get("heads", [])):
-        dead[queries.label] |= dead[shared.label].repeat_interleave(queries.count // shared.count)
-        dead[shared.label] |= dead[queries.label].view(shared.count, -1).all(dim=1)
-    return _removals(Widths(cls, settings, settings.to_dict(), model), recognised, dead, multiple=1)
+    numbers: dict[str, Tensor] = {}
+    for groups in sets:
+        for name in groups.tables:
+            router = groups.followers[0]
+            kept = widths.kept.get((router.name, router.dim))
+            if kept is not None:
+                numbers[name] = torch.where(kept, kept.cumsum(0) - 1, -1)
+    touched = {name for name, _ in widths.kept.keys() | widths.kept_by_expert.keys()} | {*numbers}
+    touched |= {name for name in slices if widths.renamed(name) != name}
+    # Buffers that are not saved have no tensor in the files.
+    touched &= slices.keys()
+    new_names = _new_names(widths, slices, touched)
+    cuts: dict[str, FileCut] = {}
+    for name in touched:
+        of_param = {dim: kept for (owner, dim), kept in widths.kept.items() if owner == name}
+        by_expert = {dim: table for (owner, dim), table in widths.kept_by_expert.items() if owner == name}
+        for saved in slices[name]:
+            kept: dict[int, Tensor] = {}
+            tables: dict[int, Tensor] = {}
+            is_removed = widths.renamed(name) is None
+            reading = {dim for dim in range(len(saved.along)) if (name, dim) in readers}
+            for dim, indices in of_param.items():
+                if saved.along[dim] is None:
+                    is_removed |= not bool(indices[saved.indices[dim]].all())
+                else:
+                    kept[saved.along[dim]] = indices[saved.indices[dim]]
+            for dim, table in by_expert.items():
+                of_experts = table[saved.indices[0]][:, saved.indices[dim]]
+                if saved.along[0] is None:
+                    kept[saved.along[dim]] = of_experts[0]
+                else:
+                    tables[saved.along[dim]] = _as_many(of_experts, of_param.get(0, torch.ones(len(table)) > 0))
+            cuts[saved.name] = FileCut(
+                None if is_removed else new_names[saved.name],
+                kept,
+                tables,
+                frozenset(saved.along[dim] for dim in reading if saved.along[dim] is not None)
+                or (frozenset({0}) if reading and is_removed else frozenset()),
+                numbers.get(name),
+            )
+    return {
+        name: cut
+        for name, cut in cuts.items()
+        if cut.name != name
+        or cut.numbers is not None
+        or cut.kept_by_expert
+        or not all(k.all() for k in cut.kept.values())
+    }
 
 
-def _removals(
-    widths: Widths, recognised: dict[str, list[WeightGroups]], dead: dict[str, Tensor], multiple: int
-) -> list[Removal]:
-    """Cuts `widths`, and says what was removed of the kinds of groups that have dead ones."""
-    removals = _channels(widths, recognised.get("channels", []), dead, multiple)
-    removals += _heads(widths, recognised.get("kv_groups", []), recognised.get("heads", []), dead)
-    return [removal for removal in removals if any(removal.dead)]
+def _as_many(table: Tensor, experts: Tensor) -> Tensor:
+    """(experts, size) bool; experts that are removed keep as many as the others, so that the rest is a tensor."""
+    rest = table.clone()
+    rest[~experts] = table[experts][0]
+    return rest
+
+
+def _new_names(widths: Widths, slices: dict[str, list[SavedSlice]], touched: set[str]) -> dict[str, str]:
+    """{name of a tensor in the files: its name in those of the smaller model}; experts are numbered anew."""
+    small = widths.model()
+    renamed = {new: name for name in touched if (new := widths.renamed(name)) is not None}
+    names: dict[str, str] = {}
+    for new, saved_small in saved_slices(small, {*renamed}, None).items():
+        name = renamed[new]
+        if len(slices[name]) == 1:
+            # Also one that transformers would save as several.
+            (old,) = slices[name]
+            names[old.name] = old.renamed(saved_small[0].saved_as if len(saved_small) == 1 else new)
+            continue
+        old_indices = [
+            kept.nonzero().flatten() if (kept := widths.kept.get((name, dim))) is not None else None
+            for dim in range(len(saved_small[0].indices))
+        ]
+        for saved in saved_small:
+            # Where its first element was.
+            position = [int(indices[0]) for indices in saved.indices]
+            expert = position[0] if old_indices[:1] in ([], [None]) else int(old_indices[0][position[0]])
+            for dim, index in enumerate(position):
+                table = widths.kept_by_expert.get((name, dim))
+                if table is not None:
+                    position[dim] = int(table[expert].nonzero().flatten()[index])
+                elif old_indices[dim] is not None:
+                    position[dim] = int(old_indices[dim][index])
+            for old in slices[name]:
+                if all(bool((old.indices[dim] == index).any()) for dim, index in enumerate(position)):
+                    names[old.name] = old.renamed(saved.saved_as)
+    return names
 
 
 def _nothing_is_dead(sets: list[WeightGroups], named: list[WeightGroups], cls: str) -> str:
     """The message. named: those of the groups whose parameters are in the checkpoint."""
     counts = [
         (sum(groups.count for groups in named if groups.kind == kind), what)
-        for kind, what in (("channels", _CHANNELS), ("heads", _HEADS))
+        for kind, what in WORDS.items()
+        if kind != "kv_groups"
     ]
     checked = " and ".join(f"{count:,} {what}" for count, what in counts if count)
     why = (
@@ -212,231 +333,59 @@ def _nothing_is_dead(sets: list[WeightGroups], named: list[WeightGroups], cls: s
 
 
 def find_dead(
-    sets: list[WeightGroups], names: dict[str, str], tensors: list[HfTensor], dtype: torch.dtype | None
+    sets: list[WeightGroups], slices: dict[str, list[SavedSlice]], tensors: list[HfTensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """{label: (count,) bool, which groups are read by zeros alone}."""
-    dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in sets}
-    readers: dict[str, list[tuple[str, Member]]] = {}
+    """{label: (count,) bool, which groups are read by zeros alone}.
+
+    Args:
+        sets: the groups.
+        slices: of `saved_slices`, of all their parameters.
+        tensors: of the checkpoint.
+        dtype: as of `shrink_plan`.
+    """
+    # Of each parameter that reads: along which dimensions it is to be known which lines are zero.
+    dims: dict[str, set[tuple[int, ...]]] = {}
     for groups in sets:
         for member in groups.members:
             if member.reads:
-                readers.setdefault(names[member.name], []).append((groups.label, member))
-    reading = [tensor for tensor in tensors if readers.keys() & tensor.shapes.keys()]
-    for hf_tensor in tqdm(reading, desc="Looking for dead channels and heads"):
-        for name, tensor in hf_tensor.read().items():
-            for label, member in readers.get(name, ()):
-                # Without a tensor of bools as large as the weights.
-                low, high = (
-                    in_dtype(tensor, dtype)
-                    .narrow(member.dim, member.start, member.stop - member.start)
-                    .aminmax(dim=1 - member.dim)
-                )
-                dead[label] &= ((low == 0) & (high == 0)).view(-1, member.width).all(dim=1)
+                dims.setdefault(member.name, set()).add(_dims(member))
+    saved_as = {saved.name: (name, saved) for name in dims for saved in slices[name]}
+    nonzero: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    for name, all_dims in dims.items():
+        for along in all_dims:
+            sizes = [max(int(saved.indices[dim].max()) for saved in slices[name]) + 1 for dim in along]
+            nonzero[name, along] = torch.zeros(sizes, dtype=torch.bool)
+    reading = [tensor for tensor in tensors if saved_as.keys() & tensor.shapes.keys()]
+    for hf_tensor in tqdm(reading, desc="Looking for dead groups"):
+        for file_name, tensor in hf_tensor.read().items():
+            name, saved = saved_as.get(file_name, (None, None))
+            if name is None or saved is None:
+                continue
+            for along in dims[name]:
+                table = nonzero[name, along]
+                lines = _nonzero_lines(in_dtype(tensor, dtype), [saved.along[dim] for dim in along])
+                index = torch.meshgrid(*(saved.indices[dim] for dim in along), indexing="ij")
+                table[index] |= lines.view(index[0].shape)
+    dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in sets}
+    for groups in sets:
+        for member in groups.members:
+            if member.reads:
+                lines = nonzero[member.name, _dims(member)]
+                lines = lines if member.expert is None else lines[member.expert]
+                zero = ~lines[member.start : member.stop].view(-1, member.width).any(dim=1)
+                dead[groups.label][member.first : member.first + len(zero)] &= zero
     return dead
 
 
-def _grouped_by(sets: list[WeightGroups], key: Callable[[WeightGroups], Any]) -> list[list[WeightGroups]]:
-    grouped: dict[Any, list[WeightGroups]] = {}
-    for groups in sets:
-        grouped.setdefault(key(groups), []).append(groups)
-    return [*grouped.values()]
+def _dims(member: Member) -> tuple[int, ...]:
+    """The dimensions along which it is to be known which lines of a parameter are zero."""
+    return (member.dim,) if member.expert is None else (0, member.dim)
 
 
-def _alive(dead: dict[str, Tensor], groups: WeightGroups) -> int:
-    """How many must stay: one at least."""
-    return max(1, groups.count - int(dead[groups.label].sum()))
-
-
-def _kept(dead: Tensor, count: int) -> Tensor:
-    """Which groups stay where `count` do: all that are not dead, and the first of the dead ones."""
-    kept = ~dead
-    kept[dead.nonzero().flatten()[: count - int(kept.sum())]] = True
-    return kept
-
-
-def _removal(
-    what: str, sets: list[WeightGroups], dead: dict[str, Tensor], after: list[int], why_dead_stay: str
-) -> Removal:
-    dead_counts = [int(dead[groups.label].sum()) for groups in sets]
-    removal = Removal(what, dead_counts, [groups.count for groups in sets], after, why_dead_stay)
-    return removal if removal.removed < sum(removal.dead) else replace(removal, why="")
-
-
-def _pattern_of(groups: WeightGroups) -> str:
-    """The module's name without its numbers. Encoder and decoder differ in it."""
-    return re.sub(r"\d+", "*", groups.name)
-
-
-# -- feed-forward channels ----------------------------------------------------
-
-
-def _channels(widths: Widths, sets: list[WeightGroups], dead: dict[str, Tensor], multiple: int) -> list[Removal]:
-    removals: list[Removal] = []
-    remaining = sets
-    width_of = {
-        groups.label: min(groups.count, math.ceil(_alive(dead, groups) / multiple) * multiple) for groups in sets
-    }
-    rounded = f", rounded up to a multiple of {multiple}" if multiple > 1 else ""
-    # Each layer gets a width of its own where the config has a list of widths.
-    for layers in _grouped_by(sets, _pattern_of):
-        cuts = [Cut(groups, _kept(dead[groups.label], width_of[groups.label])) for groups in layers]
-        before, after = (
-            {layer_of(groups.name): width for groups, width in zip(layers, counts)}
-            for counts in ([groups.count for groups in layers], [width_of[groups.label] for groups in layers])
-        )
-        if (
-            before != after
-            and len(before) == len(layers)
-            and any(widths.cut(cuts, edits(after)) for edits in widths.layer_list_edits(before))
-        ):
-            removals.append(_removal(_CHANNELS, layers, dead, [*after.values()], rounded.removeprefix(", ")))
-            remaining = [groups for groups in remaining if groups not in layers]
-
-    def cut_to_one_width(layers: list[WeightGroups], report_failure: bool) -> bool:
-        """Cuts these layers to the width of the one that needs most, and returns whether that was possible."""
-        widest, before = max(layers, key=lambda groups: width_of[groups.label]), layers[0].count
-        width = width_of[widest.label]
-        cuts = [Cut(groups, _kept(dead[groups.label], width)) for groups in layers]
-        fits = width < before and any(
-            widths.cut(cuts, dict.fromkeys(paths, width)) for paths in widths.channel_entries(before)
-        )
-        why = f"all layers have one width, and {widest.name} needs {_alive(dead, widest):,}{rounded}"
-        if width < before and not fits:
-            why = f"no entry of config.json, changed alone, makes them fewer than {before:,}"
-        if fits or report_failure:
-            removals.append(_removal(_CHANNELS, layers, dead, [width if fits else before] * len(layers), why))
-        return fits
-
-    for same_width in _grouped_by(remaining, lambda groups: groups.count):
-        # Encoder and decoder may have config entries of their own.
-        stacks = _grouped_by(same_width, _pattern_of)
-        uncut = [
-            groups
-            for stack in stacks
-            if len(stacks) == 1 or not cut_to_one_width(stack, report_failure=False)
-            for groups in stack
-        ]
-        if uncut:
-            cut_to_one_width(uncut, report_failure=True)
-    return removals
-
-
-# -- attention heads ----------------------------------------------------------
-
-
-def _heads(
-    widths: Widths, sets: list[WeightGroups], query_sets: list[WeightGroups], dead: dict[str, Tensor]
-) -> list[Removal]:
-    """Removes heads of keys and values with the queries that read them. Where several queries read a head of keys and
-    values, the same number of these is then removed from every such head.
-    """
-    removals: list[Removal] = []
-    queries_of = {groups.name: groups for groups in query_sets}
-    for layers in _grouped_by(sets, lambda groups: (groups.count, queries_of[groups.name].count)):
-        before, heads = layers[0].count, queries_of[layers[0].name].count
-        ratio = heads // before
-        size = next(member.width for member in layers[0].members if member.reads) // ratio
-        head_edits = [*widths.head_edits(heads, before, size)]
-        fullest = max(layers, key=lambda groups: _alive(dead, groups))
-        fewest = _alive(dead, fullest)
-
-        def shared_cuts(count: int, layers: list[WeightGroups] = layers) -> list[Cut]:
-            return [Cut(groups, _kept(dead[groups.label], count)) for groups in layers]
-
-        count, why = _fewest(
-            widths,
-            range(fewest, before),
-            shared_cuts,
-            [lambda count, edits=edits, ratio=ratio: edits(count * ratio, count) for edits in head_edits],
-        )
-        what = _HEADS if ratio == 1 else f"groups of {ratio} attention heads"
-        why = f"all layers have one number, {fullest.name} needs {fewest}{why}"
-        removals.append(_removal(what, layers, dead, [count] * len(layers), why))
-        if ratio > 1:
-            removals.append(_queries_within(widths, shared_cuts(count), count, queries_of, dead, head_edits))
-    return removals
-
-
-def _queries_within(
-    widths: Widths,
-    kept_shared: list[Cut],
-    count: int,
-    queries_of: dict[str, WeightGroups],
-    dead: dict[str, Tensor],
-    head_edits: list[Callable[[int, int], Edits]],
-) -> Removal:
-    """Removes dead query heads whose keys and values stay.
-
-    Args:
-        widths: the model, after the cut `kept_shared`.
-        kept_shared: which heads of keys and values stay.
-        count: how many of them stay in each layer.
-        queries_of: {module: its query heads}.
-        dead: {label: which groups are dead}.
-        head_edits: of the config entries.
-    """
-    ratio = queries_of[kept_shared[0].groups.name].count // kept_shared[0].groups.count
-    # Of each layer, (heads of keys and values, ratio) bool: the dead queries of those that stay.
-    layers = [
-        (
-            queries_of[groups.name],
-            kept,
-            dead[queries_of[groups.name].label].view(groups.count, ratio) & kept[:, None],
-        )
-        for groups, kept in kept_shared
-    ]
-    limiting, removable = min(
-        ((queries, int(dead_queries[kept].sum(dim=1).min())) for queries, kept, dead_queries in layers),
-        key=lambda item: item[1],
-    )
-
-    def query_cuts(per_head: int) -> list[Cut]:
-        return [
-            Cut(queries, ~(dead_queries & (dead_queries.cumsum(dim=1) <= ratio - per_head)).flatten())
-            for queries, _, dead_queries in layers
-        ]
-
-    per_head, why = _fewest(
-        widths,
-        range(max(1, ratio - removable), ratio),
-        query_cuts,
-        [lambda per_head, edits=edits: edits(count * per_head, count) for edits in head_edits],
-    )
-    return Removal(
-        f"{_HEADS} in groups that stay",
-        [int(dead_queries.sum()) for _, _, dead_queries in layers],
-        [count * ratio] * len(layers),
-        [count * per_head] * len(layers),
-        f"every group must lose as many, and one of {limiting.name} has {removable} dead ones{why}",
-    )
-
-
-def _fewest(
-    widths: Widths,
-    numbers: range,
-    cuts: Callable[[int], list[Cut]],
-    edits: list[Callable[[int], Edits]],
-) -> tuple[int, str]:
-    """Cuts to the first of the numbers that the config can hold.
-
-    Returns:
-        That number, or the one after all of them; and why it is not an earlier one, as the end of a sentence.
-    """
-    makes_another_model = False
-    for edit in edits:
-        for number in numbers:
-            taken = widths.cut(cuts(number), edit(number))
-            if taken:
-                if number == numbers.start:
-                    return number, ""
-                return number, f", and the model's configuration takes no number below {number}"
-            makes_another_model |= taken is False
-            if makes_another_model:
-                # The next number would do the same.
-                break
-    why = (
-        "with fewer the config makes a model of other ones, not of these"
-        if makes_another_model
-        else "the model's configuration takes no smaller number"
-    )
-    return numbers.stop, f", and {why}" if numbers else ""
+def _nonzero_lines(tensor: Tensor, along: list[int | None]) -> Tensor:
+    """Which indices along these dimensions have a weight that is not zero; bool, in their order."""
+    kept = [dim for dim in along if dim is not None]
+    others = [dim for dim in range(tensor.ndim) if dim not in kept]
+    # Without a tensor of bools as large as the weights.
+    lines = (tensor.amax(others) != 0) | (tensor.amin(others) != 0) if others else tensor != 0
+    return lines.permute([sorted(kept).index(dim) for dim in kept]) if len(kept) > 1 else lines

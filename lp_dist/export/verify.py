@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from lp_dist.checkpoints.bitmask import FORM as BITMASK_FORM
 from lp_dist.checkpoints.hf_names import as_bytes, hf_tensors, in_dtype, model_class, model_entries
 from lp_dist.checkpoints.opening import Checkpoint, open_checkpoint
 from lp_dist.errors import DiffersError
-from lp_dist.export.shrink import ShrinkPlan
+from lp_dist.export.shrink import RemovedExperts, ShrinkPlan
 
 
 def verify_export(
@@ -43,7 +46,9 @@ def verify_export(
     Returns:
         {"tensors": number of tensors, "zeros": of the export, "logits": how many were compared}. "logits" is None
         where the model does not read tokens alone. Of a smaller model also {"difference": the largest difference of
-        logits, "rounding": how large rounding may make it}.
+        logits, "rounding": how large rounding may make it}. Where experts were removed, these two are between the
+        export and the checkpoint's model without them, in which the router can't choose them: "without_experts" is
+        how far the export is from the checkpoint's model as it is. "difference" is None where that could not be done.
     Raises:
         DiffersError: they differ; the message says where.
     """
@@ -81,6 +86,11 @@ def verify_export(
         model = cls.from_pretrained(None, config=settings, state_dict=state, dtype=compute_dtype)
     original_logits = _logits(model)
     result["logits"] = exported_logits.numel()
+    if original_logits is not None and plan is not None and plan.experts:
+        result["without_experts"] = float((exported_logits - original_logits).abs().max())
+        original_logits = _logits_without_experts(model, plan)
+        if original_logits is None:
+            return {**result, "difference": None, "rounding": None}
     if original_logits is not None and plan is not None:
         return {**result, **_compare_logits(exported_logits, original_logits, plan, out, source)}
     if original_logits is None or not torch.equal(as_bytes(exported_logits), as_bytes(original_logits)):
@@ -96,9 +106,9 @@ def _compare_logits(
     A sum of K terms has a rounding error of about √K·ε of its size, another one in each order. The n tensors that were
     cut add n such errors, which grow with √n. The factor 8 allows for what the rest of the model makes of them.
     """
-    rounding = (
-        8 * torch.finfo(original.dtype).eps * math.sqrt(max(plan.sums) * len(plan.sums)) * float(original.abs().max())
-    )
+    # Of experts that are removed whole, the sums over the chosen ones are taken in another order.
+    sums = [*plan.sums, *(len(removed.kept) for removed in plan.experts)]
+    rounding = 8 * torch.finfo(original.dtype).eps * math.sqrt(max(sums) * len(sums)) * float(original.abs().max())
     difference = float((exported - original).abs().max())
     if not difference <= rounding:
         raise DiffersError(
@@ -106,6 +116,51 @@ def _compare_logits(
             f" {rounding:.2g}"
         )
     return {"difference": difference, "rounding": rounding}
+
+
+class _RoutersWithout(TorchFunctionMode):
+    """Sets the logits of removed experts to -inf, wherever a router's matrix is multiplied.
+
+    Args:
+        model: whose routers these are.
+        experts: what is removed.
+    """
+
+    def __init__(self, model: nn.Module, experts: tuple[RemovedExperts, ...]) -> None:
+        super().__init__()
+        params = dict(model.named_parameters())
+        self._kept = {params[removed.router].data_ptr(): removed.kept for removed in experts}
+        self.met: set[int] = set()
+
+    @property
+    def met_all(self) -> bool:
+        """Whether every router was met."""
+        return self.met == self._kept.keys()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        weight = args[1].data_ptr() if func is F.linear and len(args) > 1 else None
+        if weight in self._kept:
+            self.met.add(weight)
+            output = output.masked_fill(~self._kept[weight].to(output.device), -math.inf)
+        return output
+
+
+def _logits_without_experts(model: nn.Module, plan: ShrinkPlan) -> Tensor | None:
+    """The logits of the checkpoint's model where its routers can't choose what is removed; None where a router is
+    computed in another way than by torch's linear.
+    """
+    state = model.state_dict()
+    for removed in plan.experts:
+        numbers = removed.kept.nonzero().flatten()
+        for name in removed.biases:
+            if state[name].is_floating_point():
+                state[name][~removed.kept] = -math.inf
+        for name, saved_name in removed.tables.items():
+            state[name].copy_(numbers[plan.cut(saved_name, state[name]).long()])
+    mode = _RoutersWithout(model, plan.experts)
+    logits = _logits(model, mode)
+    return logits if mode.met_all else None
 
 
 def _compare_tensors(
@@ -118,16 +173,20 @@ def _compare_tensors(
 ) -> int:
     remaining, zeros = dict(exported.entries), 0
     for name, tensor in _expected(source, config, trust_remote_code):
-        entry = remaining.pop(name, None)
-        if entry is None:
-            raise DiffersError(f"{exported.path} has no {name}")
-        actual, expected = entry.read(), in_dtype(tensor, dtype)
+        expected = in_dtype(tensor, dtype)
         if plan is not None:
             if not plan.takes_only_zeros(name, expected):
                 raise DiffersError(
                     f"{name} in {source.path} has other weights than zeros in what was removed from {exported.path}"
                 )
-            expected = plan.cut(name, expected)
+            saved_name, name = name, plan.new_name(name)
+            if name is None:
+                continue
+            expected = plan.cut(saved_name, expected)
+        entry = remaining.pop(name, None)
+        if entry is None:
+            raise DiffersError(f"{exported.path} has no {name}")
+        actual = entry.read()
         if (actual.dtype, actual.shape) != (expected.dtype, expected.shape) or not torch.equal(
             as_bytes(expected), as_bytes(actual)
         ):
@@ -154,15 +213,21 @@ def _fill(model: nn.Module, source: Checkpoint, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _logits(model: Any) -> Tensor | None:
-    """The logits of a few tokens, or the hidden states of a model without a head; None if it needs other inputs."""
+def _logits(model: Any, mode: TorchFunctionMode | None = None) -> Tensor | None:
+    """The logits of a few tokens, or the hidden states of a model without a head; None if it needs other inputs.
+
+    Args:
+        model: on the CPU.
+        mode: to compute them in.
+    """
     if model.main_input_name != "input_ids":
         return None
     # How a product is added up depends on the alignment of its factors, so weights must not lie where a file has them.
-    for param in model.parameters():
+    for param in model.parameters() if mode is None else ():
         param.data = param.data.clone()
     try:
-        output = model.eval()(**model.dummy_inputs)
+        with mode or nullcontext():
+            output = model.eval()(**model.dummy_inputs)
     except (TypeError, ValueError, AttributeError):  # what models raise that lack an image
         return None
     return output["logits"] if "logits" in output else output[0]

@@ -110,11 +110,22 @@ class ExportResult:
 
     def _verification_line(self, verification: dict[str, Any]) -> str:
         logits = f", and so are {verification['logits']:,} logits" if verification["logits"] else ""
-        if "difference" in verification:
+        if "difference" in verification and "without_experts" not in verification:
             logits = (
                 "; {logits:,} logits differ by {difference:.1e} at most, and rounding explains up to"
                 " {rounding:.1e}".format(**verification)
             )
+        if "without_experts" in verification:
+            compared = (
+                "where the checkpoint's routers can't choose the removed experts, {logits:,} logits differ by"
+                " {difference:.1e} at most, and rounding explains up to {rounding:.1e}. "
+                if verification["difference"] is not None
+                else "{logits:,} logits could not be compared, since it is not known how the routers compute theirs. "
+            )
+            logits = "; " + (
+                compared + "As it is, its routers still choose them, and its logits differ by up to"
+                " {without_experts:.1e}: evaluate the smaller model"
+            ).format(**verification)
         source = "the checkpoint's" if self.shrink_plan is None else "what the checkpoint has, without these,"
         return f"Read back: {verification['tensors']} tensors are {source} bit for bit{logits}."
 
@@ -147,7 +158,8 @@ def export(
         config: directory or hub id of the model, where no config.json is beside or above the checkpoint.
         masters: as of `open_checkpoint`.
         bitmask: write the bitmask form (`lp_dist.checkpoints.bitmask`), not one that loads with `from_pretrained`.
-        shrink: remove dead feed-forward channels and attention heads, as far as config.json can hold their numbers.
+        shrink: remove dead feed-forward channels, attention heads, experts and channels of experts, as far as
+            config.json can hold their numbers.
         multiple: with `shrink`, what the width of feed-forward layers is rounded up to.
         verify: read the export back and compare it (`verify_export`) before it replaces `out`.
         overwrite: replace an earlier output.
@@ -229,14 +241,18 @@ def _tensors(sources: list[HfTensor], dtype: torch.dtype | None, result: ExportR
     """The tensors to write, in their new dtype, one at a time. Counts their zeros in `result`."""
     with tqdm(total=sum(source.nbytes for source in sources), desc="Exporting", unit="B", unit_scale=True) as bar:
         for source in sources:
-            for name, stored in source.read().items():
-                tensor = stored if result.shrink_plan is None else result.shrink_plan.cut(name, stored)
+            for saved_name, stored in source.read().items():
+                result.bytes_dense += stored.numel() * in_dtype(stored.new_empty(0), dtype).itemsize
+                plan = result.shrink_plan
+                name = saved_name if plan is None else plan.new_name(saved_name)
+                if name is None:
+                    continue
+                tensor = stored if plan is None else plan.cut(saved_name, stored)
                 cast = in_dtype(tensor, dtype)
                 _check_finite(name, tensor, cast)
                 zeros = int(count_zeros(cast))
                 result.underflows += zeros - int(count_zeros(tensor)) if cast is not tensor else 0
                 result.counts[name] = ZeroCount(zeros, cast.numel())
-                result.bytes_dense += stored.numel() * cast.itemsize
                 yield name, cast.contiguous()
             bar.update(source.nbytes)
 

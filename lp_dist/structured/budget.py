@@ -120,6 +120,7 @@ def required_costs(budget: GroupBudget, sets: list[WeightGroups], total_paramete
                 f" {'more' if required[scope] < 1 else 'less'}"
                 + (", or for one threshold for all layers (scope='global')" if budget.scope == "layer" else "")
             )
+        _refuse_too_few(budget, sets, required, totals)
         return required
     _refuse_overlaps(sets)
     if budget.max_parameters is not None:
@@ -133,11 +134,14 @@ def required_costs(budget: GroupBudget, sets: list[WeightGroups], total_paramete
             f" {total_parameters:,}; ask for fewer"
         )
     grouped = sum(groups.count * groups.elements for groups in sets)
-    # One group of every scope stays, the largest.
+    # One group of every scope stays, the largest; of experts as many as a router chooses.
     removable = (
-        sum((groups.count - 1) * groups.elements for groups in sets)
+        sum(groups.removable * groups.elements for groups in sets)
         if budget.scope == "layer"
-        else grouped - max(groups.elements for groups in sets)
+        else min(
+            grouped - max(groups.elements for groups in sets),
+            sum((groups.count - groups.least) * groups.elements for groups in sets),
+        )
     )
     required = {"all": float(math.ceil(to_prune))} if budget.scope == "global" else _spread_over_sets(sets, to_prune)
     if to_prune > removable or sum(required.values()) < to_prune - 1e-6:
@@ -151,6 +155,27 @@ def required_costs(budget: GroupBudget, sets: list[WeightGroups], total_paramete
             f" which {grouped - removable:,} must stay; ask for {reachable}, or name more groups"
         )
     return required
+
+
+def _refuse_too_few(
+    budget: GroupBudget, sets: list[WeightGroups], required: dict[str, float], totals: dict[str, float]
+) -> None:
+    """Raises UsageError where a scope would lose more groups than may go, as fewer experts than a router chooses."""
+    removable: dict[str, int] = {}
+    for groups in sets:
+        scope = scope_of(budget, groups)
+        removable[scope] = removable.get(scope, 0) + groups.count - groups.least
+    scope = next((scope for scope, count in removable.items() if required[scope] > count), None)
+    if scope is None:
+        return
+    stay = totals[scope] - removable[scope]
+    way_out = (
+        f"ask for {removable[scope] / totals[scope]:.3g} at most" if removable[scope] else "leave these groups out"
+    )
+    raise UsageError(
+        f"sparsity={budget.sparsity:g} of the {totals[scope]:.0f} {scope} leaves {totals[scope] - required[scope]:.0f}"
+        f" of them, and {stay:.0f} must stay, since the router chooses as many for a token; {way_out}"
+    )
 
 
 def _total_costs(budget: GroupBudget, sets: list[WeightGroups]) -> dict[str, float]:
@@ -188,18 +213,18 @@ def _spread_over_sets(sets: list[WeightGroups], to_prune: float) -> dict[str, fl
     by_size = sorted(kinds.values(), key=lambda same_kind: -max(groups.elements for groups in same_kind))
     for i, same_kind in enumerate(by_size):
         remaining = sum(groups.count * groups.elements for kind in by_size[i:] for groups in kind)
-        finer = sum((groups.count - 1) * groups.elements for kind in by_size[i + 1 :] for groups in kind)
+        finer = sum(groups.removable * groups.elements for kind in by_size[i + 1 :] for groups in kind)
         share = to_prune / remaining
         counts = {groups.label: round(share * groups.count) for groups in same_kind} if finer else {}
         if (
             not finer
-            or to_prune - sum(min(counts[groups.label], groups.count - 1) * groups.elements for groups in same_kind)
+            or to_prune - sum(min(counts[groups.label], groups.removable) * groups.elements for groups in same_kind)
             > finer
         ):
             # This is the last kind, or rounding would leave more than the kinds after it can lose.
             counts = {groups.label: math.ceil(share * groups.count - 1e-9) for groups in same_kind}
         for groups in same_kind:
-            required[groups.label] = float(min(counts[groups.label], groups.count - 1) * groups.elements)
+            required[groups.label] = float(min(counts[groups.label], groups.removable) * groups.elements)
             to_prune -= required[groups.label]
         to_prune = max(to_prune, 0.0)
     return required

@@ -31,7 +31,7 @@ from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.shards import LocalShard, Shard, local_shard
 from lp_dist.structured.groups import WeightGroups
-from lp_dist.structured.placement import MatrixShard, matrix_shards, tiles
+from lp_dist.structured.placement import MatrixShard, matrix_shards
 
 # State tensors that would move a group away from zero.
 _MOMENTA = ("exp_avg", "momentum_buffer")
@@ -53,14 +53,31 @@ class DecaySettings:
 
 
 class _KeptZero(NamedTuple):
-    """A tile of a parameter in which some rows (dim 0) or columns (dim 1) are written to zero in each step."""
+    """A block of a parameter in which some rows (dim 0) or columns (dim 1) are written to zero in each step.
+
+    Args:
+        shard: of the parameter.
+        start: the block's first element in the shard.
+        shape: (matrices, rows, columns).
+        dim: of each matrix, whose indices are written.
+        indices: which ones; int64, (count, 2): the matrix, and the index in it.
+    """
 
     shard: Shard
     start: int
-    rows: int
-    columns: int
+    shape: torch.Size
     dim: int
     indices: Tensor
+
+    def write(self, values: Tensor) -> None:
+        """Writes the zeros. values: of the shard, or of one of its states."""
+        block = values.reshape(-1)[self.start : self.start + self.shape.numel()].view(self.shape)
+        if self.dim == 0:
+            block.flatten(0, 1).index_fill_(0, self.indices[:, 0] * self.shape[1] + self.indices[:, 1], 0.0)
+        elif len(block) == 1:
+            block[0].index_fill_(1, self.indices[:, 1], 0.0)
+        else:
+            block.transpose(1, 2)[self.indices[:, 0], self.indices[:, 1]] = 0.0
 
 
 class GroupDecayHook:
@@ -104,10 +121,13 @@ class GroupDecayHook:
         self.counts = torch.tensor([groups.count for groups in sets])
         self.sizes = self.per_group([float(groups.elements) for groups in sets], device)
         self._kept_zero: dict[int, list[_KeptZero]] = {}  # by the tensor that the optimizer steps
-        # Groups without the weights that read them have gradients at zero. The momentum that would grow from these
-        # looks like a latent weight to a target of single weights, so it is set to zero as well.
+        # Groups without the weights that read them have gradients at zero, and so have the last biases of experts. The
+        # momentum that would grow from these looks like a latent weight to a target of single weights, so it is set
+        # to zero as well.
         self._zeroed_states = (
-            _MOMENTA if any(not any(member.reads for member in groups.members) for groups in sets) else ()
+            _MOMENTA
+            if any(groups.followers or not any(member.reads for member in groups.members) for groups in sets)
+            else ()
         )
         self._squares: Tensor | None = None
         self._reduction: Any = None
@@ -204,15 +224,15 @@ class GroupDecayHook:
             device = counted.device
             if device not in sums:
                 sums[device] = torch.zeros(len(self.sizes) + 1, dtype=self.dtype, device=device)
-            for tile in tiles(counted, first, matrix.row_length):
-                values = tile.values
+            for block in matrix.blocks(counted, first):
+                values = block.values
                 if precondition:
-                    values = values * self.preconditioner(shard, first - local.start + tile.start, values)
+                    values = values * self.preconditioner(shard, first - local.start + block.start, values)
                 squares = torch.square(values.to(self.dtype))
-                for dim, numbers in matrix.group_numbers.items():
+                for dim, numbers in block.numbers.items():
                     # Of an offloaded master they are on the host, and those of its copy are asked for elsewhere.
-                    of_tile = numbers[(tile.rows, tile.columns)[dim]].to(device)
-                    sums[device].index_add_(0, of_tile, squares.sum(1 - dim))
+                    of_lines = squares.sum(2 - dim)
+                    sums[device].index_add_(0, numbers.flatten().to(device), of_lines.flatten())
         first_sum, *other_sums = sums.values()
         return sum((other.to(first_sum.device) for other in other_sums), first_sum)
 
@@ -305,10 +325,8 @@ class GroupDecayHook:
                     self._scale(matrix, self.factor(matrix.shard, self._skipped))
         for kept in (kept for tensor in stepped for kept in self._kept_zero.get(tensor, ())):
             state = kept.shard.state if self._zeroed_states else {}
-            start, stop = kept.start, kept.start + kept.rows * kept.columns
             for values in (kept.shard.local.values, *(state[name] for name in self._zeroed_states if name in state)):
-                tile = values.reshape(-1)[start:stop].view(kept.rows, kept.columns)
-                tile.index_fill_(kept.dim, kept.indices, 0.0)
+                kept.write(values)
 
     def factor(self, shard: Shard, skipped: Tensor | None) -> Tensor:
         """What the weights of each group are multiplied by, with a last element 1 for weights of no group.
@@ -343,10 +361,9 @@ class GroupDecayHook:
         local, state = matrix.shard.local, matrix.shard.state if names else {}
         assert local.start is not None
         for values in (local.values, *(state[name] for name in names if name in state)):
-            for tile in tiles(values.reshape(-1), local.start, matrix.row_length):
-                for dim, numbers in matrix.group_numbers.items():
-                    factor = factors[numbers[(tile.rows, tile.columns)[dim]]].to(values.dtype)
-                    tile.values.mul_(factor[:, None] if dim == 0 else factor)
+            for block in matrix.blocks(values.reshape(-1), local.start):
+                for numbers in block.numbers.values():
+                    block.values.mul_(factors[numbers].to(values.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """The state between two decays, in plain JSON types."""
@@ -391,12 +408,12 @@ class GroupDecayHook:
             assert shard.start is not None
             is_dead = torch.cat([dead, dead.new_zeros(1)]).to(shard.tensor.device)
             values = shard.local.values.reshape(-1)
-            for tile in tiles(values, shard.start, matrix.row_length, max_elements=None):
-                for dim, numbers in matrix.group_numbers.items():
-                    indices = torch.nonzero(is_dead[numbers[(tile.rows, tile.columns)[dim]]])[:, 0]
+            for block in matrix.blocks(values, shard.start, max_elements=None):
+                for dim, numbers in block.numbers.items():
+                    indices = torch.nonzero(is_dead[numbers.squeeze(2 - dim)])
                     if len(indices):
                         self._kept_zero.setdefault(id(shard.tensor), []).append(
-                            _KeptZero(shard, tile.start, tile.values.shape[0], tile.values.shape[1], dim, indices)
+                            _KeptZero(shard, block.start, block.values.shape, dim, indices)
                         )
 
     def per_group(self, values: list[float], device: torch.device | None = None) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +17,7 @@ from lp_dist.sharding.shards import full_shape
 class Member:
     """What groups have of one parameter: the elements whose index along `dim` is in [start, stop).
 
-    Index i belongs to group (i − start) // width.
+    Index i belongs to group first + (i − start) // width.
 
     Args:
         name: of the parameter.
@@ -22,8 +25,11 @@ class Member:
         start: the first index.
         stop: the index after the last one.
         width: neighbouring indices of one group.
-        reads: whether these weights read the groups' outputs. Where they are zero, the rest of the group has no
-            effect.
+        reads: whether these weights read the groups' outputs, or are added to what is read. Where they are zero, the
+            rest of the group has no effect.
+        first: the number of the group of index `start`.
+        expert: of a parameter that has a matrix for each expert, along dimension 0, the expert that these elements
+            are of. None: they are taken over all of dimension 0.
     """
 
     name: str
@@ -32,6 +38,8 @@ class Member:
     stop: int
     width: int = 1
     reads: bool = False
+    first: int = 0
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,16 @@ class WeightGroups:
 
     Args:
         name: of the module.
-        kind: "channels", "heads", "kv_groups", or a name that the user gave.
+        kind: "channels", "heads", "kv_groups", "experts", "expert_channels", or a name that the user gave.
         count: number of groups.
         elements: weights of each group.
         members: the elements of parameters that belong to them.
+        section: which groups of the module these are, where there are several sets of one kind: "[3]", the channels
+            of expert 3; "[4:8]", the experts that are routed together.
+        least: how many groups must stay; 0: any number, though one at least where the model is made smaller.
+        followers: the elements of other parameters and buffers that are removed with the groups. They neither decay
+            nor count for the norm: rows of a router.
+        tables: names of tensors whose entries are numbers of groups, counted over all sets of the module.
     """
 
     name: str
@@ -51,11 +65,20 @@ class WeightGroups:
     count: int
     elements: int
     members: tuple[Member, ...]
+    section: str = ""
+    least: int = 0
+    followers: tuple[Member, ...] = ()
+    tables: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """The module and the kind, which name these groups in messages and saved states."""
-        return f"{self.name} {self.kind}"
+        """The module, the section and the kind, which name these groups in messages and saved states."""
+        return f"{self.name}{self.section} {self.kind}"
+
+    @property
+    def removable(self) -> int:
+        """How many of the groups may be pruned: one stays at least."""
+        return max(0, self.count - max(1, self.least))
 
 
 @dataclass(frozen=True)
@@ -117,8 +140,30 @@ def layers_within(layers: list[Layer], module: str) -> list[Layer]:
     return [layer for layer in layers if layer.name.startswith(module + ".")]
 
 
-def weight_groups(model: nn.Module, name: str, kind: str, count: int, members: list[Member]) -> WeightGroups:
-    """`WeightGroups` of these members, whose size is taken from the model's parameters."""
-    shapes = {name: full_shape(param) for name, param in model.named_parameters()}
-    elements = sum(member.width * shapes[member.name].numel() // shapes[member.name][member.dim] for member in members)
-    return WeightGroups(name, kind, count, elements, tuple(members))
+def weight_groups(
+    model: nn.Module, name: str, kind: str, count: int, members: Sequence[Member], **more: Any
+) -> WeightGroups:
+    """`WeightGroups` of these members, whose size is taken from the model's parameters.
+
+    Args:
+        model: that they belong to.
+        name: as of `WeightGroups`.
+        kind: as of `WeightGroups`.
+        count: as of `WeightGroups`.
+        members: as of `WeightGroups`.
+        more: the other fields of `WeightGroups`.
+    """
+    elements = sum(elements_of(member, full_shape(model.get_parameter(member.name))) for member in members)
+    assert elements % count == 0, f"the groups of {name} have different sizes"
+    return WeightGroups(name, kind, count, elements // count, tuple(members), **more)
+
+
+def elements_of(member: Member, shape: Sequence[int]) -> int:
+    """The elements of a parameter that belong to groups.
+
+    Args:
+        member: what the groups have of it.
+        shape: of the parameter.
+    """
+    lines = member.stop - member.start
+    return lines * math.prod(shape) // shape[member.dim] // (1 if member.expert is None else shape[0])

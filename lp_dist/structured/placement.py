@@ -15,23 +15,61 @@ from lp_dist.sharding.shards import Shard
 from lp_dist.structured.groups import WeightGroups
 
 
+class Block(NamedTuple):
+    """A box of a stack of matrices.
+
+    Args:
+        start: its first element in the flat values.
+        values: a view, (matrices, rows, columns).
+        numbers: {0: the numbers of the groups of its rows, (matrices, rows, 1); 1: those of its columns, (matrices, 1,
+            columns)}, or one of both; int64.
+    """
+
+    start: int
+    values: Tensor
+    numbers: dict[int, Tensor]
+
+
 @dataclass(frozen=True)
 class MatrixShard:
-    """One parameter on this rank, taken as a matrix.
+    """One parameter on this rank, taken as a stack of matrices: of one, or of one for each expert.
 
     Args:
         shard: where it lies.
-        group_numbers: {dimension: the number of the group of each index along it, among the groups of all sets}. The
-            index of no group has the number after the last group's. int64, (size of that dimension,).
+        shape: (matrices, rows, columns).
+        row_numbers: the number of the group of each row, among the groups of all sets; int64, (matrices, rows). A row
+            of no group has the number after the last group's. None: rows are of no groups.
+        column_numbers: those of the columns, (matrices, columns).
     """
 
     shard: Shard
-    group_numbers: dict[int, Tensor]
+    shape: tuple[int, int, int]
+    row_numbers: Tensor | None = None
+    column_numbers: Tensor | None = None
+
+    def blocks(self, values: Tensor, start: int, max_elements: int | None = 0) -> Iterator[Block]:
+        """A contiguous range of the parameter, as boxes.
+
+        Args:
+            values: the range, flat.
+            start: its first element in the parameter.
+            max_elements: as of `tiles`.
+        """
+        _, rows, columns = self.shape
+        for tile in tiles(values, start, columns, max_elements, rows if self._is_stack else None):
+            first, row = divmod(tile.rows.start, rows)
+            count = max(1, (tile.rows.stop - tile.rows.start) // rows)
+            rows_of_each = slice(row, row + (tile.rows.stop - tile.rows.start) // count)
+            numbers = {}
+            if self.row_numbers is not None:
+                numbers[0] = self.row_numbers[first : first + count, rows_of_each, None]
+            if self.column_numbers is not None:
+                numbers[1] = self.column_numbers[first : first + count, None, tile.columns]
+            yield Block(tile.start, tile.values.view(count, -1, tile.values.shape[1]), numbers)
 
     @property
-    def row_length(self) -> int:
-        """Elements of a row of the matrix."""
-        return self.shard.shape.numel() // max(1, self.shard.shape[0])
+    def _is_stack(self) -> bool:
+        return self.shape[0] > 1
 
 
 class Tile(NamedTuple):
@@ -50,7 +88,9 @@ class Tile(NamedTuple):
     columns: slice
 
 
-def tiles(values: Tensor, start: int, row_length: int, max_elements: int | None = 0) -> Iterator[Tile]:
+def tiles(
+    values: Tensor, start: int, row_length: int, max_elements: int | None = 0, rows_of_each: int | None = None
+) -> Iterator[Tile]:
     """A contiguous range of a matrix, as rectangles.
 
     Args:
@@ -58,6 +98,8 @@ def tiles(values: Tensor, start: int, row_length: int, max_elements: int | None 
         start: its first element in the matrix.
         row_length: elements of a row of the matrix.
         max_elements: of a tile of several rows. 0: as many as fit in a cache. None: any number.
+        rows_of_each: rows of each of several matrices that lie one after the other. A tile then is a part of one of
+            them, or several of them.
     """
     position, max_elements = 0, batching.tile_size(values.device) if max_elements == 0 else max_elements
     while position < values.numel():
@@ -69,6 +111,10 @@ def tiles(values: Tensor, start: int, row_length: int, max_elements: int | None 
             rows, columns = remaining // row_length, row_length
             if max_elements is not None:
                 rows = min(rows, max(1, max_elements // row_length))
+            if rows_of_each is not None:
+                remaining_rows = rows_of_each - row % rows_of_each
+                complete = remaining_rows == rows_of_each and rows >= rows_of_each
+                rows = rows // rows_of_each * rows_of_each if complete else min(rows, remaining_rows)
         yield Tile(
             position,
             values[position : position + rows * columns].view(rows, columns),
@@ -89,37 +135,68 @@ def matrix_shards(sets: list[WeightGroups], shards: list[Shard]) -> list[MatrixS
             not supported.
     """
     shard_of = {shard.name: shard for shard in shards}
-    numbers: dict[str, dict[int, Tensor]] = {}
+    matrices: dict[tuple[str, bool], tuple[int, int, int]] = {}
+    numbers: dict[tuple[str, bool, bool], Tensor] = {}
     total, first = sum(groups.count for groups in sets), 0
     for groups in sets:
         for member in groups.members:
             shard = shard_of.get(member.name)
-            if shard is None:
+            _check_shard(groups.label, member.name, shard)
+            assert shard is not None
+            # Whole experts are rows of one matrix; channels are rows or columns of the matrix of their expert.
+            of_experts = member.expert is not None
+            leading = shard.shape[: 1 + of_experts]
+            shape = matrices.setdefault(
+                (member.name, of_experts),
+                (leading[0] if of_experts else 1, leading[-1], shard.shape.numel() // max(1, leading.numel())),
+            )
+            is_row = member.dim == int(of_experts)
+            if not is_row and (member.dim != int(of_experts) + 1 or len(shard.shape) != member.dim + 1):
                 raise UsageError(
-                    f"{groups.label} have weights in {member.name}, which this optimizer does not step; unfreeze it,"
-                    " or leave these groups out"
+                    f"{groups.label} have weights along dimension {member.dim} of {member.name}, which is"
+                    f" {list(shard.shape)}: only rows and columns of matrices can be groups"
                 )
-            if shard.is_on_disk:
-                raise UsageError(
-                    f"{groups.label} have weights in {member.name}, which NVMe offload keeps on the disk, so norms"
-                    " can't be taken; offload to the CPU instead"
-                )
-            if shard.start is None:
-                raise UsageError(
-                    f"{groups.label} have weights in {member.name}, of which this rank has no contiguous range: this"
-                    " way of sharding is not supported. Shard by the first dimension (FSDP2), or use ZeRO"
-                )
-            if not shard.local.values.is_contiguous():
-                raise UsageError(
-                    f"{groups.label} have weights in {member.name}, which does not lie in memory row by row"
-                    " (transposed, or channels last); make it so by .contiguous() before the optimizer is made, or"
-                    " leave these groups out"
-                )
-            by_dim = numbers.setdefault(member.name, {})
-            number = by_dim.setdefault(member.dim, torch.full((shard.shape[member.dim],), total))
-            number[member.start : member.stop] = first + torch.arange(member.stop - member.start) // member.width
+            size = shape[1] if is_row else shape[2]
+            number = numbers.setdefault((member.name, of_experts, is_row), torch.full((shape[0], size), total))
+            number[member.expert or 0, member.start : member.stop] = (
+                first + member.first + torch.arange(member.stop - member.start) // member.width
+            )
         first += groups.count
+
+    def numbers_of(name: str, of_experts: bool, is_row: bool) -> Tensor | None:
+        number = numbers.get((name, of_experts, is_row))
+        return None if number is None else number.to(shard_of[name].tensor.device)
+
     return [
-        MatrixShard(shard_of[name], {dim: number.to(shard_of[name].tensor.device) for dim, number in by_dim.items()})
-        for name, by_dim in numbers.items()
+        MatrixShard(
+            shard_of[name],
+            shape,
+            numbers_of(name, of_experts, is_row=True),
+            numbers_of(name, of_experts, is_row=False),
+        )
+        for (name, of_experts), shape in matrices.items()
     ]
+
+
+def _check_shard(label: str, name: str, shard: Shard | None) -> None:
+    """Raises UsageError if weights of groups lie on this rank in a way that is not supported."""
+    if shard is None:
+        raise UsageError(
+            f"{label} have weights in {name}, which this optimizer does not step; unfreeze it, or leave these groups"
+            " out"
+        )
+    if shard.is_on_disk:
+        raise UsageError(
+            f"{label} have weights in {name}, which NVMe offload keeps on the disk, so norms can't be taken; offload"
+            " to the CPU instead"
+        )
+    if shard.start is None:
+        raise UsageError(
+            f"{label} have weights in {name}, of which this rank has no contiguous range: this way of sharding is not"
+            " supported. Shard by the first dimension (FSDP2), or use ZeRO"
+        )
+    if not shard.local.values.is_contiguous():
+        raise UsageError(
+            f"{label} have weights in {name}, which does not lie in memory row by row (transposed, or channels last);"
+            " make it so by .contiguous() before the optimizer is made, or leave these groups out"
+        )

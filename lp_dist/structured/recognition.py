@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Layer, WeightGroups, layers_within, linear_layers, weight_groups
+from lp_dist.structured.mixtures import mixtures
+from lp_dist.structured.probing import LayoutError, head_layout
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,15 @@ def channels(model: nn.Module) -> list[WeightGroups]:
     Raises:
         UsageError: none is recognised; the message says what was looked for.
     """
-    layers, widths = linear_layers(model), _widths(model)
-    reasons = dict.fromkeys(_experts(model), "its experts are one tensor for all of them, which is not known")
+    layers, widths = linear_layers(model), hidden_widths(model)
+    of_experts = mixtures(model)
+    reasons = {mixture.name: "channels of experts are a kind of their own, expert_channels" for mixture in of_experts}
     attention = {layer.name for module in _attentions(model) for layer in layers_within(layers, module)}
     sets: list[WeightGroups] = []
-    taken = set(attention)
+    taken = attention | {layer.name for mixture in of_experts for layer in layers_within(layers, mixture.name)}
     for module in _stacked(model):
         candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
-        match = _feed_forward(candidates, widths) or _square(
+        match = feed_forward(candidates, widths) or _square(
             type(model.get_submodule(module)).__name__, candidates, widths
         )
         if match is None:
@@ -62,7 +65,7 @@ def channels(model: nn.Module) -> list[WeightGroups]:
         "two or three linear layers in one module of a layer stack, outside of attention, from the model's width H to"
         " I (one, two, or one to 2·I) and back from I to H, with nothing else between them that is as wide as I"
     )
-    return _in_model_order(model, sets, "feed-forward channels", criteria, reasons)
+    return in_model_order(model, sets, "feed-forward channels", criteria, reasons)
 
 
 def heads(model: nn.Module) -> list[WeightGroups]:
@@ -118,18 +121,7 @@ def _attentions(model: nn.Module) -> list[str]:
     ]
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Modules with a matrix for each of many experts in one tensor."""
-    return sorted(
-        {
-            name.rpartition(".")[0]
-            for name, param in model.named_parameters()
-            if "experts" in name and len(full_shape(param)) == 3
-        }
-    )
-
-
-def _widths(model: nn.Module) -> set[int]:
+def hidden_widths(model: nn.Module) -> set[int]:
     """The hidden size of the model; several where it has several towers. Empty where neither a config nor an embedding
     has one.
     """
@@ -165,7 +157,7 @@ def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) 
 _LAST_FORWARD = re.compile(r"\.(down[a-z_]*|c_proj|fc2|w2|wo|lin2|dense_4h_to_h)$")
 
 
-def _feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
+def feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
     """The first layers and the last one, if these layers are those of one feed-forward network."""
     matches = []
     for down in candidates:
@@ -178,7 +170,7 @@ def _feed_forward(candidates: list[Layer], widths: set[int]) -> tuple[list[Layer
 
 
 def _square(kind: str, candidates: list[Layer], widths: set[int]) -> tuple[list[Layer], Layer] | None:
-    """As `_feed_forward`, where there are as many channels as the model is wide (as removal can leave it). Names must
+    """As `feed_forward`, where there are as many channels as the model is wide (as removal can leave it). Names must
     then tell which layer is the last one.
     """
     if len(candidates) not in (2, 3):
@@ -239,8 +231,14 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
         if len(candidates) < 2 or any(layer.name in taken for layer in layers_within(layers, module)):
             continue
         attention = _attention(model, module, candidates)
+        if isinstance(attention, str) and attention != _BORROWS:
+            attention = _as_run(model, module, kind, attention)
         if isinstance(attention, str):
             reasons[module] = attention
+            continue
+        if isinstance(attention, WeightGroups):
+            taken |= {layer.name for layer in layers_within(layers, module)}
+            sets.append(attention)
             continue
         taken |= {layer.name for layer in candidates}
         with_keys = kind == "kv_groups" or attention.shared == attention.heads
@@ -267,21 +265,48 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
         " keys, values and a last one, or one for the first three in the layout of"
         f" {', '.join((*_ONE_AFTER_ANOTHER, *_HEAD_BY_HEAD))}, and nothing else that is as wide as the heads"
     )
-    return _in_model_order(model, sets, "attention heads", criteria, reasons)
+    return in_model_order(model, sets, "attention heads", criteria, reasons)
+
+
+def _as_run(model: nn.Module, module: str, kind: str, reason: str) -> WeightGroups | str:
+    """The groups of an attention whose layers do not tell what its heads are, by what its code does; or why not."""
+    inside = model.get_submodule(module)
+    size = _head_size(inside, ("v_head_dim", *HEAD_SIZES))
+    if size is None:
+        return reason
+    try:
+        layout = head_layout(inside, size)
+    except LayoutError as error:
+        return f"{reason}; by what its code does, {error}"
+    if layout is None:
+        return reason
+    with_keys = kind == "kv_groups" or layout.shared == layout.heads
+    members = layout.shared_members if with_keys else layout.members
+    if members is None:
+        return f"{reason}; single heads do not lie in a row beside keys and values of several of them, take kv_groups"
+    count = layout.shared if with_keys else layout.heads
+    last = next(layer for layer in linear_layers(model) if layer.name == f"{module}.{layout.last}")
+    complete = [replace(member, name=f"{module}.{member.name}") for member in members]
+    return weight_groups(model, module, kind, count, [*complete, *last.input_members(last.inputs // count)])
+
+
+def _head_size(module: nn.Module, keys: tuple[str, ...]) -> int | None:
+    """The size of a head by the first of these attributes that a module has."""
+    return next(
+        (
+            value
+            for submodule in module.modules()
+            for key in keys
+            if isinstance(value := getattr(submodule, key, None), int)
+        ),
+        None,
+    )
 
 
 def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
     """The layers of an attention module, or why they are not recognised."""
     inside = model.get_submodule(module)
-    size = next(
-        (
-            value
-            for submodule in inside.modules()
-            for key in HEAD_SIZES
-            if isinstance(value := getattr(submodule, key, None), int)
-        ),
-        None,
-    )
+    size = _head_size(inside, HEAD_SIZES)
     if size is None:
         return f"its modules have none of {', '.join(HEAD_SIZES)}"
     if len(candidates) == 2:
@@ -371,7 +396,7 @@ def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: 
 # -- results ------------------------------------------------------------------
 
 
-def _in_model_order(
+def in_model_order(
     model: Any, sets: list[WeightGroups], what: str, criteria: str, reasons: dict[str, str]
 ) -> list[WeightGroups]:
     """Sorts the groups in the order of the model.
@@ -407,4 +432,5 @@ def _in_model_order(
             failures[0],
         )
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    # Sets of one module stay in their order.
     return sorted(sets, key=lambda groups: position[groups.name])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase, translate
 
 from torch import nn
 
 from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
-from lp_dist.structured.groups import Member, WeightGroups, linear_layers, weight_groups
+from lp_dist.structured.experts import expert_channels, experts
+from lp_dist.structured.groups import Layer, Member, WeightGroups, linear_layers, weight_groups
 from lp_dist.structured.recognition import channels, heads, kv_groups
 
-KINDS = {"channels": channels, "heads": heads, "kv_groups": kv_groups}
+KINDS = {
+    "channels": channels,
+    "heads": heads,
+    "kv_groups": kv_groups,
+    "experts": experts,
+    "expert_channels": expert_channels,
+}
 
 
 def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str | WeightGroups]) -> list[WeightGroups]:
@@ -21,7 +28,8 @@ def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str |
 
     Args:
         model: plain, or in a wrapper that keeps the names of its modules.
-        groups: kinds ("channels", "heads", "kv_groups"), or groups that `groups_of` described.
+        groups: kinds ("channels", "heads", "kv_groups", "experts", "expert_channels"), or groups that `groups_of`
+            described.
     Returns:
         In the order of `groups`.
     Raises:
@@ -43,16 +51,16 @@ def resolve_groups(model: nn.Module, groups: str | WeightGroups | Sequence[str |
                 f"groups={item!r} is none of {', '.join(KINDS)}; name one, or describe your own by lp_dist.groups_of"
             )
     if not sets:
-        raise UsageError("no groups are named; name channels, heads or kv_groups")
+        raise UsageError(f"no groups are named; name one of {', '.join(KINDS)}, or several")
     _refuse_shared_weights(sets)
     return sets
 
 
 def _refuse_shared_weights(sets: list[WeightGroups]) -> None:
-    ranges: dict[tuple[str, int], list[tuple[Member, str]]] = {}
+    ranges: dict[tuple[str, int, int | None], list[tuple[Member, str]]] = {}
     for groups in sets:
         for member in groups.members:
-            claimed = ranges.setdefault((member.name, member.dim), [])
+            claimed = ranges.setdefault((member.name, member.dim, member.expert), [])
             owner = next(
                 (
                     label
@@ -89,7 +97,7 @@ def recognised_groups(model: nn.Module) -> tuple[dict[str, list[WeightGroups]], 
 def groups_of(
     model: nn.Module,
     *,
-    outputs: str | Iterable[str] = (),
+    outputs: str | Iterable[str] | Mapping[str, Sequence[int]] = (),
     inputs: str | Iterable[str] = (),
     along: str | Iterable[str] = (),
     width: int = 1,
@@ -103,9 +111,12 @@ def groups_of(
 
     Args:
         model: whose linear layers are named.
-        outputs: patterns of linear layers, such as "*.fc_in".
+        outputs: patterns of linear layers, such as "*.fc_in". Of layers that make several things at once, {pattern:
+            how many outputs each of these has, one after the other}: {"*.Wqkv": [64, 32, 32]}. Every group then has
+            an equal part of each.
         inputs: patterns of linear layers, such as "*.fc_out".
-        along: patterns of one-dimensional parameters that have an element (or `width`) for each group.
+        along: patterns of parameters that have, along their first dimension, an element (or `width`) for each group,
+            such as "*.experts.down_proj".
         width: neighbouring outputs (or inputs) of one group, such as the size of a head.
         kind: what to call the groups.
     Returns:
@@ -115,24 +126,31 @@ def groups_of(
             matches; parameters of one layer have different widths; or `width` does not divide them.
     """
     layers = {layer.name: layer for layer in linear_layers(model)}
-    vectors = {name: full_shape(param)[0] for name, param in model.named_parameters() if len(full_shape(param)) == 1}
+    vectors = {name: full_shape(param)[0] for name, param in model.named_parameters() if len(full_shape(param))}
+    blocks_of = dict(outputs) if isinstance(outputs, Mapping) else {}
     outputs, inputs, along = (
         [patterns] if isinstance(patterns, str) else list(patterns) for patterns in (outputs, inputs, along)
     )
     matched_layers: dict[str, set[str]] = {}
     members_of: dict[str, list[Member]] = {}
     sizes_of: dict[str, set[int]] = {}
-    sources: list[tuple[list[str], Iterable[str], Callable[[str], tuple[list[Member], int]]]] = [
-        (outputs, layers, lambda name: (layers[name].output_members(width), layers[name].outputs)),
-        (inputs, layers, lambda name: (layers[name].input_members(width), layers[name].inputs)),
-        (along, vectors, lambda name: ([Member(name, 0, 0, vectors[name], width)], vectors[name])),
+    sources: list[tuple[list[str], Iterable[str], Callable[[str, str], tuple[list[Member], int]]]] = [
+        (
+            [pattern for pattern in outputs if pattern not in blocks_of],
+            layers,
+            lambda name, _: (layers[name].output_members(width), layers[name].outputs),
+        ),
+        (inputs, layers, lambda name, _: (layers[name].input_members(width), layers[name].inputs)),
+        (along, vectors, lambda name, _: ([Member(name, 0, 0, vectors[name], width)], vectors[name])),
+        # Last, since the others say how many groups there are.
+        ([*blocks_of], layers, lambda name, pattern: _block_members(layers[name], blocks_of[pattern], width)),
     ]
     for patterns, names, members_and_size in sources:
         for pattern in patterns:
             matches = {name: _layer_of(name, pattern) for name in names if fnmatchcase(name, pattern)}
             if not matches:
                 raise UsageError(
-                    f"{pattern!r} matches no {'vector' if names is vectors else 'linear layer'} of"
+                    f"{pattern!r} matches no {'parameter' if names is vectors else 'linear layer'} of"
                     f" {type(model).__name__}; names look like {next(iter(names), 'none')!r}, and * stands for any"
                     " part of one"
                 )
@@ -143,7 +161,7 @@ def groups_of(
                 )
             matched_layers[pattern] = {*matches.values()}
             for name, layer in matches.items():
-                members, size = members_and_size(name)
+                members, size = members_and_size(name, pattern)
                 members_of.setdefault(layer, []).extend(members)
                 sizes_of.setdefault(layer, set()).add(size)
     incomplete = next(
@@ -177,6 +195,28 @@ def groups_of(
     if not sets:
         raise UsageError("no patterns are given; name linear layers in outputs= and inputs=")
     return sets
+
+
+def _block_members(layer: Layer, blocks: Sequence[int], width: int) -> tuple[list[Member], int]:
+    """The outputs of a layer that makes several things at once, and how many of the first thing there are.
+
+    Args:
+        layer: the layer.
+        blocks: how many outputs each of the things has.
+        width: of a group in the first of them.
+    """
+    count = blocks[0] // width if blocks else 0
+    if sum(blocks) != layer.outputs or not count or blocks[0] % width or any(size % count for size in blocks):
+        raise UsageError(
+            f"{layer.name} has {layer.outputs} outputs, which are not blocks of {', '.join(map(str, blocks))} with as"
+            f" many groups each, {width} wide in the first; give sizes of blocks that add up to its outputs"
+        )
+    members = []
+    start = 0
+    for size in blocks:
+        members += layer.output_members(size // count, start, start + size)
+        start += size
+    return members, blocks[0]
 
 
 def _layer_of(name: str, pattern: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard
 from lp_dist.structured.budget import GroupBudget, group_costs, required_costs, scope_of, shares_to_prune
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
-from lp_dist.structured.groups import WeightGroups
+from lp_dist.structured.groups import WeightGroups, elements_of
 from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
 from lp_dist.targets.feasibility import check_window_length
 from lp_dist.targets.target import GroupTarget
@@ -48,6 +48,7 @@ class GroupController(Controller):
         super().__init__(target, run)
         assert target.p is not None and target.precondition is not None
         self.sets = sets
+        self._counts = [groups.count for groups in sets]
         self._param_group_of = {
             groups.label: next(shard.group for shard in shards if shard.name == groups.members[0].name)
             for groups in sets
@@ -59,6 +60,7 @@ class GroupController(Controller):
         self.budget = group_budget(target)
         self.required = required_costs(self.budget, sets, run.total_parameters)
         self.costs = group_costs(self.budget, sets)
+        self._scopes = _scopes(self.budget, sets, self.required)
         self.dead: Tensor | None = None  # bool, of each group: whether it was zero after the final pruning
         start, end, _ = self.window
         if end - start < 2 * target.interval:
@@ -99,7 +101,7 @@ class GroupController(Controller):
         the target asks for.
         """
         dead = self._squares() == 0
-        scopes = self._indices_by_scope()
+        scopes = {scope: members.indices for scope, members in self._scopes.items()}
         before = {scope: float(self.costs[indices][dead[indices]].sum()) for scope, indices in scopes.items()}
         reached = next((scope for scope, cost in before.items() if cost >= self.required[scope]), None)
         if reached is not None:
@@ -134,13 +136,14 @@ class GroupController(Controller):
         rates = self.run.rates.ahead(horizon)
         means = squares / self.hook.sizes.cpu()
         limits: dict[str, float] = {}  # mean squares at the threshold, by label
-        for scope, indices in self._indices_by_scope().items():
+        must_stay = self._must_stay(means)
+        for scope, members in self._scopes.items():
             cost = self.before[scope] + (self.required[scope] - self.before[scope]) * self.planned_share(t + horizon)
-            order, last = self._ranked(means, indices, cost)
-            limits |= dict.fromkeys(self._labels(scope), float(means[indices][order[min(last, len(order) - 1)]]))
+            order, last = self._ranked(means, members.indices[~must_stay[members.indices]], cost)
+            limits |= dict.fromkeys(members.labels, float(means[order[min(last, len(order) - 1)]]))
         p = self.hook.p
         self.hook.settings = []
-        for groups in self.sets:
+        for groups, of_set, stay in zip(self.sets, means.split(self._counts), must_stay.split(self._counts)):
             if groups.label not in limits:
                 self.hook.settings.append(DecaySettings())
                 continue
@@ -148,14 +151,28 @@ class GroupController(Controller):
             learning_rates = sum(rate[self._param_group_of[groups.label]] for rate in rates)
             # The group at the threshold is to be pruned as well, however its squares were added up.
             cutoff = math.inf if self.target.cap is None else self.target.cap * x * (1.0 + 1e-9)
+            if bool(stay.any()) and float(of_set[stay].min()) <= limits[groups.label]:
+                # Of one threshold for several sets: what must stay in this one does not decay with the rest.
+                weakest = max(float(of_set[~stay].max()) if bool((~stay).any()) else 0.0, 0.0)
+                cutoff = min(cutoff, (weakest * groups.elements) ** ((2.0 - p) / 2.0) * (1.0 + 1e-9))
             self.hook.settings.append(DecaySettings(weight_decay_for(x, p, learning_rates), cutoff, regrowth * x))
         self._set_logs(t, squares)
 
     def _ranked(self, means: Tensor, indices: Tensor, cost: float) -> tuple[Tensor, int]:
-        """The groups of a scope in the order of their mean squares, and how many of them cost less than `cost`."""
-        order = torch.argsort(means[indices], stable=True)
+        """The groups of these indices in the order of their mean squares, and how many of them cost less than
+        `cost`.
+        """
+        order = indices[torch.argsort(means[indices], stable=True)]
         limit = torch.tensor(cost - 1e-6, dtype=torch.float64)
-        return order, int(torch.searchsorted(self.costs[indices][order].cumsum(0), limit))
+        return order, int(torch.searchsorted(self.costs[order].cumsum(0), limit))
+
+    def _must_stay(self, means: Tensor) -> Tensor:
+        """(number of groups,) bool, the strongest of each set, as many as must stay: experts that a router needs."""
+        stay = torch.zeros(len(means), dtype=torch.bool)
+        for groups, of_set, flags in zip(self.sets, means.split(self._counts), stay.split(self._counts)):
+            if groups.least:
+                flags[torch.argsort(of_set, stable=True)[-groups.least :]] = True
+        return stay
 
     def _prune(self) -> None:
         """Prunes the weakest groups at once, exactly as many as the target asks for, in the masters and in an engine's
@@ -163,9 +180,10 @@ class GroupController(Controller):
         """
         squares = self._squares()
         means, to_prune = squares / self.hook.sizes.cpu(), torch.zeros(len(squares), dtype=torch.bool)
-        for scope, indices in self._indices_by_scope().items():
-            order, last = self._ranked(means, indices, self.required[scope])
-            to_prune[indices[order[: last + 1]]] = True
+        must_stay = self._must_stay(means)
+        for scope, members in self._scopes.items():
+            order, last = self._ranked(means, members.indices[~must_stay[members.indices]], self.required[scope])
+            to_prune[order[: last + 1]] = True
         before = float((squares == 0).double().mean())
         self.hook.settings = [DecaySettings() for _ in self.sets]
         self.hook.prune(to_prune.to(self.hook.sizes.device))
@@ -196,22 +214,10 @@ class GroupController(Controller):
     def kinds(self) -> dict[str, list[int]]:
         """{kind: [groups that are zero, all groups]} of the weights as they are. Collective."""
         kinds: dict[str, list[int]] = {}
-        for groups, squares in zip(self.sets, self._squares().split([groups.count for groups in self.sets])):
+        for groups, squares in zip(self.sets, self._squares().split(self._counts)):
             dead, count = kinds.setdefault(groups.kind, [0, 0])
             kinds[groups.kind] = [dead + int((squares == 0).sum()), count + groups.count]
         return kinds
-
-    def _indices_by_scope(self) -> dict[str, Tensor]:
-        """The indices of the groups that share a threshold, by its name; without those that lose none."""
-        indices: dict[str, list[Tensor]] = {}
-        first = 0
-        for groups in self.sets:
-            indices.setdefault(scope_of(self.budget, groups), []).append(torch.arange(first, first + groups.count))
-            first += groups.count
-        return {scope: torch.cat(tensors) for scope, tensors in indices.items() if self.required[scope]}
-
-    def _labels(self, scope: str) -> list[str]:
-        return [groups.label for groups in self.sets if scope_of(self.budget, groups) == scope]
 
     def _set_logs(self, t: int, squares: Tensor) -> None:
         first = sum(self.before.values()) / float(self.costs.sum())
@@ -227,8 +233,8 @@ class GroupController(Controller):
         return self._zero_share(self.hook.squares_of_copies().cpu())
 
     def _zero_share(self, squares: Tensor) -> float:
-        scopes = self._indices_by_scope().values()
-        dead = sum(float(self.costs[indices][squares[indices] == 0].sum()) for indices in scopes)
+        indices = [members.indices for members in self._scopes.values()]
+        dead = sum(float(self.costs[of_scope][squares[of_scope] == 0].sum()) for of_scope in indices)
         return dead / float(self.costs.sum())
 
     # -- beside a target of single weights ------------------------------------
@@ -249,8 +255,7 @@ class GroupController(Controller):
         for groups, share in self.shares():
             for member in groups.members:
                 if member.name in shapes:
-                    lines = share * (member.stop - member.start)
-                    zeros[member.name] += lines * shapes[member.name].numel() / shapes[member.name][member.dim]
+                    zeros[member.name] += share * elements_of(member, shapes[member.name])
         shares: dict[str, float] = {}
         if weights.target.scope == "global":
             shares = {"all that decays": sum(zeros.values()) / sum(shape.numel() for shape in shapes.values())}
@@ -291,6 +296,31 @@ class GroupController(Controller):
         if state["dead"] is not None:
             self.dead = _unpacked(state["dead"], len(self.costs))
             self._keep_zero()
+
+
+class _Scope(NamedTuple):
+    """The groups that share a threshold.
+
+    Args:
+        indices: among the groups of all sets; int64.
+        labels: of their sets.
+    """
+
+    indices: Tensor
+    labels: list[str]
+
+
+def _scopes(budget: GroupBudget, sets: list[WeightGroups], required: dict[str, float]) -> dict[str, _Scope]:
+    """{name of a threshold: its groups}, without those that lose none."""
+    indices: dict[str, list[Tensor]] = {}
+    labels: dict[str, list[str]] = {}
+    first = 0
+    for groups in sets:
+        scope = scope_of(budget, groups)
+        indices.setdefault(scope, []).append(torch.arange(first, first + groups.count))
+        labels.setdefault(scope, []).append(groups.label)
+        first += groups.count
+    return {scope: _Scope(torch.cat(indices[scope]), labels[scope]) for scope in indices if required[scope]}
 
 
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1])

@@ -108,8 +108,9 @@ class SparsityTarget(metaclass=_KindByArguments):
 
     For whole groups instead:
         groups: "channels" (feed-forward), "heads", "kv_groups" (heads of keys and values with the queries that read
-            them), several of these, or `WeightGroups` that `lp_dist.groups_of` describes. They are pruned as wholes by
-            their norms, and `lp-dist export --shrink` cuts them out.
+            them), "experts", "expert_channels" (channels inside of every expert), several of these, or `WeightGroups`
+            that `lp_dist.groups_of` describes. They are pruned as wholes by their norms, and `lp-dist export --shrink`
+            cuts them out.
         relative_to: "decayed", the sparsity is a share of each kind of groups; "all", the share of all parameters of
             the model that lie in the pruned ones.
         budget: the parameters of the model that may be left at most, instead of a sparsity.
@@ -289,8 +290,8 @@ class GroupTarget(SparsityTarget):
     def _check_kind(self) -> None:
         if not group_list(self.groups):
             raise ValueError(
-                f"groups={self.groups!r} names none; name channels, heads or kv_groups, or leave it out for single"
-                " weights"
+                f"groups={self.groups!r} names none; name channels, heads, kv_groups, experts or expert_channels, or"
+                " leave it out for single weights"
             )
         if (self.sparsity is None) == (self.budget is None):
             raise ValueError(

@@ -140,9 +140,9 @@ class DecayArguments:
         default=None,
         metadata={
             "help": (
-                "Structured pruning of channels (feed-forward), heads or kv_groups, one or several of them."
-                " `lp-dist export --shrink` then removes them from the model. With a --sparsity as well, groups are"
-                " pruned in the first half of the window and single weights in the second."
+                "Structured pruning of channels (feed-forward), heads, kv_groups, experts or expert_channels, one or"
+                " several of them. `lp-dist export --shrink` then removes them from the model. With a --sparsity as"
+                " well, groups are pruned in the first half of the window and single weights in the second."
             )
         },
     )

@@ -28,7 +28,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lp_dist._version import __version__
 from lp_dist.checkpoints.hf_names import check_saved_names, skeleton_of
@@ -36,7 +35,6 @@ from lp_dist.checkpoints.resuming import check_run
 from lp_dist.data.gguf import dequantised
 from lp_dist.data.text import load_text, pack
 from lp_dist.errors import UsageError, in_one_line, printable, with_flags
-from lp_dist.export.shrink import expected_removals
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
 from lp_dist.report.numbers import percent
@@ -46,7 +44,7 @@ from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape
 from lp_dist.sparsity.measure import Histogram, Sparsity, measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import decayed_names, param_groups
-from lp_dist.targets.target import GroupTarget, SparsityTarget
+from lp_dist.targets.target import SparsityTarget
 from lp_dist.training import arguments
 from lp_dist.training.callback import LpCallback
 from lp_dist.training.distillation import check_vocabularies
@@ -211,9 +209,6 @@ def _prepare(settings: Settings) -> Prepared:
         dtype=getattr(torch, settings.model.dtype),
         trust_remote_code=settings.model.trust_remote_code,
     )
-    # Under ZeRO-3 no second model can be made to look at.
-    if args.process_index == 0 and not is_deepspeed_zero3_enabled():
-        _warn_of_groups_that_stay(model, targets)
     teacher = None
     if teacher_path is not None:
         # It needs no master weights.
@@ -533,24 +528,6 @@ def draw_page(directory: str) -> Path | None:
             exc_info=not isinstance(error, UsageError),
         )
         return None
-
-
-def _warn_of_groups_that_stay(model: torch.nn.Module, targets: list[SparsityTarget]) -> None:
-    """Warns before the run of pruned groups that an export can't remove from the model."""
-    for target in targets:
-        if not isinstance(target, GroupTarget):
-            continue
-        kept: list[str] = []
-        # `attach` reports a target that can't be. A model that can't be made a second time can still be trained.
-        with suppress(UsageError):
-            removals = expected_removals(type(model), model.config, target)
-            kept = [str(removal) for removal in removals if not removal.removed]
-        if kept:
-            logger.warning(
-                "lp-dist export --shrink will not remove these groups, so pruning them makes the model neither smaller"
-                " nor faster: %s",
-                "; ".join(kept),
-            )
 
 
 def _engine(trainer: LpTrainer) -> str:

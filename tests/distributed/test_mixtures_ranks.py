@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.mixtures import TO_HALF, check_figures, mixture_directory
+from helpers.mixture_directories import TO_HALF, check_figures, mixture_directory
 from helpers.paths import ROOT
 from helpers.saved_models import files_of
 from lp_dist.report import schema

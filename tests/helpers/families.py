@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lp_dist.structured.groups import WeightGroups
+from lp_dist.structured.groups import Member, WeightGroups
 
 SIZES = dict(
     hidden_size=32,
@@ -20,9 +21,10 @@ SIZES = dict(
     pad_token_id=0,
 )
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-# Sizes, and how many channels, heads of the queries, and heads of keys and values a layer has; 0: these are not
-# recognised.
-FAMILIES: dict[str, tuple[dict, tuple[int, int, int]]] = {
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2}
+# Sizes, and how many channels, heads of the queries, heads of keys and values, experts, and channels of each expert a
+# layer has; 0: these are not recognised. Without the last two: it has no experts.
+FAMILIES: dict[str, tuple[dict, tuple[int, ...]]] = {
     "llama": (GROUPED, (48, 4, 2)),
     "mistral": (GROUPED, (48, 4, 2)),
     "qwen2": (GROUPED, (48, 4, 2)),
@@ -41,7 +43,58 @@ FAMILIES: dict[str, tuple[dict, tuple[int, int, int]]] = {
         ),
         (128, 0, 0),
     ),
-    "mixtral": (GROUPED, (0, 4, 2)),  # its experts are one tensor
+    "mixtral": (GROUPED, (0, 4, 2, 8, 48)),
+}
+# Mixtures alone: sizes, and how many experts a layer has and channels an expert. Layouts of all kinds: rows and
+# columns the other way round, gate and up in turns, with biases, without a gate, routed by groups.
+MIXTURES: dict[str, tuple[dict, tuple[int, int]]] = {
+    "mixtral": (GROUPED, (8, 48)),
+    "qwen3_moe": ({**EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}, (4, 24)),
+    "gpt_oss": ({**EXPERTS, "head_dim": 8, "num_local_experts": 4}, (4, 48)),
+    "llama4_text": (
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 1,
+        },
+        (4, 48),
+    ),
+    "minimax_m2": ({**EXPERTS, "head_dim": 8, "num_local_experts": 4}, (4, 48)),
+    "deepseek_v3": (
+        {
+            **EXPERTS,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+        (8, 24),
+    ),
+    "nemotron_h": (
+        {
+            **{key: value for key, value in EXPERTS.items() if key != "num_hidden_layers"},
+            "layers_block_type": ["moe", "attention", "moe"],
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+        },
+        (4, 24),
+    ),
 }
 
 
@@ -50,7 +103,7 @@ def model_of(family: str, **more: Any) -> nn.Module:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**FAMILIES.get(family, ({},))[0], **more})
+        AutoConfig.for_model(family, **{**(FAMILIES | MIXTURES).get(family, ({},))[0], **more})
     ).eval()
     with torch.no_grad():
         for param in model.parameters():  # biases start at zero, and would mask what forgets them
@@ -62,10 +115,26 @@ def slots(model: nn.Module, groups: WeightGroups, group: int, reads: bool) -> li
     """Views of the group's weights, as inputs of what reads it or as its own."""
     params = dict(model.named_parameters())
     return [
-        params[member.name].data.narrow(member.dim, member.start + group * member.width, member.width)
+        view
         for member in groups.members
-        if member.reads == reads
+        if member.reads == reads and (view := slot_of(params[member.name].data, member, group)) is not None
     ]
+
+
+def slot_of(tensor: torch.Tensor, member: Member, group: int) -> torch.Tensor | None:
+    """A view of what a group has of a parameter, or of its gradient; None where it has nothing of it."""
+    number = group - member.first
+    if not 0 <= number < (member.stop - member.start) // member.width:
+        return None
+    tensor, dim = (tensor, member.dim) if member.expert is None else (tensor[member.expert], member.dim - 1)
+    return tensor.narrow(dim, member.start + number * member.width, member.width)
+
+
+def kill(model: nn.Module, groups: WeightGroups, dead: Iterable[int]) -> None:
+    """Zeroes what reads these groups, and nothing else of theirs."""
+    for group in dead:
+        for slot in slots(model, groups, group, reads=True):
+            slot.zero_()
 
 
 class Own(nn.Module):

@@ -1,66 +1,59 @@
-"""Shared by the tests: tiny mixtures with a tokenizer, as directories that the training program reads, and an
-independent count of what it saved.
-"""
+"""Shared by the tests: a small mixture of experts under names that no library has."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import torch
-from transformers import AutoModelForCausalLM
-
-from helpers.saved_models import files_of, saved_model
-from lp_dist.report import schema
-from lp_dist.report.inspection import inspect
-
-# Of a run to half of the weights, in a few steps.
-TO_HALF = [
-    "--block_size",
-    "64",
-    "--max_steps",
-    "18",
-    "--learning_rate",
-    "1e-2",
-    "--sparsity",
-    "0.5",
-    "--decay_start",
-    "0.2",
-    "--decay_end",
-    "0.9",
-    "--per_device_train_batch_size",
-    "2",
-    "--eval_strategy",
-    "no",
-    "--max_eval_blocks",
-    "2",
-    "--save_strategy",
-    "no",
-]
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-def mixture_directory(directory: Path, name: str, tokenizer: Path) -> Path:
-    """A model of SAVED_MODELS with the tokenizer of another directory, whose vocabulary it gets."""
-    model = saved_model(name)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(0.05)
-    model.resize_token_embeddings(384)
-    model.save_pretrained(directory)
-    for file in tokenizer.glob("tokenizer*"):
-        shutil.copy(file, directory)
-    return directory
+class Shelf(nn.Module):
+    """Experts in four parameters: inputs before outputs, channels of gate and up in turns, with biases."""
+
+    def __init__(self, count: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.randn(count, width, 2 * inner) / 4)
+        self.beta = nn.Parameter(torch.randn(count, 2 * inner) / 4)
+        self.omega = nn.Parameter(torch.randn(count, inner, width) / 4)
+        self.psi = nn.Parameter(torch.randn(count, width) / 4)
+        self.inner = inner
+
+    def forward(self, rows: Tensor, which: Tensor, how_much: Tensor) -> Tensor:
+        # The gradients of all experts are summed before others join, as where ZeRO-3 wraps a module's inputs.
+        rows, total = rows.clone(), torch.zeros_like(rows)
+        for i in range(len(self.alpha)):
+            # How a product is added up depends on where its factors lie, and ZeRO-3 has them elsewhere.
+            alpha, omega = self.alpha[i].clone(), self.omega[i].clone()
+            mixed = rows @ alpha + self.beta[i]
+            made = F.silu(mixed[:, ::2]) * mixed[:, 1::2]
+            assert made.shape[1] == self.inner
+            total = total + (made @ omega + self.psi[i]) * ((which == i) * how_much).sum(1, keepdim=True)
+        return total
 
 
-def check_figures(directory: Path) -> None:
-    """Asserts that the report, `inspect` and the files have the same zeros, counted in three ways."""
-    saved, inspection, files = schema.read(directory), inspect(directory), files_of(directory)
-    params = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
-    counts = {name: [int((params[name] == 0).sum()), params[name].numel()] for name in saved["tensors"]}
-    assert saved["tensors"] == counts
-    zeros, elements = (sum(column) for column in zip(*counts.values()))
-    assert (saved["zeros"], saved["decayed_weights"]) == inspection.total() == (zeros, elements)
-    assert [tensor.zeros for tensor in inspection.tensors] == [
-        int((files[tensor.name] == 0).sum()) for tensor in inspection.tensors
-    ]
-    assert len(inspection.tensors) == len(files)
+class Study(nn.Module):
+    """A block of experts whose router is a bare matrix."""
+
+    def __init__(self, experts: nn.Module, count: int, width: int, top_k: int = 2) -> None:
+        super().__init__()
+        self.chooser = nn.Parameter(torch.randn(count, width) / 4)
+        self.offset = nn.Buffer(torch.zeros(count))
+        self.experts, self.top_k = experts, top_k
+
+    def forward(self, rows: Tensor) -> Tensor:
+        how_much, which = (F.linear(rows, self.chooser.clone()) + self.offset).softmax(-1).topk(self.top_k)
+        return self.experts(rows, which, how_much)
+
+
+class Desk(nn.Module):
+    """An expert that is a module."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
+
+
+def mixture_model() -> nn.Sequential:
+    """Of odd sizes, so that shards end inside of rows and experts, and ranks have different numbers of them."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 9), nn.Tanh(), Study(Shelf(5, 9, 7), 5, 9), nn.Linear(9, 7))

@@ -119,7 +119,8 @@ def test_the_program_takes_groups_and_zeros(words, tmp_path, capsys):
         ),
         (
             ["--groups", "channels,heads", "--group_sparsity", "0.1"],
-            "--groups channels,heads is none of channels, heads, kv_groups; name one, or several with spaces",
+            "--groups channels,heads is none of channels, heads, kv_groups, experts, expert_channels; name one, or"
+            " several with spaces",
         ),
         (["--groups", "channels", "--group_sparsity", "1.5"], "--group_sparsity 1.5 must be between 0 and 1"),
         (["--groups", "heads", "--budget", "0"], "--budget 0 must be"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers.mixtures import TO_HALF, check_figures, mixture_directory
+from helpers.mixture_directories import TO_HALF, check_figures, mixture_directory
 from helpers.saved_models import files_of
 from lp_dist.cli import app
 from lp_dist.report import schema

@@ -30,12 +30,6 @@ TOKENS = torch.arange(24).view(2, 12) % 61
             "it is not known what model.layers.0.self_attn.lambda_q1 does to the heads",
         ),
         (
-            "gpt_oss",
-            {**GROUPED, "num_attention_heads": 8, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
-            "heads",
-            "it is not known what model.layers.0.self_attn.sinks does to the heads",
-        ),
-        (
             "stablelm",
             {**GROUPED, "qk_layernorm": True},
             "kv_groups",
@@ -104,7 +98,7 @@ def test_a_layer_that_calls_itself_attention_has_channels_too():
     ]
 
 
-def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
+def test_channels_of_experts_are_told_to_be_another_kind(caplog):
     sizes = {
         **GROUPED,
         "moe_intermediate_size": 20,
@@ -119,8 +113,8 @@ def test_experts_in_one_tensor_are_told_where_others_are_found(caplog):
         "model.layers.1.mlp.shared_expert",
     ]
     assert (
-        "recognised in 2 parts of the model, which stay as they are: model.layers.0.mlp.experts: its experts are one"
-        " tensor for all" in caplog.text
+        "recognised in 2 parts of the model, which stay as they are: model.layers.0.mlp.experts: channels of"
+        " experts are a kind of their own, expert_channels" in caplog.text
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.families import FAMILIES, Own, model_of, slots
+from helpers.families import FAMILIES, Own, model_of, slot_of, slots
 from lp_dist.errors import UsageError
 from lp_dist.structured.resolve import KINDS, groups_of, resolve_groups
 
@@ -19,7 +19,10 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
     """Noise in a group's own weights changes the model; once its inputs of the last layer are zero it changes nothing,
     and its elements are all there.
     """
-    model, expected = model_of(family), FAMILIES[family][1][list(KINDS).index(kind)]
+    counts = FAMILIES[family][1]
+    # Every expert is chosen, so that each has an effect.
+    model = model_of(family, **({"num_experts_per_tok": counts[3]} if len(counts) > 3 else {}))
+    expected = dict(zip(KINDS, counts)).get(kind, 0)
     if not expected:
         with pytest.raises(
             UsageError,
@@ -28,7 +31,8 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             resolve_groups(model, kind)
         return
     resolved, tokens = resolve_groups(model, kind), torch.arange(24).view(2, 12) % 61
-    assert [groups.count for groups in resolved] == [expected, expected]
+    sets = 2 * counts[3] if kind == "expert_channels" else 2
+    assert [groups.count for groups in resolved] == [expected] * sets
     grouped_query = kind == "heads" and FAMILIES[family][1][1] != FAMILIES[family][1][2]
     for groups in resolved:
         group = groups.count - 1
@@ -63,8 +67,7 @@ def test_what_a_group_is_has_an_effect_by_what_reads_it_alone(family, kind):
             model(tokens).logits.square().mean().backward()
             grads = {name: param.grad for name, param in model.named_parameters()}
             for member in groups.members:
-                slot = grads[member.name].narrow(member.dim, member.start + group * member.width, member.width)
-                assert not slot.any(), member
+                assert not slot_of(grads[member.name], member, group).any(), member
 
 
 def test_custom_groups_are_described_by_patterns():
@@ -97,7 +100,7 @@ def test_custom_groups_are_described_by_patterns():
     "arguments, says",
     [
         (dict(outputs="*.up"), r"'\*.up' matches no linear layer of Sequential; names look like '0.back'"),
-        (dict(along="*.up"), r"matches no vector of Sequential; names look like"),
+        (dict(along="*.up"), r"matches no parameter of Sequential; names look like"),
         (dict(outputs="*t"), r"'\*t' matches two of the same layer \(0.left, 0.right\)"),
         (dict(outputs=["*.left", "*.back"]), "the groups of 0 are 4 and 6 wide, and width=1"),
         (dict(outputs="*.left", width=4), "the groups of 0 are 6 wide, and width=4"),
@@ -116,7 +119,11 @@ def test_groups_that_share_weights_and_unknown_ones_are_refused():
     ):
         resolve_groups(model, ["heads", "kv_groups"])
     with pytest.raises(
-        UsageError, match="groups='neurons' is none of channels, heads, kv_groups; name one, or describe your own"
+        UsageError,
+        match=(
+            "groups='neurons' is none of channels, heads, kv_groups, experts, expert_channels; name one, or describe"
+            " your own"
+        ),
     ):
         resolve_groups(model, "neurons")
     with pytest.raises(UsageError, match="no groups are named"):
@@ -128,3 +135,27 @@ def test_adapters_must_be_merged_first():
     peft = pytest.importorskip("peft")
     with pytest.raises(UsageError, match="q_proj has an adapter beside it, .* merge the adapter first"):
         resolve_groups(peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])), "channels")
+
+
+def test_fused_layers_and_experts_are_described_as_they_are_recognised():
+    """Phi-3 has queries, keys and values in one layer, and fewer of the latter; Mixtral its experts in two tensors."""
+    model = model_of("phi3")
+    described = groups_of(
+        model,
+        outputs={"*.self_attn.qkv_proj": [32, 16, 16]},
+        inputs="*.self_attn.o_proj",
+        width=16,
+        kind="kv_groups",
+    )
+    for groups, recognised in zip(described, resolve_groups(model, "kv_groups"), strict=True):
+        assert (groups.count, groups.elements, {*groups.members}) == (
+            recognised.count,
+            recognised.elements,
+            {*recognised.members},
+        )
+    with pytest.raises(UsageError, match="has 64 outputs, which are not blocks of 32, 16 with as many groups each"):
+        groups_of(model, outputs={"*.qkv_proj": [32, 16]}, inputs="*.o_proj", width=16)
+    model = model_of("mixtral")
+    described = groups_of(model, along=["*.experts.gate_up_proj", "*.experts.down_proj"], kind="bodies")
+    recognised = resolve_groups(model, "experts")
+    assert [(g.count, g.elements) for g in described] == [(g.count, g.elements) for g in recognised]
