@@ -281,7 +281,7 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
 
 def test_what_is_not_there_is_told_in_one_line(saved, tmp_path, monkeypatch):
     for base, adapter, message in (
-        (tmp_path / "nothing", saved[1], "can't be read as a language model"),
+        (tmp_path / "nothing", saved[1], "can't be read as a model"),
         (saved[0], tmp_path / "nothing", "is not there, or not one of"),
     ):
         result = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])
