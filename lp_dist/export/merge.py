@@ -156,11 +156,15 @@ def _merged(model: Any, keep_zeros: bool) -> tuple[nn.Module, list[_Record]]:
                 slot.tensor.data = slot.tensor.data.to(base.tensor.dtype)
                 records += _replaced(slot, base.tensor, base.module in tokens, keep_zeros)
         for _, module in layers:
+            # An attention layer has merged its output projection too.
+            if module.merged:
+                continue
             slots = list(_matrices(module))
             before = [slot.tensor.detach().clone() for slot in slots]
             module.merge()
             for slot, old in zip(slots, before):
-                layer = _restore_zeros(slot.tensor, old, _zeros(old, slot.module in tokens), keep_zeros)
+                rows = slot.module in tokens
+                layer = _restore_zeros(slot.tensor, old, _zeros(old, rows), keep_zeros, rows)
                 # Tied tokens get the same values once more.
                 if getattr(module, "tied_adapter", None) is None:
                     records.append(_Record(slot, layer))
@@ -252,26 +256,26 @@ def _zeros(old: Tensor, tokens: bool) -> Tensor:
 
 
 def _replaced(slot: _Slot, old: Tensor, tokens: bool, keep_zeros: bool) -> list[_Record]:
-    """Puts the zeros of a matrix of the base into what replaces it. None for vectors: biases start at zero."""
+    """Puts the zeros of a matrix of the base into what replaces it, unless it was all zero. None for vectors: biases
+    start at zero.
+    """
     if old.ndim < 2:
         return []
-    zeros = _zeros(old, tokens)
-    if bool(zeros.all()):
-        zeros = torch.zeros_like(zeros)
-    return [_Record(slot, _restore_zeros(slot.tensor, old, zeros, keep_zeros))]
+    zeros = _zeros(old, tokens) if bool(old.any()) else torch.zeros_like(old, dtype=torch.bool)
+    return [_Record(slot, _restore_zeros(slot.tensor, old, zeros, keep_zeros, tokens))]
 
 
-def _restore_zeros(weight: Tensor, old: Tensor, zeros: Tensor, keep_zeros: bool) -> MergedLayer:
+def _restore_zeros(weight: Tensor, old: Tensor, zeros: Tensor, keep_zeros: bool, tokens: bool) -> MergedLayer:
     """Writes `zeros` of `old` into `weight` if `keep_zeros`, and measures what that loses."""
     square = (weight.float() - old.float()).square()
-    unused = (old == 0) & ~zeros
+    new_rows = (~old.flatten(1).any(1) & weight.flatten(1).any(1)).sum() if tokens else 0
     layer = MergedLayer(
         weight.numel(),
         int(zeros.sum()),
         int(torch.count_nonzero(weight[zeros])),
         float(square.sum(dtype=torch.float64)),
         float(square[zeros].sum(dtype=torch.float64)),
-        int((unused & (weight != 0)).flatten(1).any(1).sum()),
+        int(new_rows),
     )
     if keep_zeros:
         weight.data[zeros] = 0.0

@@ -321,3 +321,25 @@ def test_perplexity_of_what_is_no_language_model_is_refused_before_weights_are_r
     (base / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="and .*base is BertForSequenceClassification; leave it out"):
         merge(base, adapter, tmp_path / "out", dataset="text.txt")
+
+
+def test_attention_of_torch_whose_merge_makes_new_tensors():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return self.attention(states, states, states)[0]
+
+    def adapted() -> PeftModel:
+        return trained(halved(Attending()), target_modules=["attention"])
+
+    old, wanted = halved(Attending()), adapted().merge_and_unload()
+    merged = merge_adapter(adapted())
+    assert merged.layers.keys() == {"attention.in_proj_weight", "attention.out_proj.weight"}
+    for name in merged.layers:
+        zeros = old.get_parameter(name) == 0
+        assert torch.equal(merged.model.get_parameter(name), torch.where(zeros, 0.0, wanted.get_parameter(name))), name
+        assert merged.layers[name].revived == int(zeros.sum()) > 10
