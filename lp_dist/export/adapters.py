@@ -4,6 +4,8 @@ belongs to.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +29,10 @@ _TASKS = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
 }
-# What peft puts before the model's names, and between a layer and what it wraps.
-_PREFIX, _WRAPPER = "base_model.model.", ".base_layer"
+# What peft puts before the model's names, and between a layer and what it wraps. With resized embeddings it saves the
+# tensors inside of its wrappers as well.
+_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save|token_adapter)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,12 @@ def read_adapter(directory: Path) -> Adapter:
             for name, tensor in weights.content.items():
                 weights.check_fits(name, tensor)
                 shapes[name] = tuple(tensor.shape)
-    names = {name: name.removeprefix(_PREFIX).replace(_WRAPPER, "") for name in shapes}
-    return Adapter(directory, config, {names[name]: shape for name, shape in shapes.items()})
+    return Adapter(directory, config, {_name_in_base(name): shape for name, shape in shapes.items()})
+
+
+def _name_in_base(name: str) -> str:
+    """The name that a tensor of an adapter has in the base, where it replaces one there."""
+    return _WRAPPERS.sub("", name.removeprefix(_PREFIX))
 
 
 def adapted_model(base: Path, settings: Any, adapter: Adapter, trust_remote_code: bool) -> AdaptedModel:
@@ -106,10 +114,16 @@ def adapted_model(base: Path, settings: Any, adapter: Adapter, trust_remote_code
     Raises:
         UsageError: transformers does not know the class, or can't make it.
     """
-    candidates = list(_candidates(base, settings, adapter, trust_remote_code))
-    models = [build_on_meta(cls, settings, f"{base}/config.json") for cls in candidates]
-    position = next((i for i, model in enumerate(models) if _has_modules(model, adapter.shapes)), 0)
-    cls, model = candidates[position], models[position]
+    candidates = []
+    for cls in _candidates(base, settings, adapter, trust_remote_code):
+        # Some classes change the configuration that they are made of.
+        model = build_on_meta(cls, copy.deepcopy(settings), f"{base}/config.json")
+        candidates.append((cls, model))
+        if _has_modules(model, adapter.shapes):
+            break
+    else:
+        # An older adapter may have other names, which peft converts.
+        cls, model = candidates[0]
     notes = []
     if settings.architectures and type(model).__name__ != settings.architectures[0]:
         notes.append(f"The adapter is of {type(model).__name__}, and the base is {settings.architectures[0]}.")
@@ -129,7 +143,8 @@ def _candidates(base: Path, settings: Any, adapter: Adapter, trust_remote_code: 
     named = getattr(transformers, str((adapter.config.get("auto_mapping") or {}).get("base_model_class")), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         yield named
-    task = class_of(_TASKS.get(str(adapter.config.get("task_type")), _TASKS["CAUSAL_LM"]), settings)
+    kind = adapter.config.get("task_type") or ("" if settings.architectures else "CAUSAL_LM")
+    task = class_of(_TASKS[kind], settings) if kind in _TASKS else None
     if task is not None:
         yield task
     elif not settings.architectures:

@@ -331,8 +331,8 @@ def merge(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
     inputs = _read_configs(base, adapter, measured=dataset is not None, trust_remote_code=trust_remote_code)
-    tied = inputs.expected.settings.get_text_config().tie_word_embeddings
     model = _read_base(inputs, dtype, trust_remote_code)
+    tied = _is_tied(model)
     check_tokenizer(inputs.adapter, _rows(model))
     text = None
     if dataset is not None:
@@ -351,7 +351,7 @@ def merge(
         perplexities["merged, zeros kept"] = perplexity_of(plain, text)
     if (rows := inputs.expected.vocabulary) is not None:
         merged.notes.append(f"The embeddings have {rows:,} rows, as the adapter was trained with.")
-    if tied and not plain.config.get_text_config().tie_word_embeddings:
+    if tied and not _is_tied(plain):
         merged.notes.append("Embeddings and output head are no longer tied, as the adapter has one without the other.")
     with atomic_directory(out) as partial:
         plain.save_pretrained(partial)
@@ -390,7 +390,8 @@ def _read_configs(base: str | Path, adapter: str | Path, *, measured: bool, trus
         raise UsageError(
             f"--dataset measures the perplexity of causal language models, and {base} is {other}; leave it out"
         )
-    return _Inputs(base, directory, files, adapted_model(directory, settings, files, trust_remote_code))
+    with _of_this_base(adapter, base):
+        return _Inputs(base, directory, files, adapted_model(directory, settings, files, trust_remote_code))
 
 
 def _of_this_base(adapter: str | Path, base: str | Path) -> AbstractContextManager[None]:
@@ -441,7 +442,8 @@ def _with_adapter(model: Any, inputs: _Inputs) -> tuple[Any, list[_Record]]:
         # Nothing of the sizes that its config gives is made before its tensors are there.
         adapted: Any = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
         # Of the first load peft does not say what it has left out.
-        left_out = adapted.load_adapter(adapter, adapted.active_adapter, low_cpu_mem_usage=True).unexpected_keys
+        unexpected = adapted.load_adapter(adapter, adapted.active_adapter, low_cpu_mem_usage=True).unexpected_keys
+    left_out = {name for name in unexpected if not _is_saved_twice(adapted, name)}
     missing = next((name for name, param in adapted.named_parameters() if param.is_meta), None)
     if missing is not None:
         raise UsageError(
@@ -469,13 +471,34 @@ def _with_adapter(model: Any, inputs: _Inputs) -> tuple[Any, list[_Record]]:
     return adapted, records
 
 
+def _is_saved_twice(adapted: Any, name: str) -> bool:
+    """Whether an adapter's tensor is one of those that peft saves twice, with resized embeddings, and reads once: of
+    what replaces embeddings, and of trained tokens in an output head that is tied to them.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = dict(adapted.named_modules())
+    wrapper, owner = modules.get(name.partition(".modules_to_save.")[0]), modules.get(name.rpartition(".")[0])
+    return isinstance(wrapper, ModulesToSaveWrapper) or getattr(owner, "tied_adapter", None) is not None
+
+
 def _rows(model: Any) -> int | None:
     """How many tokens a model has embeddings for; None if it embeds none."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
+    embeddings = _embeddings(model)
     return embeddings.weight.shape[0] if isinstance(embeddings, nn.Embedding) else None
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the output head is the embeddings."""
+    embeddings, head = _embeddings(model), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", head) is getattr(embeddings, "weight", None)
+
+
+def _embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # of models that embed no tokens
+        return None
 
 
 def held_out(

@@ -53,11 +53,14 @@ def outputs_of(model: Any) -> Outputs:
     can read some, the features that it makes of an image are outputs too.
 
     Args:
-        model: of transformers. It is in evaluation mode afterwards, and its parameters have new storage.
+        model: of transformers. It is in evaluation mode afterwards, and its parameters are trainable and have new
+            storage.
     """
     # How a product is added up depends on the alignment of its factors, so weights must not lie where a file has them.
     for param in model.parameters():
         param.data = param.data.clone()
+        # What is frozen is not in autograd's record.
+        param.requires_grad_(param.is_floating_point())
     model.eval()
     result = _first_pass(model, model, _inputs(model))
     features = getattr(model, "get_image_features", None)

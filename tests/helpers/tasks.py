@@ -121,9 +121,9 @@ TASKS = {
         _of("T5ForConditionalGeneration", "T5Config", **T5, decoder_start_token_id=0), ["q", "v"], kind="SEQ_2_SEQ_LM"
     ),
     "images": Task(
-        _of("ViTForImageClassification", "ViTConfig", **IMAGE, num_labels=3), r".*attention.*", ["classifier"]
+        _of("ViTForImageClassification", "ViTConfig", **IMAGE, num_labels=3), ["q_proj", "v_proj"], ["classifier"]
     ),
-    "images without a head": Task(_of("ViTModel", "ViTConfig", **IMAGE), r".*attention.*"),
+    "images without a head": Task(_of("ViTModel", "ViTConfig", **IMAGE), ["q_proj", "v_proj"]),
     "speech": Task(
         _of("Wav2Vec2ForCTC", "Wav2Vec2Config", vocab_size=VOCABULARY, pad_token_id=0, **SOUND),
         ["q_proj", "v_proj"],

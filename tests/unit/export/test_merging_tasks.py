@@ -161,7 +161,7 @@ def test_an_adapter_with_tensors_that_the_base_has_no_place_for_is_refused(tmp_p
 
 
 def test_the_adapters_tokenizer_and_template_are_those_of_the_merged_model(tmp_path, capsys):
-    """In a padded vocabulary, whose unused rows are zeros that no training made."""
+    """In a padded vocabulary, whose unused rows are zeros that no training made. So is that of the padding token."""
 
     def padded() -> Any:
         model = halved(LlamaForCausalLM(LlamaConfig(**{**GROUPED, "vocab_size": 70})))
@@ -189,7 +189,9 @@ def test_the_adapters_tokenizer_and_template_are_those_of_the_merged_model(tmp_p
         assert bool((module.weight[VOCABULARY:] != 0).all()), "unused rows were taken for zeros of a sparse model"
         assert 0.4 < float((module.weight[:VOCABULARY] == 0).float().mean()) < 0.6
     show(merged, out)
-    assert "12 rows of tokens that were all zero in the base have values now." in capsys.readouterr().out
+    assert "13 rows of tokens that were all zero in the base have values now." in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_without_its_own_tokenizer_the_bases_stays_and_a_template_alone_is_taken(tmp_path):
@@ -238,7 +240,8 @@ def test_resized_embeddings_come_with_the_adapter(by, tied, tmp_path):
         (model.model.embed_tokens, model.lm_head),
         (wanted.model.embed_tokens, wanted.lm_head),
     ):
-        zeros = old.weight == 0
+        # The padding token has a row of zeros, which no target made.
+        zeros = (old.weight == 0) & (old.weight != 0).any(1, keepdim=True)
         torch.testing.assert_close(
             new.weight[:VOCABULARY], torch.where(zeros, 0.0, plain.weight[:VOCABULARY]), rtol=0, atol=1e-6
         )

@@ -193,8 +193,8 @@ INPUTS = {
 def test_outputs_are_of_inputs_of_the_models_kind_and_read_all_its_weights(name):
     outputs = outputs_of(TASKS[name].model())
     assert outputs.inputs == INPUTS.get(name, ["tokens"]) and not outputs.reason
-    # What is for masked inputs and for pooling alone has no part in any output of inference.
-    assert set(outputs.unread) <= {"wav2vec2.masked_spec_embed", "vit.embeddings.mask_token"}
+    # What is for masked inputs has no part in any output of inference, and Gemma's pooling none in its features.
+    assert set(outputs.unread) <= {"wav2vec2.masked_spec_embed", "model.vision_tower.head"}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -211,7 +211,7 @@ def test_every_weight_that_is_not_told_as_unread_changes_the_outputs(name):
         with torch.no_grad():
             param.copy_(kept)
         changes = any(not torch.equal(after.values[key], value) for key, value in before.values.items())
-        assert changes == (path not in before.unread), path
+        assert changes != f"{path}.".startswith(tuple(f"{name}." for name in before.unread)), path
 
 
 class Pair(nn.Module):
