@@ -32,11 +32,15 @@ def other_than_causal(settings: Any) -> str | None:
 
     named = (getattr(settings, "architectures", None) or [None])[0]
     causal = class_of("MODEL_FOR_CAUSAL_LM_MAPPING", settings)
+    # An encoder has a causal class as well, for use as a decoder.
+    masked = class_of("MODEL_FOR_MASKED_LM_MAPPING", settings) is not None and not getattr(
+        settings, "is_decoder", False
+    )
     if named is None:
-        return None if causal is not None or hasattr(settings, "auto_map") else type(settings).__name__
+        known = (causal is not None and not masked) or hasattr(settings, "auto_map")
+        return None if known else type(settings).__name__
     cls = getattr(transformers, str(named), None)
     if cls is None or cls is causal:
         return None
-    if causal is not None and getattr(settings, "tie_word_embeddings", False):
-        return None if cls is class_of("MODEL_MAPPING", settings) else str(named)
-    return str(named)
+    is_bare = causal is not None and cls is class_of("MODEL_MAPPING", settings)
+    return None if is_bare and not masked and getattr(settings, "tie_word_embeddings", False) else str(named)

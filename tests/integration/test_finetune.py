@@ -392,6 +392,8 @@ def test_what_is_no_causal_model_is_told_by_its_config_alone(name, common, tmp_p
         ("llama", {"architectures": ["SomeoneElsesModel"]}, None),
         ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, None),
         ("t5", {"architectures": None}, "T5Config"),
+        ("bert", {"architectures": None}, "BertConfig"),
+        ("bert", {"architectures": ["BertModel"], "is_decoder": True, "tie_word_embeddings": True}, None),
     ],
 )
 def test_which_class_is_no_causal_model(family, changes, name):
