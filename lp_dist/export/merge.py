@@ -195,32 +195,18 @@ def _layers(plain: nn.Module, records: list[_Record]) -> dict[str, MergedLayer]:
 def _matrices(module: Any) -> Iterator[_Slot]:
     """The matrices inside of a layer of peft that its `merge` may change."""
     base, key = module.get_base_layer(), getattr(module, "parameter_name", None)
-    adapters = _adapter_parameters(module)
     for owner in base.modules() if key is None else [base]:
         for name, param in owner.named_parameters(recurse=False):
-            if param.ndim >= 2 and id(param) not in adapters and key in (None, name):
+            if param.ndim >= 2 and key in (None, name):
                 yield _Slot(owner, name)
 
 
 def _replacements(wrapper: Any) -> Iterator[tuple[_Slot, _Slot]]:
-    """Pairs of a parameter of the base and of the one that was trained in its place."""
+    """Pairs of a parameter of the base and of the one that was trained in its place. There are no adapters within."""
     original, trained = wrapper.original_module, wrapper.modules_to_save[wrapper.active_adapter]
-    adapters = _adapter_parameters(original)
     for path, module in original.named_modules():
-        for name, param in module.named_parameters(recurse=False):
-            if id(param) not in adapters:
-                yield _Slot(module, name), _Slot(trained.get_submodule(path), name)
-
-
-def _adapter_parameters(module: nn.Module) -> set[int]:
-    """The ids of the parameters that adapters have within a module."""
-    return {
-        id(param)
-        for layer in module.modules()
-        for name in getattr(layer, "adapter_layer_names", ())
-        if isinstance(container := getattr(layer, name, None), nn.Module)
-        for param in container.parameters()
-    }
+        for name, _ in module.named_parameters(recurse=False):
+            yield _Slot(module, name), _Slot(trained.get_submodule(path), name)
 
 
 def _token_modules(model: Any) -> set[nn.Module]:

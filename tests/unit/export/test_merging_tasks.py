@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from helpers.lora import llama
 from helpers.tasks import GROUPED, TASKS, VOCABULARY, Task
 from lp_dist.errors import UsageError
+from lp_dist.export.adapters import Adapter, adapted_model
 from lp_dist.export.merge import merge, merge_adapter, show
 from lp_dist.export.outputs import outputs_of
 
@@ -139,6 +141,15 @@ def test_a_classifier_trained_from_a_language_model_becomes_a_classifier(tmp_pat
     assert any("5 labels, without names" in note for note in merged.notes)
 
 
+def test_a_class_that_is_tried_leaves_the_configuration_as_it_is(tmp_path):
+    """Whisper's decoder, by itself, is made of a changed one."""
+    TASKS["speech to text"].model().save_pretrained(tmp_path)
+    settings = transformers.AutoConfig.from_pretrained(tmp_path)
+    renamed = Adapter(tmp_path, {"task_type": "CAUSAL_LM"}, {"renamed.weight": (1, 1)})
+    model = adapted_model(tmp_path, settings, renamed, trust_remote_code=False)
+    assert model.cls is transformers.WhisperForConditionalGeneration and model.settings.is_encoder_decoder
+
+
 def test_weights_that_neither_has_are_not_made_up(tmp_path):
     transformers.BertForMaskedLM(TASKS["a classifier"].model().config).save_pretrained(tmp_path / "base")
     adapted_by(TASKS["a classifier"], TASKS["a classifier"].model()).save_pretrained(tmp_path / "adapter")
@@ -249,6 +260,7 @@ def test_resized_embeddings_come_with_the_adapter(by, tied, tmp_path):
     untied = tied and by == "modules_to_save"
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (tied and not untied)
     assert any("no longer tied" in note for note in merged.notes) == untied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == (tied and not untied)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -266,6 +278,22 @@ def test_trained_tokens_are_merged_and_their_zeros_kept(tied):
     assert layer.revived == int((wanted[old == 0] != 0).sum()) > 0
     assert layer.change == pytest.approx(float((wanted - old).square().sum()), rel=1e-5)
     assert not torch.equal(merged.model.model.embed_tokens.weight[3], old[3])
+
+
+def test_two_adapters_of_tied_weights_are_measured_together():
+    def sparse() -> Any:
+        torch.manual_seed(0)
+        return halved(LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)))
+
+    adapted = trained(sparse(), target_modules=["embed_tokens", "lm_head"])
+    inner = adapted.base_model.model
+    squares = [
+        layer.get_delta_weight("default").detach().square() for layer in (inner.model.embed_tokens, inner.lm_head)
+    ]
+    layer = merge_adapter(adapted).layers["model.embed_tokens.weight"]
+    assert layer.change == pytest.approx(float(sum(square.sum() for square in squares)), rel=1e-4)
+    zeros = (sparse().lm_head.weight == 0) & (sparse().lm_head.weight != 0).any(1, keepdim=True)
+    assert layer.lost == pytest.approx(float(sum(square[zeros].sum() for square in squares)), rel=1e-4)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
@@ -340,7 +368,10 @@ def test_attention_of_torch_whose_merge_makes_new_tensors():
         return trained(halved(Attending()), target_modules=["attention"])
 
     old, wanted = halved(Attending()), adapted().merge_and_unload()
-    merged = merge_adapter(adapted())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = merge_adapter(adapted())
+    assert not any("already merged" in str(warning.message) for warning in caught), "the projection was merged twice"
     assert merged.layers.keys() == {"attention.in_proj_weight", "attention.out_proj.weight"}
     for name in merged.layers:
         zeros = old.get_parameter(name) == 0
