@@ -159,11 +159,13 @@ def merge(
     blocks: _Positive = 32,
     block_size: _Positive = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
     """Merge a LoRA adapter into a sparse model with its zeros kept (W + mask·BA), and write the model to OUT.
 
-    Shows what the mask leaves out of the adapter, and with a --dataset (a file, or a hub id) the perplexity of the
-    base, with the adapter, and merged.
+    For models of any task, with heads, tokens and the tokenizer that the adapter brings. Shows what the mask leaves
+    out of the adapter, and with a --dataset (a file, or a hub id) the perplexity of the base, with the adapter, and
+    merged.
     """
     from lp_dist.export import merge as merging
 
@@ -180,6 +182,7 @@ def merge(
             blocks=blocks,
             block_size=block_size,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
         )
         merging.show(merged, out)
 

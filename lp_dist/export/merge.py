@@ -4,24 +4,32 @@ where W is zero.
 A plain merge gives nearly every weight of the layers with an adapter a value (elsewhere 40 % of zeros became 32.7 %).
 The mask leaves out a part of the adapter. That loss is measured: as the fraction of the adapter's change (of ‖ΔW‖²),
 and as perplexity where there is a text.
+
+What an adapter brings in the place of a tensor of the base, such as a head that was trained beside it, is masked and
+measured in the same way.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lp_dist.checkpoints.entries import read_json
 from lp_dist.errors import UsageError, in_one_line
 from lp_dist.export.output_directory import atomic_directory, check_output_directory
 from lp_dist.report.console import print_table, say
 from lp_dist.report.numbers import percent, perplexity
 from lp_dist.sparsity.measure import kind_of
+
+if TYPE_CHECKING:
+    from lp_dist.export.adapters import AdaptedModel, Adapter
 
 
 @dataclass
@@ -34,6 +42,7 @@ class MergedLayer:
         revived: how many of them a plain merge gives a value.
         change: ‖ΔW‖².
         lost: what of it falls on the zeros.
+        new_rows: tokens that the base has all zeros for, and the merged model a value.
     """
 
     elements: int
@@ -41,6 +50,7 @@ class MergedLayer:
     revived: int
     change: float
     lost: float
+    new_rows: int = 0
 
 
 @dataclass
@@ -51,11 +61,13 @@ class MergeResult:
         model: the plain model, without adapters. All of it is trainable.
         layers: {name of a merged weight in that model: what the merge did to it}.
         perplexity: {model, in words: its perplexity}, where there was a text.
+        notes: what else the adapter has changed, in sentences.
     """
 
     model: nn.Module
     layers: dict[str, MergedLayer]
     perplexity: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def left_out(self) -> float:
@@ -65,53 +77,149 @@ class MergeResult:
         )
 
 
+class _Slot(NamedTuple):
+    """Where a parameter is: modules outlive the merge, and parameters do not."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.key)
+
+
+class _Record(NamedTuple):
+    slot: _Slot
+    layer: MergedLayer
+
+
 def merge_adapter(model: nn.Module, *, keep_zeros: bool = True) -> MergeResult:
     """Merges peft's active adapter into the weights, and returns the plain model.
 
-    Works with every adapter that peft can merge, by what its `merge` changes. Beside the model, a copy of one layer's
-    weights is in memory at a time.
+    Works with every adapter that peft can merge, by what its `merge` changes: of linear layers, of fused experts
+    (`target_parameters`), of tokens (`trainable_token_indices`). Modules that were trained as such beside the adapter
+    (`modules_to_save`) replace those of the base, in the base's dtype. Where a matrix of the base has zeros, what
+    replaces it has them too. All-zero matrices, and all-zero rows of embeddings and output heads, are not taken for
+    zeros of a sparse model then: that is how heads and unused tokens are initialised.
+
+    Beside the model, a copy of one layer's weights is in memory at a time.
 
     Args:
         model: a `PeftModel`, in memory and not sharded. Its base is changed.
         keep_zeros: keep weights of the base that are exactly zero; False is peft's own merge, measured as well.
     Raises:
-        UsageError: it has no adapter, is sharded, or its base is quantized.
+        UsageError: it has no adapter, one that can't be merged, is sharded, or its base is quantized.
     """
-    layers = [
+    plain, records = _merged(model, keep_zeros)
+    return MergeResult(plain, _layers(plain, records))
+
+
+def _merged(model: Any, keep_zeros: bool) -> tuple[nn.Module, list[_Record]]:
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+    except ImportError:
+        raise UsageError("merging an adapter needs peft, which makes them: pip install peft") from None
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    replaced = [
         (name, module)
         for name, module in model.named_modules()
-        if hasattr(module, "merge") and hasattr(module, "get_base_layer")
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters
     ]
-    if not layers:
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise UsageError(
+            f"an adapter of the type {config.peft_type.value!s} adds tokens to the input and changes no weights, so"
+            " nothing can be merged; use it beside the model"
+        )
+    if not layers and not replaced:
         raise UsageError(
             f"{type(model).__name__} has no adapter's layers to merge; load one by"
             " peft.PeftModel.from_pretrained(model, adapter)"
         )
     # All layers are checked before the first one is changed.
     for name, module in layers:
-        if getattr(module, "merged", False):
+        if module.merged:
             raise UsageError(
                 f"{name} has its adapter merged already, so the zeros of its base are not known any more; call"
                 " model.unmerge_adapter() first"
             )
-        _refuse_sharded_or_quantized(name, _weights(module))
-    merged: dict[int, MergedLayer] = {}
-    for _, module in layers:
-        weights = _weights(module)
-        with torch.no_grad():
-            before = [weight.detach().clone() for weight in weights]
+        _refuse_sharded_or_quantized(name, [slot.tensor for slot in _matrices(module)])
+    for name, wrapper in replaced:
+        _refuse_sharded_or_quantized(name, [slot.tensor for pair in _replacements(wrapper) for slot in pair])
+    tokens = _token_modules(model)
+    records = []
+    with torch.no_grad():
+        for _, wrapper in replaced:
+            for base, slot in _replacements(wrapper):
+                slot.tensor.data = slot.tensor.data.to(base.tensor.dtype)
+                records += _replaced(slot, base.tensor, base.module in tokens, keep_zeros)
+        for _, module in layers:
+            # An attention layer has merged its output projection too.
+            if module.merged:
+                continue
+            slots = list(_matrices(module))
+            before = [slot.tensor.detach().clone() for slot in slots]
             module.merge()
-            for weight, old in zip(weights, before):
-                merged[id(weight)] = _restore_zeros(weight, old, keep_zeros)
+            for slot, old in zip(slots, before):
+                rows = slot.module in tokens
+                layer = _restore_zeros(slot.tensor, old, _zeros(old, rows), keep_zeros, rows)
+                # Tied tokens get the same values once more.
+                if getattr(module, "tied_adapter", None) is None:
+                    records.append(_Record(slot, layer))
+    with warnings.catch_warnings():
+        # All is merged already, which peft warns of. It takes its layers out, and unties embeddings in the config
+        # where only one side was trained.
+        warnings.simplefilter("ignore")
+        plain = model.merge_and_unload()
     # peft leaves the base frozen.
-    plain = model.unload().requires_grad_(True)
+    return plain.requires_grad_(True), records
+
+
+def _layers(plain: nn.Module, records: list[_Record]) -> dict[str, MergedLayer]:
+    """{name in the plain model: what was done to it, by all that was merged into it}."""
     names = {id(param): name for name, param in plain.named_parameters()}
-    return MergeResult(plain, {names[key]: layer for key, layer in merged.items() if key in names})
+    layers: dict[str, MergedLayer] = {}
+    for slot, layer in records:
+        name = names.get(id(slot.tensor))
+        if name is None:
+            continue
+        before = layers.setdefault(name, layer)
+        if before is not layer:
+            before.revived, before.new_rows = max(before.revived, layer.revived), before.new_rows + layer.new_rows
+            before.change, before.lost = before.change + layer.change, before.lost + layer.lost
+    return layers
 
 
-def _weights(module: Any) -> list[Tensor]:
-    """The matrices inside of a layer of peft."""
-    return [weight for weight in module.get_base_layer().parameters() if weight.ndim >= 2]
+def _matrices(module: Any) -> Iterator[_Slot]:
+    """The matrices inside of a layer of peft that its `merge` may change."""
+    base, key = module.get_base_layer(), getattr(module, "parameter_name", None)
+    for owner in base.modules() if key is None else [base]:
+        for name, param in owner.named_parameters(recurse=False):
+            if param.ndim >= 2 and key in (None, name):
+                yield _Slot(owner, name)
+
+
+def _replacements(wrapper: Any) -> Iterator[tuple[_Slot, _Slot]]:
+    """Pairs of a parameter of the base and of the one that was trained in its place. There are no adapters within."""
+    original, trained = wrapper.original_module, wrapper.modules_to_save[wrapper.active_adapter]
+    for path, module in original.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            yield _Slot(module, name), _Slot(trained.get_submodule(path), name)
+
+
+def _token_modules(model: Any) -> set[nn.Module]:
+    """The modules whose rows are tokens: embeddings, and the output head."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get: Any = getattr(base, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    while isinstance(head, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
+        head = head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head.get_base_layer()
+    return {module for module in model.modules() if isinstance(module, nn.Embedding)} | ({head} if head else set())
 
 
 def _refuse_sharded_or_quantized(name: str, weights: list[Tensor]) -> None:
@@ -127,19 +235,36 @@ def _refuse_sharded_or_quantized(name: str, weights: list[Tensor]) -> None:
             )
 
 
-def _restore_zeros(weight: Tensor, old: Tensor, keep_zeros: bool) -> MergedLayer:
-    """Writes the zeros of `old` into `weight` if `keep_zeros`, and measures what that loses."""
-    dead = old == 0
+def _zeros(old: Tensor, tokens: bool) -> Tensor:
+    """The zeros of a sparse model in a weight of the base, bool. Rows of tokens that are all zero are unused ones."""
+    zeros = old == 0
+    return zeros & ~zeros.flatten(1).all(1).view(-1, *[1] * (old.ndim - 1)) if tokens else zeros
+
+
+def _replaced(slot: _Slot, old: Tensor, tokens: bool, keep_zeros: bool) -> list[_Record]:
+    """Puts the zeros of a matrix of the base into what replaces it, unless it was all zero. None for vectors: biases
+    start at zero.
+    """
+    if old.ndim < 2:
+        return []
+    zeros = _zeros(old, tokens) if bool(old.any()) else torch.zeros_like(old, dtype=torch.bool)
+    return [_Record(slot, _restore_zeros(slot.tensor, old, zeros, keep_zeros, tokens))]
+
+
+def _restore_zeros(weight: Tensor, old: Tensor, zeros: Tensor, keep_zeros: bool, tokens: bool) -> MergedLayer:
+    """Writes `zeros` of `old` into `weight` if `keep_zeros`, and measures what that loses."""
     square = (weight.float() - old.float()).square()
+    new_rows = (~old.flatten(1).any(1) & weight.flatten(1).any(1)).sum() if tokens else 0
     layer = MergedLayer(
         weight.numel(),
-        int(dead.sum()),
-        int(torch.count_nonzero(weight[dead])),
+        int(zeros.sum()),
+        int(torch.count_nonzero(weight[zeros])),
         float(square.sum(dtype=torch.float64)),
-        float(square[dead].sum(dtype=torch.float64)),
+        float(square[zeros].sum(dtype=torch.float64)),
+        int(new_rows),
     )
     if keep_zeros:
-        weight[dead] = 0.0
+        weight.data[zeros] = 0.0
     return layer
 
 
@@ -156,11 +281,13 @@ def merge(
     blocks: int = 32,
     block_size: int = 512,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergeResult:
-    """`lp-dist merge`: merges an adapter into a sparse model, and writes the model and its tokenizer to `out`.
+    """`lp-dist merge`: merges an adapter into a sparse model, and writes the model to `out`, with the tokenizer and
+    the other files of the base or, where it has its own, of the adapter.
 
     Args:
-        base: directory or hub id of the sparse model. All of it is in memory.
+        base: directory or hub id of the sparse model, for any task. All of it is in memory.
         adapter: directory or hub id of what peft's `save_pretrained` wrote.
         out: directory to write.
         dtype: of the model: "auto", "float32", "bfloat16" or "float16".
@@ -172,81 +299,192 @@ def merge(
         blocks: how many blocks of tokens are used.
         block_size: tokens of a block.
         overwrite: replace an earlier output.
+        trust_remote_code: run code that comes with the base.
     Raises:
-        UsageError: bad arguments, files that are damaged, or an adapter that is not of this base.
+        UsageError: bad arguments, files that are damaged, an adapter that is not of this base, or weights that neither
+            of them has.
     """
     try:
-        from peft import PeftModel
+        import peft  # noqa: F401
     except ImportError:
         raise UsageError("lp-dist merge needs peft, which wrote the adapter: pip install peft") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from lp_dist.export.adapters import check_tokenizer
+    from lp_dist.export.model_files import copy_files_of_merged
 
     out = check_output_directory(out, overwrite, *(Path(path) for path in (base, adapter) if Path(path).is_dir()))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16; auto is the base's own")
-    if Path(adapter).is_dir():
-        _check_adapter(Path(adapter))
-    with in_one_line(
-        f"{base} can't be read as a language model with its tokenizer: reading it ended with",
-        "name its directory or hub id",
-    ):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), AutoTokenizer.from_pretrained(base)
+    inputs = _read_configs(base, adapter, measured=dataset is not None, trust_remote_code=trust_remote_code)
+    model = _read_base(inputs, dtype, trust_remote_code)
+    tied = _is_tied(model)
+    check_tokenizer(inputs.adapter, _rows(model))
     text = None
     if dataset is not None:
+        with in_one_line(f"the tokenizer of {base} can't be read: reading it ended with", "take another base"):
+            tokenizer = AutoTokenizer.from_pretrained(inputs.base_directory, trust_remote_code=False)
         text = held_out(tokenizer, dataset, dataset_config, dataset_split, text_column, blocks, block_size)
-    perplexity = {} if text is None else {"base": perplexity_of(model, text)}
+    perplexities = {} if text is None else {"base": perplexity_of(model, text)}
+    adapted, records = _with_adapter(model, inputs)
+    # Of kinds that can't be merged, such as aLoRA, peft says so when it should.
+    with in_one_line(f"the adapter {adapter} can't be merged: merging it ended with", "take one that peft can merge"):
+        if text is not None:
+            perplexities["with the adapter"] = perplexity_of(adapted, text)
+        plain, more = _merged(adapted, keep_zeros=True)
+    merged = MergeResult(plain, _layers(plain, records + more), perplexities, list(inputs.expected.notes))
+    if text is not None:
+        perplexities["merged, zeros kept"] = perplexity_of(plain, text)
+    if (rows := inputs.expected.vocabulary) is not None:
+        merged.notes.append(f"The embeddings have {rows:,} rows, as the adapter was trained with.")
+    if tied and not _is_tied(plain):
+        merged.notes.append("Embeddings and output head are no longer tied, as the adapter has one without the other.")
+    with atomic_directory(out) as partial:
+        plain.save_pretrained(partial)
+        taken = copy_files_of_merged(inputs.base_directory, inputs.adapter.path, partial, with_code=trust_remote_code)
+    if taken:
+        merged.notes.append(f"From the adapter: {', '.join(taken)}.")
+    return merged
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A base and its adapter, of which the configurations are read."""
+
+    base: str | Path
+    base_directory: Path
+    adapter: Adapter
+    expected: AdaptedModel
+
+
+def _read_configs(base: str | Path, adapter: str | Path, *, measured: bool, trust_remote_code: bool) -> _Inputs:
+    """Reads no weights of the base, of which a hub id is not downloaded before."""
+    from transformers import AutoConfig
+
+    from lp_dist.export.adapters import adapted_model, read_adapter
+    from lp_dist.export.model_files import ADAPTER_FILES, CODE, MODEL_FILES, directory_of
+    from lp_dist.export.model_task import other_than_causal
+
+    with _of_this_base(adapter, base):
+        files = read_adapter(directory_of(adapter, [*ADAPTER_FILES, *MODEL_FILES]))
     with in_one_line(
+        f"{base} can't be read as a model: reading its config.json ended with", "name its directory or hub id"
+    ):
+        directory = directory_of(base, [*MODEL_FILES, *([CODE] if trust_remote_code else [])])
+        settings = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if measured and (other := other_than_causal(settings)) is not None:
+        raise UsageError(
+            f"--dataset measures the perplexity of causal language models, and {base} is {other}; leave it out"
+        )
+    with _of_this_base(adapter, base):
+        return _Inputs(base, directory, files, adapted_model(directory, settings, files, trust_remote_code))
+
+
+def _of_this_base(adapter: str | Path, base: str | Path) -> AbstractContextManager[None]:
+    return in_one_line(
         f"the adapter {adapter} is not there, or not one of {base}: reading it ended with",
         "name the directory or hub id of an adapter of this base",
-    ):
+    )
+
+
+def _read_base(inputs: _Inputs, dtype: str, trust_remote_code: bool) -> Any:
+    """The base, with as many rows of embeddings as the adapter has."""
+    base, expected = inputs.base, inputs.expected
+    with in_one_line(f"{base} can't be read as a model: reading it ended with", "name its directory or hub id"):
+        model, loading = expected.cls.from_pretrained(
+            base,
+            config=expected.settings,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )
+        absent = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+        if expected.vocabulary is not None:
+            model.resize_token_embeddings(expected.vocabulary, mean_resizing=False)
+    absent -= inputs.adapter.shapes.keys()
+    if absent:
+        raise UsageError(
+            f"{base} has no weights for {min(absent)}, which {type(model).__name__} needs, and the adapter"
+            f" {inputs.adapter.path} brings none, so they would be random; name the base that the adapter was trained"
+            " on, or train it with that module in modules_to_save"
+        )
+    return model
+
+
+def _with_adapter(model: Any, inputs: _Inputs) -> tuple[Any, list[_Record]]:
+    """The base with its adapter, and what was done to the tensors of the base that the adapter has other values for,
+    such as embeddings with more tokens.
+    """
+    from peft import PeftModel
+
+    adapter = inputs.adapter.path
+    before = [
+        (_Slot(module, key), param)
+        for module in model.modules()
+        for key, param in module.named_parameters(recurse=False)
+    ]
+    with _of_this_base(adapter, inputs.base):
         # Nothing of the sizes that its config gives is made before its tensors are there.
-        adapted = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+        adapted: Any = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+        # Of the first load peft does not say what it has left out.
+        unexpected = adapted.load_adapter(adapter, adapted.active_adapter, low_cpu_mem_usage=True).unexpected_keys
+    left_out = {name for name in unexpected if not _is_saved_twice(adapted, name)}
     missing = next((name for name, param in adapted.named_parameters() if param.is_meta), None)
     if missing is not None:
         raise UsageError(
             f"the adapter {adapter} has no weights for {missing}, which its adapter_config.json adds to the model;"
             " copy or download it anew"
         )
-    # Of kinds that can't be merged, such as aLoRA, peft says so when it should.
-    with in_one_line(f"the adapter {adapter} can't be merged: merging it ended with", "take one that peft can merge"):
-        if text is not None:
-            perplexity["with the adapter"] = perplexity_of(adapted, text)
-        merged = merge_adapter(adapted)
-    if text is not None:
-        perplexity["merged, zeros kept"] = perplexity_of(merged.model, text)
-    merged.perplexity = perplexity
-    with atomic_directory(out) as partial:
-        merged.model.save_pretrained(partial)
-        # Of a template whose name leads out of the directory Transformers says so by a ValueError.
-        with in_one_line(f"the tokenizer of {base} can't be saved: saving it ended with", "take another base"):
-            tokenizer.save_pretrained(partial)
-    return merged
+    if left_out:
+        raise UsageError(
+            f"the adapter {adapter} has {len(left_out)} tensors that {type(model).__name__} has no place for, such as"
+            f" {min(left_out)}; name the base that it was trained on"
+        )
+    tokens, records = _token_modules(adapted), []
+    replaced = {id(old): slot.tensor for slot, old in before if slot.tensor is not old}
+    done: set[int] = set()
+    with torch.no_grad():
+        for slot, old in before:
+            if id(old) not in replaced:
+                continue
+            # Loaded one by one, tied tensors would be tied no longer.
+            setattr(slot.module, slot.key, replaced[id(old)])
+            if id(old) not in done:
+                done.add(id(old))
+                slot.tensor.data = slot.tensor.data.to(old.dtype)
+                records += _replaced(slot, old, slot.module in tokens, keep_zeros=True)
+    return adapted, records
 
 
-def _check_adapter(directory: Path) -> None:
-    """Checks the files of an adapter before peft reads them.
-
-    Raises:
-        UsageError: one is damaged, its weights name classes that are not known, or its config has Megatron imported.
+def _is_saved_twice(adapted: Any, name: str) -> bool:
+    """Whether an adapter's tensor is one of those that peft saves twice, with resized embeddings, and reads once: of
+    what replaces embeddings, and of trained tokens in an output head that is tied to them.
     """
-    # Imported late: `import lp_dist` comes here by `merge_adapter`, and needs no NumPy.
-    from lp_dist.checkpoints.files import TorchFile, safetensors
+    from peft.utils.other import ModulesToSaveWrapper
 
-    with in_one_line(f"the adapter {directory} is damaged: reading it ended with", "copy or download it anew"):
-        config = directory / "adapter_config.json"
-        if not config.is_file():
-            raise UsageError(
-                f"{directory} has no adapter_config.json, so it is no adapter; name what peft's save_pretrained wrote"
-            )
-        if read_json(config).get("megatron_config") is not None:
-            # peft imports a module by a name of the file then.
-            raise UsageError(f"{config} is of an adapter for Megatron; make one of the base in Transformers")
-        if (directory / "adapter_model.safetensors").is_file():
-            safetensors(directory / "adapter_model.safetensors")
-        elif (directory / "adapter_model.bin").is_file():
-            file = TorchFile(directory / "adapter_model.bin")
-            for name, tensor in file.content.items():
-                file.check_fits(name, tensor)
+    modules = dict(adapted.named_modules())
+    wrapper, owner = modules.get(name.partition(".modules_to_save.")[0]), modules.get(name.rpartition(".")[0])
+    return isinstance(wrapper, ModulesToSaveWrapper) or getattr(owner, "tied_adapter", None) is not None
+
+
+def _rows(model: Any) -> int | None:
+    """How many tokens a model has embeddings for; None if it embeds none."""
+    embeddings = _embeddings(model)
+    return embeddings.weight.shape[0] if isinstance(embeddings, nn.Embedding) else None
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the output head is the embeddings."""
+    embeddings, head = _embeddings(model), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", head) is getattr(embeddings, "weight", None)
+
+
+def _embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # of models that embed no tokens
+        return None
 
 
 def held_out(
@@ -291,6 +529,11 @@ def show(merged: MergeResult, out: str | Path) -> None:
     if merged.perplexity:
         values = ", ".join(f"{model} {perplexity(value)}" for model, value in merged.perplexity.items())
         say(f"Perplexity on held-out text: {values}.")
+    rows = sum(layer.new_rows for layer in merged.layers.values())
+    if rows:
+        say(f"{rows:,} rows of tokens that were all zero in the base have values now.")
+    for note in merged.notes:
+        say(note)
     say(
         f"{percent(merged.left_out, 1)} of the adapter's change fell on zeros and was left out. Saved to {out}; loads"
         " with from_pretrained."

@@ -1,10 +1,9 @@
-"""`lp-dist export --verify`: reads an export back and compares its weights and logits with those of its checkpoint."""
+"""`lp-dist export --verify`: reads an export back and compares weights and outputs with those of its checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lp_dist.checkpoints.bitmask import FORM as BITMASK_FORM
 from lp_dist.checkpoints.hf_names import as_bytes, hf_tensors, in_dtype, model_class, model_entries
 from lp_dist.checkpoints.opening import Checkpoint, open_checkpoint
 from lp_dist.errors import DiffersError
+from lp_dist.export.outputs import outputs_of
 from lp_dist.export.shrink import RemovedExperts, ShrinkPlan
 
 
@@ -30,7 +30,7 @@ def verify_export(
     plan: ShrinkPlan | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Compares the weights bit for bit, the zeros, and the logits of the two models on a few tokens.
+    """Compares the weights bit for bit, the zeros, and the outputs of the two models for a few inputs of their kind.
 
     The full model is loaded, one at a time. The bitmask form has no `from_pretrained`, so only its weights are
     compared.
@@ -40,23 +40,27 @@ def verify_export(
         out: directory of the export.
         config: directory of the source's config.json.
         dtype: to which the export cast the floating-point weights.
-        plan: what was removed. What stays is compared, and that nothing reads the rest. Logits are then computed in
+        plan: what was removed. What stays is compared, and that nothing reads the rest. Outputs are then computed in
             float32, and may differ by rounding, since sums of fewer terms are added up in another order.
         trust_remote_code: run code that comes with the model.
     Returns:
-        {"tensors": number of tensors, "zeros": of the export, "logits": how many were compared}. "logits" is None
-        where the model does not read tokens alone. Of a smaller model also {"difference": the largest difference of
-        logits, "rounding": how large rounding may make it}. Where experts were removed, these two are between the
-        export and the checkpoint's model without them, in which the router can't choose them: "without_experts" is
-        how far the export is from the checkpoint's model as it is. "difference" is None where that could not be done.
+        {"tensors": number of tensors, "zeros": of the export, "logits": how many values of outputs were compared,
+        "outputs": their names, "inputs": what the models were given, in words, "unread": paths of the modules and
+        parameters that no output was computed from}. "logits" is None where no outputs were compared, and "reason"
+        says why. Of a smaller model also {"difference": the largest difference of outputs, "rounding": how large
+        rounding may make it}. Where experts were removed, these two are between the export and the checkpoint's model
+        without them, in which the router can't choose them: "without_experts" is how far the export is from the
+        checkpoint's model as it is. "difference" is None where that could not be done.
     Raises:
         DiffersError: they differ; the message says where.
     """
     exported = open_checkpoint(out)
     zeros = _compare_tensors(source, exported, config, dtype, plan, trust_remote_code)
-    result = {"tensors": len(exported.entries), "zeros": zeros, "logits": None}
+    result: dict[str, Any] = {"tensors": len(exported.entries), "zeros": zeros}
+    result |= {"logits": None, "outputs": [], "inputs": [], "unread": [], "reason": ""}
     if exported.form == BITMASK_FORM or config is None:
-        return result
+        reason = "the bitmask form has no from_pretrained" if config is not None else "there is no config.json"
+        return {**result, "reason": reason}
     cls, _ = model_class(out, trust_remote_code)
     stored_dtype = next(entry.dtype for entry in exported.entries.values() if entry.dtype.is_floating_point)
     compute_dtype = stored_dtype if plan is None else torch.float32
@@ -73,9 +77,9 @@ def verify_export(
                 f"from_pretrained of {out} has {len(loading[key])} {key.replace('_', ' ')}, such as"
                 f" {min(map(str, loading[key]))}"
             )
-    exported_logits = _logits(model)
-    if exported_logits is None:
-        return result
+    exported_outputs = outputs_of(model)
+    if not exported_outputs.values:
+        return {**result, "reason": exported_outputs.reason}
     cls, (_, settings) = type(model), model_class(config, trust_remote_code)
     if source.runtime_names:
         model = model if plan is None else cls._from_config(settings, dtype=compute_dtype)
@@ -84,24 +88,43 @@ def verify_export(
         del model
         state = {name: in_dtype(entry.read(), stored_dtype) for name, entry in source.entries.items()}
         model = cls.from_pretrained(None, config=settings, state_dict=state, dtype=compute_dtype)
-    original_logits = _logits(model)
-    result["logits"] = exported_logits.numel()
-    if original_logits is not None and plan is not None and plan.experts:
-        result["without_experts"] = float((exported_logits - original_logits).abs().max())
-        original_logits = _logits_without_experts(model, plan)
-        if original_logits is None:
+    actual, original = exported_outputs.values, outputs_of(model).values
+    if original.keys() != actual.keys():
+        raise DiffersError(
+            f"{out} has the outputs {', '.join(actual)}, and {source.path} {', '.join(original) or 'none'}"
+        )
+    if plan is not None and plan.experts:
+        # What routers say of their experts has another shape without some.
+        actual = {name: value for name, value in actual.items() if value.shape == original[name].shape}
+    result |= {
+        "logits": sum(value.numel() for value in actual.values()),
+        "outputs": list(actual),
+        "inputs": exported_outputs.inputs,
+        "unread": exported_outputs.unread,
+    }
+    if plan is not None and plan.experts:
+        result["without_experts"] = max(float((actual[name] - original[name]).abs().max()) for name in actual)
+        original = _outputs_without_experts(model, plan)
+        if not original:
             return {**result, "difference": None, "rounding": None}
-    if original_logits is not None and plan is not None:
-        return {**result, **_compare_logits(exported_logits, original_logits, plan, out, source)}
-    if original_logits is None or not torch.equal(as_bytes(exported_logits), as_bytes(original_logits)):
-        raise DiffersError(f"the logits of {out} are not those of {source.path}")
-    return result
+    rounded = []
+    for name, value in actual.items():
+        if value.shape != original[name].shape:
+            raise DiffersError(
+                f"the {name} of {out} have the shape {list(value.shape)}, and those of {source.path}"
+                f" {list(original[name].shape)}"
+            )
+        if plan is not None:
+            rounded.append(_compare_rounded(name, value, original[name], plan, out, source))
+        elif not torch.equal(as_bytes(value), as_bytes(original[name])):
+            raise DiffersError(f"the {name} of {out} are not those of {source.path}")
+    return {**result, **max(rounded, key=lambda values: values["difference"], default={})}
 
 
-def _compare_logits(
-    exported: Tensor, original: Tensor, plan: ShrinkPlan, out: Path, source: Checkpoint
+def _compare_rounded(
+    name: str, exported: Tensor, original: Tensor, plan: ShrinkPlan, out: Path, source: Checkpoint
 ) -> dict[str, float]:
-    """How far the logits are apart, and how far rounding may bring them apart.
+    """How far the values of an output are apart, and how far rounding may bring them apart.
 
     A sum of K terms has a rounding error of about √K·ε of its size, another one in each order. The n tensors that were
     cut add n such errors, which grow with √n. The factor 8 allows for what the rest of the model makes of them.
@@ -112,7 +135,7 @@ def _compare_logits(
     difference = float((exported - original).abs().max())
     if not difference <= rounding:
         raise DiffersError(
-            f"the logits of {out} are up to {difference:.2g} away from those of {source.path}, and rounding explains"
+            f"the {name} of {out} are up to {difference:.2g} away from those of {source.path}, and rounding explains"
             f" {rounding:.2g}"
         )
     return {"difference": difference, "rounding": rounding}
@@ -146,9 +169,13 @@ class _RoutersWithout(TorchFunctionMode):
         return output
 
 
-def _logits_without_experts(model: nn.Module, plan: ShrinkPlan) -> Tensor | None:
-    """The logits of the checkpoint's model where its routers can't choose what is removed; None where a router is
+def _outputs_without_experts(model: nn.Module, plan: ShrinkPlan) -> dict[str, Tensor]:
+    """The outputs of the checkpoint's model where its routers can't choose what is removed; none where a router is
     computed in another way than by torch's linear.
+
+    Args:
+        model: of which `outputs_of` was taken.
+        plan: what is removed.
     """
     state = model.state_dict()
     for removed in plan.experts:
@@ -159,8 +186,8 @@ def _logits_without_experts(model: nn.Module, plan: ShrinkPlan) -> Tensor | None
         for name, saved_name in removed.tables.items():
             state[name].copy_(numbers[plan.cut(saved_name, state[name]).long()])
     mode = _RoutersWithout(model, plan.experts)
-    logits = _logits(model, mode)
-    return logits if mode.met_all else None
+    values = outputs_of(model, mode).values
+    return values if mode.met_all else {}
 
 
 def _compare_tensors(
@@ -210,24 +237,3 @@ def _fill(model: nn.Module, source: Checkpoint, dtype: torch.dtype) -> None:
     for name, entry in model_entries(source, model).items():
         tensor = entry.read()
         state[name].copy_(tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-
-@torch.no_grad()
-def _logits(model: Any, mode: TorchFunctionMode | None = None) -> Tensor | None:
-    """The logits of a few tokens, or the hidden states of a model without a head; None if it needs other inputs.
-
-    Args:
-        model: on the CPU.
-        mode: to compute them in.
-    """
-    if model.main_input_name != "input_ids":
-        return None
-    # How a product is added up depends on the alignment of its factors, so weights must not lie where a file has them.
-    for param in model.parameters() if mode is None else ():
-        param.data = param.data.clone()
-    try:
-        with mode or nullcontext():
-            output = model.eval()(**model.dummy_inputs)
-    except (TypeError, ValueError, AttributeError):  # what models raise that lack an image
-        return None
-    return output["logits"] if "logits" in output else output[0]

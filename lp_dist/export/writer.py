@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from lp_dist.checkpoints.entries import read_json
 from lp_dist.checkpoints.hf_names import HfTensor, hf_tensors, in_dtype, loadable_config
 from lp_dist.checkpoints.opening import Checkpoint, open_checkpoint
 from lp_dist.errors import UsageError
+from lp_dist.export.model_files import CODE, MODEL_FILES, copy_files, directory_of
 from lp_dist.export.output_directory import atomic_directory, check_output_directory
 from lp_dist.export.shrink import ShrinkPlan, shrink_plan
 from lp_dist.export.verify import verify_export
@@ -31,25 +31,6 @@ from lp_dist.report.schema import FILE
 from lp_dist.sparsity.census import ZeroCount
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The files that make a directory of weights a model: configuration, tokenizer, processor, and its own code, where
-# config.json refers to it.
-_MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "normalizer.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    "LICENSE*",
-)
-_CODE = "*.py"
 
 
 @dataclass
@@ -104,30 +85,50 @@ class ExportResult:
         if self.underflows:
             say(f"{self.underflows:,} of these were too small for the new dtype.")
         if self.verification is not None:
-            say(self._verification_line(self.verification))
+            say(self.verification_line())
         loads = f"lp-dist export {self.out} OUT gives the model back" if self.bitmask else "loads with from_pretrained"
         say(f"Saved to {self.out}; {loads}.")
 
-    def _verification_line(self, verification: dict[str, Any]) -> str:
-        logits = f", and so are {verification['logits']:,} logits" if verification["logits"] else ""
-        if "difference" in verification and "without_experts" not in verification:
-            logits = (
-                "; {logits:,} logits differ by {difference:.1e} at most, and rounding explains up to"
-                " {rounding:.1e}".format(**verification)
-            )
-        if "without_experts" in verification:
-            compared = (
-                "where the checkpoint's routers can't choose the removed experts, {logits:,} logits differ by"
-                " {difference:.1e} at most, and rounding explains up to {rounding:.1e}. "
-                if verification["difference"] is not None
-                else "{logits:,} logits could not be compared, since it is not known how the routers compute theirs. "
-            )
-            logits = "; " + (
-                compared + "As it is, its routers still choose them, and its logits differ by up to"
-                " {without_experts:.1e}: evaluate the smaller model"
-            ).format(**verification)
+    def verification_line(self) -> str:
+        """What was compared, and what was not; "" where nothing was."""
+        verification = self.verification
+        if verification is None:
+            return ""
         source = "the checkpoint's" if self.shrink_plan is None else "what the checkpoint has, without these,"
-        return f"Read back: {verification['tensors']} tensors are {source} bit for bit{logits}."
+        tensors = f"Read back: {verification['tensors']} tensors are {source} bit for bit"
+        if verification["logits"] is None:
+            return f"{tensors}. No outputs were compared: {verification['reason']}."
+        of = "" if verification["outputs"] == ["logits"] else "values of "
+        values = f"{verification['logits']:,} {of}{_listed(verification['outputs'])}"
+        line = f"{tensors}, and so are {values} for {_listed(verification['inputs'])}."
+        if "difference" in verification:
+            line = f"{tensors}; {self._difference_line(verification, values)}"
+        unread = verification["unread"]
+        if unread:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            line += f" These outputs say nothing of {', '.join(unread[:3])}{more}."
+        return line
+
+    def _difference_line(self, verification: dict[str, Any], values: str) -> str:
+        """How far the outputs of a smaller model are from the checkpoint's. values: what was compared, in words."""
+        differ = (
+            f"{values} differ by {verification['difference']:.1e} at most, and rounding explains up to"
+            f" {verification['rounding']:.1e}."
+            if verification["difference"] is not None
+            else f"{values} could not be compared, since it is not known how the routers compute theirs."
+        )
+        if "without_experts" not in verification:
+            return differ
+        where = "where the checkpoint's routers can't choose the removed experts, "
+        return (
+            f"{where if verification['difference'] is not None else ''}{differ} As it is, its routers still"
+            f" choose them, and its outputs differ by up to {verification['without_experts']:.1e}: evaluate"
+            " the smaller model."
+        )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def export(
@@ -220,13 +221,10 @@ def _config_directory(checkpoint: Checkpoint, config: str | None) -> Path | None
     """
     if config is None:
         return checkpoint.directory_of("config.json")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        directory = Path(
-            config if Path(config).is_dir() else snapshot_download(config, allow_patterns=[*_MODEL_FILES, _CODE])
-        )
+        directory = directory_of(config, [*MODEL_FILES, CODE])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UsageError(
             f"--config {config} is no directory, and the hub did not give it ({str(error).splitlines()[0]}); name the"
@@ -338,19 +336,11 @@ def copy_model_files(
         shrunk_config: config.json of the smaller model; None: nothing was removed.
     """
     config = shrunk_config or read_json(source / "config.json")
-    patterns = [*_MODEL_FILES, *([_CODE] if "auto_map" in config else [])]
+    patterns = [*MODEL_FILES, *([CODE] if "auto_map" in config else [])]
     # Reports describe the model as it was, and not a smaller one.
     if source == checkpoint.path and shrunk_config is None:
         patterns += [FILE, "report.html"]
-    for file in (
-        file
-        for pattern in patterns
-        for file in source.glob(pattern)
-        if file.is_file() and file.name != "zero_to_fp32.py"
-    ):
-        target = out / file.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    copy_files(source, out, patterns)
     if dtype is None and checkpoint.runtime_names:
         dtype = max(
             (entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point),

@@ -233,7 +233,11 @@ def _layout(module: nn.Module, shapes: dict[str, tuple[int, ...]], call: _Call, 
     }
     last = None
     for name, touched in call.touched({}, 0).items():
-        rows = touched if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear) else touched.T
+        rows = (
+            touched
+            if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear) or touched.ndim != 2
+            else touched.T
+        )
         if name in linear and touched.ndim == 2 and len(rows) > 1 and rows.any(1).nonzero().flatten().tolist() == [0]:
             last = name
     if last is None:

@@ -35,6 +35,7 @@ from lp_dist.checkpoints.resuming import check_run
 from lp_dist.data.gguf import dequantised
 from lp_dist.data.text import load_text, pack
 from lp_dist.errors import UsageError, in_one_line, printable, with_flags
+from lp_dist.export.model_task import other_than_causal
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
 from lp_dist.report.numbers import percent
@@ -317,6 +318,7 @@ def read_inputs(
             config = AutoConfig.from_pretrained(
                 path, revision=model_args.revision, trust_remote_code=model_args.trust_remote_code
             )
+        _refuse_other_tasks("--model", model_args.model, config)
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and data_args.block_size > context:
             raise UsageError(
@@ -352,6 +354,16 @@ def _refuse_adapter(path: str | Path) -> None:
         )
 
 
+def _refuse_other_tasks(flag: str, name: str, config: Any) -> None:
+    """Raises UsageError for a model that is no causal language model, whose head would be made anew, at random."""
+    other = other_than_causal(config)
+    if other is not None:
+        raise UsageError(
+            f"{flag} {name} is {other}, and this program trains causal language models; train it by Trainer with"
+            " lp_dist.LpCallback, or name the language model that it has within, saved by itself"
+        )
+
+
 def _check_teacher(
     name: str, model_args: arguments.ModelArguments, path: str | Path, tokenizer: Any, args: TrainingArguments
 ) -> str | Path:
@@ -360,10 +372,9 @@ def _check_teacher(
     with args.main_process_first(desc="reading the teacher"):
         teacher_path = dequantised(name) if name.endswith(".gguf") else name
         _refuse_adapter(teacher_path)
-        check_vocabularies(
-            AutoConfig.from_pretrained(path, revision=model_args.revision, **trust),
-            AutoConfig.from_pretrained(teacher_path, **trust),
-        )
+        config = AutoConfig.from_pretrained(teacher_path, **trust)
+        _refuse_other_tasks("--teacher", name, config)
+        check_vocabularies(AutoConfig.from_pretrained(path, revision=model_args.revision, **trust), config)
         if AutoTokenizer.from_pretrained(teacher_path, **trust).get_vocab() != tokenizer.get_vocab():
             raise UsageError(
                 f"--teacher {name} has another tokenizer than {model_args.model}; take the dense model that it is"

@@ -68,6 +68,10 @@ def test_what_is_exported_is_the_masters_bit_for_bit(world, ranks, request, tmp_
             "tensors": len(wanted),
             "zeros": sum(zeros for zeros, _ in done.counts.values()),
             "logits": 15 * 97,
+            "outputs": ["logits"],
+            "inputs": ["tokens"],
+            "unread": [],
+            "reason": "",
         }
         assert json.loads((done.out / "config.json").read_text())["dtype"] == (
             "bfloat16" if cell == "zero0 bf16" else "float32"

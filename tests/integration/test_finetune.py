@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.tasks import TASKS
+from lp_dist.export.model_task import other_than_causal
 from lp_dist.report import inspection, schema
 from lp_dist.training import arguments, finetune
 
@@ -361,6 +364,44 @@ def test_an_adapter_is_no_model_and_a_directory_without_a_model_is_none(common, 
         assert "holds an adapter" in message and f"lp-dist merge BASE {adapter} OUT" in message, message
     shutil.copy(tiny_model / "config.json", adapter)  # a base that lies beside an adapter of its own
     assert "holds an adapter" in refusal([*common, *output, "--model", str(adapter)])
+
+
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"experts", "images in a text, as pixels"}))
+def test_what_is_no_causal_model_is_told_by_its_config_alone(name, common, tmp_path):
+    """There is nothing else in the directory, and the text is not read either."""
+    model, directory = TASKS[name].model(), tmp_path / "model"
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    words = [*common, "--output_dir", str(tmp_path / "run"), "--dataset", "absent.txt"]
+    message = refusal([*words, "--model", str(directory)])
+    assert f"--model {directory} is {type(model).__name__}, and this program trains causal" in message
+    assert "LpCallback" in message and "\n" not in message
+    assert f"--teacher {directory} is {type(model).__name__}" in refusal(
+        [*common, "--output_dir", str(tmp_path / "run"), "--teacher", str(directory)]
+    )
+
+
+@pytest.mark.parametrize(
+    "family, changes, name",
+    [
+        ("llama", {}, None),
+        ("llama", {"architectures": None}, None),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ("llama", {"architectures": ["LlamaModel"]}, "LlamaModel"),
+        ("llama", {"architectures": ["LlamaModel"], "tie_word_embeddings": True}, None),
+        ("llama", {"architectures": ["SomeoneElsesModel"]}, None),
+        ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, None),
+        ("t5", {"architectures": None}, "T5Config"),
+        ("bert", {"architectures": None}, "BertConfig"),
+        ("bert", {"architectures": ["BertModel"], "is_decoder": True, "tie_word_embeddings": True}, None),
+    ],
+)
+def test_which_class_is_no_causal_model(family, changes, name):
+    config = transformers.AutoConfig.for_model(family)
+    config.architectures = ["LlamaForCausalLM"]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    assert other_than_causal(config) == name
 
 
 def test_chats_are_no_text(common, tmp_path):

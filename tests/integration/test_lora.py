@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerC
 from typer.testing import CliRunner
 
 from helpers.lora import EVERYWHERE, KINDS, llama, unfrozen
+from helpers.tasks import TASKS
 from lp_dist import LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_sparsity, param_groups
 from lp_dist.cli import app
 from lp_dist.errors import UsageError
@@ -91,6 +92,27 @@ def test_the_base_becomes_sparse_while_adapters_train(tmp_path):
             assert not torch.equal(param, before[name]) and bool((param != 0).all()), name
     merged = merge_adapter(model)
     assert measure_sparsity(merged.model).zeros == sparsity.zeros
+
+
+def test_fused_experts_become_sparse_while_lora_trains_on_them(tmp_path):
+    model = get_peft_model(
+        TASKS["experts"].model(),
+        LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    )
+    experts = [name for name, _ in model.named_parameters() if "base_layer." in name and "lora_" not in name]
+    for name in experts:
+        model.get_parameter(name).requires_grad_(True)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    train(model, tmp_path, LpCallback(target=SparsityTarget(0.5)), param_groups(model, 0.0))
+    zeros = sum(int((model.get_parameter(name) == 0).sum()) for name in experts)
+    elements = sum(model.get_parameter(name).numel() for name in experts)
+    assert len(experts) == 4 and abs(zeros / elements - 0.5) < 1e-3
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            assert not torch.equal(param, before[name]) and bool((param != 0).all()), name
+    merged = merge_adapter(model)
+    assert len(merged.layers) == 4 and merged.left_out > 0
+    assert sum(int((merged.model.get_parameter(name) == 0).sum()) for name in merged.layers) == zeros
 
 
 def test_overrides_of_lambda_keep_adapters_too(tmp_path):
@@ -281,7 +303,7 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
 
 def test_what_is_not_there_is_told_in_one_line(saved, tmp_path, monkeypatch):
     for base, adapter, message in (
-        (tmp_path / "nothing", saved[1], "can't be read as a language model"),
+        (tmp_path / "nothing", saved[1], "can't be read as a model"),
         (saved[0], tmp_path / "nothing", "is not there, or not one of"),
     ):
         result = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(tmp_path / "out")])

@@ -144,6 +144,10 @@ def test_of_a_float32_model_a_bfloat16_bitmask_form_in_one_go(model, tmp_path):
         "tensors": len(done.counts),
         "zeros": sum(zeros for zeros, _ in done.counts.values()),
         "logits": None,
+        "outputs": [],
+        "inputs": [],
+        "unread": [],
+        "reason": "the bitmask form has no from_pretrained",
     }
     export(tmp_path / "packed", tmp_path / "again")
     export(model, tmp_path / "direct", dtype="bfloat16")

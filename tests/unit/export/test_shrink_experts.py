@@ -258,7 +258,7 @@ def test_the_command_says_that_outputs_change_and_by_how_much(tmp_path, monkeypa
     assert "4 of 16 experts are dead, 4 are removed: 8 → 6 in each of 2 layers" in printed
     assert re.search(
         r"where the checkpoint's routers can't choose the removed experts, 915 logits differ by \S+ at most, and"
-        r" rounding explains up to \S+\. As it is, its routers still choose them, and its logits differ by up to",
+        r" rounding explains up to \S+\. As it is, its routers still choose them, and its outputs differ by up to",
         printed,
     )
 

@@ -11,31 +11,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from helpers.export_runs import SPARSE, llama
 from helpers.model_directories import changed, rewritten
+from helpers.tasks import TASKS
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import DiffersError, UsageError
+from lp_dist.export.outputs import outputs_of
 from lp_dist.export.verify import verify_export
 from lp_dist.export.writer import export
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-TEXT, IMAGE = {**SMALL, "vocab_size": 64}, {**SMALL, "image_size": 8, "patch_size": 4}
-T5 = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1}
-MODELS = {
-    "a language model": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, num_key_value_heads=1)),
-    "experts": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)
-    ),
-    "encoder and decoder": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
-    "no head": lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
-    "other input": lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGE)),
-    "text and other input": lambda: transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config={**TEXT, "max_position_embeddings": 8}, vision_config=IMAGE, projection_dim=8
-        )
-    ),
-}
 OWN = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,14 +42,13 @@ def saved_alive(model: Any, directory: Path) -> Path:
     return directory / "alive"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_it_passes_on_models_of_all_kinds_by_runtime_names_and_hf_names(name, dtype, tmp_path):
-    torch.manual_seed(0)
-    alive = saved_alive(MODELS[name](), tmp_path)
+    alive = saved_alive(TASKS[name].model(), tmp_path)
     first = export(alive, tmp_path / "one", dtype=dtype, verify=True)
     second = export(tmp_path / "hf", tmp_path / "other", dtype=dtype, verify=True, shard_size="2KB")
-    assert first.verification == second.verification and (first.verification["logits"] is None) == ("other" in name)
+    assert first.verification == second.verification and first.verification["logits"] > 0
     assert first.verification["tensors"] == len(first.counts) == len(second.counts)
 
 
@@ -135,7 +120,7 @@ def test_it_does_not_trust_the_way_by_which_tensors_get_their_hf_names(tmp_path,
     """
     from lp_dist.checkpoints import hf_names
 
-    alive = saved_alive(MODELS["experts"](), tmp_path)
+    alive = saved_alive(TASKS["experts"].model(), tmp_path)
     right = hf_names.to_hf_tensors
 
     def swapped(*arguments: Any) -> list[hf_names.HfTensor]:
@@ -189,3 +174,108 @@ def test_a_model_of_its_own_code_is_run_only_when_trusted(tmp_path, monkeypatch)
     done = export(alive, tmp_path / "out", verify=True, trust_remote_code=True)
     assert done.verification["logits"] and (tmp_path / "out" / "modeling_own.py").exists()
     assert export(tmp_path / "out", tmp_path / "again", verify=True, trust_remote_code=True).verification["logits"]
+
+
+# -- what is compared, and what is not ----------------------------------------
+
+INPUTS = {
+    "images": ["an image"],
+    "images without a head": ["an image"],
+    "speech": ["sound"],
+    "speech to text": ["sound", "tokens"],
+    "text and images": ["tokens", "an image"],
+    "images in a text": ["tokens", "an image"],
+    "images in a text, as pixels": ["tokens", "an image"],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_outputs_are_of_inputs_of_the_models_kind_and_read_all_its_weights(name):
+    outputs = outputs_of(TASKS[name].model())
+    assert outputs.inputs == INPUTS.get(name, ["tokens"]) and not outputs.reason
+    # What is for masked inputs has no part in any output of inference, and Gemma's pooling none in its features.
+    assert set(outputs.unread) <= {"wav2vec2.masked_spec_embed", "model.vision_tower.head"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_weight_that_is_not_told_as_unread_changes_the_outputs(name):
+    model = TASKS[name].model()
+    before = outputs_of(model)
+    for path, param in model.named_parameters():
+        if param.ndim < 2:
+            continue
+        kept = param.detach().clone()
+        with torch.no_grad():
+            param += torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+        after = outputs_of(model)
+        with torch.no_grad():
+            param.copy_(kept)
+        changes = any(not torch.equal(after.values[key], value) for key, value in before.values.items())
+        assert changes != f"{path}.".startswith(tuple(f"{name}." for name in before.unread)), path
+
+
+class Pair(nn.Module):
+    """A model of which a module is not used."""
+
+    config = transformers.BertConfig(vocab_size=30)
+    main_input_name = "input_ids"
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.second = nn.Embedding(30, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.used, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        return {"scores": self.used(self.table(input_ids)), "count": input_ids.sum(), "states": (torch.ones(2),)}
+
+
+def test_what_no_output_was_computed_from_is_named():
+    outputs = outputs_of(Pair())
+    assert list(outputs.values) == ["scores", "states.0"] and outputs.values["scores"].shape == (3, 5, 4)
+    assert sorted(outputs.unread) == ["scale", "second"] and outputs.reason == ""
+
+
+def test_a_model_that_takes_none_of_the_inputs_is_told_with_its_reason(alive, tmp_path, monkeypatch):
+    def refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("needs a map of the stars\nand more")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", refuse)
+    done = export(alive, tmp_path / "out", verify=True)
+    assert done.verification["logits"] is None
+    assert done.verification["reason"].endswith("(ValueError: needs a map of the stars)")
+    assert "bit for bit. No outputs were compared: LlamaForCausalLM" in done.verification_line()
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("encoder and decoder", "values of logits and encoder_last_hidden_state for tokens."),
+        ("images", "and so are 3 logits for an image."),
+        ("question answering", "and so are 30 values of start_logits and end_logits for tokens."),
+    ],
+)
+def test_the_line_says_what_was_compared(name, line, tmp_path):
+    TASKS[name].model().save_pretrained(tmp_path / "model")
+    assert export(tmp_path / "model", tmp_path / "out", verify=True).verification_line().endswith(line)
+
+
+def test_the_line_says_what_the_outputs_say_nothing_of(tmp_path):
+    TASKS["speech"].model().save_pretrained(tmp_path / "model")
+    line = export(tmp_path / "model", tmp_path / "out", verify=True).verification_line()
+    assert line.endswith(" These outputs say nothing of wav2vec2.masked_spec_embed.")
+
+
+@pytest.mark.parametrize("name", ["images", "speech", "text and images", "images in a text"])
+def test_it_tells_of_a_config_by_which_other_inputs_say_something_else(name, tmp_path):
+    TASKS[name].model().save_pretrained(tmp_path / "model")
+    out = export(tmp_path / "model", tmp_path / "out").out
+    config = json.loads((out / "config.json").read_text())
+    # Another activation, in the tower that does not read text.
+    tower = config.get("vision_config", config)
+    key = "hidden_act"
+    assert tower[key] != "relu"
+    tower[key] = "relu"
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DiffersError, match="of .* are not those of"):
+        verify_export(open_checkpoint(tmp_path / "model"), out, config=tmp_path / "model")
