@@ -423,7 +423,8 @@ class _AxesInFiles:
         if product is not None:
             owner = self.skeleton.get_submodule(param.rpartition(".")[0])
             return _Axes(product, owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1)
-        is_matrix = not uses or bool(uses & {Use.PRODUCT, Use.LOOKUP})
+        # Biases of experts are looked up too, and added.
+        is_matrix = Use.PRODUCT in uses or uses <= {Use.LOOKUP}
         return _default_axes(shape) if is_matrix else None
 
 
