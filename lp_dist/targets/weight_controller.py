@@ -55,6 +55,7 @@ class WeightController(Controller):
         parameter_map: the optimizer's.
         candidates: shards of the parameters that may decay.
         left_out: names of those that start at zero, and don't decay.
+        without_blocks: weights of parameters that can't have the target's pattern, and don't decay.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
@@ -71,8 +72,10 @@ class WeightController(Controller):
         parameter_map: ParameterMap,
         candidates: list[Shard],
         left_out: list[str],
+        without_blocks: int = 0,
     ) -> None:
         super().__init__(target, run)
+        self._without_blocks = without_blocks
         self._phase: Phase | None = None
         self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
         # What the script overrides for single parameters holds under a target too.
@@ -185,7 +188,12 @@ class WeightController(Controller):
             # The momentum of zeros that were there is no latent weight.
             restore_latent(self.scored_slices(), dict.fromkeys(self.before, math.inf))
         elements = sum(count.elements for count in counts.values())
-        self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights")
+        beside = ""
+        if self._without_blocks:
+            in_all = elements + self._without_blocks
+            share = 100 * self.sparsity * elements / in_all
+            beside = f" ({share:.2f} % of {in_all:,}, of which {self._without_blocks:,} can have no blocks)"
+        self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights{beside}")
 
     def update(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has at the next update. From a sample, since the
@@ -315,14 +323,17 @@ class WeightController(Controller):
         scoped = [(self._scope(shard), shard) for shard in self.shards]
         if self.target.pattern:
             split_blocks = self.parameter_map.split_blocks
-            return scored_blocks(scoped, self._values, self.target.pattern, split_blocks, all_local, elements)
+            input_dim = self.parameter_map.input_dim
+            return scored_blocks(
+                scoped, self._values, self.target.pattern, split_blocks, input_dim, all_local, elements
+            )
         return [
             ScoredSlice.from_shard(
                 scope,
                 shard,
                 self._values(shard),
                 all_local,
-                sample_stride(shard, elements[scope]) if elements else 1,
+                sample_stride(elements[scope], shard.shape[-1] if shard.shape else 1) if elements else 1,
                 self.keeps_latent(shard),
             )
             for scope, shard in scoped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
     return w.to(dtype)
 
 
+def inputs_last(*params: nn.Parameter) -> dict[str, Any]:
+    """A param group of matrices [outputs, inputs]."""
+    return {"params": list(params), "input_dim": 1}
+
+
 def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = True) -> Tensor:
     g = torch.randn(shape, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
     if equal:
@@ -68,7 +74,7 @@ def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = T
 def test_equals_the_oracle(cls, values, pattern, implementation):
     dtype = torch.float32 if implementation == "fused" else torch.float64
     param = nn.Parameter(weights_of(dtype))
-    optimizer = cls([param], pattern=pattern, implementation=implementation, **values)
+    optimizer = cls([inputs_last(param)], pattern=pattern, implementation=implementation, **values)
     weights, state = param.detach().double().flatten().tolist(), None
     for step in range(1 if dtype is torch.float32 else 8):  # in single precision a later one may find another order
         param.grad = gradient(step).to(dtype)
@@ -87,7 +93,7 @@ def test_fused_and_foreach_keep_the_same_weights_for_many_steps(cls, values):
     ends = []
     for implementation in ("foreach", "fused"):
         param = nn.Parameter(weights_of())
-        optimizer = cls([param], pattern="2:4", implementation=implementation, **values)
+        optimizer = cls([inputs_last(param)], pattern="2:4", implementation=implementation, **values)
         for step in range(30):
             param.grad = gradient(step, equal=False).float()
             optimizer.step()
@@ -100,7 +106,9 @@ def test_fused_and_foreach_keep_the_same_weights_for_many_steps(cls, values):
 def test_what_is_not_kept_becomes_zero_and_the_pattern_is_left(implementation):
     for pattern, (n, m) in PATTERNS.items():
         param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
-        optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation
+        )
         largest_weights = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
         for step in range(3):
             param.grad = gradient(step).float() * 1e-3
@@ -115,7 +123,9 @@ def test_where_nothing_decays_it_changes_nothing(phase, implementation):
     ends = []
     for pattern in (None, "2:4"):
         param = nn.Parameter(weights_of())
-        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.1, pattern=pattern, implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=0.01, weight_decay=0.1, pattern=pattern, implementation=implementation
+        )
         optimizer.param_groups[0].update(phase)
         for step in range(3):
             param.grad = gradient(step).float()
@@ -129,7 +139,9 @@ def test_blocks_are_the_matrix_own_however_it_lies_in_memory(implementation):
     ends = []
     for lies in (lambda t: t.contiguous(), lambda t: t.t().contiguous().t()):
         param = nn.Parameter(lies(weights_of()))
-        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.2, pattern="2:4", implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=0.01, weight_decay=0.2, pattern="2:4", implementation=implementation
+        )
         for step in range(5):
             param.grad = lies(gradient(step).float())
             optimizer.step()
@@ -175,7 +187,7 @@ class Ranks:
 def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cuts, pattern):
     """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
     matrices = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
-    unsplit = cls(matrices, pattern=pattern, implementation=implementation, **values)
+    unsplit = cls([inputs_last(*matrices)], pattern=pattern, implementation=implementation, **values)
     lengths, edges = matrices[0].numel(), sorted({0, *cuts, 320})
     flats = []
     for begin, end in zip(edges, edges[1:]):
@@ -184,7 +196,7 @@ def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cu
             (
                 flat,
                 [
-                    ParamSlice(name, i * (end - begin), end - begin, begin, matrices[i].shape)
+                    ParamSlice(name, i * (end - begin), end - begin, begin, matrices[i].shape, 1)
                     for i, name in enumerate("ab")
                 ],
             )
