@@ -13,7 +13,7 @@ from torch import Tensor
 TILE_SIZE = {"cpu": 1 << 16}
 TILE_SIZE_ACCELERATOR = 1 << 24
 # Elements that are stepped in a copy at a time, where they lie in memory in another order than a step needs.
-_COPIED_SIZE, _COPIED_SIZE_ACCELERATOR = {"cpu": 1 << 18}, 1 << 22
+COPIED_SIZE, COPIED_SIZE_ACCELERATOR = {"cpu": 1 << 18}, 1 << 22
 
 
 class StepRow(NamedTuple):
@@ -122,7 +122,7 @@ class RowCopy(NamedTuple):
 
 def copies(row: StepRow) -> Iterator[RowCopy]:
     """A row in contiguous copies of bounded size, in the order of its dimensions. The last one is never divided."""
-    limit = _COPIED_SIZE.get(row.weights.device.type, _COPIED_SIZE_ACCELERATOR)
+    limit = COPIED_SIZE.get(row.weights.device.type, COPIED_SIZE_ACCELERATOR)
     for tensors in _parts_of_size(row.tensors, limit):
         yield RowCopy.of(row.with_tensors(tensors))
 

@@ -92,16 +92,24 @@ class SplitBlockRows:
         shape, inputs = param_slice.shape, param_slice.inputs
         reason = nm.why_no_blocks(shape, param_slice.start, m, inputs)
         if reason is not None or param_slice.start is None or inputs is None:
+            unknown = (
+                " lp_dist.attach and lp_dist.param_groups read it from the model, or set it in the param group:"
+                " input_dim=1 for [outputs, inputs], 0 for GPT-2's Conv1D. Else leave"
+                if inputs is None
+                else " Leave"
+            )
             raise ValueError(
-                f"{param_slice.name} can't have pattern={values['pattern']!r}: {reason}. lp_dist.attach and"
-                " lp_dist.param_groups know it of a model, or name it in the param group: input_dim=1 for [outputs,"
-                " inputs], 0 for GPT-2's Conv1D. Or leave the parameter out: pattern=None or weight_decay=0 in a group"
-                " of its own, or by attach(..., overrides=), without which a shard of DeepSpeed's is no matrix either"
+                f"{param_slice.name} can't have pattern={values['pattern']!r}: {reason}.{unknown} it out: pattern=None"
+                " or weight_decay=0 in a group of its own, or by attach(..., overrides=), without which a shard of"
+                " DeepSpeed's is no matrix either"
             )
         start, length, stride = param_slice.start, param_slice.length, nm.block_stride(shape, inputs)
         head, complete = nm.split_at_blocks(start, length, m * stride)
-        if complete == row.weights.numel() and (stride == 1 or row.weights.ndim == len(shape)):
-            return [row if stride == 1 else row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
+        if complete == row.weights.numel():
+            if row.weights.ndim == len(shape) and inputs < len(shape) - 1:
+                return [row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
+            if stride == 1:
+                return [row]
         if not row.grads.is_contiguous():
             row = row._replace(grads=row.grads.contiguous())
 

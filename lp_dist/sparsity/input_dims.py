@@ -37,7 +37,7 @@ def input_dims(
         patterns: {name of a parameter: the pattern that it is to have}.
         named: {name: its dimension of inputs}, where the script says so.
     """
-    products = read_model(model).products
+    reading = read_model(model)
     owners = {
         f"{path}.{name}".lstrip("."): module
         for path, module in model.named_modules()
@@ -47,11 +47,11 @@ def input_dims(
     known = InputDims()
     for name, pattern in patterns.items():
         owner, shape = owners[name], full_shape(params[name])
-        product = products.get(name)
+        product = None if name in reading.unclear else reading.products.get(name)
         dim = (named or {}).get(name)
         if dim is None and product is not None:
             dim = product.inputs
-        elif dim is None and len(shape) == 2 and "Linear" in type(owner).__name__:
+        elif dim is None and name not in reading.products and len(shape) == 2 and "Linear" in type(owner).__name__:
             # Compiled layers of other libraries, whose code can't be read.
             dim = 1
         # The inputs of a transposed convolution are its first dimension, which the groups divide.
@@ -60,6 +60,8 @@ def input_dims(
             reason: str | None = f"it has the shape {tuple(shape)}, and is no matrix"
         elif dim is None and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
             reason = "it is a table whose rows are looked up"
+        elif dim is None and name in reading.unclear:
+            reason = f"its inputs are different dimensions in different places of the code ({type(owner).__name__})"
         elif dim is None:
             reason = f"it is not known along which of its dimensions the inputs of {type(owner).__name__} lie"
         else:
