@@ -106,10 +106,12 @@ class SplitBlockRows:
         start, length, stride = param_slice.start, param_slice.length, nm.block_stride(shape, inputs)
         head, complete = nm.split_at_blocks(start, length, m * stride)
         if complete == row.weights.numel():
-            if row.weights.ndim == len(shape) and inputs < len(shape) - 1:
+            if stride == 1 and row.weights.is_contiguous():
+                # The last dimensions may be of size 1, and the inputs before them.
+                is_last = row.weights.ndim != len(shape) or inputs == len(shape) - 1
+                return [row if is_last else row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
+            if not row.weights.is_contiguous():
                 return [row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
-            if stride == 1:
-                return [row]
         if not row.grads.is_contiguous():
             row = row._replace(grads=row.grads.contiguous())
 

@@ -21,12 +21,12 @@ class _Layout(NamedTuple):
     Args:
         m: weights of a block.
         stride: elements between two weights of a block, see `nm.block_stride`; as many blocks lie between each other.
-        every: the sample has each so many-th block; 1: all blocks.
+        interval: the sample has each so many-th block; 1: all blocks.
     """
 
     m: int
     stride: int
-    every: int
+    interval: int
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class _ShardEnd(NamedTuple):
         stride = self.layout.stride
         if all_local or stride == 1:
             # The entries of an end are of one block. It may be left out of the sample.
-            if self.start // self.layout.m % self.layout.every and stride == 1:
+            if self.start // self.layout.m % self.layout.interval and stride == 1:
                 return
             for kept, run in groupby(range(self.length), flags.tolist().__getitem__):
                 of_run = list(run)
@@ -72,7 +72,7 @@ class _ShardEnd(NamedTuple):
                 yield self._slice(take, kept, values)
             return
         positions = torch.arange(self.start, self.start + self.length)
-        sampled = (positions // self.layout.size * stride + positions % stride) % self.layout.every == 0
+        sampled = (positions // self.layout.size * stride + positions % stride) % self.layout.interval == 0
         for kept in (True, False):
             index = self.offset + (sampled & (flags == kept)).nonzero().flatten()
             if len(index):
@@ -115,8 +115,8 @@ def scored_blocks(
         assert shard.start is not None and inputs is not None
         stride = nm.block_stride(shard.shape, inputs)
         blocks_of_row = shard.shape[inputs] // m * stride
-        every = sample_stride(elements[scope], blocks_of_row) if elements is not None else 1
-        layout = _Layout(m, stride, every)
+        interval = sample_stride(elements[scope], blocks_of_row) if elements is not None else 1
+        layout = _Layout(m, stride, interval)
         head, middle = nm.split_at_blocks(shard.start, shard.length, layout.size)
         take = _complete_blocks(shard, shard.start, head, middle, layout, all_local)
         slices.append(ScoredSlice.from_shard(scope, shard, values_of(shard), take=take, pattern=(n, m)))
@@ -163,7 +163,7 @@ def _complete_blocks(
         layout: of the blocks.
         all_local: all complete blocks on this rank.
     """
-    m, stride, every = layout
+    m, stride, interval = layout
     blocks = middle // m
     first, last = 0, blocks
     if not all_local:
@@ -174,8 +174,8 @@ def _complete_blocks(
     def take(tensor: Tensor) -> Tensor:
         if stride == 1:
             selected = tensor.reshape(-1)[head + first * m : head + last * m]
-            return selected if every == 1 else selected.view(-1, m)[-number % every :: every].reshape(-1)
+            return selected if interval == 1 else selected.view(-1, m)[-number % interval :: interval].reshape(-1)
         view = tensor.reshape(-1)[head : head + middle].view(-1, m, stride).transpose(1, 2)
-        return view if all_local else view.reshape(-1, m)[first:last][-number % every :: every]
+        return view if all_local else view.reshape(-1, m)[first:last][-number % interval :: interval]
 
     return take
