@@ -67,7 +67,7 @@ def why_no_blocks(shape: torch.Size, start: int | None, m: int, inputs: int | No
         return f"it has the shape {tuple(shape)}, in which dimension {inputs} can't be the inputs of a matrix"
     count = shape[inputs] // groups
     if count % m:
-        return f"its {count} inputs are no multiple of {m}"
+        return f"its number of inputs, {count}, is no multiple of {m}"
     if start is None:
         return "what lies on this rank is no contiguous range of it (rows in several strips)"
     return None

@@ -80,7 +80,10 @@ DIMS = {
     "5.layer.weight": 0,
     "6.weight": 1,
 }
-LEFT_OUT = {"7.layer.weight": "its 3 inputs are no multiple of", "8.weight": "its 18 inputs are no multiple of"}
+LEFT_OUT = {
+    "7.layer.weight": "its number of inputs, 3, is no multiple of",
+    "8.weight": "its number of inputs, 18, is no multiple of",
+}
 WIDTH = 120
 
 

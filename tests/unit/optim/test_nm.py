@@ -317,8 +317,8 @@ def test_bad_values(values, message):
             0,
             r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\).*Leave it out",
         ),
-        ((4, 6), 1, "its 6 inputs are no multiple of 4"),
-        ((6, 4), 0, "its 6 inputs are no multiple of 4"),
+        ((4, 6), 1, "its number of inputs, 6, is no multiple of 4"),
+        ((6, 4), 0, "its number of inputs, 6, is no multiple of 4"),
         ((4, 4), 2, r"shape \(4, 4\), in which dimension 2 can't be the inputs"),
         (
             (4, 4),
