@@ -39,6 +39,7 @@ from lp_dist.export.model_task import other_than_causal
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
 from lp_dist.report.numbers import percent
+from lp_dist.report.saved_zeros import count_saved
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.deepspeed import check_deepspeed_config, check_in_shares, join_deepspeed
 from lp_dist.sharding.engines import unwrap
@@ -515,7 +516,7 @@ def _count_saved_zeros(directory: str, skeleton: torch.nn.Module, sparsity: Spar
     Raises:
         RuntimeError: the files hold other zeros than the trained model had.
     """
-    saved = schema.count_saved(directory, sparsity.counts, model=skeleton)
+    saved = count_saved(directory, sparsity.counts, model=skeleton)
     if saved != sparsity:
         raise RuntimeError(
             f"the files in {directory} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros};"
