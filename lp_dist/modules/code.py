@@ -622,6 +622,9 @@ class _Reader:
                 return union(
                     [self._call_of_module(base, path, module, name, args, kwargs) for path, module in base.modules]
                 )
+            if isinstance(base.known, types.ModuleType) and base.known.__name__.split(".")[0] == "torch":
+                # By this name, whatever an engine has put in its place: DeepSpeed replaces F.linear under ZeRO-3.
+                return self._operation(name, args, kwargs)
             if base.known is not UNKNOWN and not isinstance(base.known, (int, float, str, bool, type(None))):
                 return self._function(_static(base.known, name), args, kwargs, name)
             if name in _ADDS_TO_ITSELF or (name.endswith("_") and not name.endswith("__")):

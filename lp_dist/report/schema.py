@@ -5,8 +5,9 @@ Entries of the report, beside the settings, versions and environment of the run:
     sparsity_of_all, parameters: the same zeros among all parameters of the model.
     kinds: {kind of layer: [zeros, elements]}. tensors: {parameter: [zeros, elements]}.
     window: [first, last] optimizer step of the decay window; null without one.
-    target: {"sparsity", "final_pruning"} of a target of single weights; null without one.
-    groups: {"sparsity", "final_pruning", "kinds": {kind: [dead, all]}} of a target of groups; null without one.
+    target: {"sparsity", "final_pruning", "left_dense"} of a target of single weights; null without one.
+    groups: these, and "kinds": {kind: [dead, all]}, of a target of groups; null without one.
+    left_dense: what had no gradient when the window began, in words; the sparsity is a fraction of the rest.
     final_pruning: {"before", "after", "pruned_at_end"}, fractions of what the target counts: "before" decayed to zero.
         null where the run ended before the window did.
     histograms: of |w|, before and after. log: Trainer's log. reference: the same of the run that it is compared with.
@@ -136,6 +137,7 @@ _COMPARED = {
     "log": _list_of(_is_log_entry),
 }
 _PRUNING = _or_null(_has(before=_is_number, after=_is_number, pruned_at_end=_is_number))
+_TARGET = {"sparsity": _or_null(_is_number), "final_pruning": _PRUNING, "left_dense": _is_text}
 _HISTOGRAMS = _has(
     edges=_list_of(_is_number),
     before=_list_of(_is_count),
@@ -156,8 +158,8 @@ _ENTRIES: dict[str, _Check] = {
         _HISTOGRAMS(value) and len(value["before"]) == len(value["after"]) == max(0, len(value["edges"]) - 1)
     ),
     "window": _or_null(lambda value: _list_of(_is_count)(value) and len(value) == 2),
-    "target": _or_null(_has(sparsity=_is_number, final_pruning=_PRUNING)),
-    "groups": _or_null(_has(sparsity=_or_null(_is_number), final_pruning=_PRUNING, kinds=_mapping_to(_is_share))),
+    "target": _or_null(_has(**{**_TARGET, "sparsity": _is_number})),
+    "groups": _or_null(_has(**_TARGET, kinds=_mapping_to(_is_share))),
     "reference": _or_null(_has(**_COMPARED)),
     "perplexity_before": _or_null(_is_number),
     "decayed_weights": _is_count,

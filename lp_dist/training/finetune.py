@@ -46,6 +46,7 @@ from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape
 from lp_dist.sparsity.measure import Histogram, Sparsity, measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import decayed_names, param_groups
+from lp_dist.targets.controller import Controller
 from lp_dist.targets.target import SparsityTarget
 from lp_dist.training import arguments
 from lp_dist.training.callback import LpCallback
@@ -492,9 +493,17 @@ def _target_entries(trained: Trained) -> tuple[dict[str, Any] | None, dict[str, 
     attached = trained.callback.attached
     weights, groups = attached.weight_controller, attached.group_controller
     return (
-        weights and {"sparsity": weights.sparsity, "final_pruning": weights.final_pruning},
-        groups and {"sparsity": groups.sparsity, "final_pruning": groups.final_pruning, "kinds": groups.kinds()},
+        weights and _target_entry(weights),
+        groups and {**_target_entry(groups), "kinds": groups.kinds()},
     )
+
+
+def _target_entry(controller: Controller) -> dict[str, Any]:
+    return {
+        "sparsity": controller.sparsity,
+        "final_pruning": controller.final_pruning,
+        "left_dense": controller.left_dense,
+    }
 
 
 def _window(trained: Trained) -> tuple[int, int] | None:
