@@ -23,6 +23,7 @@ from lp_dist.sharding.deepspeed import in_checkpoints, undo_dry_step, wrapper_of
 from lp_dist.sharding.engines import inner_scheduler
 from lp_dist.sharding.shards import Shard, all_zero_names, full_shape
 from lp_dist.sparsity.census import census
+from lp_dist.sparsity.selection import expert_stacks
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.targets.controller import RunContext
 from lp_dist.targets.group_controller import GroupController
@@ -182,8 +183,9 @@ def _make_weights(
         logger.info(
             "no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0]
         )
+    stacks = frozenset(expert_stacks(plan.model))
     without_blocks = sum(plan.blocks.left_out.values())
-    controller = WeightController(plan.weight_target, run, parameter_map, candidates, left_out, without_blocks)
+    controller = WeightController(plan.weight_target, run, parameter_map, candidates, left_out, stacks, without_blocks)
     if group_controller is not None:
         group_controller.check_order(controller)
         group_controller.check_room(controller)

@@ -71,7 +71,7 @@ class Attachment:
         """Names of the parameters whose single weights decay."""
         # Not kept, since a checkpoint says which of the candidates were left out when its run began.
         if self.weight_controller is not None:
-            return frozenset(shard.name for shard in self.weight_controller.shards)
+            return frozenset(shard.param_name for shard in self.weight_controller.shards)
         return self.by_hand
 
     @property

@@ -628,6 +628,9 @@ class _Reader:
                 return union(
                     [self._call_of_module(base, path, module, name, args, kwargs) for path, module in base.modules]
                 )
+            if isinstance(base.known, types.ModuleType) and base.known.__name__.split(".")[0] == "torch":
+                # By this name, whatever an engine has put in its place: DeepSpeed replaces F.linear under ZeRO-3.
+                return self._operation(name, args, kwargs)
             if base.known is not UNKNOWN and not isinstance(base.known, (int, float, str, bool, type(None))):
                 return self._function(_static(base.known, name), args, kwargs, name)
             if name in _ADDS_TO_ITSELF or (name.endswith("_") and not name.endswith("__")):
@@ -693,10 +696,6 @@ class _Reader:
     def _function(self, target: Any, args: list[Value], kwargs: dict[str, Value], name: str) -> Value:
         """A call of a function that is there already."""
         everything = [*args, *kwargs.values()]
-        # DeepSpeed's ZeRO-3 puts a function of its own in the place of torch's linear.
-        replaced = next((key for key in _MULTIPLYING if target is getattr(nn.functional, key, None)), None)
-        if replaced is not None:
-            return self._operation(replaced, args, kwargs)
         home = getattr(target, "__module__", None) or ""
         if home.split(".")[0] == "torch" or isinstance(target, types.BuiltinFunctionType):
             return self._operation(getattr(target, "__name__", name), args, kwargs)

@@ -53,6 +53,63 @@ class ParamSlice:
     inputs: int | None = None
 
 
+class Overlap(NamedTuple):
+    """What a section and a range of the same parameter have in common.
+
+    Args:
+        first: the first element of it in the range.
+        last: the one after its last element in the range.
+        start: its first element in the section.
+    """
+
+    first: int
+    last: int
+    start: int
+
+
+@dataclass(frozen=True)
+class ParamSection:
+    """Neighbouring indices along the first dimension of a parameter, which are treated as a parameter of their own.
+
+    Args:
+        param_name: of the parameter.
+        start: the first index.
+        stop: the one after the last.
+        shape: of the parameter.
+    """
+
+    param_name: str
+    start: int
+    stop: int
+    shape: torch.Size
+
+    @property
+    def name(self) -> str:
+        """Of the section: `experts.down_proj[2:5]`."""
+        return f"{self.param_name}[{self.start}:{self.stop}]"
+
+    @property
+    def section_shape(self) -> torch.Size:
+        """Of what lies in it."""
+        return torch.Size([self.stop - self.start, *self.shape[1:]])
+
+    def overlap(self, start: int, length: int) -> Overlap:
+        """With `length` elements of the parameter, taken flat, from `start` on."""
+        size = self.shape.numel() // self.shape[0]
+        first = min(max(self.start * size - start, 0), length)
+        last = min(max(self.stop * size - start, first), length)
+        return Overlap(first, last, max(start - self.start * size, 0) if last > first else 0)
+
+    def of(self, param_slice: ParamSlice) -> ParamSlice:
+        """What it has in common with a slice of the parameter; that may be nothing."""
+        assert param_slice.start is not None, "only contiguous ranges have sections"
+        overlap = self.overlap(param_slice.start, param_slice.length)
+        offset, length = param_slice.offset + overlap.first, overlap.last - overlap.first
+        # Blocks along the first dimension itself would be divided.
+        inputs = param_slice.inputs or None
+        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, inputs)
+
+
 class ValueSpan(NamedTuple):
     """A part of a tensor, taken flat, whose parameters have the same overrides.
 
@@ -89,6 +146,7 @@ class ParameterMap:
         self.split_blocks: SplitBlocks | None = None
         self._slices = WeakIdKeyDictionary()
         self._input_dims: dict[str, int | None] = {}
+        self._sections: dict[str, list[ParamSection]] = {}
         self._spans: dict[int, tuple[weakref.ref[Tensor], tuple[ValueSpan, ...]]] = {}
         self._overrides: dict[str, dict[str, Any]] = {}
         # Equal overrides are one object, so that a step can group spans by it.
@@ -98,18 +156,43 @@ class ParameterMap:
         return tensor in self._slices
 
     def of(self, tensor: Tensor) -> tuple[ParamSlice, ...]:
-        """Slices in a tensor, by offset; none if it is not in the map."""
-        return self._slices.get(tensor, ())
+        """Slices in a tensor, by offset, those of sections apart; none if it is not in the map."""
+        slices: tuple[ParamSlice, ...] = self._slices.get(tensor, ())
+        if not any(param_slice.name in self._sections for param_slice in slices):
+            return slices
+        divided = [
+            [section.of(param_slice) for section in self._sections[param_slice.name]]
+            if param_slice.name in self._sections
+            else [param_slice]
+            for param_slice in slices
+        ]
+        return tuple(param_slice for in_slice in divided for param_slice in in_slice if param_slice.length)
 
     def replace(self, slices: dict[Tensor, list[ParamSlice]]) -> None:
         """Takes a new map; overrides of single parameters are forgotten with the old one."""
-        self._slices, self._spans, self._overrides = WeakIdKeyDictionary(), {}, {}
+        self._slices, self._sections, self._spans, self._overrides = WeakIdKeyDictionary(), {}, {}, {}
         self._input_dims = {s.name: s.inputs for in_tensor in slices.values() for s in in_tensor}
         for tensor, in_tensor in slices.items():
             self._slices[tensor] = tuple(sorted((s for s in in_tensor if s.length), key=lambda s: s.offset))
 
+    def divide(self, name: str, sections: list[ParamSection]) -> None:
+        """Has sections of the parameter `name` override hyperparameters of their own, beginning with its overrides.
+
+        Args:
+            name: of a parameter whose slices are contiguous ranges of it.
+            sections: in order, of all its elements; none: it is one again.
+        """
+        self._spans.clear()
+        for section in self._sections.pop(name, []):
+            self._overrides.pop(section.name, None)
+        if sections:
+            self._sections[name] = list(sections)
+            for section in sections:
+                self.set(section.name, **self.values(name))
+
     def set(self, name: str, **values: Any) -> None:
-        """Overrides hyperparameters of the parameter `name`; a value of None gives it back to the group.
+        """Overrides hyperparameters of the parameter or section `name`; a value of None gives it back to the group. A
+        parameter's sections get what it gets.
 
         Raises:
             ValueError: a key that a single parameter can't override, or a bad value.
@@ -120,11 +203,13 @@ class ParameterMap:
         check_hyperparameters(**merged)
         self._overrides[name] = self._interned.setdefault(tuple(merged.items()), merged)
         self._spans.clear()
+        for section in self._sections.get(name, ()):
+            self.set(section.name, **values)
         if len(self._interned) > 2 * len(self._overrides) + 16:  # a target sets another λ at each update
             self._interned = {tuple(kept.items()): kept for kept in (_NO_OVERRIDES, *self._overrides.values())}
 
     def values(self, name: str) -> dict[str, Any]:
-        """What the parameter `name` overrides."""
+        """What the parameter or section `name` overrides."""
         return dict(self._overrides.get(name, _NO_OVERRIDES))
 
     def input_dim(self, name: str) -> int | None:

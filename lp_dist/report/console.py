@@ -99,14 +99,15 @@ def target_line(target: dict[str, Any]) -> str:
     """How a target of single weights was reached, in one sentence.
 
     Args:
-        target: the report's entry: {"sparsity", "final_pruning": {"before", "after", "pruned_at_end"} or None}.
+        target: the report's entry: {"sparsity", "final_pruning": {"before", "after", "pruned_at_end"} or None,
+            "left_dense"}.
     """
     pruning = target["final_pruning"]
     if not pruning:
         return f"Target {percent(target['sparsity'])} not reached: the run was stopped before its window ended."
     return (
         f"Target {percent(target['sparsity'])} reached: {percent(pruning['before'])} decayed to zero,"
-        f" {percent(pruning['pruned_at_end'])} pruned in the final step."
+        f" {percent(pruning['pruned_at_end'])} pruned in the final step.{_of_the_rest(target)}"
     )
 
 
@@ -120,5 +121,11 @@ def groups_line(groups: dict[str, Any]) -> str:
     pruning = groups["final_pruning"]
     return (
         f"Groups: {counts} are zero; {percent(pruning['before'])} decayed to zero,"
-        f" {percent(pruning['pruned_at_end'])} pruned in the final step."
+        f" {percent(pruning['pruned_at_end'])} pruned in the final step.{_of_the_rest(groups)}"
     )
+
+
+def _of_the_rest(target: dict[str, Any]) -> str:
+    """What the target does not hold of, in a sentence."""
+    left = target["left_dense"]
+    return f" That is of the rest: {left} had no gradient when the window began, and stayed dense." if left else ""

@@ -5,8 +5,9 @@ Entries of the report, beside the settings, versions and environment of the run:
     sparsity_of_all, parameters: the same zeros among all parameters of the model.
     kinds: {kind of layer: [zeros, elements]}. tensors: {parameter: [zeros, elements]}.
     window: [first, last] optimizer step of the decay window; null without one.
-    target: {"sparsity", "final_pruning"} of a target of single weights; null without one.
-    groups: {"sparsity", "final_pruning", "kinds": {kind: [dead, all]}} of a target of groups; null without one.
+    target: {"sparsity", "final_pruning", "left_dense"} of a target of single weights; null without one.
+    groups: these, and "kinds": {kind: [dead, all]}, of a target of groups; null without one.
+    left_dense: what had no gradient when the window began, in words; the sparsity is a fraction of the rest.
     final_pruning: {"before", "after", "pruned_at_end"}, fractions of what the target counts: "before" decayed to zero.
         null where the run ended before the window did.
     histograms: of |w|, before and after. log: Trainer's log. reference: the same of the run that it is compared with.
@@ -17,19 +18,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from lp_dist.checkpoints.hf_names import Conversion, meta_model, name_map
-from lp_dist.checkpoints.opening import Checkpoint, open_checkpoint
 from lp_dist.errors import UsageError, first_line
-from lp_dist.optim.batching import count_zeros
 from lp_dist.report.replacing import replace_text
-from lp_dist.sparsity.census import ZeroCount
 from lp_dist.sparsity.measure import Histogram, Sparsity
 
 _Check = Callable[[Any], bool]
@@ -143,6 +137,7 @@ _COMPARED = {
     "log": _list_of(_is_log_entry),
 }
 _PRUNING = _or_null(_has(before=_is_number, after=_is_number, pruned_at_end=_is_number))
+_TARGET = {"sparsity": _or_null(_is_number), "final_pruning": _PRUNING, "left_dense": _is_text}
 _HISTOGRAMS = _has(
     edges=_list_of(_is_number),
     before=_list_of(_is_count),
@@ -163,8 +158,8 @@ _ENTRIES: dict[str, _Check] = {
         _HISTOGRAMS(value) and len(value["before"]) == len(value["after"]) == max(0, len(value["edges"]) - 1)
     ),
     "window": _or_null(lambda value: _list_of(_is_count)(value) and len(value) == 2),
-    "target": _or_null(_has(sparsity=_is_number, final_pruning=_PRUNING)),
-    "groups": _or_null(_has(sparsity=_or_null(_is_number), final_pruning=_PRUNING, kinds=_mapping_to(_is_share))),
+    "target": _or_null(_has(**{**_TARGET, "sparsity": _is_number})),
+    "groups": _or_null(_has(**_TARGET, kinds=_mapping_to(_is_share))),
     "reference": _or_null(_has(**_COMPARED)),
     "perplexity_before": _or_null(_is_number),
     "decayed_weights": _is_count,
@@ -213,61 +208,6 @@ def histograms(before: Histogram, after: Histogram) -> dict[str, Any]:
         "zeros_before": sum(before.zeros.values()),
         "zeros_after": sum(after.zeros.values()),
     }
-
-
-def count_saved(
-    directory: str | os.PathLike,
-    names: Iterable[str],
-    *,
-    model: nn.Module | None = None,
-    trust_remote_code: bool = False,
-) -> Sparsity:
-    """Counts the exact zeros of parameters in the files of a saved model, by whatever names and in whatever form they
-    are saved. A few tensors are in memory at a time.
-
-    Args:
-        directory: of the files.
-        names: of the parameters in memory that are counted, as of `named_parameters()`. A parameter that is many
-            tensors in the files, such as the experts of a layer, has the sum of their counts.
-        model: of the same class and sizes, not sharded, on any device; None: it is made of the config.json beside the
-            files, on the meta device.
-        trust_remote_code: run code that comes with the model.
-    Raises:
-        UsageError: a parameter is not in the files, or not completely; or the files can't be read.
-    """
-    checkpoint = open_checkpoint(directory)
-    config = checkpoint.directory_of("config.json")
-    if model is None and config is not None:
-        # What has no class in transformers is saved as it is in memory.
-        with suppress(UsageError):
-            model = meta_model(config, trust_remote_code)
-    saved = name_map(
-        model,
-        {name: entry.shape for name, entry in checkpoint.entries.items()},
-        runtime_names=checkpoint.runtime_names,
-    )
-    requested = list(dict.fromkeys(names))
-    missing = sorted(name for name in requested if name not in saved.by_param)
-    if missing:
-        raise UsageError(
-            f"{len(missing)} parameters are not in the files of {directory}, or not completely, such as"
-            f" {missing[0]!r}; name a directory that save_pretrained wrote, with all of its files"
-        )
-    counts: dict[str, ZeroCount] = {}
-    for name in requested:
-        if name not in counts:
-            counts |= _count_conversion(saved.by_param[name], checkpoint)
-    return Sparsity({name: counts[name] for name in requested})
-
-
-def _count_conversion(conversion: Conversion, checkpoint: Checkpoint) -> dict[str, ZeroCount]:
-    """{runtime name: its zeros and elements}."""
-    if conversion.is_of_one_param:
-        # Whatever order the weights have in the files, one tensor after the other will do.
-        zeros = sum(int(count_zeros(checkpoint.entries[name].read())) for name in conversion.hf_shapes)
-        return {name: ZeroCount(zeros, math.prod(shape)) for name, shape in conversion.shapes.items()}
-    tensors = conversion.to_memory({name: checkpoint.entries[name].read() for name in conversion.hf_shapes})
-    return {name: ZeroCount(int(count_zeros(tensor)), tensor.numel()) for name, tensor in tensors.items()}
 
 
 def kinds_table(sparsity: Sparsity) -> dict[str, list[int]]:

@@ -5,8 +5,8 @@ Plain tensors and DTensors are located here. `deepspeed.py` gives the locator fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lp_dist.optim.batching import count_zeros, to_local
+from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
 from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
@@ -72,6 +73,7 @@ class Shard:
         state_of: returns the optimizer's state of `tensor`.
         replica: see `ShardLocation`.
         replicas: see `ShardLocation`.
+        section: of which the shard is, where it is not of all of the parameter.
     """
 
     name: str
@@ -85,6 +87,51 @@ class Shard:
     state_of: Callable[[Tensor], dict[str, Any]]
     replica: int = 0
     replicas: int = 1
+    section: ParamSection | None = None
+
+    @property
+    def param_name(self) -> str:
+        """As of `named_parameters()`, also of a section."""
+        return self.name if self.section is None else self.section.param_name
+
+    @property
+    def copy(self) -> LocalShard:
+        """The model's own copy of the values, which a save of the model writes."""
+        local = local_shard(self.param)
+        if self.section is None:
+            return local
+        assert local.start is not None, "only contiguous ranges have sections"
+        overlap = self.section.overlap(local.start, local.values.numel())
+        return LocalShard(
+            local.values.view(-1)[overlap.first : overlap.last], overlap.start, local.replica, local.replicas
+        )
+
+    @property
+    def has_sections(self) -> bool:
+        """Whether `section_of` can be taken on this rank: nothing is on the disk, and all lies row by row."""
+        return (
+            self.start is not None
+            and not self.is_on_disk
+            and to_local(self.tensor.detach()).is_contiguous()
+            and local_shard(self.param).values.is_contiguous()
+        )
+
+    def section_of(self, start: int, stop: int) -> Shard:
+        """The indices from `start` to `stop` along the parameter's first dimension, as a shard of its own. It is empty
+        where another rank has them.
+        """
+        assert self.start is not None and self.section is None
+        section = ParamSection(self.name, start, stop, self.shape)
+        overlap = section.overlap(self.start, self.length)
+        return replace(
+            self,
+            name=section.name,
+            shape=section.section_shape,
+            start=overlap.start,
+            offset=self.offset + overlap.first,
+            length=overlap.last - overlap.first,
+            section=section,
+        )
 
     @property
     def is_on_disk(self) -> bool:
@@ -178,24 +225,61 @@ def all_zero_names(shards: list[Shard]) -> list[str]:
     """Names of the parameters that are all zeros over all ranks. Collective: one small reduction."""
     nonzero = []
     for shard in shards:
-        values = local_shard(shard.param).counted
+        values = shard.copy.counted
         nonzero.append(values.numel() - int(count_zeros(values)))
     counts = all_reduce_sum(torch.tensor(nonzero)).tolist()
     return [shard.name for shard, count in zip(shards, counts) if not count]
 
 
-def names_without_gradient(shards: list[Shard]) -> list[str]:
-    """Names of the parameters that had no gradient yet, or none but zeros, over all ranks, by Adam's second moments.
-    Collective: one small reduction.
+# Of a state tensor that is zero only where every gradient was; the first that an optimizer has.
+_MOMENTS = ("exp_avg_sq", "exp_avg", "momentum_buffer")
 
-    Engines that keep gradients in flat tensors give zeros where there is none.
+
+def without_gradient(
+    shards: list[Shard], optimizer: Optimizer, stacks: Container[str] = ()
+) -> dict[str, list[int] | None]:
+    """The parameters that have had no gradient yet, or none but zeros, over all ranks, by the optimizer's moments.
+    Collective: one reduction.
+
+    Engines that keep gradients in flat tensors give zeros where there is none. Where an optimizer keeps no moments
+    nothing is known, and no parameter is returned.
+
+    Args:
+        shards: of the same parameters on every rank, none of them on the disk.
+        optimizer: the inner one, which steps them.
+        stacks: names of the parameters whose first dimension counts experts, which are told apart.
+    Returns:
+        {name: the indices along the first dimension that had none; None: the whole parameter}.
     """
-    had_some = []
+    key = next((key for key in _MOMENTS if any(key in state for state in optimizer.state.values())), None)
+    flags: list[Tensor] = []
+    sizes: list[int] = []
     for shard in shards:
-        moments = shard.state.get("exp_avg_sq") if shard.length else None
-        had_some.append(0 if moments is None else int(moments.any()))
-    counts = all_reduce_sum(torch.tensor(had_some)).tolist()
-    return [shard.name for shard, count in zip(shards, counts) if not count]
+        heights = shard.shape[0] if shard.name in stacks else 1
+        sizes.append(heights)
+        flags.append(torch.zeros(heights, dtype=torch.int64))
+        moments = shard.state.get(key) if key is not None and shard.length else None
+        if moments is not None and (shard.start is None or not moments.is_contiguous()):
+            flags[-1] += int(moments.any())
+        elif moments is not None:
+            # One wait for the device for each parameter.
+            width = max(1, shard.shape.numel() // heights)
+            first, flat = shard.start or 0, moments.reshape(-1)
+            indices = range(first // width, -(-(first + len(flat)) // width))
+            had = [flat[max(0, i * width - first) : (i + 1) * width - first].any() for i in indices]
+            flags[-1][indices.start : indices.stop] = torch.stack(had).long().cpu()
+    without_sections = torch.tensor([int(not shard.has_sections) for shard in shards], dtype=torch.int64)
+    sums = all_reduce_sum(torch.cat([*flags, without_sections, torch.tensor([int(key is not None)])]))
+    if not sums[-1]:
+        return {}
+    result: dict[str, list[int] | None] = {}
+    for shard, counts, ranks in zip(shards, sums[: sum(sizes)].split(sizes), sums[sum(sizes) : -1].tolist()):
+        none = (counts == 0).nonzero().flatten().tolist()
+        if len(none) == len(counts):
+            result[shard.name] = None
+        elif none and not ranks:
+            result[shard.name] = none
+    return result
 
 
 class _DTensorLocation(NamedTuple):

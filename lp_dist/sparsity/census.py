@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lp_dist.optim.batching import count_zeros
 from lp_dist.sharding.collectives import all_reduce_sum
-from lp_dist.sharding.shards import Shard, local_shard
+from lp_dist.sharding.shards import Shard
 
 
 class ZeroCount(NamedTuple):
@@ -83,7 +83,7 @@ def count_copies(shards: list[Shard]) -> list[ZeroCount]:
     Args:
         shards: of the parameters to count, the same ones on every rank.
     """
-    copies = [local_shard(shard.param).counted for shard in shards]
+    copies = [shard.copy.counted for shard in shards]
     zeros = concatenate_on_host([count_zeros(values).view(1) for values in copies], torch.int64)
     counts = torch.stack([zeros, torch.tensor([values.numel() for values in copies], dtype=torch.int64)], 1)
     return [ZeroCount(*pair) for pair in all_reduce_sum(counts).tolist()]

@@ -201,6 +201,22 @@ def choices(model: nn.Module, *, include_embeddings: bool = False) -> dict[str, 
     return _choose(model, read_model(model), include_embeddings)
 
 
+def expert_stacks(model: nn.Module) -> set[str]:
+    """Names of the parameters with a matrix for each index along their first dimension, as those of experts have.
+
+    Args:
+        model: before or after it is sharded, on any device, but unwrapped.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    return {
+        names[id(param)]
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for param in module.parameters(recurse=False)
+        if len(shape := full_shape(param)) == 3 and min(shape) > 1
+    }
+
+
 def _choose(model: nn.Module, reading: ModelCode, include_embeddings: bool = False) -> dict[str, Choice]:
     """As `choices`, of a model whose code has been read."""
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}

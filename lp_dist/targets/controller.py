@@ -112,6 +112,11 @@ class Controller(ABC):
     def sparsity(self) -> float:
         """Share to end with, of what the controller counts."""
 
+    @property
+    @abstractmethod
+    def left_dense(self) -> str:
+        """What stays dense since it had no gradient when the window began, in words; "" where there is none."""
+
     # -- around a step --------------------------------------------------------
 
     def after_step(self) -> None:

@@ -8,6 +8,7 @@ is pruned by the λ and the cutoff that this threshold is in its own norm.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lp_dist.errors import UsageError
 from lp_dist.sharding.deepspeed import update_copies
-from lp_dist.sharding.shards import Shard
+from lp_dist.sharding.shards import Shard, without_gradient
 from lp_dist.structured.budget import GroupBudget, group_costs, required_costs, scope_of, shares_to_prune
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.structured.groups import WeightGroups, elements_of
@@ -25,6 +26,8 @@ from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
 from lp_dist.targets.feasibility import check_window_length
 from lp_dist.targets.target import GroupTarget
 from lp_dist.targets.weight_controller import WeightController
+
+logger = logging.getLogger(__name__)
 
 
 class GroupController(Controller):
@@ -39,7 +42,7 @@ class GroupController(Controller):
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 2
+    state_version = 3
     subject = "groups"
     measured_key = "lp/groups_measured"
     target: GroupTarget
@@ -58,9 +61,10 @@ class GroupController(Controller):
         taken = None if run.steps.is_unsure else run.steps.taken
         check_window_length(target, self.param_groups, window, self.window.start, taken, run.rates)
         self.budget = group_budget(target)
-        self.required = required_costs(self.budget, sets, run.total_parameters)
+        self._shards = shards
+        self.left_out: list[str] = []  # labels of the sets that had no gradient when the window began
         self.costs = group_costs(self.budget, sets)
-        self._scopes = _scopes(self.budget, sets, self.required)
+        self._set_requirements()
         self.dead: Tensor | None = None  # bool, of each group: whether it was zero after the final pruning
         start, end, _ = self.window
         if end - start < 2 * target.interval:
@@ -74,6 +78,23 @@ class GroupController(Controller):
             run.optimizer, sets, shards, p=target.p, precondition=target.precondition, interval=target.interval
         )
 
+    def _set_requirements(self) -> None:
+        """Sets what is to be pruned of the sets that are not left out.
+
+        Raises:
+            UsageError: as of `required_costs`.
+        """
+        remaining = self.remaining
+        self.required = required_costs(self.budget, remaining, self.run.total_parameters)
+        self._counts_for = torch.tensor([groups.label not in self.left_out for groups in self.sets])
+        self._counts_for = self._counts_for.repeat_interleave(torch.tensor(self._counts))
+        self._scopes = _scopes(self.budget, self.sets, self.left_out, self.required)
+
+    @property
+    def remaining(self) -> list[WeightGroups]:
+        """The sets that are not left out."""
+        return [groups for groups in self.sets if groups.label not in self.left_out]
+
     @property
     def param_groups(self) -> set[int]:
         return set(self._param_group_of.values())
@@ -81,13 +102,18 @@ class GroupController(Controller):
     @property
     def sparsity(self) -> float:
         """Share of the groups to prune; of their parameters where that was requested."""
-        return sum(self.required.values()) / float(self.costs.sum())
+        return sum(self.required.values()) / self._cost
+
+    @property
+    def _cost(self) -> float:
+        """Of all groups that are not left out."""
+        return float(self.costs[self._counts_for].sum())
 
     def shares(self) -> list[tuple[WeightGroups, float]]:
         """Each set with the share of its groups to prune; where several have one threshold, the share of all of
         them.
         """
-        return shares_to_prune(self.budget, self.sets, self.required)
+        return shares_to_prune(self.budget, self.remaining, self.required)
 
     # -- around a step --------------------------------------------------------
 
@@ -114,12 +140,54 @@ class GroupController(Controller):
         return before
 
     def _begin(self) -> None:
+        self._leave_out_unused()
         self.before = self._dead_costs()
         to_prune: dict[str, list[float]] = {}
         for groups, share in self.shares():
             to_prune.setdefault(groups.kind, []).append(share * groups.count)
         self._log_plan(
             ", ".join(f"{sum(counts):,.0f} {kind} in {len(counts)} modules" for kind, counts in to_prune.items())
+        )
+
+    def _leave_out_unused(self) -> None:
+        """Keeps dense the sets of modules that have had no gradient so far: the loss says nothing of their groups.
+        Collective.
+
+        Experts of one module stay together: one that no token reaches is the first to go.
+
+        Raises:
+            UsageError: nothing is left, or too little for the target.
+        """
+        names = {member.name for groups in self.sets for member in groups.members}
+        shards = [shard for shard in self._shards if shard.name in names]
+        shard_names, unused = {shard.name for shard in shards}, without_gradient(shards, self.run.optimizer)
+        used_modules = {
+            groups.name
+            for groups in self.sets
+            if any(unused.get(member.name, 0) is not None for member in groups.members if member.name in shard_names)
+        }
+        self.left_out = [groups.label for groups in self.sets if groups.name not in used_modules]
+        if not self.left_out:
+            return
+        if not self.remaining:
+            raise UsageError(
+                f"when the window of the groups begins, at step {self.window.start}, none of their modules has had a"
+                " gradient. Train on data that reaches them, or begin the window later (start)"
+            )
+        self._set_requirements()
+        logger.warning(
+            "%s had no gradient when the window began, and stay as they are: the loss says nothing of them. The target"
+            " holds of the groups of the other %d. If they are to decay all the same, begin the window when they have"
+            " gradients (start)",
+            self.left_dense,
+            len(used_modules),
+        )
+
+    @property
+    def left_dense(self) -> str:
+        modules = sorted({groups.name for groups in self.sets if groups.label in self.left_out})
+        return (
+            f"the groups of {len(modules)} module{'s' * (len(modules) > 1)} (such as {modules[0]})" if modules else ""
         )
 
     def update(self, t: int) -> None:
@@ -184,16 +252,16 @@ class GroupController(Controller):
         for scope, members in self._scopes.items():
             order, last = self._ranked(means, members.indices[~must_stay[members.indices]], self.required[scope])
             to_prune[order[: last + 1]] = True
-        before = float((squares == 0).double().mean())
+        before = float((squares == 0)[self._counts_for].double().mean())
         self.hook.settings = [DecaySettings() for _ in self.sets]
         self.hook.prune(to_prune.to(self.hook.sizes.device))
         update_copies(self.run.engine_optimizer)
         squares = self._squares()
         self.dead = squares == 0
         self._keep_zero()
-        count = int(self.dead.sum())
+        dead = self.dead[self._counts_for]
         self._set_final_pruning(
-            before, float(self.dead.double().mean()), f"{count:,} of {len(self.dead):,} groups are zero"
+            before, float(dead.double().mean()), f"{int(dead.sum()):,} of {len(dead):,} groups are zero"
         )
         self._set_logs(self.window.end - 1, squares)
 
@@ -220,7 +288,7 @@ class GroupController(Controller):
         return kinds
 
     def _set_logs(self, t: int, squares: Tensor) -> None:
-        first = sum(self.before.values()) / float(self.costs.sum())
+        first = sum(self.before.values()) / self._cost
         measured = self._zero_share(squares)
         self.logs = {
             "lp/groups_target": self.sparsity,
@@ -235,7 +303,7 @@ class GroupController(Controller):
     def _zero_share(self, squares: Tensor) -> float:
         indices = [members.indices for members in self._scopes.values()]
         dead = sum(float(self.costs[of_scope][squares[of_scope] == 0].sum()) for of_scope in indices)
-        return dead / float(self.costs.sum())
+        return dead / self._cost
 
     # -- beside a target of single weights ------------------------------------
 
@@ -285,11 +353,14 @@ class GroupController(Controller):
             "settings": settings,
             "labels": [groups.label for groups in self.sets],
             "dead": None if self.dead is None else _packed(self.dead),
+            "left_out": list(self.left_out),
             **self.hook.state_dict(),
         }
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self.hook.load_state_dict(state)
+        self.left_out = list(state["left_out"])
+        self._set_requirements()
         self.hook.settings = [
             DecaySettings(**{key: float(value) for key, value in of_set.items()}) for of_set in state["settings"]
         ]
@@ -310,15 +381,25 @@ class _Scope(NamedTuple):
     labels: list[str]
 
 
-def _scopes(budget: GroupBudget, sets: list[WeightGroups], required: dict[str, float]) -> dict[str, _Scope]:
-    """{name of a threshold: its groups}, without those that lose none."""
+def _scopes(
+    budget: GroupBudget, sets: list[WeightGroups], left_out: list[str], required: dict[str, float]
+) -> dict[str, _Scope]:
+    """{name of a threshold: its groups}, without those that lose none.
+
+    Args:
+        budget: what to prune.
+        sets: the groups.
+        left_out: labels of sets that lose none.
+        required: of `required_costs`.
+    """
     indices: dict[str, list[Tensor]] = {}
     labels: dict[str, list[str]] = {}
     first = 0
     for groups in sets:
         scope = scope_of(budget, groups)
-        indices.setdefault(scope, []).append(torch.arange(first, first + groups.count))
-        labels.setdefault(scope, []).append(groups.label)
+        if groups.label not in left_out:
+            indices.setdefault(scope, []).append(torch.arange(first, first + groups.count))
+            labels.setdefault(scope, []).append(groups.label)
         first += groups.count
     return {scope: _Scope(torch.cat(indices[scope]), labels[scope]) for scope in indices if required[scope]}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap
 from lp_dist.sharding.deepspeed import update_copies
-from lp_dist.sharding.shards import Shard, names_without_gradient
+from lp_dist.sharding.shards import Shard, without_gradient
 from lp_dist.sparsity.census import Census, ZeroCount, census, count_copies
 from lp_dist.sparsity.nm_blocks import scored_blocks
 from lp_dist.sparsity.quantiles import (
@@ -55,12 +56,13 @@ class WeightController(Controller):
         parameter_map: the optimizer's.
         candidates: shards of the parameters that may decay.
         left_out: names of those that start at zero, and don't decay.
+        stacks: names of those whose first dimension counts experts.
         without_blocks: weights of parameters that can't have the target's pattern, and don't decay.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 4
+    state_version = 5
     subject = "weights"
     measured_key = "lp/measured"
     target: WeightTarget | PatternTarget
@@ -72,12 +74,18 @@ class WeightController(Controller):
         parameter_map: ParameterMap,
         candidates: list[Shard],
         left_out: list[str],
+        stacks: frozenset[str] = frozenset(),
         without_blocks: int = 0,
     ) -> None:
         super().__init__(target, run)
         self._without_blocks = without_blocks
         self._phase: Phase | None = None
         self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
+        self._stacks = stacks
+        # What had no gradient when the window began: {name: indices of experts; None: the whole parameter}.
+        self._unused: dict[str, list[int] | None] = {}
+        self._told_late = False
+        self._divide()
         # What the script overrides for single parameters holds under a target too.
         self._script_overrides = {shard.name: parameter_map.values(shard.name) for shard in candidates}
         forms = {shard.name: self._values(shard) for shard in self.shards}
@@ -101,10 +109,25 @@ class WeightController(Controller):
     def param_groups(self) -> set[int]:
         return {shard.group for shard in self.shards}
 
-    @property
-    def shards(self) -> list[Shard]:
-        """Of the parameters that decay."""
-        return [shard for shard in self.candidates if shard.name not in self.left_out]
+    def _divide(self) -> None:
+        """Tells apart what decays and what has had no gradient (`_unused`), expert by expert."""
+        self.shards, self._unused_shards = [], []
+        for shard in self.candidates:
+            unused = self._unused.get(shard.name, [])
+            if shard.name in self.left_out:
+                continue
+            if unused is None:
+                self._unused_shards.append(shard)
+            elif not unused:
+                self.shards.append(shard)
+            else:
+                runs = [
+                    (is_unused, list(run)) for is_unused, run in groupby(range(shard.shape[0]), unused.__contains__)
+                ]
+                sections = [(is_unused, shard.section_of(run[0], run[-1] + 1)) for is_unused, run in runs]
+                for is_unused, section in sections:
+                    (self._unused_shards if is_unused else self.shards).append(section)
+                self.parameter_map.divide(shard.name, [section.section for _, section in sections if section.section])
 
     # -- around a step --------------------------------------------------------
 
@@ -141,7 +164,7 @@ class WeightController(Controller):
         """Gives the parameters the target's p, precondition and pattern, but for what the script overrides."""
         for shard in self.shards:
             form = {"weight_decay": LEAST_WEIGHT_DECAY, **self.target.form()}
-            self.parameter_map.set(shard.name, **{**form, **_own_form(self._script_overrides[shard.name])})
+            self.parameter_map.set(shard.name, **{**form, **_own_form(self._script_overrides[shard.param_name])})
 
     def zero_share(self) -> float:
         counts = count_copies(self.shards)
@@ -168,20 +191,11 @@ class WeightController(Controller):
         return counts
 
     def _begin(self) -> None:
+        self._leave_out_unused()
         counts = self._zeros()
         self.before = {scope: count.zeros / count.elements for scope, count in counts.items()}
         if self.target.pattern:  # a zero that is kept in its block is no part of it
             self.before = fraction_at_or_below(self.scored_slices(all_local=False), dict.fromkeys(counts, 0.0))
-        preconditioned = [shard for shard in self.shards if self._values(shard).get("precondition")]
-        without_gradient = names_without_gradient(preconditioned)
-        if without_gradient:
-            logger.warning(
-                "%d of the parameters that decay have had no gradient before the window, %s among them: the loss is"
-                " not sensitive to them, so their weights become zero first. If they are needed later, begin the"
-                " window later (start), or leave them out (an override with weight_decay 0)",
-                len(without_gradient),
-                without_gradient[0],
-            )
         if self.target.latent_windows:
             for shard in self.shards:
                 self.parameter_map.set(shard.name, latent=True)
@@ -190,15 +204,90 @@ class WeightController(Controller):
         elements = sum(count.elements for count in counts.values())
         beside = ""
         if self._without_blocks:
-            in_all = elements + self._without_blocks
+            in_all = elements + self.unused_weights + self._without_blocks
             share = 100 * self.sparsity * elements / in_all
             beside = f" ({share:.2f} % of {in_all:,}, of which {self._without_blocks:,} can have no blocks)"
+        beside += self._of_all_candidates(self.sparsity)
         self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights{beside}")
+
+    def _leave_out_unused(self) -> None:
+        """Keeps dense what has had no gradient so far: the loss says nothing of its weights, so that they would be
+        zero first. Collective.
+
+        Raises:
+            UsageError: nothing is left, or too little for the target.
+        """
+        # In the blocks of a pattern as many become zero everywhere.
+        self._unused = without_gradient(self.shards, self.run.optimizer, () if self.target.pattern else self._stacks)
+        if not self._unused:
+            return
+        for shard in self.shards:
+            self._give_back(shard.name)
+        self._divide()
+        self._set_form()
+        phase, self._phase = self._phase, None
+        self._set_phase(phase or Phase.OFF)
+        left, elements = self.left_dense, sum(shard.shape.numel() for shard in self.shards)
+        if not elements or self.sparsity >= 1.0:
+            raise UsageError(
+                f"when the window of the target begins, at step {self.window.start},"
+                f" {'none' if not elements else f'only {elements:,}'} of the weights that are to decay"
+                f" {'has' if not elements else 'have'} had a gradient, and the target needs more: {left} have had"
+                " none. Train on data that reaches them, begin the window later (start), or ask for less"
+            )
+        logger.warning(
+            "%s have had no gradient when the window begins, and stay dense: the loss says nothing of their weights."
+            " The target holds of the other %s weights. If they are to decay all the same, begin the window when they"
+            " have gradients (start)",
+            left,
+            f"{elements:,}",
+        )
+
+    @property
+    def left_dense(self) -> str:
+        experts = [shard for shard in self._unused_shards if shard.section is not None]
+        params = [shard.name for shard in self._unused_shards if shard.section is None]
+        count = sum(shard.shape[0] for shard in experts)
+        parts = []
+        if params:
+            parts.append(f"{len(params)} parameter{'s' * (len(params) > 1)} (such as {params[0]})")
+        if experts:
+            parts.append(f"{count} expert{'s' * (count > 1)} of stacked parameters (such as {experts[0].name})")
+        return " and ".join(parts)
+
+    @property
+    def unused_weights(self) -> int:
+        """How many weights stay dense since they had no gradient when the window began."""
+        return sum(shard.shape.numel() for shard in self._unused_shards)
+
+    def _of_all_candidates(self, share: float) -> str:
+        """What a share of the weights that decay is of all that may, in words; "" where these are the same."""
+        if not self._unused_shards:
+            return ""
+        elements = sum(shard.shape.numel() for shard in self.shards)
+        total = elements + self.unused_weights
+        return f", {100 * share * elements / total:.2f} % of the {total:,} that would decay if all had gradients"
+
+    def _tell_late_gradients(self) -> None:
+        """Says once that something stays dense which has gradients now. Collective."""
+        if not self._unused_shards or self._told_late:
+            return
+        still = without_gradient(self._unused_shards, self.run.optimizer)
+        late = [shard.name for shard in self._unused_shards if shard.name not in still]
+        if late:
+            self._told_late = True
+            logger.warning(
+                "%d of the parameters and experts that had no gradient when the window began have one now, such as"
+                " %s: they stay dense. If they are to decay, begin the window later (start)",
+                len(late),
+                late[0],
+            )
 
     def update(self, t: int) -> None:
         """λ and cutoff of each scope, for the share that the plan has at the next update. From a sample, since the
         next update corrects it.
         """
+        self._tell_late_gradients()
         horizon = min(self.update_every, self.window.end - 1 - t)
         regrowth = self.target.latent_windows or self.allows_regrowth(t)
         measured = census(self.shards)
@@ -265,6 +354,7 @@ class WeightController(Controller):
             scope: round(self.sparsity * count.elements)
             for scope, count in self._by_scope(census(self.shards)).items()
         }
+        self._tell_late_gradients()
         self._refuse_not_finite(self.window.end - 1, self.scored_slices(all_local=False))
         if self.target.pattern:
             thresholds = dict.fromkeys(ranks, MAX_SALIENCY)
@@ -294,7 +384,8 @@ class WeightController(Controller):
         self._set_final_pruning(
             zeros_before / total,
             zeros_after / total,
-            f"furthest from {100 * self.sparsity:.2f} % is {worst}, at {100 * shares[worst]:.2f} %",
+            f"furthest from {100 * self.sparsity:.2f} % is {worst}, at {100 * shares[worst]:.2f} %"
+            + self._of_all_candidates(zeros_after / total),
         )
         weight_decays = [self.parameter_map.values(shard.name)["weight_decay"] for shard in self.shards]
         self._set_logs(self.window.end - 1, measured, weight_decays)
@@ -306,7 +397,7 @@ class WeightController(Controller):
     # -- what is measured -----------------------------------------------------
 
     def _scope(self, shard: Shard) -> str:
-        return shard.name if self.target.scope == "layer" else "all"
+        return shard.param_name if self.target.scope == "layer" else "all"
 
     def _values(self, shard: Shard) -> dict[str, Any]:
         """The hyperparameters with which a parameter decays in the window."""
@@ -374,11 +465,19 @@ class WeightController(Controller):
             }
             for shard in self.shards
         }
-        return {"left_out": list(self.left_out), "values": values}
+        return {
+            "left_out": list(self.left_out),
+            "without_gradient": dict(self._unused),
+            "told_late": self._told_late,
+            "values": values,
+        }
 
     def _check_own_state(self, state: dict[str, Any]) -> None:
-        expected = {shard.name for shard in self.candidates} - set(state["left_out"])
-        difference = sorted(set(state["values"]) ^ expected)
+        unused = state["without_gradient"]
+        known = {shard.name for shard in self.candidates} - set(state["left_out"])
+        in_values = {name.partition("[")[0] for name in state["values"]}
+        entire = {name for name, indices in unused.items() if indices is None}
+        difference = sorted((in_values ^ (known - entire)) | (unused.keys() - known))
         if difference:
             raise UsageError(
                 f"other parameters decay than in the checkpoint, {difference[0]!r} among them; use the same names and"
@@ -386,14 +485,21 @@ class WeightController(Controller):
             )
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        for shard in self.candidates:  # those that are left out now get back what the script gives them
-            given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
-            self.parameter_map.set(shard.name, **{**given_back, **self._script_overrides[shard.name]})
+        for shard in self.candidates:
+            self._give_back(shard.name)
         self.left_out, self._phase = list(state["left_out"]), None
+        self._unused, self._told_late = dict(state["without_gradient"]), state["told_late"]
+        self._divide()
         self._set_form()
         for name, values in state["values"].items():
             restored = {key: value if isinstance(value, bool) else float(value) for key, value in values.items()}
             self.parameter_map.set(name, **restored)
+
+    def _give_back(self, name: str) -> None:
+        """Gives a parameter as a whole back what the script has for it."""
+        self.parameter_map.divide(name, [])
+        given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
+        self.parameter_map.set(name, **{**given_back, **self._script_overrides[name]})
 
 
 def _own_form(overrides: dict[str, Any]) -> dict[str, Any]:

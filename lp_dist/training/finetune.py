@@ -39,12 +39,14 @@ from lp_dist.export.model_task import other_than_causal
 from lp_dist.optim.optimizers import LpAdamW, LpLion, LpSGD
 from lp_dist.report import console, environment, schema
 from lp_dist.report.numbers import percent
+from lp_dist.report.saved_zeros import count_saved
 from lp_dist.sharding.collectives import reduction_device
 from lp_dist.sharding.deepspeed import check_deepspeed_config, check_in_shares, join_deepspeed
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape
 from lp_dist.sparsity.measure import Histogram, Sparsity, measure_histogram, measure_sparsity
 from lp_dist.sparsity.selection import decayed_names, param_groups
+from lp_dist.targets.controller import Controller
 from lp_dist.targets.target import SparsityTarget
 from lp_dist.training import arguments
 from lp_dist.training.callback import LpCallback
@@ -491,9 +493,17 @@ def _target_entries(trained: Trained) -> tuple[dict[str, Any] | None, dict[str, 
     attached = trained.callback.attached
     weights, groups = attached.weight_controller, attached.group_controller
     return (
-        weights and {"sparsity": weights.sparsity, "final_pruning": weights.final_pruning},
-        groups and {"sparsity": groups.sparsity, "final_pruning": groups.final_pruning, "kinds": groups.kinds()},
+        weights and _target_entry(weights),
+        groups and {**_target_entry(groups), "kinds": groups.kinds()},
     )
+
+
+def _target_entry(controller: Controller) -> dict[str, Any]:
+    return {
+        "sparsity": controller.sparsity,
+        "final_pruning": controller.final_pruning,
+        "left_dense": controller.left_dense,
+    }
 
 
 def _window(trained: Trained) -> tuple[int, int] | None:
@@ -515,7 +525,7 @@ def _count_saved_zeros(directory: str, skeleton: torch.nn.Module, sparsity: Spar
     Raises:
         RuntimeError: the files hold other zeros than the trained model had.
     """
-    saved = schema.count_saved(directory, sparsity.counts, model=skeleton)
+    saved = count_saved(directory, sparsity.counts, model=skeleton)
     if saved != sparsity:
         raise RuntimeError(
             f"the files in {directory} hold {saved.zeros} exact zeros, but the trained model had {sparsity.zeros};"

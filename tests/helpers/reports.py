@@ -87,7 +87,11 @@ def full() -> dict[str, Any]:
                 "zeros_after": _ZEROS,
             },
             "window": [2, 12],
-            "target": {"sparsity": 0.3, "final_pruning": {"before": 0.29, "after": 0.3, "pruned_at_end": 0.01}},
+            "target": {
+                "sparsity": 0.3,
+                "final_pruning": {"before": 0.29, "after": 0.3, "pruned_at_end": 0.01},
+                "left_dense": "",
+            },
             "groups": None,
             "reference": dense,
             "perplexity_before": 20.0,
@@ -157,4 +161,4 @@ def bare() -> dict[str, Any]:
 def stopped() -> dict[str, Any]:
     """Stopped after 8 of its 16 steps."""
     log = [entry for entry in full()["log"] if entry["step"] <= 8]
-    return full() | {"steps": 8, "log": log, "target": {"sparsity": 0.3, "final_pruning": None}}
+    return full() | {"steps": 8, "log": log, "target": {"sparsity": 0.3, "final_pruning": None, "left_dense": ""}}

@@ -16,7 +16,7 @@ import torch
 
 from helpers.paths import ROOT
 from lp_dist import measure_sparsity
-from lp_dist.report.schema import count_saved
+from lp_dist.report.saved_zeros import count_saved
 
 EXAMPLES = ROOT / "docs" / "examples"
 

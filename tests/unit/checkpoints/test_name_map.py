@@ -17,7 +17,7 @@ from helpers.saved_models import SAVED_MODELS, files_of, saved_model, zeros_of
 from lp_dist.checkpoints.hf_names import NameMap, check_saved_names, hf_shapes_of, name_map, skeleton_of
 from lp_dist.errors import UsageError
 from lp_dist.report.inspection import inspect
-from lp_dist.report.schema import count_saved
+from lp_dist.report.saved_zeros import count_saved
 from lp_dist.sparsity.measure import measure_sparsity
 from lp_dist.sparsity.selection import matrix_names
 

@@ -163,6 +163,14 @@ class Derived(nn.Linear):
         return super().forward(x) * 2
 
 
+def test_a_function_of_torch_is_known_by_its_name_where_an_engine_has_replaced_it(monkeypatch):
+    """As DeepSpeed does under ZeRO-3, for the process."""
+    before = code_of(Products())
+    monkeypatch.setattr(F, "linear", lambda input, weight, bias=None: torch.Tensor())
+    after = code_of(Products())
+    assert after.uses == before.uses and after.products == before.products
+
+
 class Wrapped(nn.Module):
     """Its parameter is used by a method, a property's value, a nested function and a branch."""
 

@@ -68,37 +68,6 @@ def test_matrices_that_die_whole_are_named(caplog):
     assert "all zeros now" not in warned(caplog)
 
 
-# -- modules that nothing uses ------------------------------------------------
-
-
-class Two(nn.Module):
-    """Of two branches the loss uses one; the other has no gradient, or one of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x, zeros: bool):
-        return self.c(torch.relu(self.a(x) + (self.b(x) * 0.0 if zeros else 0.0)))
-
-
-@pytest.mark.parametrize("zeros", [False, True], ids=["no gradient", "zeros"])
-def test_a_module_whose_gradients_are_zeros_is_one_without_a_gradient(caplog, zeros):
-    torch.manual_seed(0)
-    model = Two()
-    optimizer = LpAdamW(model.parameters(), lr=1e-3)
-    attached = attach(model, optimizer, target=HALF, total_steps=TOTAL)
-    for number in range(START + 1):
-        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number))
-        (model(x, zeros) - x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        attached.after_step()
-    assert "1 of the parameters that decay have had no gradient before the window, b.weight among them" in warned(
-        caplog
-    )
-
-
 # -- weights that are computed ------------------------------------------------
 
 

@@ -1,0 +1,114 @@
+"""What no gradient reaches, on shards: a layer and single experts stay dense under every engine, and the others come
+to the weights of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from helpers.engines import ended, gathered, make, quiet
+from helpers.mixtures import mixture_model
+from helpers.snapshots import joined, local_shards_of
+from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
+from lp_dist import SparsityTarget, attach
+
+STEPS, START, LATE = 24, 4, 14
+UNREACHED = [1, 4]
+EXPERTS = ("2.experts.alpha", "2.experts.omega")
+CASES = [
+    Case(engine, steps=STEPS, scope=scope)
+    for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
+    for scope in ("global", "layer")
+]
+
+
+class WithUnused(nn.Sequential):
+    """The last layer has gradients of zeros. Experts 1 and 4 get no tokens, and 4 gets some from step LATE on."""
+
+    def __init__(self) -> None:
+        super().__init__(*mixture_model(), nn.Linear(7, 7))
+        self.passes = 0
+        self[2].offset[UNREACHED] = -1e4
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.passes += self.training
+        if self.passes > self.late:
+            self[2].offset[4] = 0.0
+        for layer in list(self)[:-1]:
+            rows = layer(rows)
+        return rows + 0.0 * self[-1](rows)
+
+    late = LATE
+
+
+def followed(case: Case) -> dict[str, Any]:
+    model = WithUnused()
+    if case.engine == "plain":
+        model.late = 2 * LATE  # one process takes the batches of both ranks
+    engine = make(case.engine, model, optimizer_of(case), scheduler_of(case))
+    others = (
+        {}
+        if hasattr(engine.handle, "load_checkpoint")
+        else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
+    )
+    target = SparsityTarget(0.5, scope=case.scope, precondition=1.0, update_every=2, start=START, end=STEPS - 2)
+    attachment = attach(engine.handle, target=target, total_steps=STEPS, **others)
+    trained(engine, attachment, case, 0, STEPS)
+    attachment.finish()
+    results = {
+        "shards": local_shards_of(attachment),
+        "model": gathered(engine),
+        "state": json.dumps(attachment.state_dict()),
+    }
+    ended(engine)
+    return results
+
+
+@cache
+def alone(case: Case) -> dict[str, Any]:
+    return followed(replace(case, engine="plain"))
+
+
+def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[Case, Any]:
+    quiet()
+    return {case: followed(case) for case in CASES}
+
+
+_results: list[dict[Case, Any]] = []
+
+
+@pytest.fixture
+def results(run_ranks, tmp_path_factory) -> list[dict[Case, Any]]:
+    if not _results:
+        _results.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("unused")))
+    return _results
+
+
+def test_every_engine_comes_to_the_weights_of_one_process(results):
+    for case in CASES:
+        wanted = joined([{"shards": alone(case)["shards"]}])
+        masters = joined([{"shards": rank[case]["shards"]} for rank in results])
+        for name, weights in wanted.items():
+            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
+        assert all(rank[case]["state"] == alone(case)["state"] for rank in results), case
+
+
+def test_what_no_gradient_reaches_stays_dense_and_the_target_holds_of_the_rest(results):
+    for case in CASES:
+        model, state = results[0][case]["model"], json.loads(results[0][case]["state"])["weights"]
+        assert state["without_gradient"] == {**dict.fromkeys(EXPERTS, UNREACHED), "4.weight": None}, case
+        assert state["told_late"], case
+        assert model["4.weight"].all() and all(model[name][UNREACHED].all() for name in EXPERTS), case
+        reached = [i for i in range(5) if i not in UNREACHED]
+        rest = [model["0.weight"], model["3.weight"], *(model[name][reached] for name in EXPERTS)]
+        zeros, elements = (sum(int(n) for n in column) for column in zip(*(((w == 0).sum(), w.numel()) for w in rest)))
+        assert abs(zeros - 0.5 * elements) <= (2 if case.scope == "layer" else 1), case
+        if case.scope == "layer":
+            assert all(abs(int((weights == 0).sum()) - 0.5 * weights.numel()) <= 1 for weights in rest), case
