@@ -80,8 +80,8 @@ def inspect(
     --json: all tensors, one by one. --page: an HTML file with a map of the zeros. --trust-pickles: let the checkpoint
     run the code that it names; without it none of it runs.
 
-    Dead rows and columns are all zero. 2:4: the percentage of blocks, of four weights along the input, of which two or
-    more are zero, as sparse tensor cores need it.
+    Dead rows (outputs) and columns (inputs) are all zero, in each expert by itself. 2:4: the percentage of blocks, of
+    four weights along the inputs, of which two or more are zero, as sparse tensor cores need it.
     """
     from lp_dist.report import inspection
 

@@ -135,7 +135,9 @@ def scored_blocks(
         entries.append(BlockEntries(end.shard.name, end.start, nm.ranking_keys(saliency)))
     patterns = {shard.name: (n, m) for _, shard in scoped}
     for end, flags in zip(ends, split_blocks.kept(patterns, entries)):
-        slices += end.slices(flags, all_local, values_of(end.shard))
+        # Of ranks that hold the same shard the first counts them.
+        if all_local or not end.shard.replica:
+            slices += end.slices(flags, all_local, values_of(end.shard))
     return slices
 
 
