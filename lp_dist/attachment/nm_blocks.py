@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lp_dist.errors import UsageError
@@ -26,7 +27,7 @@ def check_blocks(module: nn.Module, decaying: list[tuple[Shard, dict[str, Any]]]
         if not shard_pattern:
             continue
         m = nm.parse_pattern(shard_pattern)[1]
-        reason = nm.why_no_blocks(shard.shape, shard.start, m) or _why_not_linear(owners[id(shard.param)])
+        reason = why_no_blocks(owners[id(shard.param)], shard.shape, m, start=shard.start)
         if reason is None and shard.is_on_disk:
             reason = "it lies on the disk (NVMe offload)"
         elif reason is None and not to_local(shard.tensor.detach()).is_contiguous():
@@ -36,6 +37,18 @@ def check_blocks(module: nn.Module, decaying: list[tuple[Shard, dict[str, Any]]]
                 f"{shard.name} can't have pattern={shard_pattern!r}: {reason}. Leave it out by an override,"
                 f" {{{shard.name!r}: {{'weight_decay': 0.0}}}}"
             )
+
+
+def why_no_blocks(owner: nn.Module, shape: torch.Size, m: int, start: int | None = 0) -> str | None:
+    """Why a parameter can't have blocks of M; None where it can.
+
+    Args:
+        owner: the module that has it.
+        shape: of the parameter before sharding.
+        m: weights of a block.
+        start: as of `lp_dist.optim.nm.why_no_blocks`.
+    """
+    return nm.why_no_blocks(shape, start, m) or _why_not_linear(owner)
 
 
 def _why_not_linear(owner: nn.Module) -> str | None:
