@@ -1,5 +1,5 @@
-"""What a run would do to a model, before anything is trained: what decays and what stays dense, what a target comes to,
-which weight groups there are, and the memory per rank. No weight is needed for it.
+"""What a run would do to a model, before anything is trained: what decays and what stays dense, what a target comes
+to, which weight groups there are, and the memory per rank. No weight is needed for it.
 """
 
 from __future__ import annotations
@@ -319,9 +319,10 @@ class Explanation:
 
     def _totals(self) -> str:
         tensors = sum(choice.decays for choice in self.choices)
+        share = percent(self.decayed_weights / max(1, self.parameters))
         return (
-            f"{self.decayed_weights:,} of {self.parameters:,} parameters decay"
-            f" ({percent(self.decayed_weights / max(1, self.parameters))}), {tensors:,} of {len(self.choices):,} tensors"
+            f"{self.decayed_weights:,} of {self.parameters:,} parameters decay ({share}), in {tensors:,} of"
+            f" {len(self.choices):,} tensors"
         )
 
     def _course(self) -> list[str]:
@@ -425,7 +426,8 @@ def explain(
     weight_target, group_target = split_targets(target)
     if (weight_target or group_target) and weight_decay > 0:
         raise UsageError(
-            f"weight_decay={weight_decay:g} is given as well as a target, which finds λ by itself; leave one of them out"
+            f"weight_decay={weight_decay:g} is given as well as a target, which finds λ by itself; leave one of them"
+            " out"
         )
     overrides = overrides or {}
     chosen = _choices(module, names, overrides, include_embeddings, all_zero, weight_decay)
@@ -524,8 +526,8 @@ def _notes(module: nn.Module, chosen: list[ParameterChoice], all_zero: Collectio
     if foreign:
         kinds = ", ".join(dict.fromkeys(choice.kind for choice in foreign))
         notes.append(
-            f"The code that uses {len(foreign):,} of these tensors can't be read, so their shapes and names decided that"
-            f" they decay: {kinds}."
+            f"The code that uses {len(foreign):,} of these tensors can't be read, so their shapes and names decided"
+            f" that they decay: {kinds}."
         )
     frozen = [choice for choice in chosen if choice.reason == FROZEN]
     if frozen:

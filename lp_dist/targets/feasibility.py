@@ -189,6 +189,7 @@ def check_window_length(
         rates: the learning rates ahead.
     """
     check_steps(target, window)
+    _, end, total = window
     if taken is None or taken > first:
         return
     ahead = rates.ahead(total - taken)
