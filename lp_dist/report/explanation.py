@@ -148,11 +148,11 @@ class TargetShare:
         share = f"{most}{percent(self.share_of_all)} of all parameters"
         if self.groups:
             counts = ", ".join(f"{dead:,} of {count:,} {kind}" for kind, (dead, count) in self.groups.items())
-            return f"prune {counts}: {most}{self.zeros:,} zeros, {share}; {self.window}"
+            return f"prune {counts}: {most}{self.zeros:,} weights, or {share}; {self.window}"
         blocks = "" if self.subject == "weights" else f" in {self.subject} blocks"
         return (
-            f"{percent(self.sparsity)} of {self.of:,} weights{blocks} become zero: {self.zeros:,}, {share};"
-            f" {self.window}"
+            f"{percent(self.sparsity)} of the {self.of:,} weights that decay become zero{blocks}: {self.zeros:,}, or"
+            f" {share}; {self.window}"
         )
 
 
@@ -336,25 +336,24 @@ class Explanation:
         return ["No sparsity and no λ are given: the run would be dense, and nothing decays"]
 
     def _groups_table(self) -> str:
-        rows = [
-            (
-                kind.kind,
-                _counts(kind.counts),
-                " to ".join(f"{size:,}" for size in sorted({min(kind.sizes), max(kind.sizes)})) if kind.sizes else "",
-                "; ".join([*kind.removals, *([kind.reason] if kind.reason else [])])
-                if kind.counts
-                else f"none: {kind.reason}",
+        rows: dict[tuple[str, ...], list[str]] = {}
+        heads = next((kind for kind in self.groups if kind.kind == "heads"), None)
+        for kind in self.groups:
+            outcome = "; ".join(filter(None, [*kind.removals, kind.reason])) if kind.counts else f"none: {kind.reason}"
+            if kind.kind == "kv_groups" and kind.counts and replace(kind, kind="heads") == heads:
+                outcome = "the same as heads"
+            sizes = (
+                " to ".join(f"{size:,}" for size in sorted({min(kind.sizes), max(kind.sizes)})) if kind.sizes else ""
             )
-            for kind in self.groups
-        ]
-        dead = "the target's" if any(target.groups for target in self.targets) else "half"
+            # Kinds that are not there for one reason share a row.
+            rows.setdefault((_counts(kind.counts), sizes, outcome), []).append(kind.kind)
+        dead = "half (or the target's)" if any(target.groups for target in self.targets) else "half"
         column = f"--shrink, if {dead} are zero"
         return table_text(
-            "Groups of weights that can be pruned as wholes (groups=, --groups), and lp-dist export --shrink",
+            "Groups of weights that can be pruned as wholes (--groups), and what lp-dist export --shrink then cuts",
             ("kind", "groups", "weights each", column),
-            rows,
+            ((", ".join(kinds), *cells) for cells, kinds in rows.items()),
             texts=(column,),
-            no_wrap=("kind",),
             width=WIDTH,
         )
 
@@ -688,7 +687,7 @@ def _group_kinds(module: nn.Module, targeted: list[WeightGroups], counts: dict[s
             else ([], "groups of your own: it is not known how to remove them")
         )
         if kind in _FEED_FORWARD and reason:
-            removals = removals + _with_the_other(module, kind, dead, recognised)
+            reason += _with_the_other(module, kind, dead, recognised)
         reason = "; ".join(filter(None, [reason, *left_out.get(kind, [])]))
         kinds.append(
             GroupKind(
@@ -740,13 +739,15 @@ def _foreseen(
         )
     if not removed:
         return [], f"no: {'; '.join(reasons)}"
-    return [_removed(removal, is_single=len(removed) == 1) for removal in removed], "; ".join(reasons)
+    lines = _removed(removed)
+    return lines, f"not all: {'; '.join(reasons)}" if reasons else ""
 
 
 def _with_the_other(
     module: nn.Module, kind: str, dead: dict[str, int], recognised: dict[str, list[WeightGroups]]
-) -> list[str]:
-    """What --shrink would remove if channels of both kinds were dead: shared experts may have the width of the others.
+) -> str:
+    """Whether --shrink would cut all modules if channels of both kinds were dead, as the end of a sentence: shared
+    experts may have the width of the others.
 
     Args:
         module: the model.
@@ -757,13 +758,9 @@ def _with_the_other(
     other = next(other for other in _FEED_FORWARD if other != kind)
     half = {groups.label: min(groups.count // 2, groups.removable) for groups in recognised.get(other, [])}
     cls = plain_class(module)
-    if not half or cls is None:
-        return []
-    alone, together = (
-        sum(removal.removed for removal in foreseen_removals(cls, module.config, counts, recognised).removals)
-        for counts in (half, dead | half)
-    )
-    return [f"together with {other}: {together - alone:,} of {sum(dead.values()):,}"] if together > alone else []
+    if not half or cls is None or dead.keys() & foreseen_removals(cls, module.config, dead | half, recognised).uncut:
+        return ""
+    return f"; if {other} are pruned as well, all are cut"
 
 
 def _share_keys(dead: dict[str, int], recognised: dict[str, list[WeightGroups]]) -> bool:
@@ -773,14 +770,22 @@ def _share_keys(dead: dict[str, int], recognised: dict[str, list[WeightGroups]])
     return any(shared.get(groups.name, groups.count) < groups.count for groups in heads)
 
 
-def _removed(removal: Removal, is_single: bool) -> str:
-    before, after = (
-        f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
-        for counts in (removal.before, removal.after)
-    )
-    what = "" if is_single else f" {removal.what}"
-    where = f"each of {len(removal.before):,} {removal.where}" if len(removal.before) > 1 else "one layer"
-    return f"{before} → {after}{what} in {where}"
+def _removed(removals: list[Removal]) -> list[str]:
+    """What is removed, a line for each kind and width."""
+    layers: dict[tuple[str, str, str], int] = {}
+    for removal in removals:
+        before, after = (
+            f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+            for counts in (removal.before, removal.after)
+        )
+        key = removal.what, f"{before} → {after}", removal.where
+        layers[key] = layers.get(key, 0) + len(removal.before)
+    has_kinds = len({what for what, _, _ in layers}) > 1
+    return [
+        f"{widths}{f' {what}' if has_kinds else ''} in "
+        + (f"each of {count:,} {where}" if count > 1 else f"one of the {where}")
+        for (what, widths, where), count in layers.items()
+    ]
 
 
 def _counts(counts: list[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +92,25 @@ class PlanLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        explanation = explain(
-            self._model,
-            self._targets or None,
-            names=self._names,
-            overrides=self._decay_args.parsed_overrides(),
-            weight_decay=args.weight_decay,
-            window=self._decay_args.window(),
-            total_steps=state.max_steps,
-            gpus=[args.world_size],
-            **memory_arguments(self._decay_args, args),
-            strategy=strategy_of(args) or "DDP",
-            groups=False,
-            all_zero=self._all_zero,
-        )
-        for line in explanation.short():
-            say(line)
-        say("All of it: lp-dist plan, with the same recipe and flags")
+        # What can't be reached is said by `attach`, on every rank.
+        with suppress(UsageError):
+            explanation = explain(
+                self._model,
+                self._targets or None,
+                names=self._names,
+                overrides=self._decay_args.parsed_overrides(),
+                weight_decay=args.weight_decay,
+                window=self._decay_args.window(),
+                total_steps=state.max_steps,
+                gpus=[args.world_size],
+                **memory_arguments(self._decay_args, args),
+                strategy=strategy_of(args) or "DDP",
+                groups=False,
+                all_zero=self._all_zero,
+            )
+            for line in explanation.short():
+                say(line)
+            say("In full: lp-dist plan, with the same recipe and flags")
 
 
 def memory_arguments(decay_args: arguments.DecayArguments, args: TrainingArguments) -> dict[str, Any]:
