@@ -269,16 +269,18 @@ class Explanation:
         for choice in self.choices:
             if not choice.decays:
                 dense[choice.reason] = dense.get(choice.reason, 0) + choice.weights
-        lines = [self._totals()]
+        lines = [f"Plan: {self._totals()}"]
         if dense:
             lines.append("Dense stay " + ", ".join(f"{weights:,} ({reason})" for reason, weights in dense.items()))
         lines += self._course()
-        lines += [
-            f"Training state: {_in_unit(need.device, *_unit([need]))} {_unit([need])[1]} on each of {need.gpus}"
-            f" {'GPU' if need.gpus == 1 else 'GPUs'} by {need.strategy}, without activations"
-            for need in self.memory
-            if need.strategy == self.strategy
-        ]
+        for need in self.memory:
+            if need.strategy == self.strategy:
+                scale, unit = _unit([need])
+                host = f" and {_in_unit(need.host, scale)} {unit} of its host" if need.host else ""
+                ranks = "" if need.gpus == 1 else f" on each of {need.gpus} ranks by {need.strategy}"
+                lines.append(
+                    f"Training state: {_in_unit(need.device, scale)} {unit}{host}{ranks}; activations come on top"
+                )
         return lines
 
     def __str__(self) -> str:
@@ -330,9 +332,7 @@ class Explanation:
         if self.targets:
             return [f"Target: {target}" for target in self.targets]
         if self.window is not None:
-            return [
-                f"λ = {self.weight_decay:g} acts in {self.window}; how many weights become zero is not known before"
-            ]
+            return [f"λ = {self.weight_decay:g} acts {self.window}; how many weights become zero is not known before"]
         return ["No sparsity and no λ are given: the run would be dense, and nothing decays"]
 
     def _groups_table(self) -> str:
@@ -363,7 +363,7 @@ class Explanation:
         rows = []
         for strategy in dict.fromkeys(need.strategy for need in self.memory):
             cells = [
-                _in_unit(need.device, scale, unit) + (f" + {_in_unit(need.host, scale, unit)}" if need.host else "")
+                _in_unit(need.device, scale) + (f" + {_in_unit(need.host, scale)}" if need.host else "")
                 for need in self.memory
                 if need.strategy == strategy
             ]
@@ -813,7 +813,7 @@ def _unit(needs: Sequence[StrategyMemory]) -> tuple[int, str]:
     return next(((scale, unit) for scale, unit in ((2**30, "GiB"), (2**20, "MiB")) if most >= scale), (2**10, "KiB"))
 
 
-def _in_unit(number: int, scale: int, unit: str) -> str:
+def _in_unit(number: int, scale: int) -> str:
     return f"{number / scale:,.2f}"
 
 
