@@ -333,7 +333,7 @@ class Explanation:
             return [f"Target: {target}" for target in self.targets]
         if self.window is not None:
             return [f"λ = {self.weight_decay:g} acts {self.window}; how many weights become zero is not known before"]
-        return ["No sparsity and no λ are given: the run would be dense, and nothing decays"]
+        return ["No sparsity and no λ are given, so the run would be dense; with one of them this decays"]
 
     def _groups_table(self) -> str:
         rows: dict[tuple[str, ...], list[str]] = {}
@@ -423,12 +423,12 @@ def explain(
     """
     module = unwrap(model)
     weight_target, group_target = split_targets(target)
-    if (weight_target or group_target) and weight_decay > 0:
-        raise UsageError(
-            f"weight_decay={weight_decay:g} is given as well as a target, which finds λ by itself; leave one of them"
-            " out"
-        )
     overrides = overrides or {}
+    given = [weight_decay, *(values.get("weight_decay", 0.0) for values in overrides.values())]
+    if (weight_target or group_target) and max(given) > 0:
+        raise UsageError(
+            f"weight_decay={max(given):g} is given as well as a target, which finds λ by itself; leave one of them out"
+        )
     chosen = _choices(module, names, overrides, include_embeddings, all_zero, weight_decay)
     notes = _notes(module, chosen, all_zero)
     if isinstance(weight_target, PatternTarget):
@@ -456,7 +456,7 @@ def explain(
         counts = {} if group_target is None else groups_to_prune(group_budget(group_target), sets, total)
         kinds = _group_kinds(module, sets, counts)
     lambda_window = None
-    if not targets and (weight_decay > 0 or any(values.get("weight_decay", 0) > 0 for values in overrides.values())):
+    if not targets and max(given) > 0:
         steps = (None, None) if total_steps is None else (window or DecayWindow()).steps(total_steps)
         lambda_window = StepWindow(
             0.0 if window is None else window.start, 1.0 if window is None else window.end, *steps, total_steps
@@ -739,7 +739,9 @@ def _foreseen(
         )
     if not removed:
         return [], f"no: {'; '.join(reasons)}"
-    lines = _removed(removed)
+    lines = _removed(
+        removed, [groups.count for kind in recognised.values() for groups in kind if groups.label in dead]
+    )
     return lines, f"not all: {'; '.join(reasons)}" if reasons else ""
 
 
@@ -770,8 +772,13 @@ def _share_keys(dead: dict[str, int], recognised: dict[str, list[WeightGroups]])
     return any(shared.get(groups.name, groups.count) < groups.count for groups in heads)
 
 
-def _removed(removals: list[Removal]) -> list[str]:
-    """What is removed, a line for each kind and width."""
+def _removed(removals: list[Removal], counts: list[int]) -> list[str]:
+    """What is removed, a line for each kind and width.
+
+    Args:
+        removals: of some groups.
+        counts: how many groups there are in each module.
+    """
     layers: dict[tuple[str, str, str], int] = {}
     for removal in removals:
         before, after = (
@@ -780,10 +787,11 @@ def _removed(removals: list[Removal]) -> list[str]:
         )
         key = removal.what, f"{before} → {after}", removal.where
         layers[key] = layers.get(key, 0) + len(removal.before)
-    has_kinds = len({what for what, _, _ in layers}) > 1
+    # Of heads that share keys and values, groups of heads may be removed.
+    has_kinds = sorted(number for removal in removals for number in removal.before) != sorted(counts)
     return [
         f"{widths}{f' {what}' if has_kinds else ''} in "
-        + (f"each of {count:,} {where}" if count > 1 else f"one of the {where}")
+        + (f"each of {count:,} {where}" if count > 1 else "one module")
         for (what, widths, where), count in layers.items()
     ]
 

@@ -63,6 +63,10 @@ def plan(
     )
     if args.max_steps <= 0 and (explanation.targets or explanation.window):
         notes.append("How many steps the run has is known from its data; --max_steps says it here.")
+    if decay_args.teacher is not None:
+        notes.append("The teacher's weights come on top of the memory.")
+    if model_args.dtype != "float32":
+        notes.append("The memory is that of fp32 master weights, as --dtype float32 keeps them.")
     explanation.notes.extend(notes)
     return explanation
 
