@@ -330,7 +330,8 @@ class Explanation:
     def _course(self) -> list[str]:
         """The targets or the λ, a line each."""
         if self.targets:
-            return [f"Target: {target}" for target in self.targets]
+            among = "; the zeros of the groups count as well" if len(self.targets) > 1 else ""
+            return [f"Target: {target}{among if not target.groups else ''}" for target in self.targets]
         if self.window is not None:
             return [f"λ = {self.weight_decay:g} acts {self.window}; how many weights become zero is not known before"]
         return ["No sparsity and no λ are given, so the run would be dense; with one of them this decays"]
@@ -541,16 +542,29 @@ def _notes(module: nn.Module, chosen: list[ParameterChoice], all_zero: Collectio
 
 def _with_blocks(module: nn.Module, chosen: list[ParameterChoice], pattern: str) -> list[ParameterChoice]:
     """The choices where what can't have blocks of a pattern stays dense."""
-    m = nm.parse_pattern(pattern)[1]
+    decaying = [choice.name for choice in chosen if choice.decays]
+    reasons = _reasons_without_blocks(module, decaying, pattern)
+    if decaying and len(reasons) == len(decaying):
+        name = decaying[0]
+        raise UsageError(
+            f"no parameter that decays can have pattern={pattern!r}, {name} and others: {reasons[name]}. Name others"
+            " (names=), or leave the pattern out"
+        )
+    return [
+        replace(choice, decays=False, reason=f"no {pattern} blocks: {reasons[choice.name]}")
+        if choice.name in reasons
+        else choice
+        for choice in chosen
+    ]
+
+
+def _reasons_without_blocks(module: nn.Module, names: Iterable[str], pattern: str) -> dict[str, str]:
+    """{name: why it has no blocks}, of those of the parameters that have none."""
     owners = {id(param): child for child in module.modules() for param in child.parameters(recurse=False)}
     params = dict(module.named_parameters())
-    results = []
-    for choice in chosen:
-        reason = why_no_blocks(owners[id(params[choice.name])], torch.Size(choice.shape), m) if choice.decays else None
-        results.append(
-            choice if reason is None else replace(choice, decays=False, reason=f"no {pattern} blocks: {reason}")
-        )
-    return results
+    m = nm.parse_pattern(pattern)[1]
+    reasons = {name: why_no_blocks(owners[id(params[name])], full_shape(params[name]), m) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 # -- targets ------------------------------------------------------------------
