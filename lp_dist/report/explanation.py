@@ -496,14 +496,14 @@ def _choices(
     results = []
     for name, param in params.items():
         decays, reason = by_rules[name].decays, by_rules[name].reason.value
-        own = values.get(name, {}).get("weight_decay")
+        strength = values.get(name, {}).get("weight_decay")
         if named is not None and (name in named) != decays:
             decays, reason = name in named, NAMED if name in named else NOT_NAMED
-        if not decays and own:
+        if not decays and strength:
             decays, reason = True, NAMED
         if decays and not param.requires_grad:
             decays, reason = False, FROZEN
-        if decays and own == 0.0:
+        if decays and strength == 0.0:
             decays, reason = False, OVERRIDDEN
         if name in (all_zero or ()) or (all_zero is None and decays and _is_all_zero(param)):
             decays, reason = False, ALL_ZEROS if decays or reason == NOT_NAMED else reason
