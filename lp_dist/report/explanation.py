@@ -532,11 +532,11 @@ def _notes(module: nn.Module, chosen: list[ParameterChoice], all_zero: Collectio
     frozen = [choice for choice in chosen if choice.reason == FROZEN]
     if frozen:
         notes.append("The memory is that of a run in which all parameters are trained.")
-    if all_zero is None and not all(map(_is_known, module.parameters())):
-        notes.append(
-            "Not known before the run: tensors that are all zeros stay dense as well, and the log names those that get"
-            " no gradient."
-        )
+    unseen = all_zero is None and not all(map(_is_known, module.parameters()))
+    notes.append(
+        f"Known in the run alone, and dense as well:{' tensors that are all zeros, and' * unseen} what gets no gradient"
+        " before the window. The log names it."
+    )
     return notes
 
 
