@@ -431,7 +431,7 @@ def explain(
             f"weight_decay={max(given):g} is given as well as a target, which finds λ by itself; leave one of them out"
         )
     chosen = _choices(module, names, overrides, include_embeddings, all_zero, weight_decay)
-    notes = _notes(module, chosen, all_zero)
+    notes = _notes(module, chosen, all_zero, bool(weight_target or group_target))
     if isinstance(weight_target, PatternTarget):
         chosen = _with_blocks(module, chosen, weight_target.pattern)
     total = sum(choice.weights for choice in chosen)
@@ -520,7 +520,9 @@ def _is_all_zero(param: torch.Tensor) -> bool:
     return _is_known(param) and param.numel() > 0 and int(count_zeros(param.detach())) == param.numel()
 
 
-def _notes(module: nn.Module, chosen: list[ParameterChoice], all_zero: Collection[str] | None) -> list[str]:
+def _notes(
+    module: nn.Module, chosen: list[ParameterChoice], all_zero: Collection[str] | None, has_target: bool
+) -> list[str]:
     notes = []
     foreign = [choice for choice in chosen if choice.decays and choice.reason == Reason.FOREIGN_MATRIX.value]
     if foreign:
@@ -532,11 +534,13 @@ def _notes(module: nn.Module, chosen: list[ParameterChoice], all_zero: Collectio
     frozen = [choice for choice in chosen if choice.reason == FROZEN]
     if frozen:
         notes.append("The memory is that of a run in which all parameters are trained.")
-    unseen = all_zero is None and not all(map(_is_known, module.parameters()))
-    notes.append(
-        f"Known in the run alone, and dense as well:{' tensors that are all zeros, and' * unseen} what gets no gradient"
-        " before the window. The log names it."
-    )
+    later = []
+    if all_zero is None and not all(map(_is_known, module.parameters())):
+        later.append("what is all zeros")
+    if has_target:
+        later.append("what gets no gradient before the window")
+    if later:
+        notes.append(f"Stays dense as well, and is known in the run alone: {', and '.join(later)}. The log names it.")
     return notes
 
 

@@ -292,22 +292,22 @@ def _layout(module: nn.Module, shapes: dict[str, tuple[int, ...]], call: _Call, 
     return layout
 
 
-def _touched_indices(touched: Tensor) -> list[set[int]]:
-    """The indices along each dimension at which an element is touched."""
+def _touched_indices(touched: Tensor) -> list[Tensor]:
+    """Along each dimension, (size,) bool: at which indices an element is touched."""
+    dims = range(touched.ndim)
     return [
-        {*touched.movedim(dim, 0).reshape(size, -1).any(1).nonzero().flatten().tolist()}
-        for dim, size in enumerate(touched.shape)
+        touched.any(dim=[other for other in dims if other != dim]) if touched.ndim > 1 else touched for dim in dims
     ]
 
 
-def _sets_of(name: str, shape: tuple[int, ...], by_head: list[list[set[int]]]) -> tuple[int, list[set[int]]] | None:
+def _sets_of(name: str, shape: tuple[int, ...], by_head: list[list[Tensor]]) -> tuple[int, list[set[int]]] | None:
     """The dimension along which a parameter is divided among the heads, and the indices of each; None where all heads
     use all of it.
     """
     for dim, size in enumerate(shape):
-        sets = [indices[dim] for indices in by_head]
-        if all(len(indices) == size for indices in sets):
+        if all(bool(indices[dim].all()) for indices in by_head):
             continue
+        sets = [{*indices[dim].nonzero().flatten().tolist()} for indices in by_head]
         if not any(sets):
             raise LayoutError(f"it is not known what {name} does to the heads")
         if set().union(*sets) != {*range(size)}:
