@@ -47,6 +47,10 @@ WIDTH = 100
 # Kinds whose widths may be one entry of the configuration.
 _FEED_FORWARD = ("channels", "expert_channels")
 _GPUS = (1, 8, 64)
+_SHARED = (
+    "several heads share keys and values, and each group of them must lose as many heads, which is not likely;"
+    " kv_groups prunes these groups"
+)
 
 
 @dataclass(frozen=True)
@@ -747,14 +751,12 @@ def _foreseen(
         return [], f"not known: {error}"
     removed = [removal for removal in foreseen.removals if removal.removed]
     # Without a reason it is the rest of what another line has removed.
+    of_heads = any(groups.label in dead for groups in recognised.get("heads", []))
     reasons = dict.fromkeys(
-        removal.why for removal in foreseen.removals if removal.why and removal.removed < sum(removal.dead)
+        _SHARED if of_heads and "groups" in removal.what else removal.why
+        for removal in foreseen.removals
+        if removal.why and removal.removed < sum(removal.dead)
     )
-    if not removed and _share_keys(dead, recognised):
-        return [], (
-            "no: several heads share keys and values, and each group of them must lose as many heads, which is not"
-            " likely; kv_groups prunes these groups"
-        )
     if not removed:
         return [], f"no: {'; '.join(reasons)}"
     lines = _removed(
@@ -781,13 +783,6 @@ def _with_the_other(
     if not half or cls is None or dead.keys() & foreseen_removals(cls, module.config, dead | half, recognised).uncut:
         return ""
     return f"; if {other} are pruned as well, all are cut"
-
-
-def _share_keys(dead: dict[str, int], recognised: dict[str, list[WeightGroups]]) -> bool:
-    """Whether these are query heads of which several read one head of keys and values."""
-    shared = {groups.name: groups.count for groups in recognised.get("kv_groups", [])}
-    heads = [groups for groups in recognised.get("heads", []) if groups.label in dead]
-    return any(shared.get(groups.name, groups.count) < groups.count for groups in heads)
 
 
 def _removed(removals: list[Removal], counts: list[int]) -> list[str]:
