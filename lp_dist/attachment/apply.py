@@ -75,7 +75,7 @@ def apply_plan(model: Any, plan: Plan) -> Attachment:
     """
     undo_dry_step(plan.engine_optimizer)
     attached_state = plan.attachable.attached
-    parameter_map = _parameter_map(plan.shards)
+    parameter_map = _parameter_map(plan.shards, plan.blocks.input_dims)
     for name, values in plan.overrides.items():
         parameter_map.set(name, **values)
     if plan.weight_target is None and not steps_taken(plan.optimizer):
@@ -183,35 +183,52 @@ def _make_weights(
         logger.info(
             "no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0]
         )
-    stacks = frozenset(expert_stacks(plan.model))
-    controller = WeightController(plan.weight_target, run, parameter_map, candidates, left_out, stacks)
+    controller = WeightController(
+        plan.weight_target,
+        run,
+        parameter_map,
+        candidates,
+        left_out,
+        stacks=frozenset(expert_stacks(plan.model)),
+        without_blocks=sum(plan.blocks.left_out.values()),
+    )
     if group_controller is not None:
         group_controller.check_order(controller)
         group_controller.check_room(controller)
     return controller
 
 
-def _parameter_map(shards: list[Shard]) -> ParameterMap:
+def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> ParameterMap:
     """Which parameter each part of a tensor belongs to, and which N:M blocks lie on several ranks. One exchange, of
     where shards begin inside of a block.
+
+    Args:
+        shards: of all parameters.
+        input_dims: {name: dimension of inputs}, of the parameters with blocks.
     """
     parameter_map = ParameterMap()
     slices: dict[Tensor, list[ParamSlice]] = {}
     names: dict[Tensor, list[str]] = {}
     for shard in shards:
-        param_slice = ParamSlice(shard.name, shard.offset, shard.length, shard.start, shard.shape)
+        inputs = input_dims.get(shard.name)
+        param_slice = ParamSlice(shard.name, shard.offset, shard.length, shard.start, shard.shape, inputs)
         slices.setdefault(shard.tensor, []).append(param_slice)
         names.setdefault(shard.tensor, []).append(shard.name)
     parameter_map.replace(slices)
+    strides = {
+        shard.name: nm.block_stride(shard.shape, input_dims[shard.name])
+        for shard in shards
+        if shard.name in input_dims
+    }
     inside_of_blocks = [
         (shard.name, shard.start)
         for shard in shards
-        if shard.length and len(shard.shape) == 2 and (shard.start or 0) % nm.LARGEST_BLOCK
+        if shard.length and shard.name in strides and (shard.start or 0) % (nm.LARGEST_BLOCK * strides[shard.name])
     ]
     starts: dict[str, list[int]] = {}
     for name, start in (pair for of_rank in all_gather_objects(inside_of_blocks) for pair in of_rank):
         starts.setdefault(name, []).append(start)
-    parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max) if starts else None
+    parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max, strides) if starts else None
     return parameter_map
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lp_dist.attachment.cuttable import cuttable_groups
-from lp_dist.attachment.nm_blocks import check_blocks
+from lp_dist.attachment.nm_blocks import BlockPlan, plan_blocks
 from lp_dist.errors import UsageError
 from lp_dist.optim.attachable import Attachable
 from lp_dist.optim.base import LpOptimizer
@@ -83,6 +83,7 @@ class Plan:
         scheduled: values of group keys that the caller sets at some step.
         first_step: steps that the run has behind it.
         is_stepped_each_step: whether the scheduler is known to be stepped at each optimizer step.
+        blocks: of N:M patterns. Parameters that are left out of one are overridden not to decay.
     """
 
     model: nn.Module
@@ -101,6 +102,7 @@ class Plan:
     scheduled: dict[str, Container]
     first_step: int
     is_stepped_each_step: bool
+    blocks: BlockPlan = field(default_factory=BlockPlan)
 
     def values_of(self, shard: Shard) -> dict[str, Any]:
         """The hyperparameters that the script asks for, for one parameter."""
@@ -207,12 +209,7 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         for shard in shards:
             group = {**inner.param_groups[shard.group], **requested[shard.group]}
             attachable.check({**group, **weight_target.form(), **overrides.get(shard.name, {})})
-    candidates = {shard.name for shard in plan.candidates()} if weight_target is not None else set()
-    check_blocks(
-        module,
-        [(shard, plan.values_of(shard)) for shard in shards if plan.decays_by_hand(shard) or shard.name in candidates],
-        weight_target.pattern if weight_target is not None else None,
-    )
+    plan = _with_blocks(plan)
     if group_request is None:
         return plan
     sets = resolve_groups(module, group_request.groups)
@@ -220,6 +217,23 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
         cuttable = cuttable_groups(module, group_request, sets)
         group_request, sets = cuttable.target, cuttable.sets
     return replace(plan, sets=sets, group_request=_group_form(plan, group_request, sets))
+
+
+def _with_blocks(plan: Plan) -> Plan:
+    """The plan with the blocks of N:M patterns, and without decay of what can have none."""
+    target = plan.weight_target
+    # A λ that is 0 now may be set at some step.
+    candidates = {shard.name for shard in plan.candidates()}
+    decaying = [
+        (shard, plan.values_of(shard))
+        for shard in plan.shards
+        if plan.decays_by_hand(shard) or shard.name in candidates
+    ]
+    blocks = plan_blocks(plan.model, decaying, target.pattern if target is not None else None)
+    overrides = dict(plan.overrides)
+    for name in blocks.left_out:
+        overrides[name] = {**overrides.get(name, {}), "weight_decay": 0.0}
+    return replace(plan, overrides=overrides, blocks=blocks)
 
 
 def verify(optimizer: Any) -> Optimizer:

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from lp_dist.checkpoints.entries import read_json
 from lp_dist.checkpoints.hf_names import HfTensor, build_on_meta, in_dtype, model_class, name_map
+from lp_dist.checkpoints.saved_slices import SavedSlice, saved_slices
 from lp_dist.errors import UsageError
-from lp_dist.export.saved_slices import SavedSlice, saved_slices
-from lp_dist.structured.groups import Member, WeightGroups
+from lp_dist.structured.dead_groups import ReadingWeights
+from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.removal import WORDS, Removal, plan_removals
 from lp_dist.structured.resolve import recognised_groups
 from lp_dist.structured.widths import Widths
@@ -343,49 +344,9 @@ def find_dead(
         tensors: of the checkpoint.
         dtype: as of `shrink_plan`.
     """
-    # Of each parameter that reads: along which dimensions it is to be known which lines are zero.
-    dims: dict[str, set[tuple[int, ...]]] = {}
-    for groups in sets:
-        for member in groups.members:
-            if member.reads:
-                dims.setdefault(member.name, set()).add(_dims(member))
-    saved_as = {saved.name: (name, saved) for name in dims for saved in slices[name]}
-    nonzero: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    for name, all_dims in dims.items():
-        for along in all_dims:
-            sizes = [max(int(saved.indices[dim].max()) for saved in slices[name]) + 1 for dim in along]
-            nonzero[name, along] = torch.zeros(sizes, dtype=torch.bool)
-    reading = [tensor for tensor in tensors if saved_as.keys() & tensor.shapes.keys()]
+    readers = ReadingWeights(sets, slices)
+    reading = [tensor for tensor in tensors if readers.file_names & tensor.shapes.keys()]
     for hf_tensor in tqdm(reading, desc="Looking for dead groups"):
         for file_name, tensor in hf_tensor.read().items():
-            name, saved = saved_as.get(file_name, (None, None))
-            if name is None or saved is None:
-                continue
-            for along in dims[name]:
-                table = nonzero[name, along]
-                lines = _nonzero_lines(in_dtype(tensor, dtype), [saved.along[dim] for dim in along])
-                index = torch.meshgrid(*(saved.indices[dim] for dim in along), indexing="ij")
-                table[index] |= lines.view(index[0].shape)
-    dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in sets}
-    for groups in sets:
-        for member in groups.members:
-            if member.reads:
-                lines = nonzero[member.name, _dims(member)]
-                lines = lines if member.expert is None else lines[member.expert]
-                zero = ~lines[member.start : member.stop].view(-1, member.width).any(dim=1)
-                dead[groups.label][member.first : member.first + len(zero)] &= zero
-    return dead
-
-
-def _dims(member: Member) -> tuple[int, ...]:
-    """The dimensions along which it is to be known which lines of a parameter are zero."""
-    return (member.dim,) if member.expert is None else (0, member.dim)
-
-
-def _nonzero_lines(tensor: Tensor, along: list[int | None]) -> Tensor:
-    """Which indices along these dimensions have a weight that is not zero; bool, in their order."""
-    kept = [dim for dim in along if dim is not None]
-    others = [dim for dim in range(tensor.ndim) if dim not in kept]
-    # Without a tensor of bools as large as the weights.
-    lines = (tensor.amax(others) != 0) | (tensor.amin(others) != 0) if others else tensor != 0
-    return lines.permute([sorted(kept).index(dim) for dim in kept]) if len(kept) > 1 else lines
+            readers.add(file_name, in_dtype(tensor, dtype))
+    return readers.dead()

@@ -78,7 +78,8 @@ class ModuleCode:
 
     Args:
         uses: {parameter: what is done with it}.
-        products: {parameter: how it enters a product}, where that can be told.
+        products: {parameter: how it enters a product}, where that can be told. Of several ways the first.
+        unclear: the parameters that enter products in several ways, by different branches of the code perhaps.
         choosing: submodules and parameters whose outputs are ranked, to choose what acts next.
         feeding: submodules and parameters whose outputs go into another one.
         feeding_themselves: those whose outputs go into themselves, as those of a stack of layers.
@@ -87,6 +88,7 @@ class ModuleCode:
 
     uses: dict[str, set[Use]] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
+    unclear: set[str] = field(default_factory=set)
     choosing: set[str] = field(default_factory=set)
     feeding: set[str] = field(default_factory=set)
     feeding_themselves: set[str] = field(default_factory=set)
@@ -583,7 +585,11 @@ class _Reader:
         rest = [dim for dim in range(view.ndim) if dim not in (dims[at], outputs)]
         product = Product(dims[at], outputs, rest[0] if len(rest) == 1 else None)
         if len(rest) <= 1:
-            self.code.products.setdefault(view.path, product)
+            self._note_product(view.path, product)
+
+    def _note_product(self, path: str, product: Product) -> None:
+        if self.code.products.setdefault(path, product) != product:
+            self.code.unclear.add(path)
 
     def _call_module(self, modules: tuple[tuple[str, nn.Module], ...], args: list[Value]) -> Value:
         """The output of submodules. Those without matrices (activations, norms) hand on what they get."""
@@ -690,6 +696,10 @@ class _Reader:
     def _function(self, target: Any, args: list[Value], kwargs: dict[str, Value], name: str) -> Value:
         """A call of a function that is there already."""
         everything = [*args, *kwargs.values()]
+        # DeepSpeed's ZeRO-3 puts a function of its own in the place of torch's linear.
+        replaced = next((key for key in _MULTIPLYING if target is getattr(nn.functional, key, None)), None)
+        if replaced is not None:
+            return self._operation(replaced, args, kwargs)
         home = getattr(target, "__module__", None) or ""
         if home.split(".")[0] == "torch" or isinstance(target, types.BuiltinFunctionType):
             return self._operation(getattr(target, "__name__", name), args, kwargs)
@@ -738,7 +748,7 @@ class _Reader:
         is_transposed = "transpose" in name
         for view in given["weight"].views:
             self._use(view, Use.PRODUCT)
-            self.code.products.setdefault(view.path, Product(int(not is_transposed), int(is_transposed)))
+            self._note_product(view.path, Product(int(not is_transposed), int(is_transposed)))
             self._feed(given["input"].makers, view.path)
         labels = frozenset(view.path for view in given["weight"].views)
         return Value(makers=labels or given["input"].makers, is_input=True)
@@ -773,7 +783,7 @@ class _Reader:
                 if not experts and len(outputs) == 2:
                     experts = [outputs.pop(0)]
                 if len(inputs) == len(outputs) == 1 and len(experts) <= 1:
-                    self.code.products.setdefault(view.path, Product(inputs[0], outputs[0], *experts))
+                    self._note_product(view.path, Product(inputs[0], outputs[0], *experts))
         for label in labels:
             self._feed(makers, label)
         return Value(makers=frozenset(labels) or makers, is_input=True)

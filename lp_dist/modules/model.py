@@ -30,7 +30,8 @@ class ModelCode:
 
     Args:
         uses: {parameter: what is done with it}; empty where no code that can be read uses it.
-        products: {parameter: how it enters a matrix product}, where that is known.
+        products: {parameter: how it enters a matrix product}, where that is known. Of several ways the first.
+        unclear: the parameters that enter products in several ways.
         heads: the parameters of the modules whose outputs the model returns, behind all others.
         routers: the parameters whose products choose which experts or tokens take part.
         foreign: {parameter: class of the module that has it}, of modules that are none of torch's.
@@ -38,9 +39,15 @@ class ModelCode:
 
     uses: dict[str, set[Use]] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
+    unclear: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     routers: set[str] = field(default_factory=set)
     foreign: dict[str, str] = field(default_factory=dict)
+
+    def note_product(self, name: str, product: Product) -> None:
+        """Takes note of how a parameter enters a product."""
+        if self.products.setdefault(name, product) != product:
+            self.unclear.add(name)
 
 
 def read_model(model: nn.Module) -> ModelCode:
@@ -59,7 +66,7 @@ def read_model(model: nn.Module) -> ModelCode:
             if known and len(full_shape(param)) > 1:
                 reading.uses[names[id(param)]].add(Use.PRODUCT if isinstance(module, _MATRIX_MODULES) else Use.LOOKUP)
                 if (product := _product_of(module, name)) is not None:
-                    reading.products.setdefault(names[id(param)], product)
+                    reading.note_product(names[id(param)], product)
             elif not known:
                 reading.foreign.setdefault(names[id(param)], type(module).__name__)
         if known or type(module).__module__.startswith("torch.nn.") or not _has_parameters(module):
@@ -71,7 +78,9 @@ def read_model(model: nn.Module) -> ModelCode:
         for name, param in _parameters_of(module, code.uses):
             reading.uses.setdefault(names[id(param)], set()).update(code.uses[name])
             if name in code.products:
-                reading.products.setdefault(names[id(param)], code.products[name])
+                reading.note_product(names[id(param)], code.products[name])
+            if name in code.unclear:
+                reading.unclear.add(names[id(param)])
     reading.heads = {names[id(param)] for param in _head_parameters(model, codes, reading.products)}
     chosen_by = [*_chosen_by_code(model, codes), *_as_wide_as_experts(model, codes, reading)]
     reading.routers = {names[id(param)] for param in chosen_by}

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lp_dist.optim import decay, nm
 from lp_dist.optim.attachable import AttachedState
-from lp_dist.optim.batching import StepRow, batches, count_zeros, to_local
+from lp_dist.optim.batching import RowCopy, StepRow, batches, copies, count_zeros, to_local
 from lp_dist.optim.hyperparameters import acting_values, check_hyperparameters, plain_value
 from lp_dist.optim.kernels import dispatch
 from lp_dist.optim.latent import LatentWeights
@@ -199,22 +199,51 @@ class LpOptimizer(Optimizer):
         if not self.state and self.attached.attachment is None:
             self._warn_of_zeros()
         fused: dict[str, dispatch.ValuedRows] = {}
+        copied: list[RowCopy] = []
         for group in self.param_groups:
             self.check(group)
             if not self.attached.in_window:
                 refuse_unattended_window(group)
-            for values, rows in self._rows_by_values(group):
-                if self.implementation in (None, "fused"):
-                    rows = self._without_fused(values, rows, fused)
-                if self.implementation == "reference":
-                    for row in rows:
-                        self.update_rows(values, [row], self._reference)
-                else:
-                    for batch in batches(rows):
-                        self.update_rows(values, batch, self._foreach)
+            for values, rows in self._rows_by_values(group, copied):
+                if values.get("pattern"):
+                    rows = self._without_scattered(values, rows)
+                self._step_rows(values, rows, fused)
+        self._step_fused(fused)
+        for copy in copied:
+            copy.write_back()
+        return loss
+
+    def _step_rows(self, values: dict[str, Any], rows: list[StepRow], fused: dict[str, dispatch.ValuedRows]) -> None:
+        """Steps rows, all but those that the fused step takes: these are added to `fused`."""
+        if self.implementation in (None, "fused"):
+            rows = self._without_fused(values, rows, fused)
+        if self.implementation == "reference":
+            for row in rows:
+                self.update_rows(values, [row], self._reference)
+        else:
+            for batch in batches(rows):
+                self.update_rows(values, batch, self._foreach)
+
+    def _step_fused(self, fused: dict[str, dispatch.ValuedRows]) -> None:
         for device_type, valued_rows in fused.items():
             dispatch.step(device_type, self.kernel, valued_rows)
-        return loss
+
+    def _without_scattered(self, values: dict[str, Any], rows: list[StepRow]) -> list[StepRow]:
+        """Steps rows whose blocks don't lie one after the other, in copies in which they do, and returns the others.
+        So no value depends on the layout, or on where a shard ends.
+        """
+        others: list[StepRow] = []
+        for row in rows:
+            # A graph would repeat the step on the copies of its capture.
+            if row.weights.is_contiguous() or values["capturable"]:
+                others.append(row)
+                continue
+            for copy in copies(row):
+                fused: dict[str, dispatch.ValuedRows] = {}
+                self._step_rows(values, [copy.row], fused)
+                self._step_fused(fused)
+                copy.write_back()
+        return others
 
     def _warn_of_zeros(self) -> None:
         """Looks once, before the first step of all, for the zeros of a model that comes sparse; `attach` does so over
@@ -272,9 +301,11 @@ class LpOptimizer(Optimizer):
             _warn_once(device.type, reason)
         return reason
 
-    def _rows_by_values(self, group: dict[str, Any]) -> list[tuple[dict[str, Any], list[StepRow]]]:
+    def _rows_by_values(
+        self, group: dict[str, Any], copied: list[RowCopy]
+    ) -> list[tuple[dict[str, Any], list[StepRow]]]:
         """The group's rows, by the hyperparameters that hold for them. One list unless parameters override some, or
-        blocks lie on several ranks.
+        blocks lie on several ranks. Rows that are copies are added to `copied`.
         """
         params = [param for param in group["params"] if param.grad is not None]
         names = self._state_names(group)
@@ -297,13 +328,16 @@ class LpOptimizer(Optimizer):
                     by_values[id(overrides)] = values, []
                 values, rows = by_values[id(overrides)]
                 if values.get("pattern"):
-                    for param_slice in slices_in(parameter_map, param, weights, offset, length):
+                    inputs = values.get("input_dim")
+                    for param_slice in slices_in(parameter_map, param, weights, offset, length, inputs):
                         rows.extend(split_rows.complete_blocks(param_slice, values, param_row))
                 elif length == numel:
                     rows.append(param_row)
                 else:
                     rows.append(param_row.with_tensors(tuple(flat_view(t, offset, length) for t in param_row.tensors)))
-        return [*by_values.values(), *split_rows.divided(parameter_map, group, self._ranking_keys)]
+        divided = split_rows.divided(parameter_map, group, self._ranking_keys)
+        copied += split_rows.copies
+        return [*by_values.values(), *divided]
 
     def _ranking_keys(self, values: dict[str, Any], row: StepRow) -> Tensor:
         """What the entries of a row are ranked by in their blocks, by the very arithmetic that ranks a complete block.

@@ -12,6 +12,8 @@ from torch import Tensor
 # grow with the model. A multiple of every vector width, so that cutting a tensor into tiles changes no value.
 TILE_SIZE = {"cpu": 1 << 16}
 TILE_SIZE_ACCELERATOR = 1 << 24
+# Elements that are stepped in a copy at a time, where they lie in memory in another order than a step needs.
+COPIED_SIZE, COPIED_SIZE_ACCELERATOR = {"cpu": 1 << 18}, 1 << 22
 
 
 class StepRow(NamedTuple):
@@ -86,3 +88,51 @@ def _row_tiles(row: StepRow, limit: int) -> Iterator[StepRow]:
         # What can't be viewed flat is taken whole: correct, if larger.
         return iter((row,))
     return (row.with_tensors(tensors) for tensors in zip(*(t.view(-1).split(limit) for t in row.tensors)))
+
+
+class RowCopy(NamedTuple):
+    """A part of a row that is stepped in a copy, in which it lies in another order.
+
+    Args:
+        tensors: of the row, which are not to be stepped themselves; views of any strides.
+        positions: in the row, taken flat, of the elements that the copy has; int64. None: all, in the order of the
+            row's dimensions.
+        row: the copy; contiguous.
+    """
+
+    tensors: tuple[Tensor, ...]
+    positions: Tensor | None
+    row: StepRow
+
+    @classmethod
+    def of(cls, row: StepRow, positions: Tensor | None = None) -> RowCopy:
+        """A copy of a row, or of some elements of a contiguous one."""
+        copies = (t.contiguous() if positions is None else t.reshape(-1)[positions] for t in row.tensors)
+        return cls(row.tensors, positions, row.with_tensors(tuple(copies)))
+
+    def write_back(self) -> None:
+        """Writes the stepped weights and states to where they were copied from."""
+        stepped = zip((self.tensors[0], *self.tensors[2:]), (self.row.weights, *self.row.states))
+        for target, values in stepped:
+            if self.positions is None:
+                target.copy_(values)
+            else:
+                target.view(-1)[self.positions] = values
+
+
+def copies(row: StepRow) -> Iterator[RowCopy]:
+    """A row in contiguous copies of bounded size, in the order of its dimensions. The last one is never divided."""
+    limit = COPIED_SIZE.get(row.weights.device.type, COPIED_SIZE_ACCELERATOR)
+    for tensors in _parts_of_size(row.tensors, limit):
+        yield RowCopy.of(row.with_tensors(tensors))
+
+
+def _parts_of_size(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    shape = tensors[0].shape
+    dim = next((dim for dim in range(len(shape) - 1) if shape[dim] > 1), None)
+    if dim is None or tensors[0].numel() <= limit:
+        yield tensors
+        return
+    slice_size = tensors[0].numel() // shape[dim]
+    for chunks in zip(*(t.split(max(1, limit // slice_size), dim) for t in tensors)):
+        yield from _parts_of_size(chunks, limit)

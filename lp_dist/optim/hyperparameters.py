@@ -77,9 +77,9 @@ _WAY_OUT = {
 def check_hyperparameters(**values: Any) -> None:
     """Raises ValueError for the first value out of its range, with the value, the limit and the way out.
 
-    Knows lr, weight_decay, p, l2, cutoff, regrowth_below, precondition, latent, pattern, phase, lag, eps, momentum,
-    betas, nesterov; other keys are ignored. A tensor on an accelerator is not looked at, since that would make the
-    host wait for it.
+    Knows lr, weight_decay, p, l2, cutoff, regrowth_below, precondition, latent, pattern, input_dim, phase, lag, eps,
+    momentum, betas, nesterov; other keys are ignored. A tensor on an accelerator is not looked at, since that would
+    make the host wait for it.
     """
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -134,6 +134,14 @@ def _check_latent(latent: Any) -> None:
         )
 
 
+def _check_input_dim(input_dim: Any) -> None:
+    if input_dim is not None and not (type(input_dim) is int and input_dim >= 0):
+        raise ValueError(
+            f"input_dim={input_dim!r} must be the dimension of inputs, along which the blocks of a pattern lie: 1 for"
+            " [outputs, inputs], 0 for [inputs, outputs]; None where lp_dist.attach is to find it"
+        )
+
+
 _PHASES = frozenset(known.value for known in Phase)
 
 
@@ -152,6 +160,7 @@ _CHECKS = {
     "betas": _check_betas,
     "latent": _check_latent,
     "pattern": nm.check_pattern,
+    "input_dim": _check_input_dim,
     "phase": _check_phase,
 }
 

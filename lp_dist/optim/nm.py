@@ -1,5 +1,8 @@
-"""N:M sparsity: in each block of M consecutive inputs of a linear layer, the N weights of largest saliency do not
-decay.
+"""N:M sparsity: in each block of M consecutive inputs of a layer, the N weights of largest saliency do not decay.
+
+The weights of a block belong to one output, and of a convolution to one place of its kernel. In a matrix [outputs,
+inputs] they lie one after the other. In other layouts (inputs before outputs, as in GPT-2's Conv1D and the experts of
+some models; convolutions) they are `block_stride` elements apart, and as many blocks lie between each other.
 
 The saliency is that of the step (`decay.py`): of the weights before it, and preconditioned by the v̂ with which the
 step itself divides. Between equal ones the earlier is kept. Blocks are those of the parameter, whatever shards it. A
@@ -37,7 +40,17 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return (1, 1) if pattern == ALL_KEPT else PATTERNS[pattern]
 
 
-def why_no_blocks(shape: torch.Size, start: int | None, m: int) -> str | None:
+def block_stride(shape: torch.Size, inputs: int) -> int:
+    """How many elements apart two inputs lie that follow each other.
+
+    Args:
+        shape: of the whole parameter.
+        inputs: its dimension of inputs.
+    """
+    return math.prod(shape[inputs + 1 :])
+
+
+def why_no_blocks(shape: torch.Size, start: int | None, m: int, inputs: int | None, groups: int = 1) -> str | None:
     """Why a parameter has no blocks of M, or None where it has.
 
     Args:
@@ -45,11 +58,16 @@ def why_no_blocks(shape: torch.Size, start: int | None, m: int) -> str | None:
         start: the first element of the shard on this rank, the parameter taken flat; None if it is no contiguous
             range.
         m: weights of a block.
+        inputs: its dimension of inputs; None: not known.
+        groups: of a convolution, among which that dimension is divided.
     """
-    if len(shape) != 2:
-        return f"it has the shape {tuple(shape)}, and blocks are those of a matrix [outputs, inputs]"
-    if shape[-1] % m:
-        return f"its {shape[-1]} inputs are no multiple of {m}"
+    if inputs is None:
+        return f"it is not known which dimension of its shape {tuple(shape)} the inputs are"
+    if not 0 <= inputs < len(shape) or len(shape) < 2:
+        return f"it has the shape {tuple(shape)}, in which dimension {inputs} can't be the inputs of a matrix"
+    count = shape[inputs] // groups
+    if count % m:
+        return f"its number of inputs, {count}, is no multiple of {m}"
     if start is None:
         return "what lies on this rank is no contiguous range of it (rows in several strips)"
     return None
@@ -58,6 +76,10 @@ def why_no_blocks(shape: torch.Size, start: int | None, m: int) -> str | None:
 def split_at_blocks(start: int, length: int, m: int) -> tuple[int, int]:
     """Splits a range at the borders of blocks of M.
 
+    Args:
+        start: of the range, in the parameter taken flat.
+        length: of the range.
+        m: elements of a block. Where blocks lie between each other, of as many as lie so together.
     Returns:
         The elements that belong to a block which began before the range, and after them the elements in complete
         blocks. The rest of the range begins a block that ends after it.
@@ -131,10 +153,11 @@ class SplitBlocks:
 
     Args:
         starts: by parameter name, the elements (the parameter taken flat) with which some rank's shard begins inside
-            of a block of 8.
+            of a block of 8, or of several that lie between each other.
         names: by tensor that the optimizer steps, the parameters that lie in it on any rank, in one order on all
             ranks.
         all_reduce_max: gives the elementwise maximum over all ranks of an int64 tensor on the CPU.
+        strides: `block_stride` by parameter name, where it is not 1.
     """
 
     def __init__(
@@ -142,8 +165,9 @@ class SplitBlocks:
         starts: dict[str, list[int]],
         names: dict[Tensor, list[str]],
         all_reduce_max: Callable[[Tensor], Tensor],
+        strides: dict[str, int] | None = None,
     ) -> None:
-        self._starts, self._all_reduce_max = starts, all_reduce_max
+        self._starts, self._all_reduce_max, self._strides = starts, all_reduce_max, strides or {}
         self._names = WeakIdKeyDictionary()
         for tensor, in_tensor in names.items():
             self._names[tensor] = tuple(name for name in in_tensor if name in starts)
@@ -152,32 +176,37 @@ class SplitBlocks:
         """Parameters in `tensor` of which some block may lie on several ranks."""
         return self._names.get(tensor, ())
 
-    def kept(self, patterns: dict[str, tuple[int, int]], entries: list[BlockEntries]) -> list[list[bool]]:
+    def kept(self, patterns: dict[str, tuple[int, int]], entries: list[BlockEntries]) -> list[Tensor]:
         """Which of this rank's entries of split blocks are kept. One small reduction where there are such blocks, of
         eight numbers for each block.
 
         Args:
             patterns: N and M by name, of all parameters that take part; the same on every rank.
-            entries: of this rank.
+            entries: of this rank. All keys of one are of the same block, or of blocks that lie between each other.
         Returns:
-            For each of `entries`, a bool for each of its keys.
+            For each of `entries`, which of its keys; bool [entries], on the CPU.
         """
         places: dict[tuple[str, int], int] = {}
-        counts: list[int] = []
+        counts: list[Tensor] = []
+        blocks = 0
         for name, (n, m) in patterns.items():
-            for block in sorted({start // m for start in self._starts.get(name, ()) if start % m}):
-                places[name, block] = len(counts)
-                counts.append(n)
+            stride = self._strides.get(name, 1)
+            size = m * stride
+            for number in sorted({start // size for start in self._starts.get(name, ()) if start % size}):
+                places[name, number] = blocks
+                blocks += stride
+                counts.append(torch.full((stride,), n))
         if not counts:
             return []
-        table = torch.full((len(counts), LARGEST_BLOCK), _ABSENT, dtype=torch.int64)
-        at = [
-            LARGEST_BLOCK * places[name, i // m] + i % m
-            for name, first, keys in entries
-            for m in [patterns[name][1]]
-            for i in range(first, first + len(keys))
-        ]
-        if at:
+        table = torch.full((blocks, LARGEST_BLOCK), _ABSENT, dtype=torch.int64)
+        positions = [torch.zeros(0, dtype=torch.int64)]
+        for name, first, keys in entries:
+            m, stride = patterns[name][1], self._strides.get(name, 1)
+            index = torch.arange(first, first + len(keys))
+            block = places[name, first // (m * stride)] + index % stride
+            positions.append(LARGEST_BLOCK * block + index // stride % m)
+        at = torch.cat(positions)
+        if len(at):
             table.view(-1)[at] = torch.cat([keys.cpu() for _, _, keys in entries])
-        kept = is_kept(self._all_reduce_max(table), torch.tensor(counts)).reshape(-1)
-        return [flags.tolist() for flags in kept[at].split([len(keys) for _, _, keys in entries])]
+        kept = is_kept(self._all_reduce_max(table), torch.cat(counts)).reshape(-1)
+        return list(kept[at].split([len(keys) for _, _, keys in entries]))

@@ -1,10 +1,11 @@
 """What an N:M pattern makes of a step's rows. Complete blocks are rows like others; entries of blocks that lie on
-several ranks are rows of their own.
+several ranks are rows of their own. Where the weights of a block don't lie one after the other, rows are views whose
+last dimension is that of the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lp_dist.optim import decay, nm
-from lp_dist.optim.batching import StepRow
+from lp_dist.optim.batching import RowCopy, StepRow
 from lp_dist.optim.hyperparameters import acting_values
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice, effective_values, flat_view
 
@@ -30,33 +31,51 @@ def without_idle_pattern(values: Values) -> Values:
     return values if acts else {**values, "pattern": None}
 
 
-def slices_in(parameter_map: ParameterMap, param: Tensor, local: Tensor, offset: int, length: int) -> list[ParamSlice]:
+def slices_in(
+    parameter_map: ParameterMap, param: Tensor, local: Tensor, offset: int, length: int, inputs: int | None
+) -> list[ParamSlice]:
     """The parameters in a span of `local`, the local part of `param`, a tensor that the optimizer steps.
 
-    Without `attach` it is taken for one parameter: a whole one, or rows of it as FSDP2 shards.
+    Without `attach` it is taken for one parameter: a whole one, or rows of it as FSDP2 shards. `inputs` is then its
+    dimension of inputs, if the param group says so.
     """
     if param in parameter_map:
         return [s for s in parameter_map.of(param) if offset <= s.offset < offset + length]
     if not local.numel():
         return []
-    has_rows = local.shape[1:] == param.shape[1:]
+    # Blocks along the rows themselves may be divided among ranks.
+    has_rows = local.shape[1:] == param.shape[1:] and (inputs != 0 or local.shape == param.shape)
     name = f"a parameter of shape {tuple(param.shape)}"
-    return [ParamSlice(name, 0, local.numel(), 0 if has_rows else None, param.shape)]
+    return [ParamSlice(name, 0, local.numel(), 0 if has_rows else None, param.shape, inputs)]
 
 
 class _SplitEntries(NamedTuple):
-    """Entries of one split block on this rank: the parameter's name, the first entry in it, and a row of them."""
+    """Entries of one split block on this rank, or of several that lie between each other.
+
+    Args:
+        name: of the parameter.
+        first: the first entry in it, taken flat.
+        stride: how many blocks they are of.
+        values: that hold for them.
+        row: of them.
+    """
 
     name: str
     first: int
+    stride: int
     values: Values
     row: StepRow
 
 
 class SplitBlockRows:
-    """Collects, in one call of a step, the entries of blocks that lie on several ranks: the ends of the shards."""
+    """Collects, in one call of a step, the entries of blocks that lie on several ranks: the ends of the shards.
+
+    Attributes:
+        copies: of entries, to be written back after the step.
+    """
 
     def __init__(self) -> None:
+        self.copies: list[RowCopy] = []
         self._entries: list[_SplitEntries] = []
 
     def complete_blocks(self, param_slice: ParamSlice, values: Values, row: StepRow) -> list[StepRow]:
@@ -70,25 +89,44 @@ class SplitBlockRows:
             ValueError: the parameter has no blocks.
         """
         m = nm.parse_pattern(values["pattern"])[1]
-        reason = nm.why_no_blocks(param_slice.shape, param_slice.start, m)
-        if reason is not None or param_slice.start is None:
+        shape, inputs = param_slice.shape, param_slice.inputs
+        reason = nm.why_no_blocks(shape, param_slice.start, m, inputs)
+        if reason is not None or param_slice.start is None or inputs is None:
+            unknown = (
+                " lp_dist.attach and lp_dist.param_groups read it from the model, or set it in the param group:"
+                " input_dim=1 for [outputs, inputs], 0 for GPT-2's Conv1D. Else leave"
+                if inputs is None
+                else " Leave"
+            )
             raise ValueError(
-                f"{param_slice.name} can't have pattern={values['pattern']!r}: {reason}. Leave it out: pattern=None or"
-                " weight_decay=0 in a group of its own, or by attach(..., overrides=), without which a shard of"
+                f"{param_slice.name} can't have pattern={values['pattern']!r}: {reason}.{unknown} it out: pattern=None"
+                " or weight_decay=0 in a group of its own, or by attach(..., overrides=), without which a shard of"
                 " DeepSpeed's is no matrix either"
             )
-        start, length = param_slice.start, param_slice.length
-        head, complete = nm.split_at_blocks(start, length, m)
+        start, length, stride = param_slice.start, param_slice.length, nm.block_stride(shape, inputs)
+        head, complete = nm.split_at_blocks(start, length, m * stride)
         if complete == row.weights.numel():
-            return [row]
+            if stride == 1 and row.weights.is_contiguous():
+                # The last dimensions may be of size 1, and the inputs before them.
+                is_last = row.weights.ndim != len(shape) or inputs == len(shape) - 1
+                return [row if is_last else row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
+            if not row.weights.is_contiguous():
+                return [row.with_tensors(tuple(t.movedim(inputs, -1) for t in row.tensors))]
+        if not row.grads.is_contiguous():
+            row = row._replace(grads=row.grads.contiguous())
 
         def cut(at: int, count: int) -> StepRow:
             return row.with_tensors(tuple(flat_view(t, param_slice.offset + at, count) for t in row.tensors))
 
         for at, count in ((0, head), (head + complete, length - head - complete)):
             if count:
-                self._entries.append(_SplitEntries(param_slice.name, start + at, values, cut(at, count)))
-        return [cut(head, complete)] if complete else []
+                self._entries.append(_SplitEntries(param_slice.name, start + at, stride, values, cut(at, count)))
+        if not complete:
+            return []
+        blocks = cut(head, complete)
+        if stride == 1:
+            return [blocks]
+        return [blocks.with_tensors(tuple(t.view(-1, m, stride).transpose(1, 2) for t in blocks.tensors))]
 
     def divided(
         self, parameter_map: ParameterMap, group: Values, ranking_keys: Callable[[Values, StepRow], Tensor]
@@ -128,14 +166,28 @@ class SplitBlockRows:
             ranked += [nm.BlockEntries(entries.name, entries.first, key) for entries, key in zip(batch, keys)]
         rows: dict[tuple[int, bool], tuple[Values, list[StepRow]]] = {}
         for entries, flags in zip(ordered, parameter_map.split_blocks.kept(patterns, ranked)):
-            at, values = 0, entries.values
-            for is_kept, run in groupby(flags):
-                count = len(list(run))
+            values = entries.values
+            for is_kept, row in self._by_flag(entries, flags):
                 pattern = nm.ALL_KEPT if is_kept else None
-                target = rows.setdefault((id(values), is_kept), ({**values, "pattern": pattern}, []))[1]
-                target.append(entries.row.with_tensors(tuple(t[at : at + count] for t in entries.row.tensors)))
-                at += count
+                rows.setdefault((id(values), is_kept), ({**values, "pattern": pattern}, []))[1].append(row)
         return list(rows.values())
+
+    def _by_flag(self, entries: _SplitEntries, flags: Tensor) -> Iterator[tuple[bool, StepRow]]:
+        """Rows of the entries that are kept, and of those that are not."""
+        row = entries.row
+        if entries.stride > 1:
+            # Of thousands of blocks: a row for each few entries would take long.
+            for is_kept in (True, False):
+                index = (flags == is_kept).nonzero().flatten()
+                if len(index):
+                    self.copies.append(RowCopy.of(row, index.to(row.weights.device)))
+                    yield is_kept, self.copies[-1].row
+            return
+        at = 0
+        for is_kept, run in groupby(flags.tolist()):
+            count = len(list(run))
+            yield is_kept, row.with_tensors(tuple(t[at : at + count] for t in row.tensors))
+            at += count
 
     @staticmethod
     def _patterns_on_any_rank(parameter_map: ParameterMap, group: Values) -> dict[str, tuple[int, int]]:

@@ -41,8 +41,10 @@ class LpAdamW(LpOptimizer):
         latent: weights whose saliency is not above the cutoff after a step are set to zero in the model, while
             `exp_avg` keeps their values (a zero needs no momentum). These go on learning, from the gradient at zero,
             and decaying. A weight returns once its saliency is above the cutoff.
-        pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of a matrix [outputs, inputs] the 2 (4)
-            weights of largest saliency feel no Lp term in a step. None: no pattern.
+        pattern: "2:4" or "4:8": in each block of 4 (8) consecutive inputs of an output the 2 (4) weights of largest
+            saliency feel no Lp term in a step. None: no pattern. Which dimension the inputs are, `lp_dist.attach` and
+            `lp_dist.param_groups` read from the model; else the param group must have it under the key "input_dim" (1
+            for a matrix [outputs, inputs]).
         phase: "decay"; "off", nothing decays; "frozen", zeros stay zero and all other weights train without decay.
             Both concern parameters with weight_decay > 0.
         lag: in [0, 1): s = |w|^(p−2) lags behind the weights, s ← lag·s + (1−lag)·|w|^(p−2), the paper's auxiliary at

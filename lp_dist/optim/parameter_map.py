@@ -16,7 +16,18 @@ from lp_dist.optim.nm import SplitBlocks
 
 # What a parameter can override. The learning rate and the moments' constants are the base optimizer's, hence the
 # group's.
-KEYS = ("weight_decay", "p", "l2", "precondition", "cutoff", "regrowth_below", "latent", "pattern", "phase")
+KEYS = (
+    "weight_decay",
+    "p",
+    "l2",
+    "precondition",
+    "cutoff",
+    "regrowth_below",
+    "latent",
+    "pattern",
+    "input_dim",
+    "phase",
+)
 
 _NO_OVERRIDES: dict[str, Any] = {}
 
@@ -31,6 +42,7 @@ class ParamSlice:
         length: elements of the slice.
         start: its first element in the whole parameter, taken flat; None if it is no contiguous range of it.
         shape: of the whole parameter.
+        inputs: its dimension of inputs, along which blocks of N:M patterns lie; None: not known, or it has no blocks.
     """
 
     name: str
@@ -38,6 +50,7 @@ class ParamSlice:
     length: int
     start: int | None
     shape: torch.Size
+    inputs: int | None = None
 
 
 class Overlap(NamedTuple):
@@ -92,7 +105,7 @@ class ParamSection:
         assert param_slice.start is not None, "only contiguous ranges have sections"
         overlap = self.overlap(param_slice.start, param_slice.length)
         offset, length = param_slice.offset + overlap.first, overlap.last - overlap.first
-        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape)
+        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, param_slice.inputs)
 
 
 class ValueSpan(NamedTuple):
@@ -131,6 +144,7 @@ class ParameterMap:
         self.split_blocks: SplitBlocks | None = None
         self._slices = WeakIdKeyDictionary()
         self._sections: dict[str, list[ParamSection]] = {}
+        self._input_dims: dict[str, int | None] = {}
         self._spans: dict[int, tuple[weakref.ref[Tensor], tuple[ValueSpan, ...]]] = {}
         self._overrides: dict[str, dict[str, Any]] = {}
         # Equal overrides are one object, so that a step can group spans by it.
@@ -155,6 +169,7 @@ class ParameterMap:
     def replace(self, slices: dict[Tensor, list[ParamSlice]]) -> None:
         """Takes a new map; overrides of single parameters are forgotten with the old one."""
         self._slices, self._sections, self._spans, self._overrides = WeakIdKeyDictionary(), {}, {}, {}
+        self._input_dims = {s.name: s.inputs for in_tensor in slices.values() for s in in_tensor}
         for tensor, in_tensor in slices.items():
             self._slices[tensor] = tuple(sorted((s for s in in_tensor if s.length), key=lambda s: s.offset))
 
@@ -194,6 +209,10 @@ class ParameterMap:
     def values(self, name: str) -> dict[str, Any]:
         """What the parameter or section `name` overrides."""
         return dict(self._overrides.get(name, _NO_OVERRIDES))
+
+    def input_dim(self, name: str) -> int | None:
+        """Dimension of inputs of the parameter `name`, as of `ParamSlice`."""
+        return self._input_dims.get(name)
 
     def value_spans(self, tensor: Tensor, numel: int) -> tuple[ValueSpan, ...]:
         """The tensor, of `numel` local elements, cut where overrides change; one span if nothing differs.

@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from lp_dist.attachment.cuttable import cuttable_groups, plain_class
-from lp_dist.attachment.nm_blocks import why_no_blocks
 from lp_dist.attachment.plan import check_names, matching_overrides, split_targets
 from lp_dist.errors import UsageError
-from lp_dist.optim import nm
 from lp_dist.optim.batching import count_zeros
 from lp_dist.report.console import table_text
 from lp_dist.report.memory import ENGINES, footprint
 from lp_dist.report.numbers import percent
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sharding.shards import full_shape, is_dtensor
+from lp_dist.sparsity.input_dims import input_dims, listed
 from lp_dist.sparsity.measure import kind_of
 from lp_dist.sparsity.selection import Reason, choices
 from lp_dist.structured.budget import groups_to_prune, required_costs, shares_to_prune
@@ -551,12 +550,11 @@ def _notes(
 def _with_blocks(module: nn.Module, chosen: list[ParameterChoice], pattern: str) -> list[ParameterChoice]:
     """The choices where what can't have blocks of a pattern stays dense."""
     decaying = [choice.name for choice in chosen if choice.decays]
-    reasons = _reasons_without_blocks(module, decaying, pattern)
+    reasons = input_dims(module, dict.fromkeys(decaying, pattern)).reasons
     if decaying and len(reasons) == len(decaying):
-        name = decaying[0]
         raise UsageError(
-            f"no parameter that decays can have pattern={pattern!r}, {name} and others: {reasons[name]}. Name others"
-            " (names=), or leave the pattern out"
+            f"no parameter that decays can have pattern={pattern!r}: {listed(reasons)}. Name others (names=), or leave"
+            " the pattern out"
         )
     return [
         replace(choice, decays=False, reason=f"no {pattern} blocks: {reasons[choice.name]}")
@@ -564,15 +562,6 @@ def _with_blocks(module: nn.Module, chosen: list[ParameterChoice], pattern: str)
         else choice
         for choice in chosen
     ]
-
-
-def _reasons_without_blocks(module: nn.Module, names: Iterable[str], pattern: str) -> dict[str, str]:
-    """{name: why it has no blocks}, of those of the parameters that have none."""
-    owners = {id(param): child for child in module.modules() for param in child.parameters(recurse=False)}
-    params = dict(module.named_parameters())
-    m = nm.parse_pattern(pattern)[1]
-    reasons = {name: why_no_blocks(owners[id(params[name])], full_shape(params[name]), m) for name in names}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 # -- targets ------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from lp_dist._version import __version__
 from lp_dist.errors import UsageError, in_one_line
 from lp_dist.report.console import groups_line, target_line
+from lp_dist.report.inspection import GROUPS
 from lp_dist.report.numbers import percent, perplexity
 from lp_dist.report.replacing import replace_text, replaced
 from lp_dist.report.schema import name_of, read
@@ -114,12 +115,10 @@ def _usable_zeros(inspection: dict[str, Any], counted: list[dict[str, Any]]) -> 
             sum(tensor["dead_columns"] for tensor in matrices), sum(tensor["columns"] for tensor in matrices)
         ),
     }
-    for label, modules in (
-        ("feed-forward channels without effect", inspection["channels"]),
-        ("attention heads without effect", inspection["heads"]),
-    ):
+    for key, label in GROUPS.items():
+        modules = inspection[key]
         if modules:
-            dead[label] = share(*(sum(counts[i] for counts in modules.values()) for i in (0, 1)))
+            dead[f"{label} without effect"] = share(*(sum(counts[i] for counts in modules.values()) for i in (0, 1)))
     blocks: dict[str, list[int]] = {}
     for tensor in matrices:
         _add(blocks, tensor["kind"], tensor["conforming"], tensor["blocks"])

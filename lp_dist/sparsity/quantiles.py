@@ -28,11 +28,11 @@ _JOINED_SIZE = 1 << 20
 
 
 class ScoredTile(NamedTuple):
-    """A tile of a `ScoredSlice`: its tensors are flat, and of equal length.
+    """A tile of a `ScoredSlice`: its tensors are of equal shape, and flat if the slice is contiguous.
 
     Args:
-        weights: a view if the slice is contiguous.
-        latents: a view if the slice is contiguous; None without latent weights.
+        weights: a view.
+        latents: a view; None without latent weights.
         saliency: fp32.
     """
 
@@ -47,7 +47,8 @@ class ScoredSlice:
 
     Args:
         scope: the name of the set of weights that share a threshold.
-        weights: the fp32 masters, a view; those that this rank counts, a sample of them, or all on this rank.
+        weights: the fp32 masters, a view; those that this rank counts, a sample of them, or all on this rank. With a
+            pattern they may be of any strides, and the last dimension is that of a block.
         exp_avg_sq: Adam's second moment of them, if the saliency is preconditioned; else None.
         values: the p, precondition, betas and eps of the parameter.
         step: Adam's step count.
@@ -114,14 +115,15 @@ class ScoredSlice:
 
     def saliency(self) -> Iterator[ScoredTile]:
         """Computes the saliency tile by tile, as the decay would compute it now."""
-        exp_avg_sq = None if self.exp_avg_sq is None else batching.tiles(self.exp_avg_sq)
-        latents = None if self.latents is None else batching.tiles(self.latents)
-        for i, w in enumerate(batching.tiles(self.weights)):
+        exp_avg_sq = None if self.exp_avg_sq is None else _tiles(self.exp_avg_sq)
+        latents = None if self.latents is None else _tiles(self.latents)
+        for i, w in enumerate(_tiles(self.weights)):
             latent_w = None if latents is None else latents[i]
-            x = decay.saliency([with_latents(w, latent_w)], self.values["p"])
+            x = decay.saliency([with_latents(w, latent_w).contiguous()], self.values["p"])
             if exp_avg_sq is not None:
                 beta2 = float(self.values["betas"][1])
-                denom = (exp_avg_sq[i].sqrt() / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
+                roots = exp_avg_sq[i].contiguous().sqrt()
+                denom = (roots / (1 - beta2**self.step) ** 0.5).add_(self.values["eps"])
                 decay.precondition_(x, [denom], self.values["precondition"])
             saliency = x[0].float()
             if self.pattern is not None:
@@ -129,17 +131,23 @@ class ScoredSlice:
             yield ScoredTile(w, latent_w, saliency)
 
 
-def sample_stride(shard: Shard, elements: int, block: int = 1) -> int:
-    """The stride that samples a scope evenly over the columns of each parameter, since whole columns may be small.
+def _tiles(values: Tensor) -> tuple[Tensor, ...]:
+    """As `batching.tiles`; what is not contiguous is divided along its first dimension, and not copied."""
+    if values.is_contiguous() or not values.numel():
+        return batching.tiles(values)
+    of_first = values.numel() // len(values)
+    return values.split(max(1, batching.tile_size(values.device) // of_first))
+
+
+def sample_stride(elements: int, width: int) -> int:
+    """The stride that samples a scope evenly over the columns of a parameter, since whole columns may be small.
 
     Args:
-        shard: of a parameter in the scope.
         elements: weights of the scope over all ranks.
-        block: take every so many blocks of this length instead of every so many weights.
+        width: weights in a row of the parameter; or blocks, to take each so many-th block.
     Returns:
         For `ScoredSlice.from_shard`.
     """
-    width = shard.shape[-1] // block if len(shard.shape) else 1
     return next(stride for stride in range(max(1, elements // SAMPLE_SIZE), 0, -1) if math.gcd(stride, width) == 1)
 
 
@@ -259,7 +267,7 @@ def _scores(slices: list[ScoredSlice], scopes: list[str], join: bool) -> Iterato
             # Slices are joined up to the size of a tile, so there is one tile.
             repeats = torch.tensor([[rows.index(row) for row in numbers], lengths]).to(joined.weights.device)
             row_of = torch.repeat_interleave(*repeats, output_size=sum(lengths))
-        yield from (_Scores(rows, tile.saliency, row_of) for tile in joined.saliency())
+        yield from (_Scores(rows, tile.saliency.view(-1), row_of) for tile in joined.saliency())
 
 
 def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
@@ -317,7 +325,7 @@ def zero_at_or_below(slices: list[ScoredSlice], thresholds: dict[str, float]) ->
     """
     for scored in slices:
         if thresholds[scored.scope] > 0.0:
-            _check_contiguous(scored)
+            _check_views(scored)
             for weights, latents, saliency in scored.saliency():
                 below = saliency <= thresholds[scored.scope]
                 for tensor in (weights, latents) if latents is not None else (weights,):
@@ -340,7 +348,7 @@ def restore_latent(slices: list[ScoredSlice], thresholds: dict[str, float]) -> N
         # No weight of it is latent, or none is on this rank.
         if scored.latents is None:
             continue
-        _check_contiguous(scored)
+        _check_views(scored)
         for weights, latents, saliency in scored.saliency():
             assert latents is not None
             was_latent = weights == 0
@@ -348,8 +356,8 @@ def restore_latent(slices: list[ScoredSlice], thresholds: dict[str, float]) -> N
             latents.masked_fill_(was_latent, 0.0)
 
 
-def _check_contiguous(scored: ScoredSlice) -> None:
-    if not scored.weights.is_contiguous():
+def _check_views(scored: ScoredSlice) -> None:
+    if scored.pattern is None and not scored.weights.is_contiguous():
         raise RuntimeError(
             f"the part of {scored.scope} on this rank is not contiguous: this way of sharding is not supported"
         )

@@ -19,6 +19,7 @@ from lp_dist.modules.model import ModelCode, read_model
 from lp_dist.optim.batching import count_zeros
 from lp_dist.sharding.collectives import all_reduce_sum
 from lp_dist.sharding.shards import full_shape, is_dtensor, local_shard
+from lp_dist.sparsity.input_dims import input_dims, listed, share_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ def param_groups(
         weight_decay: λ of the matrices. A `SparsityTarget` chooses λ itself, and needs none here.
         include_embeddings: also decay the embeddings and the output head.
         names: decay exactly these, as of `model.named_parameters()`, instead of what the rules choose.
-        **overrides: further group keys (lr, p, precondition, ...), for both groups.
+        **overrides: further group keys (lr, p, precondition, ...), for both groups. With a pattern there is a group
+            of matrices for each dimension in which the inputs may lie (`input_dim`), and what can't have it does not
+            decay.
     Returns:
         `[{"params": [...], "weight_decay": λ, ...}, {"params": [...], "weight_decay": 0.0, ...}]`. A group that would
         be empty is left out. Each trainable parameter is in exactly one group, and a tied one comes once.
@@ -94,11 +97,42 @@ def param_groups(
             f"{len(unknown)} names are not trainable parameters of {type(model).__name__}, such as {unknown[0]!r}; "
             "pass names as model.named_parameters() gives them"
         )
+    decaying: dict[int | None, set[str]] = {None: decayed}
+    of_others = overrides
+    if overrides.get("pattern") and weight_decay > 0 and "input_dim" not in overrides:
+        decaying = _by_input_dim(model, overrides["pattern"], [name for name, _ in trainable if name in decayed])
+        decayed = set().union(*decaying.values())
+        of_others = {**overrides, "pattern": None}
     groups = [
-        {**overrides, "params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
-        {**overrides, "params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+        {
+            **overrides,
+            **({} if dim is None else {"input_dim": dim}),
+            "params": [p for name, p in trainable if name in names_of_dim],
+            "weight_decay": weight_decay,
+        }
+        for dim, names_of_dim in decaying.items()
     ]
+    groups.append({**of_others, "params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _by_input_dim(model: nn.Module, pattern: str, names: list[str]) -> dict[int | None, set[str]]:
+    """The parameters that can have a pattern, by their dimension of inputs; warns of the others."""
+    known = input_dims(model, dict.fromkeys(names, pattern))
+    by_dim: dict[int | None, set[str]] = {}
+    for name, dim in sorted(known.dims.items(), key=lambda item: -item[1]):
+        by_dim.setdefault(dim, set()).add(name)
+    if known.reasons and not known.dims:
+        raise ValueError(f"no parameter that decays can have pattern={pattern!r}: {listed(known.reasons)}")
+    if known.reasons:
+        sizes = {name: full_shape(model.get_parameter(name)).numel() for name in names}
+        logger.warning(
+            "pattern=%r is not for %s, which stay dense: %s",
+            pattern,
+            share_left_out(sizes, known.reasons),
+            listed(known.reasons),
+        )
+    return by_dim
 
 
 def decayed_names(model: nn.Module, *, include_embeddings: bool = False) -> set[str]:

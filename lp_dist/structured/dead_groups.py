@@ -1,5 +1,5 @@
-"""Feed-forward channels and attention heads that have no effect, whatever the input is, found from zero rows and
-columns.
+"""Groups of weights that have no effect, whatever the input is: feed-forward channels and attention heads found from
+zero rows and columns, and groups of any kind by what reads them.
 
 Which weights belong to them is read from the model's modules (`lp_dist.structured.recognition`).
 """
@@ -12,6 +12,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from lp_dist.checkpoints.saved_slices import SavedSlice
 from lp_dist.structured.groups import Member, WeightGroups
 
 _VALUES = re.compile(r"\.w?v[a-z_]*\.weight$")  # v_proj, value, v, wv
@@ -121,3 +122,68 @@ def _zero(groups: WeightGroups, member: Member, lines: dict[str, Tensor]) -> Ten
     if line is None or len(line) < member.stop:
         return torch.zeros(groups.count, dtype=torch.bool)
     return line[member.start : member.stop].view(groups.count, member.width).all(dim=1)
+
+
+class ReadingWeights:
+    """Which groups are read by zeros alone, found from the tensors of the files one after another.
+
+    Args:
+        sets: the groups.
+        slices: of `saved_slices`, of all parameters that read them.
+    """
+
+    def __init__(self, sets: list[WeightGroups], slices: dict[str, list[SavedSlice]]) -> None:
+        self._sets = sets
+        # Of each parameter: along which dimensions it is to be known which lines are zero.
+        self._dims: dict[str, set[tuple[int, ...]]] = {}
+        for groups in sets:
+            for member in groups.members:
+                if member.reads:
+                    self._dims.setdefault(member.name, set()).add(_dims(member))
+        self._saved_as = {saved.name: (name, saved) for name in self._dims for saved in slices[name]}
+        self._nonzero: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        for name, all_dims in self._dims.items():
+            for along in all_dims:
+                sizes = [max(int(saved.indices[dim].max()) for saved in slices[name]) + 1 for dim in along]
+                self._nonzero[name, along] = torch.zeros(sizes, dtype=torch.bool)
+
+    @property
+    def file_names(self) -> set[str]:
+        """Names of the tensors in the files that must be given to `add`."""
+        return {*self._saved_as}
+
+    def add(self, file_name: str, tensor: Tensor) -> None:
+        """Takes note of where a tensor of the files is zero. Of other names than `file_names` nothing is noted."""
+        if file_name not in self._saved_as:
+            return
+        name, saved = self._saved_as[file_name]
+        for along in self._dims[name]:
+            lines = _nonzero_lines(tensor, [saved.along[dim] for dim in along])
+            index = torch.meshgrid(*(saved.indices[dim] for dim in along), indexing="ij")
+            self._nonzero[name, along][index] |= lines.view(index[0].shape)
+
+    def dead(self) -> dict[str, Tensor]:
+        """{label: (count,) bool, which groups are read by zeros alone}, of all that was added."""
+        dead = {groups.label: torch.ones(groups.count, dtype=torch.bool) for groups in self._sets}
+        for groups in self._sets:
+            for member in groups.members:
+                if member.reads:
+                    lines = self._nonzero[member.name, _dims(member)]
+                    lines = lines if member.expert is None else lines[member.expert]
+                    zero = ~lines[member.start : member.stop].view(-1, member.width).any(dim=1)
+                    dead[groups.label][member.first : member.first + len(zero)] &= zero
+        return dead
+
+
+def _dims(member: Member) -> tuple[int, ...]:
+    """The dimensions along which it is to be known which lines of a parameter are zero."""
+    return (member.dim,) if member.expert is None else (0, member.dim)
+
+
+def _nonzero_lines(tensor: Tensor, along: list[int | None]) -> Tensor:
+    """Which indices along these dimensions have a weight that is not zero; bool, in their order."""
+    kept = [dim for dim in along if dim is not None]
+    others = [dim for dim in range(tensor.ndim) if dim not in kept]
+    # Without a tensor of bools as large as the weights.
+    lines = (tensor.amax(others) != 0) | (tensor.amin(others) != 0) if others else tensor != 0
+    return lines.permute([sorted(kept).index(dim) for dim in kept]) if len(kept) > 1 else lines

@@ -103,8 +103,8 @@ class SparsityTarget(metaclass=_KindByArguments):
             else 0.
 
     For N:M blocks instead:
-        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a linear layer
-            are not zero.
+        pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a layer are not
+            zero. What can't have it stays dense, and is named in a warning.
 
     For whole groups instead:
         groups: "channels" (feed-forward), "heads", "kv_groups" (heads of keys and values with the queries that read

@@ -57,6 +57,7 @@ class WeightController(Controller):
         candidates: shards of the parameters that may decay.
         left_out: names of those that start at zero, and don't decay.
         stacks: names of those whose first dimension counts experts.
+        without_blocks: weights of parameters that can't have the target's pattern, and don't decay.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
@@ -74,8 +75,10 @@ class WeightController(Controller):
         candidates: list[Shard],
         left_out: list[str],
         stacks: frozenset[str] = frozenset(),
+        without_blocks: int = 0,
     ) -> None:
         super().__init__(target, run)
+        self._without_blocks = without_blocks
         self._phase: Phase | None = None
         self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
         self._stacks = stacks
@@ -253,11 +256,13 @@ class WeightController(Controller):
 
     def _of_all_candidates(self, share: float) -> str:
         """What a share of the weights that decay is of all that may, in words; "" where these are the same."""
-        if not self._unused_shards:
-            return ""
+        others = {"had no gradient": self.unused_weights, "can have no blocks": self._without_blocks}
         elements = sum(shard.shape.numel() for shard in self.shards)
-        total = elements + self.unused_weights
-        return f", {100 * share * elements / total:.2f} % of the {total:,} that would decay if all had gradients"
+        total = elements + sum(others.values())
+        if total == elements:
+            return ""
+        why = " and ".join(f"{count:,} {reason}" for reason, count in others.items() if count)
+        return f" ({100 * share * elements / total:.2f} % of {total:,}, of which {why})"
 
     def _tell_late_gradients(self) -> None:
         """Says once that something stays dense which has gradients now. Collective."""
@@ -405,14 +410,17 @@ class WeightController(Controller):
         scoped = [(self._scope(shard), shard) for shard in self.shards]
         if self.target.pattern:
             split_blocks = self.parameter_map.split_blocks
-            return scored_blocks(scoped, self._values, self.target.pattern, split_blocks, all_local, elements)
+            input_dim = self.parameter_map.input_dim
+            return scored_blocks(
+                scoped, self._values, self.target.pattern, split_blocks, input_dim, all_local, elements
+            )
         return [
             ScoredSlice.from_shard(
                 scope,
                 shard,
                 self._values(shard),
                 all_local,
-                sample_stride(shard, elements[scope]) if elements else 1,
+                sample_stride(elements[scope], shard.shape[-1] if shard.shape else 1) if elements else 1,
                 self.keeps_latent(shard),
             )
             for scope, shard in scoped

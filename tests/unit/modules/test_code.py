@@ -310,3 +310,36 @@ def test_reading_keeps_nothing_alive_and_runs_nothing():
     references = read_once()
     gc.collect()
     assert [reference() for reference in references] == [None] * 3
+
+
+def test_a_function_in_the_place_of_torchs_is_taken_for_it(monkeypatch):
+    """ZeRO-3 replaces torch's linear for good, by a function that calls an autograd one."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, weight):
+            return rows @ weight.t()
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plank = weights(6, 4)
+
+        def forward(self, x):
+            return F.linear(x, self.plank)
+
+    monkeypatch.setattr(nn.functional, "linear", lambda rows, weight, bias=None: Doubled.apply(rows, weight))
+    assert code_of(Layer()).products == {"plank": Product(1, 0)}
+
+
+def test_of_two_ways_to_multiply_the_first_is_told_and_that_there_are_two():
+    class Mirror(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.glass, self.plain = weights(4, 4), weights(4, 4)
+
+        def forward(self, x):
+            return (x @ self.glass).tanh() @ self.glass.T + x @ self.plain + F.relu(x) @ self.plain
+
+    code = code_of(Mirror())
+    assert code.unclear == {"glass"} and code.products["glass"] == code.products["plain"] == Product(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers import reference
 from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay
-from lp_dist.optim import nm
+from lp_dist.optim import batching, nm
 from lp_dist.optim.batching import StepRow
 from lp_dist.optim.kernels import dispatch
 from lp_dist.optim.nm import PATTERNS, SplitBlocks
@@ -55,6 +56,11 @@ def weights_of(dtype: torch.dtype = torch.float32) -> Tensor:
     return w.to(dtype)
 
 
+def inputs_last(*params: nn.Parameter) -> dict[str, Any]:
+    """A param group of matrices [outputs, inputs]."""
+    return {"params": list(params), "input_dim": 1}
+
+
 def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = True) -> Tensor:
     g = torch.randn(shape, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
     if equal:
@@ -68,7 +74,7 @@ def gradient(step: int, shape: tuple[int, ...] = (ROWS, INPUTS), equal: bool = T
 def test_equals_the_oracle(cls, values, pattern, implementation):
     dtype = torch.float32 if implementation == "fused" else torch.float64
     param = nn.Parameter(weights_of(dtype))
-    optimizer = cls([param], pattern=pattern, implementation=implementation, **values)
+    optimizer = cls([inputs_last(param)], pattern=pattern, implementation=implementation, **values)
     weights, state = param.detach().double().flatten().tolist(), None
     for step in range(1 if dtype is torch.float32 else 8):  # in single precision a later one may find another order
         param.grad = gradient(step).to(dtype)
@@ -82,12 +88,59 @@ def test_equals_the_oracle(cls, values, pattern, implementation):
     )
 
 
+# Shapes with their dimension of inputs.
+LAYOUTS = {
+    "inputs, outputs": ((32, 13), 0),
+    "inputs, one output": ((64, 1), 0),
+    "experts, inputs, outputs": ((3, 16, 9), 1),
+    "experts, outputs, inputs": ((3, 9, 16), 2),
+    "convolution": ((5, 16, 3, 2), 1),
+    "convolution of one place": ((5, 16, 1, 1), 1),
+    "transposed convolution": ((16, 5, 3), 0),
+}
+all_layouts = pytest.mark.parametrize(("shape", "inputs"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def by_inputs(tensor: Tensor, inputs: int) -> list[float]:
+    """All numbers, the inputs of each output and place one after the other."""
+    return tensor.detach().double().movedim(inputs, -1).flatten().tolist()
+
+
+def random_weights(shape: tuple[int, ...]) -> Tensor:
+    """Some are zero, and many are equal."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 4).round() / 8
+
+
+@all_layouts
+@all_cases
+@both
+@pytest.mark.parametrize("implementation", ["reference", "foreach", "fused"])
+def test_blocks_lie_along_the_inputs_of_any_layout(shape, inputs, cls, values, pattern, implementation, monkeypatch):
+    monkeypatch.setitem(batching.COPIED_SIZE, "cpu", 64)  # in several copies
+    dtype = torch.float32 if implementation == "fused" else torch.float64
+    param = nn.Parameter(random_weights(shape).to(dtype))
+    group = {"params": [param], "input_dim": inputs}
+    optimizer = cls([group], pattern=pattern, implementation=implementation, **values)
+    weights, state = by_inputs(param, inputs), None
+    for step in range(1 if dtype is torch.float32 else 4):
+        param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(100 + step)).to(dtype)
+        weights, state = ORACLES[cls](
+            weights, by_inputs(param.grad, inputs), state, pattern=PATTERNS[pattern], **values
+        )
+        optimizer.step()
+    tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 2e-13}
+    torch.testing.assert_close(by_inputs(param, inputs), weights, **tolerance)
+    key = next(iter(optimizer.state[param].keys() - {"step"}))
+    assert optimizer.state[param][key].any(), "the state is written back"
+
+
 @all_cases
 def test_fused_and_foreach_keep_the_same_weights_for_many_steps(cls, values):
     ends = []
     for implementation in ("foreach", "fused"):
         param = nn.Parameter(weights_of())
-        optimizer = cls([param], pattern="2:4", implementation=implementation, **values)
+        optimizer = cls([inputs_last(param)], pattern="2:4", implementation=implementation, **values)
         for step in range(30):
             param.grad = gradient(step, equal=False).float()
             optimizer.step()
@@ -100,7 +153,9 @@ def test_fused_and_foreach_keep_the_same_weights_for_many_steps(cls, values):
 def test_what_is_not_kept_becomes_zero_and_the_pattern_is_left(implementation):
     for pattern, (n, m) in PATTERNS.items():
         param = nn.Parameter(weights_of().masked_fill(weights_of() == 0, 0.01))
-        optimizer = LpAdamW([param], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=1e-3, weight_decay=1e7, pattern=pattern, implementation=implementation
+        )
         largest_weights = param.detach().abs().view(-1, m).argsort(descending=True, stable=True)[:, :n].sort().values
         for step in range(3):
             param.grad = gradient(step).float() * 1e-3
@@ -115,7 +170,9 @@ def test_where_nothing_decays_it_changes_nothing(phase, implementation):
     ends = []
     for pattern in (None, "2:4"):
         param = nn.Parameter(weights_of())
-        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.1, pattern=pattern, implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=0.01, weight_decay=0.1, pattern=pattern, implementation=implementation
+        )
         optimizer.param_groups[0].update(phase)
         for step in range(3):
             param.grad = gradient(step).float()
@@ -129,7 +186,9 @@ def test_blocks_are_the_matrix_own_however_it_lies_in_memory(implementation):
     ends = []
     for lies in (lambda t: t.contiguous(), lambda t: t.t().contiguous().t()):
         param = nn.Parameter(lies(weights_of()))
-        optimizer = LpAdamW([param], lr=0.01, weight_decay=0.2, pattern="2:4", implementation=implementation)
+        optimizer = LpAdamW(
+            [inputs_last(param)], lr=0.01, weight_decay=0.2, pattern="2:4", implementation=implementation
+        )
         for step in range(5):
             param.grad = lies(gradient(step).float())
             optimizer.step()
@@ -170,12 +229,20 @@ class Ranks:
         ),
     ],
 )
-@given(cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4), pattern=st.sampled_from(list(PATTERNS)))
-@settings(max_examples=10, deadline=None)
-def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cuts, pattern):
+@given(
+    cuts=st.lists(st.integers(0, 320), min_size=0, max_size=4),
+    pattern=st.sampled_from(list(PATTERNS)),
+    layout=st.sampled_from([((5, 64), 1), ((64, 5), 0), ((2, 16, 10), 1), ((4, 8, 5, 2), 1)]),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cuts, pattern, layout):
     """Bit for bit. Two parameters in flat shards that end anywhere, of a length below a block too."""
-    matrices = [nn.Parameter(weights_of()), nn.Parameter(weights_of().flip(0, 1).contiguous())]
-    unsplit = cls(matrices, pattern=pattern, implementation=implementation, **values)
+    shape, inputs = layout
+    stride = math.prod(shape[inputs + 1 :])
+    matrices = [nn.Parameter(w.reshape(shape)) for w in (weights_of(), weights_of().flip(0, 1).contiguous())]
+    unsplit = cls(
+        [{"params": matrices, "input_dim": inputs}], pattern=pattern, implementation=implementation, **values
+    )
     lengths, edges = matrices[0].numel(), sorted({0, *cuts, 320})
     flats = []
     for begin, end in zip(edges, edges[1:]):
@@ -184,7 +251,7 @@ def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cu
             (
                 flat,
                 [
-                    ParamSlice(name, i * (end - begin), end - begin, begin, matrices[i].shape)
+                    ParamSlice(name, i * (end - begin), end - begin, begin, matrices[i].shape, inputs)
                     for i, name in enumerate("ab")
                 ],
             )
@@ -193,17 +260,19 @@ def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cu
     for flat, param_slices in flats:
         optimizers.append(cls([flat], pattern=pattern, implementation=implementation, **values))
         optimizers[-1].parameter_map.replace({flat: param_slices})
-    starts = {name: [edge for edge in edges[1:-1] if edge % 8] for name in "ab"}
+    starts = {name: [edge for edge in edges[1:-1] if edge % (8 * stride)] for name in "ab"}
     starts = {name: edges for name, edges in starts.items() if edges}
     for step in range(3):
         for i, w in enumerate(matrices):
-            w.grad = gradient(step + 50 * i).float()
+            w.grad = gradient(step + 50 * i).float().reshape(shape)
         unsplit.step()
         # Every rank's table is needed by all: the first round only fills it, on copies
         tables = Ranks()
         for dry in (True, False):
             for (flat, param_slices), optimizer in zip(flats, optimizers):
-                optimizer.parameter_map.split_blocks = SplitBlocks(starts, {flat: ["a", "b"]}, tables)
+                optimizer.parameter_map.split_blocks = SplitBlocks(
+                    starts, {flat: ["a", "b"]}, tables, dict.fromkeys("ab", stride)
+                )
                 flat.grad = torch.cat(
                     [w.grad.flatten()[s.start : s.start + s.length] for w, s in zip(matrices, param_slices)]
                 )
@@ -232,33 +301,39 @@ def test_a_parameter_cut_anywhere_steps_as_uncut(implementation, cls, values, cu
         ({"pattern": "1:1"}, "pattern='1:1' must be"),
         ({"pattern": "2:4", "p": 2.0}, r"pattern='2:4' needs p < 2, not p=2.0"),
         ({"pattern": "2:4", "latent": True, "cutoff": 1.0}, "can't be together"),
+        ({"pattern": "2:4", "input_dim": -1}, "input_dim=-1 must be the dimension of inputs"),
     ],
 )
 def test_bad_values(values, message):
     with pytest.raises(ValueError, match=message):
-        LpAdamW([nn.Parameter(torch.ones(4, 8))], weight_decay=0.1, **values)
+        LpAdamW([{"params": [nn.Parameter(torch.ones(4, 8))], "weight_decay": 0.1, **values}])
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("shape", "inputs", "message"),
     [
         (
             (8,),
-            (
-                r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\), and blocks are those"
-                r" of a matrix.*Leave it out"
-            ),
+            0,
+            r"a parameter of shape \(8,\) can't have pattern='2:4': it has the shape \(8,\).*Leave it out",
         ),
-        ((4, 6), "its 6 inputs are no multiple of 4"),
-        ((2, 4, 4), "blocks are those of a matrix"),
+        ((4, 6), 1, "its number of inputs, 6, is no multiple of 4"),
+        ((6, 4), 0, "its number of inputs, 6, is no multiple of 4"),
+        ((4, 4), 2, r"shape \(4, 4\), in which dimension 2 can't be the inputs"),
+        (
+            (4, 4),
+            None,
+            r"it is not known which dimension of its shape \(4, 4\) the inputs are.*param_groups.*input_dim=1",
+        ),
     ],
 )
-def test_what_has_no_blocks_is_refused_where_it_decays(shape, message):
+def test_what_has_no_blocks_is_refused_where_it_decays(shape, inputs, message):
     param = nn.Parameter(torch.ones(shape))
     param.grad = torch.ones(shape)
+    group = {"params": [param], "input_dim": inputs}
     with pytest.raises(ValueError, match=message):
-        LpAdamW([param], lr=0.1, weight_decay=0.1, pattern="2:4").step()
-    LpAdamW([param], lr=0.1, weight_decay=0.0, pattern="2:4").step()
+        LpAdamW([dict(group)], lr=0.1, weight_decay=0.1, pattern="2:4").step()
+    LpAdamW([dict(group)], lr=0.1, weight_decay=0.0, pattern="2:4").step()
 
 
 def test_other_optimizers_have_none():

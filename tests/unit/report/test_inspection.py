@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from helpers.families import MIXTURES, model_of, slots
+from helpers.families import kill as kill_groups
+from helpers.model_directories import rewritten, written
 from lp_dist.cli import app
 from lp_dist.report.inspection import inspect
 from lp_dist.sparsity.measure import layer_of
@@ -228,7 +232,7 @@ SILENT = {
 
 @pytest.mark.parametrize("family", [*SILENT, "gpt_neox"])
 def test_what_each_family_calls_its_layers_makes_no_difference(family, tmp_path):
-    from helpers.families import FAMILIES, model_of, slots
+    from helpers.families import FAMILIES
     from lp_dist.structured.resolve import resolve_groups
 
     model, (width, heads, shared) = model_of(family), FAMILIES[family][1]
@@ -262,8 +266,6 @@ def test_what_each_family_calls_its_layers_makes_no_difference(family, tmp_path)
 
 def test_gpt2_as_it_is_on_the_hub_without_a_prefix(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
-
-    from helpers.model_directories import rewritten
 
     GPT2LMHeadModel(
         GPT2Config(n_layer=1, n_embd=16, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0)
@@ -316,6 +318,241 @@ def test_experts_whose_hf_names_are_not_their_runtime_names_are_counted(tmp_path
     counted, inspection = measure_sparsity(model), inspect(tmp_path)
     assert inspection.total() == (counted.zeros, counted.elements) and counted.zeros > 1000
     assert {"w1", "w2", "w3"} <= set(inspection.tensors_by("kind"))
+
+
+# By family: the experts' matrices [outputs, inputs] that a tensor of the files has.
+ONE_BY_ONE, INPUTS_FIRST, OUTPUTS_FIRST = (lambda t: [t]), (lambda t: [m.T for m in t]), (lambda t: [*t])
+IN_FILES = {
+    "mixtral": ONE_BY_ONE,
+    "qwen3_moe": ONE_BY_ONE,
+    "minimax_m2": ONE_BY_ONE,
+    "deepseek_v3": ONE_BY_ONE,
+    "gpt_oss": INPUTS_FIRST,
+    "llama4_text": INPUTS_FIRST,
+    "granitemoe": OUTPUTS_FIRST,
+}
+GRANITE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 4}
+
+
+def by_loops(matrix: Tensor) -> tuple[int, int, int, int]:
+    """Zeros, dead rows, dead columns, and blocks of four inputs with two zeros or more."""
+    rows = matrix.tolist()
+    blocks = [row[i : i + 4] for row in rows for i in range(0, len(row) - 3, 4)]
+    return (
+        sum(row.count(0.0) for row in rows),
+        sum(not any(row) for row in rows),
+        sum(not any(column) for column in zip(*rows)),
+        sum(block.count(0.0) >= 2 for block in blocks),
+    )
+
+
+def sparse_mixture(family: str) -> Any:
+    """Half of the weights of experts are zero, by chance; and of the third expert single rows and columns."""
+    model = model_of(family, **(GRANITE if family == "granitemoe" else {}))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 3:
+                param[torch.rand(param.shape, generator=generator) < 0.5] = 0.0
+                param[2, 5] = 0.0
+                param[2, :, 7] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("family", IN_FILES)
+def test_experts_are_matrices_each_for_itself(family, tmp_path):
+    from safetensors.torch import load_file
+
+    sparse_mixture(family).save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    tensors = [t for t in inspect(tmp_path).tensors if t.counted and (len(t.shape) > 2 or ".experts." in t.name)]
+    assert len(tensors) >= 4
+    for tensor in tensors:
+        matrices = IN_FILES[family](files[tensor.name])
+        counts = [by_loops(matrix) for matrix in matrices]
+        outputs, inputs = matrices[0].shape
+        assert (tensor.zeros, tensor.dead_rows, tensor.dead_columns, tensor.conforming) == tuple(
+            map(sum, zip(*counts))
+        )
+        assert (tensor.rows, tensor.columns) == (len(matrices) * outputs, len(matrices) * inputs)
+        assert tensor.blocks == len(matrices) * outputs * (inputs // 4)
+        if len(files[tensor.name].shape) == 3:
+            assert [tuple(asdict(expert).values()) for expert in tensor.by_expert] == counts
+            assert tensor.experts == len(matrices) and tensor.dead_experts == 0
+        else:
+            assert tensor.experts is tensor.dead_experts is tensor.by_expert is None
+    assert sum(t.dead_rows for t in tensors) and sum(t.dead_columns for t in tensors)
+
+
+@pytest.mark.parametrize("form", ["files", "engine"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_dead_experts_and_their_channels_have_no_effect(family, form, tmp_path):
+    from lp_dist.structured.resolve import resolve_groups
+
+    model = sparse_mixture(family)
+    _, (count, width) = MIXTURES[family]
+    experts, channels = (resolve_groups(model, kind) for kind in ("experts", "expert_channels"))
+    kill_groups(model, experts[0], [1])
+    third = next(groups for groups in channels if groups.section == "[2]")
+    kill_groups(model, third, [0, 4, 9])
+    if form == "files":
+        model.save_pretrained(tmp_path)
+    else:
+        model.config.architectures = [type(model).__name__]
+        written(tmp_path, model)
+    inspection = inspect(tmp_path / ("dcp" if form == "engine" else ""))
+    name = experts[0].name
+    assert len(inspection.experts) > 1
+    assert inspection.experts == {key: [0, count] for key in inspection.experts} | {name: [1, count]}
+    # In each layer one by `sparse_mixture`; in this one all of the dead expert, and three more of another one.
+    assert inspection.expert_channels == {key: [1, count * width] for key in inspection.experts} | {
+        name: [1 + width + 3, count * width]
+    }
+    before = logits(model)
+    for groups, dead in ((experts[0], [1]), (third, [0, 4, 9])):
+        for group in dead:
+            for slot in slots(model, groups, group, reads=False):
+                slot.add_(1.0)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_dead_expert_is_told_of_the_tensor_and_in_words(tmp_path):
+    model = sparse_mixture("gpt_oss")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[1] = 0.0
+        model.model.layers[0].mlp.experts.down_proj_bias[1] = 0.0
+        model.model.layers[1].mlp.experts.gate_up_proj[0] = 0.0
+    model.save_pretrained(tmp_path)
+    tensors = {tensor.name: tensor for tensor in inspect(tmp_path).tensors}
+    down, gate_up = (
+        tensors[f"model.layers.{i}.mlp.experts.{name}"] for i, name in enumerate(("down_proj", "gate_up_proj"))
+    )
+    assert down.dead_experts == gate_up.dead_experts == 1
+    assert down.by_expert[1].zeros == 48 * 32 and down.by_expert[1].dead_rows == 32
+    # Experts whose first matrix is zero still add their biases.
+    assert tensors["model.layers.0.mlp.experts.down_proj_bias"].rows is None
+    page = tmp_path / "zeros.html"
+    text = CliRunner().invoke(app, ["inspect", str(tmp_path), "--page", str(page)]).stdout
+    assert str(page) in text and "experts without effect" in page.read_text() and "1 of 8" in page.read_text()
+    text = CliRunner().invoke(app, ["inspect", str(tmp_path)]).stdout
+    assert "1 of 8 experts can't have an effect" in text
+    printed = json.loads(
+        next(
+            line
+            for line in CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).stdout.splitlines()
+            if line.startswith("{")
+        )
+    )
+    assert printed["experts"]["model.layers.0.mlp.experts"] == [1, 4] and printed["version"] == 2
+    by_expert = next(t for t in printed["tensors"] if t["name"] == down.name)["by_expert"]
+    assert by_expert[1] == asdict(down.by_expert[1])
+
+
+def test_files_that_have_experts_the_other_way_round(tmp_path):
+    """Qwen3-VL-MoE's on the hub have inputs before outputs, and are read so by their shapes; saved they have not."""
+    model = qwen3_vl_moe()
+    model.save_pretrained(tmp_path)
+    saved = {tensor.name: tensor for tensor in inspect(tmp_path).tensors}
+    experts = [name for name in saved if ".experts." in name]
+
+    def turn(tensors: dict[str, Tensor]) -> None:
+        for name in experts:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+    rewritten(tmp_path, turn)
+    turned = inspect(tmp_path)
+    assert len(experts) == 2 and saved[experts[0]].dead_rows
+    for tensor in turned.tensors:
+        if tensor.name in experts:
+            assert tensor.shape != saved[tensor.name].shape
+            assert replace(tensor, shape=[]) == replace(saved[tensor.name], shape=[])
+    assert list(turned.experts.values()) == [[1, 4]]
+
+
+def qwen3_vl_moe() -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20, "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "patch_size": 4, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    experts = model.model.language_model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in experts.parameters():
+            param[torch.rand(param.shape, generator=generator) < 0.5] = 0.0
+            param[0, 3] = 0.0
+        experts.down_proj[1] = 0.0
+    return model
+
+
+def test_convolutions_have_channels_for_columns(tmp_path):
+    """RegNet's have groups. Blocks are of four input channels at one output and place of the kernel."""
+    from safetensors.torch import load_file
+    from transformers import RegNetConfig, RegNetModel
+
+    torch.manual_seed(0)
+    model = RegNetModel(
+        RegNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], groups_width=8, layer_type="x")
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 4:
+                param[torch.rand(param.shape, generator=generator) < 0.5] = 0.0
+                param[:8, 1] = 0.0
+                param[9:] *= torch.rand(param[9:].shape[:2], generator=generator)[..., None, None] < 0.8
+                param[-1] = 0.0
+    model.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    groups = {
+        f"{name}.weight": module.groups
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    }
+    convolutions = [tensor for tensor in inspect(tmp_path).tensors if tensor.name in groups]
+    assert len(convolutions) == len(groups) and any(count > 1 for count in groups.values())
+    for tensor in convolutions:
+        outputs, channels, height, width = tensor.shape
+        weight, count = files[tensor.name].tolist(), groups[tensor.name]
+        in_group = outputs // count
+        dead_columns = sum(
+            not any(
+                weight[o][i][y][x]
+                for o in range(g * in_group, (g + 1) * in_group)
+                for y in range(height)
+                for x in range(width)
+            )
+            for g in range(count)
+            for i in range(channels)
+        )
+        blocks = [
+            [weight[o][4 * b + k][y][x] for k in range(4)]
+            for o in range(outputs)
+            for b in range(channels // 4)
+            for y in range(height)
+            for x in range(width)
+        ]
+        assert (tensor.rows, tensor.columns, tensor.dead_columns) == (outputs, channels * count, dead_columns)
+        assert tensor.dead_rows >= 1 and tensor.dead_rows == int((files[tensor.name].flatten(1) == 0).all(1).sum())
+        assert (tensor.blocks, tensor.conforming) == (len(blocks), sum(block.count(0.0) >= 2 for block in blocks))
+    assert sum(tensor.dead_columns for tensor in convolutions)
+
+
+def test_without_a_config_it_is_not_known_what_three_dimensions_are(tmp_path):
+    sparse_mixture("gpt_oss").save_pretrained(tmp_path)
+    known = {tensor.name: tensor for tensor in inspect(tmp_path).tensors}
+    (tmp_path / "config.json").unlink()
+    for tensor in inspect(tmp_path).tensors:
+        assert tensor.zeros == known[tensor.name].zeros
+        assert (tensor.rows is None) == (len(tensor.shape) != 2), tensor.name
 
 
 def test_an_engines_names_are_those_of_the_model(llama, tmp_path):

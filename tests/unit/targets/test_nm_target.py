@@ -1,10 +1,11 @@
 """A SparsityTarget with a pattern: every block ends in it, by decay, along its plan; and what can't have one is
-refused before the run.
+left out.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers.layouts import DIMS, LEFT_OUT, WIDTH, Beside, Straight, in_blocks, layers_of
 from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, model_of
-from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach, param_groups
+from lp_dist.errors import UsageError
 from lp_dist.optim.nm import PATTERNS
 
 
@@ -174,46 +177,131 @@ def test_bad_values_are_refused_by_the_target_itself(values, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-class Conv1D(nn.Module):
-    """GPT-2's: its weight is [inputs, outputs]."""
+def step_all(model: nn.Module, optimizer: Any, steps: int, attached: Any = None) -> None:
+    for step in range(steps):
+        rows = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        (model(rows) - rows[:, :1].sin()).square().mean().backward()
+        optimizer.step()
+        if attached is not None:
+            attached.after_step()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(64, 64))
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs @ self.weight
+def check_blocks_of(model: nn.Module, n: int, m: int) -> None:
+    """Each block of every layout has N weights that are not zero, and what has no blocks has none that is zero."""
+    params = dict(model.named_parameters())
+    for name, dim in DIMS.items():
+        assert (in_blocks(params[name].detach(), dim, m) != 0).sum(1).eq(n).all(), name
+    assert all((param != 0).all() for name, param in params.items() if name not in DIMS)
 
 
-@pytest.mark.parametrize(
-    ("layer", "words"),
-    [
-        (
-            lambda: Conv1D(),
-            [
-                "1.weight can't have pattern='2:4'",
-                "a module of the kind Conv1D",
-                "{'1.weight': {'weight_decay': 0.0}}",
-            ],
-        ),
-        (lambda: nn.Linear(64, 62, bias=False), ["2.weight can't have", "its 62 inputs are no multiple of 4"]),
-        (lambda: nn.Conv1d(1, 1, 4), ["1.weight can't have", "it has the shape (1, 1, 4)"]),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "scope"), [("2:4", "global"), ("4:8", "layer")])
+def test_blocks_lie_along_the_inputs_in_every_layout(pattern, scope, caplog):
+    """And what can have none is left out, with one warning that lists all; the plan says of what the share is one."""
+    model = layers_of()
+    with caplog.at_level("INFO"):
+        optimizer = LpAdamW(model.parameters(), lr=3e-3)
+        target = SparsityTarget(pattern=pattern, scope=scope, update_every=2)
+        attached = attach(model, optimizer, target=target, total_steps=30)
+        step_all(model, optimizer, 30, attached)
+    n, m = PATTERNS[pattern]
+    check_blocks_of(model, n, m)
+    assert {shard.name for shard in attached.weight_controller.shards} == DIMS.keys()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = [message for message in warnings if "pattern" in message]
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    left_out, blocks = sum(sizes[name] for name in LEFT_OUT), sum(sizes[name] for name in DIMS)
+    assert f"2 of 9 parameters ({left_out:,} of {left_out + blocks:,} weights" in warning
+    assert all(f"{name}: {reason} {m}" in warning for name, reason in LEFT_OUT.items()), warning
+    (plan,) = [message for message in caplog.messages if message.startswith("target: prune")]
+    share = 50 * blocks / (blocks + left_out)
+    assert f"50.00 % of {blocks:,} weights ({share:.2f} % of {blocks + left_out:,}, of which {left_out:,}" in plan, (
+        plan
+    )
+    assert attached.weight_controller.final_pruning["after"] == 0.5
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_pattern_by_hand_lies_along_the_inputs_too(attached, caplog):
+    model = layers_of()
+    optimizer = LpAdamW(param_groups(model, 1e6, pattern="2:4"), lr=1e-4)
+    step_all(model, optimizer, 4, attach(model, optimizer) if attached else None)
+    check_blocks_of(model, 2, 4)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([message for message in warnings if "pattern='2:4' is not for 2 of 9 parameters" in message]) == 1
+
+
+def test_param_groups_of_attach_need_not_say_where_the_inputs_are():
+    model = layers_of()
+    names = [*DIMS]
+    decaying = [model.get_parameter(name) for name in names]
+    optimizer = LpAdamW(decaying, lr=1e-4, weight_decay=1e6, pattern="2:4")
+    step_all(model, optimizer, 4, attach(model, optimizer))
+    check_blocks_of(model, 2, 4)
+
+
+def test_without_a_model_it_is_refused_and_not_guessed():
+    model = layers_of()
+    optimizer = LpAdamW(model.parameters(), lr=1e-4, weight_decay=1.0, pattern="2:4")
+    with pytest.raises(
+        ValueError, match=r"shape \(24, 13\) can't have pattern='2:4': it is not known .*lp_dist.attach"
+    ):
+        step_all(model, optimizer, 1)
+
+
+def test_the_input_dimension_may_be_named_where_no_code_says_it():
+    class Opaque(nn.Module):
+        """Its code can't be read: the name of a function is found when it runs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.width = nn.Parameter(torch.randn(8, 6) / 4), 8
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return getattr(torch, "".join(("mat", "mul")))(rows, self.table)
+
+    model = Beside([Straight(8, 4), Opaque()])
+    attach_to = {"target": SparsityTarget(pattern="2:4"), "total_steps": 20}
+    names = ["0.weight", "1.table"]
+    for overrides, shards in (({}, 1), ({"1.table": {"input_dim": 0}}, 2)):
+        optimizer = LpAdamW(model.parameters(), lr=3e-3)
+        attached = attach(model, optimizer, names=names, overrides=overrides, **attach_to)
+        assert len(attached.weight_controller.shards) == shards
+    step_all(model, optimizer, 20, attached)
+    assert (in_blocks(model[1].table.detach(), 0, 4) != 0).sum(1).eq(2).all()
+
+
+def test_what_is_multiplied_in_both_ways_has_no_inputs(caplog):
+    class Mirror(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.glass, self.width = nn.Parameter(torch.randn(8, 8) / 4), 8
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return (rows @ self.glass).tanh() @ self.glass.T
+
+    model = Beside([Straight(8, 4), Mirror()])
+    attach(model, LpAdamW(model.parameters(), lr=3e-3), target=SparsityTarget(pattern="2:4"), total_steps=20)
+    assert "1.glass: its inputs are different dimensions in different places of the code (Mirror)" in caplog.text
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_what_has_no_blocks_is_refused_before_the_run(layer, words, by_hand):
-    made = layer()
-    model = nn.Sequential(nn.Linear(64, 64), made, nn.Linear(62 if isinstance(made, nn.Linear) else 64, 8, bias=False))
+def test_where_nothing_can_have_it_the_run_is_refused_with_all_reasons(by_hand):
+    model = nn.Sequential(nn.Linear(62, 6), nn.Linear(6, 6))
     make = (lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.1, pattern="2:4")) if by_hand else LpAdamW
-    leaves_out = {"overrides": {"*.bias": {"weight_decay": 0.0}}} if by_hand else {}
-    with pytest.raises(ValueError) as caught:
-        TargetRun(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model, **leaves_out)
-    assert all(word in str(caught.value) for word in words), caught.value
-    if not by_hand and not isinstance(made, nn.Conv1d):
-        run = TargetRun(
-            SparsityTarget(pattern="2:4"), model=model, overrides={words[0].split()[0]: {"weight_decay": 0.0}}
-        )  # as it says
-        assert len(run.attached.decayed) == 2
+    words = (
+        "no parameter that decays can have pattern='2:4': 0.weight: its number of inputs, 62, is .*; 1.weight: its"
+        " number of inputs, 6"
+    )
+    with pytest.raises(UsageError, match=words):
+        TargetRun(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model)
+
+
+def test_tables_have_no_inputs(caplog):
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    optimizer = LpAdamW(model.parameters(), lr=1e-3)
+    attach(model, optimizer, names=["0.weight", "1.weight"], target=SparsityTarget(pattern="2:4"), total_steps=TOTAL)
+    assert "0.weight: it is a table whose rows are looked up" in caplog.text
 
 
 def test_other_optimizers_have_none():

@@ -69,6 +69,9 @@ def _in_files(name: str, as_saved: list[SavedSlice], conversion: Conversion) -> 
         (hf_name,) = conversion.hf_shapes
         saved_as = as_saved[0].saved_as if len(as_saved) == 1 else name
         return [_unchanged(hf_name, conversion.shapes[name], saved_as)]
+    as_read = _as_read(name, as_saved, conversion)
+    if as_read is not None:
+        return [as_read]
     results = []
     for saved in as_saved:
         named = [
@@ -76,10 +79,47 @@ def _in_files(name: str, as_saved: list[SavedSlice], conversion: Conversion) -> 
             for hf_name in conversion.hf_shapes
             if hf_name.endswith(saved.saved_as) or saved.saved_as.endswith(hf_name)
         ]
-        if len(conversion.shapes) > 1 or len(named) != 1:
+        if len(conversion.shapes) > 1 or len(named) != 1 or not _fits(saved, conversion.hf_shapes[named[0]]):
             return []
         results.append(replace(saved, name=named[0]))
     return results
+
+
+def _fits(saved: SavedSlice, hf_shape: tuple[int, ...]) -> bool:
+    return all(
+        along is None or (along < len(hf_shape) and hf_shape[along] == len(indices))
+        for along, indices in zip(saved.along, saved.indices)
+    )
+
+
+def _as_read(name: str, as_saved: list[SavedSlice], conversion: Conversion) -> SavedSlice | None:
+    """A tensor that is one parameter in another order, as loading it shows: files may have an order in which they are
+    not saved any more. None where it is not so.
+    """
+    shape = conversion.shapes[name]
+    (hf_name, hf_shape), *others = conversion.hf_shapes.items()
+    if others or len(as_saved) != 1 or not conversion.is_of_one_param or len(hf_shape) != len(shape):
+        return None
+    along: list[int | None] = [None] * len(shape)
+    indices = [torch.zeros(1, dtype=torch.int64) for _ in shape]
+    for hf_dim in range(len(hf_shape)):
+        values = conversion.to_memory({hf_name: _probe(hf_shape, hf_dim)})[name]
+        lines = [_line(values, dim) for dim in range(len(shape))]
+        varying = [dim for dim, line in enumerate(lines) if len(line.unique()) > 1]
+        if len(varying) > 1:
+            return None
+        for dim in varying:
+            if along[dim] is not None or len(lines[dim]) != hf_shape[hf_dim]:
+                return None
+            along[dim], indices[dim] = hf_dim, lines[dim].argsort()
+    return SavedSlice(hf_name, _with_single(along, indices, len(hf_shape)), tuple(indices), as_saved[0].saved_as)
+
+
+def _probe(shape: tuple[int, ...], dim: int) -> Tensor:
+    """The index along one dimension in the place of each value. It takes no memory, and copies of it take little."""
+    dtype = torch.int16 if shape[dim] <= torch.iinfo(torch.int16).max else torch.int32
+    indices = torch.arange(shape[dim], dtype=dtype, device="cpu")
+    return indices.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape)
 
 
 def _unchanged(name: str, shape: tuple[int, ...], saved_as: str) -> SavedSlice:
@@ -90,10 +130,8 @@ def _unchanged(name: str, shape: tuple[int, ...], saved_as: str) -> SavedSlice:
 def _as_saved(model: nn.Module, name: str, shape: tuple[int, ...]) -> list[SavedSlice]:
     """What transformers saves a tensor as: it is given the index along each dimension in the place of the values."""
     by_dim: list[dict[str, Tensor]] = []
-    for dim, size in enumerate(shape):
-        # Takes no memory, whatever the shape.
-        probe = torch.arange(size, device="cpu").view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape)
-        converted = _converted(model, name, probe)
+    for dim in range(len(shape)):
+        converted = _converted(model, name, _probe(shape, dim))
         if converted is None:
             return [_unchanged(name, shape, name)]
         by_dim.append(converted)
@@ -106,7 +144,7 @@ def _as_saved(model: nn.Module, name: str, shape: tuple[int, ...]) -> list[Saved
             lines = [_line(values, dim) for dim in range(values.ndim)]
             varying = [dim for dim, line in enumerate(lines) if len(line.unique()) > 1]
             along.append(varying[0] if varying else None)
-            indices.append(lines[varying[0]] if varying else values.reshape(-1)[:1])
+            indices.append(lines[varying[0]] if varying else values.reshape(-1)[:1].long())
         dims = _with_single(along, indices, by_dim[0][saved_name].ndim)
         slices.append(SavedSlice(saved_name, dims, tuple(indices), saved_name))
     return slices
@@ -127,7 +165,7 @@ def _line(values: Tensor, dim: int) -> Tensor:
     for other in reversed(range(values.ndim)):
         if other != dim:
             values = values.select(other, 0)
-    return values
+    return values.long()
 
 
 def _converted(model: nn.Module, name: str, probe: Tensor) -> dict[str, Tensor] | None:
