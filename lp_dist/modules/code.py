@@ -696,10 +696,6 @@ class _Reader:
     def _function(self, target: Any, args: list[Value], kwargs: dict[str, Value], name: str) -> Value:
         """A call of a function that is there already."""
         everything = [*args, *kwargs.values()]
-        # DeepSpeed's ZeRO-3 puts a function of its own in the place of torch's linear.
-        replaced = next((key for key in _MULTIPLYING if target is getattr(nn.functional, key, None)), None)
-        if replaced is not None:
-            return self._operation(replaced, args, kwargs)
         home = getattr(target, "__module__", None) or ""
         if home.split(".")[0] == "torch" or isinstance(target, types.BuiltinFunctionType):
             return self._operation(getattr(target, "__name__", name), args, kwargs)

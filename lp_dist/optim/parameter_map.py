@@ -105,7 +105,9 @@ class ParamSection:
         assert param_slice.start is not None, "only contiguous ranges have sections"
         overlap = self.overlap(param_slice.start, param_slice.length)
         offset, length = param_slice.offset + overlap.first, overlap.last - overlap.first
-        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, param_slice.inputs)
+        # Blocks along the first dimension itself would be divided.
+        inputs = param_slice.inputs or None
+        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, inputs)
 
 
 class ValueSpan(NamedTuple):

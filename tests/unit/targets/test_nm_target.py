@@ -289,10 +289,7 @@ def test_what_is_multiplied_in_both_ways_has_no_inputs(caplog):
 def test_where_nothing_can_have_it_the_run_is_refused_with_all_reasons(by_hand):
     model = nn.Sequential(nn.Linear(62, 6), nn.Linear(6, 6))
     make = (lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.1, pattern="2:4")) if by_hand else LpAdamW
-    words = (
-        "no parameter that decays can have pattern='2:4': 0.weight: its number of inputs, 62, is .*; 1.weight: its"
-        " number of inputs, 6"
-    )
+    words = r"no parameter that decays can have pattern='2:4': 0.weight: its .* 62, .*; 1.weight: its .* inputs, 6,"
     with pytest.raises(UsageError, match=words):
         TargetRun(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model)
 
