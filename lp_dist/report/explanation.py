@@ -213,6 +213,7 @@ class Explanation:
         targets: groups first.
         groups: of all kinds; empty where they were left out.
         memory: of every strategy and number of GPUs.
+        dtype: as of `lp_dist.report.memory.footprint`.
         strategy: that of the run; None where it is not known.
         notes: what else is to be known, a sentence each.
     """
@@ -224,6 +225,7 @@ class Explanation:
     targets: list[TargetShare]
     groups: list[GroupKind]
     memory: list[StrategyMemory]
+    dtype: str
     strategy: str | None
     notes: list[str]
 
@@ -261,6 +263,7 @@ class Explanation:
             "targets": [asdict(target) for target in self.targets],
             "groups": [asdict(kind) for kind in self.groups],
             "memory": [asdict(memory) for memory in self.memory],
+            "dtype": self.dtype,
             "strategy": self.strategy,
             "notes": self.notes,
             "tensors": [{**asdict(choice), "shape": list(choice.shape)} for choice in self.choices],
@@ -363,6 +366,7 @@ class Explanation:
 
     def _memory_table(self) -> str:
         scale, unit = _unit(self.memory)
+        precision = "bf16 mixed precision" if self.dtype == "bf16" else self.dtype
         gpus = list(dict.fromkeys(need.gpus for need in self.memory))
         rows = []
         for strategy in dict.fromkeys(need.strategy for need in self.memory):
@@ -373,7 +377,7 @@ class Explanation:
             ]
             rows.append((f"{strategy} (this run)" if strategy == self.strategy else strategy, *cells))
         return table_text(
-            f"Memory of the training state, {unit} per GPU (+ host); activations come on top",
+            f"Memory of the training state in {precision}, {unit} per GPU (+ host); activations come on top",
             ("strategy", *(f"{count:,} GPU{'s' * (count > 1)}" for count in gpus)),
             rows,
             width=WIDTH,
@@ -473,6 +477,7 @@ def explain(
         targets,
         kinds,
         [need for count in gpus for need in _memory(total, count, optimizer, momentum, dtype)],
+        dtype,
         strategy,
         notes,
     )

@@ -304,6 +304,7 @@ def test_memory_is_that_of_the_footprint():
     parameters = sum(param.numel() for param in model.parameters())
     explanation = explain(model, gpus=[4, 16], optimizer="LpSGD", momentum=True, dtype="fp32", strategy="ZeRO-3")
     assert len(explanation.memory) == 16
+    assert "Memory of the training state in fp32, KiB per GPU" in str(explanation)
     need = next(need for need in explanation.memory if (need.strategy, need.gpus) == ("ZeRO-3, offload", 16))
     expected = footprint(parameters, 16, 3, optimizer="LpSGD", momentum=True, dtype="fp32", offload=True)
     assert (need.device, need.host) == (expected.device.total, expected.host.total)
