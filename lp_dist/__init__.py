@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "add_lp_decay",
     "attach",
+    "explain",
     "groups_of",
     "measure_histogram",
     "measure_sparsity",
@@ -44,4 +45,9 @@ def __getattr__(name: str) -> Any:
         from lp_dist.training.trainer import LpTrainer
 
         return LpTrainer
+    # It prints itself by rich.
+    if name == "explain":
+        from lp_dist.report.explanation import explain
+
+        return explain
     raise AttributeError(f"module 'lp_dist' has no attribute {name!r}")

@@ -53,6 +53,14 @@ def finetune(context: typer.Context) -> None:
     main(context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def plan(context: typer.Context) -> None:
+    """Show what a fine-tune would do, before it: MODEL|recipe.yaml [--key value ...]"""
+    from lp_dist.training.planning import main
+
+    main(context.args)
+
+
 @app.command(context_settings=_UNDERSCORES)
 def report(run: str, out: str = "", png: Annotated[bool, typer.Option("--png")] = False) -> None:
     """Draw the page of a finished run again, RUN/report.html. RUN is its output_dir. Prints the paths written.

@@ -183,9 +183,15 @@ def _make_weights(
         logger.info(
             "no decay for %d parameters that start at zero (zero absorbs), such as %s", len(left_out), left_out[0]
         )
-    stacks = frozenset(expert_stacks(plan.model))
-    without_blocks = sum(plan.blocks.left_out.values())
-    controller = WeightController(plan.weight_target, run, parameter_map, candidates, left_out, stacks, without_blocks)
+    controller = WeightController(
+        plan.weight_target,
+        run,
+        parameter_map,
+        candidates,
+        left_out,
+        stacks=frozenset(expert_stacks(plan.model)),
+        without_blocks=sum(plan.blocks.left_out.values()),
+    )
     if group_controller is not None:
         group_controller.check_order(controller)
         group_controller.check_room(controller)

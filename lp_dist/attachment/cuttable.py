@@ -50,9 +50,9 @@ def cuttable_groups(model: nn.Module, target: GroupTarget, sets: list[WeightGrou
         UsageError: a budget can't be reached by removing these groups.
     """
     settings = getattr(model, "config", None)
-    cls = next((cls for cls in type(model).__mro__ if _is_plain(cls)), None)
+    cls = plain_class(model)
     # Of groups that a user described it is not known how they can be removed.
-    if cls is None or not hasattr(settings, "to_dict") or any(groups.kind not in KINDS for groups in sets):
+    if cls is None or any(groups.kind not in KINDS for groups in sets):
         return CuttableGroups(target, sets)
     total = sum(full_shape(param).numel() for param in model.parameters())
 
@@ -150,6 +150,11 @@ def _with_room_for_rounding(
     return smaller
 
 
-def _is_plain(cls: Any) -> bool:
-    """Whether this is the class of a model of transformers, and not what FSDP2 makes of it."""
-    return hasattr(cls, "_from_config") and not hasattr(cls, "unshard")
+def plain_class(model: nn.Module) -> Any:
+    """The class of Transformers that makes such a model from its configuration, and not what FSDP2 makes of it; None
+    where it is no model of Transformers.
+    """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        return None
+    classes = type(model).__mro__
+    return next((cls for cls in classes if hasattr(cls, "_from_config") and not hasattr(cls, "unshard")), None)

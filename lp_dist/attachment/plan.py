@@ -336,13 +336,18 @@ def _may_decay(module: nn.Module, names: Iterable[str] | None) -> set[str]:
             )
     else:
         may_decay = set(names)
-    unknown_names = sorted(may_decay - {name for name, _ in module.named_parameters()})
+    check_names(module, may_decay)
+    return may_decay
+
+
+def check_names(module: nn.Module, names: set[str]) -> None:
+    """Raises UsageError for a name that no parameter of the model has."""
+    unknown_names = sorted(names - {name for name, _ in module.named_parameters()})
     if unknown_names:
         raise UsageError(
             f"{len(unknown_names)} names are not parameters of the model, such as {unknown_names[0]!r}; pass names as"
             " named_parameters() gives them"
         )
-    return may_decay
 
 
 def _check_total_steps(total_steps: int | None) -> None:
@@ -383,7 +388,22 @@ def _resolve_overrides(
             len(excluded),
             excluded[0],
         )
-    names = [shard.name for shard in shards]
+    for name, values in matching_overrides([shard.name for shard in shards], may_decay, patterns).items():
+        overrides[name] = {**overrides.get(name, {}), **values}
+    return overrides
+
+
+def matching_overrides(names: Sequence[str], may_decay: Container[str], patterns: Overrides) -> Overrides:
+    """What patterns say of single parameters.
+
+    Args:
+        names: of the trainable parameters.
+        may_decay: names of those that may decay. A pattern gives a λ to no others, unless it is a full name.
+        patterns: {pattern: {hyperparameter: value}}; a later one wins.
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    overrides: Overrides = {}
     for pattern, values in patterns.items():
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if pattern not in names and values.get("weight_decay", 0.0):

@@ -125,10 +125,25 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
             f" ({type(error).__name__}: {first_line(error)}); give the directory or hub id of the model by --config"
             " MODEL, and --trust-remote-code where its code comes with it"
         ) from error
+    return class_of_config(settings, f"{config}/config.json", trust_remote_code), settings
+
+
+def class_of_config(settings: Any, source: str, trust_remote_code: bool = False) -> Any:
+    """The class that a configuration names for its model.
+
+    Args:
+        settings: the configuration.
+        source: where it is from, for the message.
+        trust_remote_code: run code that comes with the model.
+    Raises:
+        UsageError: transformers does not know the class.
+    """
+    import transformers
+
     named = settings.architectures or [None]
     if not isinstance(named, list):
         raise UsageError(
-            f"{config}/config.json has {named!r} for architectures, which is a list of names; copy or download it anew"
+            f"{source} has {named!r} for architectures, which is a list of names; copy or download it anew"
         )
     name = named[0]
     auto_map = getattr(settings, "auto_map", {}) if trust_remote_code else {}
@@ -139,11 +154,11 @@ def model_class(config: Path, trust_remote_code: bool = False) -> tuple[Any, Any
     )
     if cls is None:
         raise UsageError(
-            f"{config}/config.json is of the architecture {name}, which transformers {transformers.__version__} does"
+            f"{source} is of the architecture {name}, which transformers {transformers.__version__} does"
             " not know; install the version that the model was trained with, or pass --trust-remote-code where its"
             " code comes with it"
         )
-    return cls, settings
+    return cls
 
 
 def meta_model(config: Path, trust_remote_code: bool = False) -> nn.Module:

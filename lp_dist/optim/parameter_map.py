@@ -145,8 +145,8 @@ class ParameterMap:
     def __init__(self) -> None:
         self.split_blocks: SplitBlocks | None = None
         self._slices = WeakIdKeyDictionary()
-        self._input_dims: dict[str, int | None] = {}
         self._sections: dict[str, list[ParamSection]] = {}
+        self._input_dims: dict[str, int | None] = {}
         self._spans: dict[int, tuple[weakref.ref[Tensor], tuple[ValueSpan, ...]]] = {}
         self._overrides: dict[str, dict[str, Any]] = {}
         # Equal overrides are one object, so that a step can group spans by it.

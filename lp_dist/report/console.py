@@ -6,6 +6,7 @@ rich is imported where something is printed: `import lp_dist` comes here by `mer
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,56 @@ def print_table(
         width: characters a line where stdout is no terminal. None: rich's own choice (80, or what COLUMNS says).
     """
     from rich.console import Console
+
+    table = _table(title, columns, rows, no_wrap, ())
+    console = Console()
+    (console if width is None or console.is_terminal else Console(width=width)).print(table)
+
+
+def table_text(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    texts: Collection[str] = (),
+    no_wrap: Collection[str] = (),
+    width: int = 100,
+) -> str:
+    """A table as plain text, for what prints itself.
+
+    Args:
+        title: as of `print_table`.
+        columns: as of `print_table`.
+        rows: as of `print_table`.
+        texts: headers of further columns that are aligned left.
+        no_wrap: as of `print_table`.
+        width: characters a line.
+    """
+    from rich.box import SIMPLE
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    table = _table("", columns, rows, no_wrap, texts)
+    table.box, table.pad_edge = SIMPLE, False
+    console.print(table)
+    assert isinstance(console.file, StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return "\n".join([title, *filter(None, lines)])
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], no_wrap: Collection[str], texts: Collection[str]
+) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     # As text: names of a checkpoint may hold brackets, which rich would read as markup.
-    table = Table(title=Text(title, style="table.title"))
+    table = Table(title=Text(title, style="table.title") if title else None)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=column in no_wrap)
+        table.add_column(column, justify="left" if not i or column in texts else "right", no_wrap=column in no_wrap)
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    (console if width is None or console.is_terminal else Console(width=width)).print(table)
+    return table
 
 
 def say(line: str) -> None:

@@ -206,7 +206,8 @@ def _check(
 
 # Llama 3: elements, and decayed matrices (7 in each layer).
 _MODELS = (("8B", 8_030_000_000, 224), ("70B", 70_600_000_000, 560))
-_ENGINES = (
+# What shards the training state: its name, the stage as of `footprint`, and whether it is offloaded to the host.
+ENGINES: tuple[tuple[str, int | str, bool], ...] = (
     ("DDP", 0, False),
     ("ZeRO-1", 1, False),
     ("ZeRO-2", 2, False),
@@ -231,7 +232,7 @@ def table() -> str:
     ]
     for model, parameters, counted in _MODELS:
         for ranks in (8, 64):
-            for name, stage, offload in _ENGINES:
+            for name, stage, offload in ENGINES:
                 lp_adamw, adamw = (
                     footprint(parameters, ranks, stage, optimizer=optimizer, offload=offload, counted=counted)
                     for optimizer in ("LpAdamW", "AdamW")

@@ -60,6 +60,26 @@ def stand_in(
     return copy
 
 
+def structure_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is the same for two modules with one layout: their classes, shapes and plain attributes, without the number
+    of the layer. Other attributes must be the same objects, as the configuration is.
+    """
+    plain = (int, float, bool, str, type(None))
+    return tuple(
+        (
+            name,
+            type(child),
+            tuple((key, tuple(full_shape(param))) for key, param in child.named_parameters(recurse=False)),
+            tuple(
+                (key, value if isinstance(value, plain) else type(value) if callable(value) else id(value))
+                for key, value in sorted(vars(child).items())
+                if not key.startswith("_") and key not in ("layer_idx", "training")
+            ),
+        )
+        for name, child in module.named_modules()
+    )
+
+
 @dataclass(frozen=True)
 class HeadLayout:
     """Which weights of an attention belong to its heads.
@@ -251,7 +271,9 @@ def _layout(module: nn.Module, shapes: dict[str, tuple[int, ...]], call: _Call, 
     for head in range(heads):
         mask = torch.zeros(inputs)
         mask[head * size : (head + 1) * size] = 1.0
-        by_head.append(call.touched({last: call.weights[last] * (mask if is_plain else mask[:, None])}, None))
+        touched_by = call.touched({last: call.weights[last] * (mask if is_plain else mask[:, None])}, None)
+        # Not the masks of all heads, each as large as the weights.
+        by_head.append({name: _touched_indices(touched) for name, touched in touched_by.items()})
     members: list[tuple[str, int, list[set[int]]]] = []
     for name, shape in shapes.items():
         # A bias goes with the rows of its layer: that of keys has no gradient.
@@ -270,16 +292,22 @@ def _layout(module: nn.Module, shapes: dict[str, tuple[int, ...]], call: _Call, 
     return layout
 
 
-def _sets_of(name: str, shape: tuple[int, ...], by_head: list[Tensor]) -> tuple[int, list[set[int]]] | None:
+def _touched_indices(touched: Tensor) -> list[Tensor]:
+    """Along each dimension, (size,) bool: at which indices an element is touched."""
+    dims = range(touched.ndim)
+    return [
+        touched.any(dim=[other for other in dims if other != dim]) if touched.ndim > 1 else touched for dim in dims
+    ]
+
+
+def _sets_of(name: str, shape: tuple[int, ...], by_head: list[list[Tensor]]) -> tuple[int, list[set[int]]] | None:
     """The dimension along which a parameter is divided among the heads, and the indices of each; None where all heads
     use all of it.
     """
     for dim, size in enumerate(shape):
-        sets = [
-            {*touched.movedim(dim, 0).reshape(size, -1).any(1).nonzero().flatten().tolist()} for touched in by_head
-        ]
-        if all(len(indices) == size for indices in sets):
+        if all(bool(indices[dim].all()) for indices in by_head):
             continue
+        sets = [{*indices[dim].nonzero().flatten().tolist()} for indices in by_head]
         if not any(sets):
             raise LayoutError(f"it is not known what {name} does to the heads")
         if set().union(*sets) != {*range(size)}:

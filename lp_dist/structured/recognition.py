@@ -17,7 +17,7 @@ from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Layer, WeightGroups, layers_within, linear_layers, weight_groups
 from lp_dist.structured.mixtures import mixtures
-from lp_dist.structured.probing import LayoutError, head_layout
+from lp_dist.structured.probing import HeadLayout, LayoutError, head_layout, structure_of
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +225,7 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
     sets: list[WeightGroups] = []
     reasons: dict[str, str] = {}
     taken: set[str] = set()
+    layouts: dict[Any, HeadLayout | LayoutError | None] = {}  # one for all layers of one structure
     lent: list[str] = []  # modules whose keys and values are in a group
     for module in _attentions(model):
         candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
@@ -232,7 +233,7 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
             continue
         attention = _attention(model, module, candidates)
         if isinstance(attention, str) and attention != _BORROWS:
-            attention = _as_run(model, module, kind, attention)
+            attention = _as_run(model, module, kind, attention, layouts)
         if isinstance(attention, str):
             reasons[module] = attention
             continue
@@ -268,16 +269,31 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
     return in_model_order(model, sets, "attention heads", criteria, reasons)
 
 
-def _as_run(model: nn.Module, module: str, kind: str, reason: str) -> WeightGroups | str:
-    """The groups of an attention whose layers do not tell what its heads are, by what its code does; or why not."""
+def _as_run(
+    model: nn.Module, module: str, kind: str, reason: str, layouts: dict[Any, HeadLayout | LayoutError | None]
+) -> WeightGroups | str:
+    """The groups of an attention whose layers do not tell what its heads are, by what its code does; or why not.
+
+    Args:
+        model: the model.
+        module: name of the attention.
+        kind: of groups.
+        reason: why its layers do not tell.
+        layouts: of attentions that were run before, by their structure; this one is added.
+    """
     inside = model.get_submodule(module)
     size = _head_size(inside, ("v_head_dim", *HEAD_SIZES))
     if size is None:
         return reason
-    try:
-        layout = head_layout(inside, size)
-    except LayoutError as error:
-        return f"{reason}; by what its code does, {error}"
+    key = (size, structure_of(inside))
+    if key not in layouts:
+        try:
+            layouts[key] = head_layout(inside, size)
+        except LayoutError as error:
+            layouts[key] = error
+    layout = layouts[key]
+    if isinstance(layout, LayoutError):
+        return f"{reason}; by what its code does, {layout}"
     if layout is None:
         return reason
     with_keys = kind == "kv_groups" or layout.shared == layout.heads

@@ -116,7 +116,9 @@ class ForeseenRemovals:
     uncut: frozenset[str]
 
 
-def foreseen_removals(cls: Any, settings: Any, counts: dict[str, int]) -> ForeseenRemovals:
+def foreseen_removals(
+    cls: Any, settings: Any, counts: dict[str, int], recognised: dict[str, list[WeightGroups]] | None = None
+) -> ForeseenRemovals:
     """What could be removed after a run with a target for groups, if the groups of a layer that die are its first
     ones.
 
@@ -127,13 +129,15 @@ def foreseen_removals(cls: Any, settings: Any, counts: dict[str, int]) -> Forese
         cls: as of `model_class`.
         settings: as of `model_class`.
         counts: {label: how many groups of the set die}.
+        recognised: as of `recognised_groups`, of such a model; None: they are recognised here.
     Raises:
         UsageError: as of `build_on_meta`.
     """
     # A class may write into the configuration that it is made from.
     settings = deepcopy(settings)
     model = build_on_meta(cls, settings, "its configuration")
-    recognised, _ = recognised_groups(model)
+    if recognised is None:
+        recognised, _ = recognised_groups(model)
     dead = {
         groups.label: torch.zeros(groups.count, dtype=torch.bool) for kind in recognised.values() for groups in kind
     }

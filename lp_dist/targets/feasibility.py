@@ -82,12 +82,8 @@ def check_reachable(
         taken: steps of the run so far; None: not known yet, as a checkpoint may be loaded.
         rates: the learning rates ahead.
     """
-    if not shards:
-        raise UsageError(
-            "a sparsity is requested, but no parameter decays: all are frozen, all zeros, left out by an override, or"
-            " no operands of matrix products (embeddings, heads, routers, norms, tables). Unfreeze some, or name them"
-            " (names=)"
-        )
+    elements = sum(shard.shape.numel() for shard in shards)
+    check_share(target, elements, total_parameters)
     if any(shard.is_on_disk for shard in shards):
         raise UsageError(
             "a target can't be followed under NVMe offload, since the weights lie on the disk between steps; offload"
@@ -112,7 +108,24 @@ def check_reachable(
             " scope='layer'"
         )
     _check_latent_windows(target, optimizer)
-    elements = sum(shard.shape.numel() for shard in shards)
+    first = max(1, window.start) if any(form.get("precondition") for form in forms.values()) else window.start
+    check_window_length(target, {shard.group for shard in shards}, window, first, taken, rates)
+
+
+def check_share(target: WeightTarget | PatternTarget, elements: int, total_parameters: int) -> None:
+    """Raises UsageError, with what to change, where the weights that decay are too few for the target.
+
+    Args:
+        target: what to reach.
+        elements: weights that decay.
+        total_parameters: elements of all parameters of the model.
+    """
+    if not elements:
+        raise UsageError(
+            "a sparsity is requested, but no parameter decays: all are frozen, all zeros, left out by an override, or"
+            " no operands of matrix products (embeddings, heads, routers, norms, tables). Unfreeze some, or name them"
+            " (names=)"
+        )
     assert target.sparsity is not None
     if target.relative_to == "all" and target.sparsity * total_parameters >= elements:
         raise UsageError(
@@ -120,8 +133,6 @@ def check_reachable(
             f" {elements:,} ({elements / total_parameters:.1%}) decay. Ask for less than"
             f" {elements / total_parameters:.3f}, let more decay (names=), or use relative_to='decayed'"
         )
-    first = max(1, window.start) if any(form.get("precondition") for form in forms.values()) else window.start
-    check_window_length(target, {shard.group for shard in shards}, window, first, taken, rates)
 
 
 def _check_latent_windows(target: WeightTarget | PatternTarget, optimizer: Optimizer) -> None:
@@ -136,6 +147,27 @@ def _check_latent_windows(target: WeightTarget | PatternTarget, optimizer: Optim
             f"latent_windows={target.latent_windows:g} keeps weights latent below the planned threshold, and so needs"
             f" cap=1, not {target.cap}; set cap=1, or latent_windows=0"
         )
+
+
+def check_steps(target: SparsityTarget, window: Window) -> None:
+    """Raises UsageError for a window with too few steps.
+
+    Args:
+        target: what to reach.
+        window: of the target.
+    """
+    start, end, total = window
+    if end - start < SHORTEST_WINDOW:
+        short = (
+            f"the window from step {start} to {end} of {total} has {end - start} steps, and the collapse of a weight"
+            f" takes {SHORTEST_WINDOW}"
+        )
+        longer = (
+            f"train for at least {math.ceil(SHORTEST_WINDOW / (target.end - target.start)) + 1} steps, or "
+            if max(target.start, target.end) <= 1
+            else ""
+        )
+        raise UsageError(f"{short}; {longer}lower start, or raise end")
 
 
 def check_window_length(
@@ -156,18 +188,8 @@ def check_window_length(
         taken: steps of the run so far; None: not known yet, and the learning rates ahead neither.
         rates: the learning rates ahead.
     """
-    start, end, total = window
-    if end - start < SHORTEST_WINDOW:
-        short = (
-            f"the window from step {start} to {end} of {total} has {end - start} steps, and the collapse of a weight"
-            f" takes {SHORTEST_WINDOW}"
-        )
-        longer = (
-            f"train for at least {math.ceil(SHORTEST_WINDOW / (target.end - target.start)) + 1} steps, or "
-            if max(target.start, target.end) <= 1
-            else ""
-        )
-        raise UsageError(f"{short}; {longer}lower start, or raise end")
+    check_steps(target, window)
+    _, end, total = window
     if taken is None or taken > first:
         return
     ahead = rates.ahead(total - taken)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from lp_dist.structured.budget import GroupBudget, group_costs, required_costs, 
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.structured.groups import WeightGroups, elements_of
 from lp_dist.targets.controller import Controller, RunContext, weight_decay_for
-from lp_dist.targets.feasibility import check_window_length
-from lp_dist.targets.target import GroupTarget
+from lp_dist.targets.feasibility import Window, check_window_length
+from lp_dist.targets.target import GroupTarget, PatternTarget, WeightTarget
 from lp_dist.targets.weight_controller import WeightController
 
 logger = logging.getLogger(__name__)
@@ -309,36 +310,12 @@ class GroupController(Controller):
 
     def check_order(self, weights: WeightController) -> None:
         """Raises UsageError if the window of single weights begins before that of the groups has ended."""
-        if weights.window.start < self.window.end - 1:
-            raise UsageError(
-                f"the target of single weights begins at step {weights.window.start}, and that of the groups ends at"
-                f" {self.window.end}: groups are pruned first, and zeros come among what is left. Set"
-                f" start={self.window.end} for the weights, or an earlier end for the groups"
-            )
+        check_order(self.window, weights.window)
 
     def check_room(self, weights: WeightController) -> None:
         """Raises UsageError if the zeros of the pruned groups are as many as the target of single weights asks for."""
         shapes = {shard.name: shard.shape for shard in weights.shards}
-        zeros = dict.fromkeys(shapes, 0.0)
-        for groups, share in self.shares():
-            for member in groups.members:
-                if member.name in shapes:
-                    zeros[member.name] += share * elements_of(member, shapes[member.name])
-        shares: dict[str, float] = {}
-        if weights.target.scope == "global":
-            shares = {"all that decays": sum(zeros.values()) / sum(shape.numel() for shape in shapes.values())}
-        elif (
-            self.target.scope == "layer"
-        ):  # of one threshold for all layers it is not known which of them lose how many
-            shares = {name: count / shapes[name].numel() for name, count in zeros.items()}
-        name, share = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
-        if share >= weights.sparsity:
-            way_out = "" if weights.target.scope == "global" else ", or use scope='global' for it"
-            raise UsageError(
-                f"when the groups are pruned {share:.1%} of {name} is zero, and the target of single weights is"
-                f" {weights.sparsity:.1%}, which counts these zeros as well; ask for more of it, for fewer"
-                f" groups{way_out}"
-            )
+        check_room(self.target, self.shares(), weights.target, weights.sparsity, shapes)
 
     # -- checkpoints ----------------------------------------------------------
 
@@ -417,6 +394,52 @@ def _unpacked(digits: str, count: int) -> Tensor:
     """The first `count` bools of `_packed`."""
     octets = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.int64)
     return (octets[:, None] & _BITS).ne(0).flatten()[:count]
+
+
+def check_order(groups: Window, weights: Window) -> None:
+    """Raises UsageError if the window of single weights begins before that of the groups has ended."""
+    if weights.start < groups.end - 1:
+        raise UsageError(
+            f"the target of single weights begins at step {weights.start}, and that of the groups ends at"
+            f" {groups.end}: groups are pruned first, and zeros come among what is left. Set"
+            f" start={groups.end} for the weights, or an earlier end for the groups"
+        )
+
+
+def check_room(
+    groups_target: GroupTarget,
+    group_shares: list[tuple[WeightGroups, float]],
+    weight_target: WeightTarget | PatternTarget,
+    sparsity: float,
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    """Raises UsageError if the zeros of the pruned groups are as many as the target of single weights asks for.
+
+    Args:
+        groups_target: what to prune of the groups.
+        group_shares: each set with the share of its groups to prune.
+        weight_target: what to prune of the weights.
+        sparsity: share of zeros to end with, of the weights that decay.
+        shapes: {name: shape} of the parameters that decay.
+    """
+    zeros = dict.fromkeys(shapes, 0.0)
+    for groups, group_share in group_shares:
+        for member in groups.members:
+            if member.name in shapes:
+                zeros[member.name] += group_share * elements_of(member, shapes[member.name])
+    shares: dict[str, float] = {}
+    if weight_target.scope == "global":
+        shares = {"all that decays": sum(zeros.values()) / sum(shape.numel() for shape in shapes.values())}
+    elif groups_target.scope == "layer":  # of one threshold for all layers it is not known which of them lose how many
+        shares = {name: count / shapes[name].numel() for name, count in zeros.items()}
+    name, share = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
+    if share >= sparsity:
+        way_out = "" if weight_target.scope == "global" else ", or use scope='global' for it"
+        raise UsageError(
+            f"when the groups are pruned {share:.1%} of {name} is zero, and the target of single weights is"
+            f" {sparsity:.1%}, which counts these zeros as well; ask for more of it, for fewer"
+            f" groups{way_out}"
+        )
 
 
 def group_budget(target: GroupTarget) -> GroupBudget:

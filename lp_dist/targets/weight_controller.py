@@ -202,13 +202,7 @@ class WeightController(Controller):
             # The momentum of zeros that were there is no latent weight.
             restore_latent(self.scored_slices(), dict.fromkeys(self.before, math.inf))
         elements = sum(count.elements for count in counts.values())
-        beside = ""
-        if self._without_blocks:
-            in_all = elements + self.unused_weights + self._without_blocks
-            share = 100 * self.sparsity * elements / in_all
-            beside = f" ({share:.2f} % of {in_all:,}, of which {self._without_blocks:,} can have no blocks)"
-        beside += self._of_all_candidates(self.sparsity)
-        self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights{beside}")
+        self._log_plan(f"{100 * self.sparsity:.2f} % of {elements:,} weights{self._of_all_candidates(self.sparsity)}")
 
     def _leave_out_unused(self) -> None:
         """Keeps dense what has had no gradient so far: the loss says nothing of its weights, so that they would be
@@ -262,11 +256,13 @@ class WeightController(Controller):
 
     def _of_all_candidates(self, share: float) -> str:
         """What a share of the weights that decay is of all that may, in words; "" where these are the same."""
-        if not self._unused_shards:
-            return ""
+        others = {"had no gradient": self.unused_weights, "can have no blocks": self._without_blocks}
         elements = sum(shard.shape.numel() for shard in self.shards)
-        total = elements + self.unused_weights
-        return f", {100 * share * elements / total:.2f} % of the {total:,} that would decay if all had gradients"
+        total = elements + sum(others.values())
+        if total == elements:
+            return ""
+        why = " and ".join(f"{count:,} {reason}" for reason, count in others.items() if count)
+        return f" ({100 * share * elements / total:.2f} % of {total:,}, of which {why})"
 
     def _tell_late_gradients(self) -> None:
         """Says once that something stays dense which has gradients now. Collective."""

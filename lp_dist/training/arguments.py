@@ -389,6 +389,32 @@ class DecayArguments:
         return values
 
 
+@dataclass
+class PlanArguments:
+    """What `lp-dist plan` shows."""
+
+    gpus: list[int] = field(
+        default_factory=lambda: [1, 8, 64],
+        metadata={"help": "Numbers of GPUs, one or several, to calculate the memory for."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON, with every tensor."})
+
+
+def _optional(argument: str, arguments: type) -> Any:
+    """A field of the same meaning that need not be given."""
+    return field(default="", metadata=dict(arguments.__dataclass_fields__[argument].metadata))
+
+
+@dataclass
+class _OptionalModel(ModelArguments):
+    model: str = _optional("model", ModelArguments)
+
+
+@dataclass
+class _OptionalData(DataArguments):
+    dataset: str = _optional("dataset", DataArguments)
+
+
 # Values that a recipe may come to. No recipe has a hundred.
 _MAX_VALUES = 10_000
 # Switches that let files run code: on the command line alone, since a recipe is a file as well.
@@ -396,6 +422,7 @@ _BY_HAND = ("trust_remote_code", "trust_pickles")
 # Arguments of Transformers that may name a file of JSON; as flags, with underscores for every dash.
 _JSON_FILES = ("__deepspeed", "__fsdp_config", "__accelerator_config")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DecayArguments, TrainingArguments)
+_PLAN_CLASSES = (_OptionalModel, _OptionalData, DecayArguments, TrainingArguments, PlanArguments)
 _NAMES = {item.name for arguments in ARGUMENT_CLASSES for item in dataclasses.fields(arguments)}
 # The flag of each argument that an error of the library may name, for `with_flags`.
 FLAGS = {item.name: f"--{item.name}" for arguments in ARGUMENT_CLASSES for item in dataclasses.fields(arguments)} | {
@@ -419,23 +446,52 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, DecayArgument
     # DeepSpeed's launcher puts it first. It is in the environment as well.
     if argv and argv[0].startswith("--local_rank="):
         argv = argv[1:]
+    model, data, decays, training = _parse(
+        argv, ARGUMENT_CLASSES, "lp-dist finetune", "[recipe.yaml] [--key value ...]"
+    )
+    _check_output(training, decays)
+    return model, data, decays, training
+
+
+def parse_plan(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, DecayArguments, TrainingArguments, PlanArguments]:
+    """Parses `MODEL|recipe.yaml [--key value ...]` for `lp-dist plan`: the arguments of `lp-dist finetune`, of which
+    none but the model is needed, and `PlanArguments`.
+
+    Args:
+        argv: the words after the name of the program.
+    Raises:
+        UsageError: as of `parse`.
+    """
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
+        argv = ["--model", *argv]
+    model, data, decays, training, planning = _parse(
+        argv, _PLAN_CLASSES, "lp-dist plan", "MODEL|recipe.yaml [--key value ...]"
+    )
+    if not model.model:
+        raise UsageError("no model is named; give a hub id or a directory first: lp-dist plan MODEL --sparsity 0.5")
+    if min(planning.gpus) < 1:
+        raise UsageError(f"--gpus {min(planning.gpus)} must be at least 1")
+    return model, data, decays, training, planning
+
+
+def _parse(argv: list[str], classes: tuple[type, ...], program: str, usage: str) -> Any:
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _from_yaml(Path(argv[0])) + argv[1:]
     _check_json_files(argv)
     if not torch.accelerator.is_available() and "--use_cpu" not in argv:
         argv = [*argv, "--use_cpu", "true"]
-    parser = HfArgumentParser(
-        ARGUMENT_CLASSES, prog="lp-dist finetune", usage="lp-dist finetune [recipe.yaml] [--key value ...]"
-    )
+    parser = HfArgumentParser(classes, prog=program, usage=f"{program} {usage}")
     with in_one_line("reading the arguments, and the files that they name, ended with", "correct what is wrong there"):
         try:
-            model, data, decays, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-            _check(data, decays, training)
+            parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            _check(*parsed[1:4])
         # Of Transformers, or of the module that knows the limit.
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UsageError(reason if ";" in reason else f"{reason}; see lp-dist finetune -h") from None
-    return model, data, decays, training
+            raise UsageError(reason if ";" in reason else f"{reason}; see {program} -h") from None
+    return parsed
 
 
 def _check_json_files(argv: list[str]) -> None:
@@ -575,6 +631,10 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
         raise UsageError(
             "--load_best_model_at_end true would put back weights from before they were sparse; set it to false"
         )
+
+
+def _check_output(training: TrainingArguments, decays: DecayArguments) -> None:
+    """Raises UsageError where a run is already."""
     output = Path(training.output_dir)
     if not (training.resume_from_checkpoint or decays.overwrite) and (
         list(output.glob("checkpoint-*")) or (output / FILE).exists()

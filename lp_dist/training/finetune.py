@@ -51,6 +51,7 @@ from lp_dist.targets.target import SparsityTarget
 from lp_dist.training import arguments
 from lp_dist.training.callback import LpCallback
 from lp_dist.training.distillation import check_vocabularies
+from lp_dist.training.planning import PlanLines, refuse_adapter
 from lp_dist.training.trainer import LpTrainer
 
 logger = logging.getLogger(__name__)
@@ -252,6 +253,9 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
     callback = LpCallback(
         decay_args.window() if decays else None, target=prepared.targets, names=prepared.names, overrides=overrides
     )
+    counts = prepared.sparsity.counts
+    all_zero = {name for name, (zeros, elements) in counts.items() if zeros == elements}
+    lines = PlanLines(prepared.skeleton, prepared.targets, prepared.names, all_zero, decay_args)
     trainer = LpTrainer(
         model=prepared.model,
         args=args,
@@ -260,7 +264,7 @@ def _train(settings: Settings, prepared: Prepared, checkpoint: str | None) -> Tr
         processing_class=prepared.tokenizer,
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer_and_arguments(prepared.model, prepared.names, decay_args, args),
-        callbacks=[callback],
+        callbacks=[lines, callback],
         teacher=prepared.teacher,
         distill=decay_args.distill,
         trust_pickles=True,  # they were checked before the model was loaded
@@ -312,7 +316,7 @@ def read_inputs(
     """
     with args.main_process_first(desc="reading the model and the data"):
         path = dequantised(model_args.model) if model_args.model.endswith(".gguf") else model_args.model
-        _refuse_adapter(path)
+        refuse_adapter(path)
         with in_one_line(
             f"--model {model_args.model} can't be read: its config.json ended with",
             "name a hub id, a .gguf file, or a directory that save_pretrained wrote",
@@ -347,15 +351,6 @@ def read_inputs(
     return path, tokenizer, train_blocks, eval_blocks
 
 
-def _refuse_adapter(path: str | Path) -> None:
-    """Raises UsageError for the directory of an adapter, which would be loaded with its base, or not at all."""
-    if (Path(path) / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--model {path} holds an adapter, whose weights are beside those of the model: merge it first, by lp-dist"
-            f" merge BASE {path} OUT, and name --model OUT"
-        )
-
-
 def _refuse_other_tasks(flag: str, name: str, config: Any) -> None:
     """Raises UsageError for a model that is no causal language model, whose head would be made anew, at random."""
     other = other_than_causal(config)
@@ -373,7 +368,7 @@ def _check_teacher(
     trust = {"trust_remote_code": model_args.trust_remote_code}
     with args.main_process_first(desc="reading the teacher"):
         teacher_path = dequantised(name) if name.endswith(".gguf") else name
-        _refuse_adapter(teacher_path)
+        refuse_adapter(teacher_path)
         config = AutoConfig.from_pretrained(teacher_path, **trust)
         _refuse_other_tasks("--teacher", name, config)
         check_vocabularies(AutoConfig.from_pretrained(path, revision=model_args.revision, **trust), config)

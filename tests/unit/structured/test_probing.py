@@ -4,6 +4,7 @@ out, and what is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from helpers.families import EXPERTS, GROUPED, MIXTURES, SIZES, kill, model_of, slots
 from lp_dist.errors import UsageError
 from lp_dist.export.writer import export
-from lp_dist.structured.probing import LayoutError, head_layout
+from lp_dist.structured import recognition
+from lp_dist.structured.probing import LayoutError, head_layout, structure_of
+from lp_dist.structured.recognition import heads
 from lp_dist.structured.resolve import resolve_groups
 
 TOKENS = torch.arange(24).view(2, 12) % 61
@@ -199,3 +202,27 @@ def test_what_can_not_be_run_alone_has_no_layout():
 def test_heads_that_hang_together_are_refused_with_the_reason(family):
     with pytest.raises(UsageError, match="ties them together; by what|by what its code does"):
         resolve_groups(model_of(family, **GROUPED), "kv_groups")
+
+
+def test_layers_of_one_structure_are_run_once(monkeypatch):
+    """What an attention is, is the same in each; another one is run as well."""
+    calls = []
+
+    def counted(module: nn.Module, size: int):
+        calls.append(module)
+        return head_layout(module, size)
+
+    monkeypatch.setattr(recognition, "head_layout", counted)
+    model = model_of("deepseek_v3", num_hidden_layers=3)
+    sets = heads(model)
+    assert len(sets) == 3 and len(calls) == 1
+    assert len({tuple(replace(member, name="") for member in groups.members) for groups in sets}) == 1
+    model.model.layers[1].self_attn.scaling *= 2
+    assert len(heads(model)) == 3 and len(calls) == 3
+
+
+def test_a_structure_is_what_the_code_sees():
+    first, second = (layer.self_attn for layer in model_of("deepseek_v3").model.layers)
+    assert structure_of(first) == structure_of(second)
+    second.o_proj = nn.Linear(second.o_proj.in_features, second.o_proj.out_features, bias=True)
+    assert structure_of(first) != structure_of(second)

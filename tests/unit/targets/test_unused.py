@@ -84,7 +84,7 @@ def test_what_no_gradient_reaches_stays_dense_and_the_target_holds_of_the_rest(f
         f" gradient when the window begins, and stay dense: the loss says nothing of their weights. The target holds"
         f" of the other {USED:,} weights."
     )
-    both = f", {60 * USED / ALL:.2f} % of the {ALL:,} that would decay if all had gradients"
+    both = f" ({60 * USED / ALL:.2f} % of {ALL:,}, of which {ALL - USED:,} had no gradient)"
     assert f"prune 60.00 % of {USED:,} weights{both}, steps" in caplog.text
     assert caplog.text.rstrip().endswith(both)
 
