@@ -118,7 +118,8 @@ class StepWindow:
         if self.total is None:
             points = (f"{100 * x:g} % of the run" if x <= 1 else f"step {x:g}" for x in (self.start, self.end))
             return "from {} to {}".format(*points)
-        updates = f", λ updated every {self.update_every:,} steps" if self.update_every else ""
+        interval = "step" if self.update_every == 1 else f"{self.update_every or 0:,} steps"
+        updates = f", λ updated every {interval}" if self.update_every else ""
         return f"steps {self.first:,}–{self.last:,} of {self.total:,}{updates}"
 
 

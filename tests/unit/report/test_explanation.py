@@ -206,6 +206,11 @@ def test_a_pattern_leaves_out_what_has_no_blocks():
         explain(nn.Sequential(nn.Linear(6, 4)), SparsityTarget(pattern="2:4"))
 
 
+def test_updates_at_each_step_are_said_so():
+    (share,) = explain(small_model(), SparsityTarget(0.5), total_steps=30, groups=False).targets
+    assert str(share).endswith("steps 3–21 of 30, λ updated every step")
+
+
 def test_a_window_without_steps_is_a_part_of_the_run():
     text = str(explain(small_model(), SparsityTarget(0.5, start=0.2, end=0.6)))
     assert "from 20 % of the run to 60 % of the run" in text
