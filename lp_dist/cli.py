@@ -319,13 +319,13 @@ def structured(
     """Compare methods that leave fewer channels, heads or experts in a language model: what it loses, and its size and
     speed without them; writes structured.jsonl and structured.md.
 
-    --task: lm takes --model and --text; mixtral and qwen3_moe are tiny mixtures that are trained first, on Python's help
-    texts where there is no --text.
+    --task: lm takes --model and --text; mixtral and qwen3_moe are tiny mixtures that are trained first, on Python's
+    help texts where there is no --text.
 
     --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
-    --methods: groups (lp_dist), hidden (lp_dist, and routers can't choose experts that have died), gcut and cut (by the
-    norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single zeros
-    that leave as many parameters), dense; with settings such as groups:lr=3e-4.
+    --methods: groups (lp_dist), hidden (lp_dist, and routers can't choose experts that have died), gcut and cut (by
+    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single
+    zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """
     from lp_dist.benchmarks.structured.command import structured as measure
 

@@ -239,11 +239,11 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
     lines = [
         "# Fewer channels, heads and experts: what it costs, and what it gains",
         "",
-        "Perplexity on held-out text, or the loss in nats a character (lower is better), mean over seeds, with the same",
-        "data, tokens and evaluation. `lp-dist export --shrink` removes the channels, heads and experts that are zero.",
-        "`from_pretrained` loads the result. It is evaluated and timed beside the full model: greedy `generate`, one",
-        "sequence, medians of turns side by side. Every run is a row of [structured.jsonl](structured.jsonl);",
-        "`lp-dist bench structured` with its values makes it again.",
+        "Perplexity on held-out text, or the loss in nats a character (lower is better), mean over seeds, with the",
+        "same data, tokens and evaluation. `lp-dist export --shrink` removes the channels, heads and experts that are",
+        "zero (column *cut*). `from_pretrained` loads the result. It is evaluated and timed beside the full model:",
+        "greedy `generate`, one sequence, medians of turns side by side. Every run is a row of",
+        "[structured.jsonl](structured.jsonl); `lp-dist bench structured` with its values makes it again.",
     ]
     for section in dict.fromkeys(map(_section_of, rows)):
         lines += _section([row for row in rows if _section_of(row) == section])
@@ -255,15 +255,16 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
 def _section(rows: list[ResultRow]) -> list[str]:
     first, task = rows[0], rows[0]["task"]
     family = "" if task["name"] == "lm" else f"{task['name']}, "
+    quality = "loss" if family else "perplexity"
     machines = dict.fromkeys(f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)})" for row in rows)
     lines = [
         "",
         (
-            f"## {family}{first['groups']}, {task['text']}, {task['schedule']['steps']} steps of {task['block']} tokens,"
-            f" {' and '.join(machines)}"
+            f"## {family}{first['groups']}, {task['text']}, {task['schedule']['steps']} steps of"
+            f" {task['rows'] * task['block']} tokens, {' and '.join(machines)}"
         ),
         "",
-        f"| share | method | seeds | {'loss' if family else 'perplexity'} | cut | parameters | file | tokens a second |",
+        f"| share | method | seeds | {quality} | cut | parameters | file | tokens a second |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     cells: dict[tuple[float, str], list[ResultRow]] = {}
