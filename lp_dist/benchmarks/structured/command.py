@@ -270,7 +270,9 @@ def _section(rows: list[ResultRow]) -> list[str]:
     cells: dict[tuple[float, str], list[ResultRow]] = {}
     for row in rows:
         cells.setdefault((0.0 if _is_dense(row) else row["sparsity"], row["method"]), []).append(row)
-    by_loss = sorted(cells.items(), key=lambda cell: (cell[0][0], mean(row["loss"] for row in cell[1])))
+    by_loss = sorted(
+        cells.items(), key=lambda cell: (cell[0][0], mean(row.get("loss cut", row["loss"]) for row in cell[1]))
+    )
     return lines + [_line(sparsity, method, cell) for (sparsity, method), cell in by_loss]
 
 
