@@ -312,6 +312,7 @@ def quality(
 
 @bench.command(context_settings=_UNDERSCORES)
 def structured(
+    task: str = "lm",
     model: str = "",
     text: str = "",
     methods: str = "dense groups gcut cut cut:criterion=taylor lp",
@@ -323,18 +324,23 @@ def structured(
     tokens: _Positive = 64,
     out: str = "docs/results",
 ) -> None:
-    """Compare methods that leave fewer channels or heads in a language model: what it loses, and its size and speed
-    without them; writes structured.jsonl and structured.md.
+    """Compare methods that leave fewer channels, heads or experts in a language model: what it loses, and its size and
+    speed without them; writes structured.jsonl and structured.md.
+
+    --task: lm takes --model and --text; mixtral and qwen3_moe are tiny mixtures that are trained first, on Python's
+    help texts where there is no --text.
 
     --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
-    --methods: groups (lp_dist), gcut and cut (by the norm, gradually and before the fine-tune; cut:criterion=taylor),
-    lp (single zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
+    --methods: groups (lp_dist), hidden (lp_dist, and routers can't choose experts that have died), gcut and cut (by
+    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single
+    zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """
     from lp_dist.benchmarks.structured.command import structured as measure
 
     with _one_line_errors(structured):
         typer.echo(
             measure(
+                task=task,
                 model=model,
                 text=text,
                 methods=methods,

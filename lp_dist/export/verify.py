@@ -141,7 +141,7 @@ def _compare_rounded(
     return {"difference": difference, "rounding": rounding}
 
 
-class _RoutersWithout(TorchFunctionMode):
+class RoutersWithout(TorchFunctionMode):
     """Sets the logits of removed experts to -inf, wherever a router's matrix is multiplied.
 
     Args:
@@ -185,7 +185,7 @@ def _outputs_without_experts(model: nn.Module, plan: ShrinkPlan) -> dict[str, Te
                 state[name][~removed.kept] = -math.inf
         for name, saved_name in removed.tables.items():
             state[name].copy_(numbers[plan.cut(saved_name, state[name]).long()])
-    mode = _RoutersWithout(model, plan.experts)
+    mode = RoutersWithout(model, plan.experts)
     values = outputs_of(model, mode).values
     return values if mode.met_all else {}
 

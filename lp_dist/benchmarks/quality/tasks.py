@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -213,12 +214,12 @@ def chars(text: str, steps: int | None = None, scratch: bool = False) -> Task:
     Raises:
         UsageError: the text cannot be read.
     """
-    characters = _characters(text)
+    of_text = characters(text)
     dense_schedule = Schedule(2000, 1e-3, 100)
     return Task(
         "scratch" if scratch else "chars",
-        characters,
-        partial(_gpt, characters.vocabulary, 64, 4, 128, 4, 0.0),
+        of_text,
+        partial(_gpt, of_text.vocabulary, 64, 4, 128, 4, 0.0),
         None if scratch else dense_schedule,
         Schedule(steps or 2000, 1e-3, 100) if scratch else Schedule(steps or 600, 1e-3, 20),
         rows=12,
@@ -241,11 +242,11 @@ def nanogpt(text: str, steps: int | None = None) -> Task:
     Raises:
         UsageError: the text cannot be read.
     """
-    characters = _characters(text)
+    of_text = characters(text)
     return Task(
         "nanogpt",
-        characters,
-        partial(_gpt, characters.vocabulary, 256, 6, 384, 6, 0.2),
+        of_text,
+        partial(_gpt, of_text.vocabulary, 256, 6, 384, 6, 0.2),
         Schedule(2000, 1e-3, 100),
         Schedule(steps or 600, 1e-3, 20),
         rows=64,
@@ -254,11 +255,27 @@ def nanogpt(text: str, steps: int | None = None) -> Task:
     )
 
 
-def _characters(text: str) -> Text:
-    splits = _read(text)
+def characters(text: str) -> Text:
+    """A text with a token for each of its characters.
+
+    Args:
+        text: a text file or hub dataset; "": the help texts that Python has of its language, each paragraph once.
+    Raises:
+        UsageError: the text cannot be read.
+    """
+    splits = _read(text) if text else _split(_help_texts())
     alphabet = {c: i for i, c in enumerate(sorted(set("".join(splits))))}
     tokens = [torch.tensor([alphabet[c] for c in split]) for split in splits]
-    return Text(*tokens, len(alphabet), f"{Path(text).name}, {sum(map(len, splits)):,} characters{HELD_OUT}")
+    name = Path(text).name if text else f"help texts of Python {sys.version_info.major}.{sys.version_info.minor}"
+    return Text(*tokens, len(alphabet), f"{name}, {sum(map(len, splits)):,} characters{HELD_OUT}")
+
+
+def _help_texts() -> str:
+    from pydoc_data.topics import topics
+
+    # Some topics have others in them, so that what is held out would be trained on.
+    paragraphs = (paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    return "\n\n".join(dict.fromkeys(paragraph.strip() for paragraph in paragraphs))
 
 
 def _gpt(vocabulary: int, block: int, layers: int, width: int, heads: int, dropout: float, seed: int) -> nn.Module:
@@ -332,8 +349,11 @@ def lm(model: str, text: str, steps: int | None = None, block: int = 1024) -> Ta
 def _read(text: str) -> tuple[str, str]:
     """The text to train on, and the last tenth, which is held out."""
     splits = load_text(text, None, "train", "text", None, 0.1, 0)
-    joined = "".join(splits["train"]["text"]) + "".join(splits["eval"]["text"])
-    return joined[: len(joined) * 9 // 10], joined[len(joined) * 9 // 10 :]
+    return _split("".join(splits["train"]["text"]) + "".join(splits["eval"]["text"]))
+
+
+def _split(text: str) -> tuple[str, str]:
+    return text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
 
 
 # -- where dense models are kept ----------------------------------------------

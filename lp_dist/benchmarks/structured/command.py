@@ -1,4 +1,4 @@
-"""`lp-dist bench structured`: a language model with fewer channels or heads.
+"""`lp-dist bench structured`: a language model with fewer channels, heads or experts.
 
 It measures what the model loses, and how much smaller and faster it is once they are removed.
 """
@@ -19,6 +19,7 @@ from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
 from lp_dist.benchmarks.quality import runs, tasks
 from lp_dist.benchmarks.quality.methods import Spec
+from lp_dist.benchmarks.structured import mixtures
 from lp_dist.benchmarks.structured.methods import STRUCTURED, fraction_in_groups
 from lp_dist.benchmarks.timing import note, progress, seconds_of
 from lp_dist.errors import UsageError
@@ -26,10 +27,13 @@ from lp_dist.export.writer import export
 
 _NAMES = {
     "groups": "lp_dist",
+    "hidden": "lp_dist, routers can't choose what has died",
     "gcut": "cut gradually, by the norm",
     "gcut:c=0.67": "cut gradually, by lp_dist's saliency ‖w·(√v̂)^⅔‖",
     "cut": "cut before the fine-tune, by the norm",
     "cut:criterion=taylor": "cut before the fine-tune, by Taylor (LLM-Pruner's)",
+    "cut:criterion=frequency": "cut before the fine-tune, by how often the router chooses",
+    "cut:criterion=reap": "cut before the fine-tune, by REAP",
     "lp": "single zeros, as many parameters left",
     "dense": "dense fine-tune",
 }
@@ -39,6 +43,7 @@ _KEYS = ("task", "device", "method", "settings", "groups", "sparsity", "seed")
 
 def structured(
     *,
+    task: str = "lm",
     model: str,
     text: str,
     methods: str,
@@ -53,14 +58,15 @@ def structured(
     """Runs `lp-dist bench structured`.
 
     Args:
-        model: a directory, hub id or .gguf file.
-        text: a text file or hub dataset to fine-tune on.
+        task: "lm", or a tiny mixture of experts that is trained here: one of `mixtures.FAMILIES`.
+        model: of "lm" alone: a directory, hub id or .gguf file.
+        text: a text file or hub dataset to fine-tune on; "", of a mixture alone: Python's help texts.
         methods: lines with spaces between them, of dense, lp and STRUCTURED.
         shares: percents of each layer's groups, with spaces between them.
         seeds: integers, with spaces between them.
-        groups: "channels", "heads" or "kv_groups".
-        steps: of the fine-tune; None: 100.
-        block: tokens a sequence.
+        groups: "channels", "heads", "kv_groups", "experts" or "expert_channels".
+        steps: of the fine-tune; None: the task's.
+        block: tokens a sequence, of "lm" alone.
         tokens: generated to time a model.
         out: directory of structured.jsonl and structured.md.
     Returns:
@@ -68,7 +74,11 @@ def structured(
     Raises:
         UsageError: an option cannot be read, or is missing.
     """
-    if not (model and text):
+    if task not in ("lm", *mixtures.FAMILIES):
+        raise UsageError(f"--task {task}: it must be lm, {' or '.join(mixtures.FAMILIES)}")
+    if model and task != "lm":
+        raise UsageError(f"--model is for --task lm, and not for {task}, which is trained here")
+    if task == "lm" and not (model and text):
         raise UsageError(
             "--model and --text are needed: a directory, hub id or .gguf file, and a text file or hub dataset to"
             " fine-tune it on"
@@ -85,16 +95,17 @@ def structured(
         ) from None
     if not all(0 < sparsity < 1 for sparsity in sparsities):
         raise UsageError(f"--shares {shares}: these are percents between 0 and 100")
-    task, directory = tasks.lm(model, text, steps, block), Path(out)
+    of_name = tasks.lm(model, text, steps, block) if task == "lm" else mixtures.mixture(task, text, steps)
+    directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "structured.jsonl"
-    planned = _planned_rows(task, specs, sparsities, numbers, groups)
+    planned = _planned_rows(of_name, specs, sparsities, numbers, groups)
     measured = {key_of(row) for row in json_lines.read(path)}
     missing = [row for row in planned if key_of(row) not in measured]
     note(f"{len(planned) - len(missing)} of {len(planned)} runs are in {path} already")
     context = runs.run_context(torch.get_num_threads())
     for row in progress(missing, "runs", unit="run", leave=True):
-        json_lines.append(path, {**row, **_measure_row(task, row, tokens), **context})
+        json_lines.append(path, {**row, **_measure_row(of_name, row, tokens), **context})
     return draw(json_lines.read(path), directory)
 
 
@@ -147,6 +158,8 @@ def _measure_row(task: tasks.Task, row: ResultRow, tokens: int) -> ResultRow:
     """Trains and evaluates; removes what is zero, and evaluates and times that beside the full model."""
     spec, sparsity, start = Spec.read(row["method"]), row["sparsity"], time.perf_counter()
     model = runs.dense(task, row["seed"])
+    if task.name in mixtures.FAMILIES:
+        model.config.output_router_logits = False
     if spec.family == "lp":
         run = runs.prepare_run(task, model, row["seed"], sparsity, task.schedule)
         sparsity *= fraction_in_groups(run, row["groups"])
@@ -224,13 +237,13 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
         Its path.
     """
     lines = [
-        "# Fewer channels and heads: what it costs, and what it gains",
+        "# Fewer channels, heads and experts: what it costs, and what it gains",
         "",
-        "Perplexity on held-out text (lower is better), mean over seeds, with the same data, tokens and evaluation.",
-        "`lp-dist export --shrink` removes the channels and heads that are zero. `from_pretrained` loads the result.",
-        "It is evaluated and timed beside the full model: greedy `generate`, one sequence, medians of turns side by",
-        "side. Every run is a row of [structured.jsonl](structured.jsonl); `lp-dist bench structured` with its values",
-        "makes it again.",
+        "Perplexity on held-out text, or the loss in nats a character (lower is better), mean over seeds, with the",
+        "same data, tokens and evaluation. `lp-dist export --shrink` removes the channels, heads and experts that are",
+        "zero (column *cut*). `from_pretrained` loads the result. It is evaluated and timed beside the full model:",
+        "greedy `generate`, one sequence, medians of turns side by side. Every run is a row of",
+        "[structured.jsonl](structured.jsonl); `lp-dist bench structured` with its values makes it again.",
     ]
     for section in dict.fromkeys(map(_section_of, rows)):
         lines += _section([row for row in rows if _section_of(row) == section])
@@ -240,22 +253,26 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
 
 
 def _section(rows: list[ResultRow]) -> list[str]:
-    first = rows[0]
+    first, task = rows[0], rows[0]["task"]
+    family = "" if task["name"] == "lm" else f"{task['name']}, "
+    quality = "loss" if family else "perplexity"
     machines = dict.fromkeys(f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)})" for row in rows)
     lines = [
         "",
         (
-            f"## {first['groups']}, {first['task']['text']}, {first['task']['schedule']['steps']} steps of"
-            f" {first['task']['block']} tokens, {' and '.join(machines)}"
+            f"## {family}{first['groups']}, {task['text']}, {task['schedule']['steps']} steps of"
+            f" {task['rows'] * task['block']} tokens, {' and '.join(machines)}"
         ),
         "",
-        "| share | method | seeds | perplexity | cut | parameters | file | tokens a second |",
+        f"| share | method | seeds | {quality} | cut | parameters | file | tokens a second |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     cells: dict[tuple[float, str], list[ResultRow]] = {}
     for row in rows:
         cells.setdefault((0.0 if _is_dense(row) else row["sparsity"], row["method"]), []).append(row)
-    by_loss = sorted(cells.items(), key=lambda cell: (cell[0][0], mean(row["loss"] for row in cell[1])))
+    by_loss = sorted(
+        cells.items(), key=lambda cell: (cell[0][0], mean(row.get("loss cut", row["loss"]) for row in cell[1]))
+    )
     return lines + [_line(sparsity, method, cell) for (sparsity, method), cell in by_loss]
 
 
@@ -264,26 +281,36 @@ def _section_of(row: ResultRow) -> tuple[str, str, str]:
 
 
 def _line(sparsity: float, method: str, rows: list[ResultRow]) -> str:
-    def perplexity(key: str) -> str:
-        values = sorted(math.exp(row[key]) for row in rows)
-        return f"{mean(values):.2f}" + (f" ± {(values[-1] - values[0]) / 2:.2f}" if len(values) > 1 else "")
+    is_lm = rows[0]["task"]["name"] == "lm"
 
-    cells = [f"{sparsity:.0%}" if sparsity else "", _name_of(method), str(len(rows)), perplexity("loss")]
+    def quality(key: str) -> str:
+        values = sorted(math.exp(row[key]) if is_lm else row[key] for row in rows)
+        digits = 2 if is_lm else 3
+        spread = f" ± {(values[-1] - values[0]) / 2:.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    cells = [f"{sparsity:.0%}" if sparsity else "", _name_of(method), str(len(rows)), quality("loss")]
     if "loss cut" in rows[0]:
         before, after = rows[0]["parameters"], rows[0]["parameters cut"]
         speed = median(row["tokens a second cut"] / row["tokens a second"] for row in rows)
         cells += [
-            perplexity("loss cut"),
-            f"{before / 1e6:.1f} M → {after / 1e6:.1f} M ({after / before:.1%})",
-            f"{rows[0]['bytes'] / 1e6:.0f} → {rows[0]['bytes cut'] / 1e6:.0f} MB",
-            f"×{speed:.2f} ({rows[0]['tokens a second']:.1f} → {rows[0]['tokens a second cut']:.1f})",
+            quality("loss cut"),
+            f"{_millions(before)} M → {_millions(after)} M ({after / before:.1%})",
+            f"{_millions(rows[0]['bytes'], 0)} → {_millions(rows[0]['bytes cut'], 0)} MB",
+            # A tiny mixture takes the time of its calls, whatever its size.
+            f"×{speed:.2f} ({rows[0]['tokens a second']:.1f} → {rows[0]['tokens a second cut']:.1f})" if is_lm else "",
         ]
     else:
         cells += [
             "",
-            f"{rows[0]['parameters'] / 1e6:.1f} M"
-            + (f", {rows[0]['zeros'] / 1e6:.1f} M zeros" if rows[0]["zeros"] else ""),
+            f"{_millions(rows[0]['parameters'])} M"
+            + (f", {_millions(rows[0]['zeros'])} M zeros" if rows[0]["zeros"] else ""),
             "",
             "",
         ]
     return f"| {' | '.join(cells)} |"
+
+
+def _millions(number: int, digits: int = 1) -> str:
+    """Of what is below ten millions with two digits more."""
+    return f"{number / 1e6:.{digits + 2 * (number < 1e7)}f}"

@@ -1,4 +1,4 @@
-"""The methods that `lp-dist bench structured` compares: fewer channels or heads.
+"""The methods that `lp-dist bench structured` compares: fewer channels, heads or experts.
 
 The sparsity of a run is the fraction of each layer's groups that become zero.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lp_dist.attachment.attach import attach
 from lp_dist.benchmarks.quality.methods import FAMILIES, Method, TrainingRun
+from lp_dist.benchmarks.structured.mixtures import DeadExpertsHidden, expert_scores
 from lp_dist.sharding.shards import locate_shards
 from lp_dist.structured.group_decay import GroupDecayHook
 from lp_dist.structured.resolve import resolve_groups
@@ -46,8 +47,24 @@ class LpGroups(Method):
         self.attached.after_step()
 
 
+class HiddenGroups(LpGroups):
+    """`LpGroups` of experts, where a router can't choose an expert from the step on in which it dies."""
+
+    keys = {**LpGroups.keys, "groups": "experts"}
+
+    def start(self) -> None:
+        super().start()
+        self.hidden = DeadExpertsHidden(self.run.model, resolve_groups(self.run.model, self.settings["groups"]))
+
+    def after_step(self, t: int) -> None:
+        super().after_step(t)
+        self.hidden.update()
+        if t == self.run.steps:
+            self.hidden.remove()
+
+
 class _Cut(Method):
-    """Groups are set to zero and kept there.
+    """Groups are set to zero and kept there; routers can't choose experts that are.
 
     lp_dist's hook does it for all of these methods. What they differ in is which groups become zero, and when.
     """
@@ -60,6 +77,11 @@ class _Cut(Method):
         sets = resolve_groups(self.run.model, self.settings["groups"])
         shards = locate_shards(self.run.model, self.run.optimizer)
         self.hook = GroupDecayHook(self.run.optimizer, sets, shards, p=0.0, precondition=2.0 * self.c)
+        self.hidden = DeadExpertsHidden(self.run.model, sets)
+
+    def after_step(self, t: int) -> None:
+        if t == self.run.steps:
+            self.hidden.remove()
 
     def prune(self, scores: Tensor, sparsity: float) -> None:
         """Sets the groups with the lowest scores to zero, layer by layer.
@@ -75,6 +97,7 @@ class _Cut(Method):
             masks.append(pruned)
         self.hook.prune(torch.cat(masks))
         self.hook.keep_zero(torch.cat(masks))
+        self.hidden.update()
 
     def scores(self) -> Tensor:
         """‖w·(√v̂)^c‖² of all groups, [groups]."""
@@ -86,15 +109,21 @@ class _Cut(Method):
 class OneCut(_Cut):
     """Cuts once, before the fine-tune.
 
-    Setting `criterion`: "norm", or "taylor", which is LLM-Pruner's (arXiv 2305.11627; first order, element by
-    element): Σ|w·∂L/∂w| over the group, on calibration text.
+    Setting `criterion`: "norm"; "taylor", which is LLM-Pruner's (arXiv 2305.11627; first order, element by element):
+    Σ|w·∂L/∂w| over the group, on calibration text; for experts, on the same text, "frequency", how often the router
+    chooses each, or "reap" (arXiv 2510.13999), the mean of router weight times norm of the expert's output over its
+    tokens.
     """
 
     keys = {**_Cut.keys, "criterion": "norm"}
 
     def start(self) -> None:
         super().start()
-        scores = self.scores() if self.settings["criterion"] == "norm" else self.taylor_scores()
+        criterion = self.settings["criterion"]
+        if criterion in ("frequency", "reap"):
+            scores = expert_scores(self.run.model, self.hook.sets, self.run.inputs(), criterion)
+        else:
+            scores = self.scores() if criterion == "norm" else self.taylor_scores()
         self.prune(scores, self.run.sparsity)
 
     def taylor_scores(self) -> Tensor:
@@ -108,13 +137,12 @@ class OneCut(_Cut):
         for groups in self.hook.sets:
             score = torch.zeros(groups.count, device=next(model.parameters()).device)
             for member in groups.members:
-                effect = (
-                    (params[member.name] * params[member.name].grad)
-                    .detach()
-                    .abs()
-                    .narrow(member.dim, member.start, member.stop - member.start)
-                )
-                score += effect.transpose(0, member.dim).flatten(1).sum(1) if effect.ndim > 1 else effect
+                effect, dim = (params[member.name] * params[member.name].grad).detach().abs(), member.dim
+                if member.expert is not None:
+                    effect, dim = effect[member.expert], dim - 1
+                lines = effect.movedim(dim, 0)[member.start : member.stop].flatten(1).sum(1)
+                by_group = lines.view(-1, member.width).sum(1)
+                score[member.first : member.first + len(by_group)] += by_group
             scores.append(score)
         self.run.optimizer.zero_grad()
         return torch.cat(scores)
@@ -136,9 +164,15 @@ class GradualCut(_Cut):
         if first <= t <= last and ((t - first) % update_every == 0 or t == last):
             progress = CURVES[settings["curve"]]((t - first) / (last - first))
             self.prune(self.scores(), self.run.sparsity * progress)
+        super().after_step(t)
 
 
-STRUCTURED: dict[str, type[Method]] = {"groups": LpGroups, "cut": OneCut, "gcut": GradualCut}
+STRUCTURED: dict[str, type[Method]] = {
+    "groups": LpGroups,
+    "hidden": HiddenGroups,
+    "cut": OneCut,
+    "gcut": GradualCut,
+}
 # Their lines can be read wherever this module is imported.
 FAMILIES.update(STRUCTURED)
 
