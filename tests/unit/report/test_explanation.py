@@ -198,12 +198,18 @@ def test_a_budget_is_what_is_left():
 
 
 def test_a_pattern_leaves_out_what_has_no_blocks():
-    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Conv2d(4, 4, 4))
-    explanation = explain(model, SparsityTarget(pattern="2:4"))
-    assert decaying(explanation) == {"0.weight"} and explanation.targets[0].zeros == 24
-    assert "6 inputs are no multiple of 4" in reason_of(explanation, "1.weight")
-    with pytest.raises(UsageError, match="no parameter that decays can have pattern='2:4', 0.weight and others: "):
-        explain(nn.Sequential(nn.Linear(6, 4)), SparsityTarget(pattern="2:4"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Conv2d(4, 4, 4), nn.Conv2d(3, 4, 2))
+    target = SparsityTarget(pattern="2:4")
+    explanation = explain(model, target)
+    attached = attach(model, LpAdamW(model.parameters(), lr=1e-3), target=target, total_steps=30)
+    assert decaying(explanation) == attached.decayed_singly == {"0.weight", "2.weight"}
+    # Half of the weights: of 8 inputs of 6 outputs, and of 4 inputs of 4 outputs at 16 places.
+    assert explanation.targets[0].zeros == 6 * 8 // 2 + 4 * 4 * 16 // 2
+    for name, inputs in (("1.weight", 6), ("3.weight", 3)):
+        assert reason_of(explanation, name) == f"no 2:4 blocks: its number of inputs, {inputs}, is no multiple of 4"
+    with pytest.raises(UsageError, match="no parameter that decays can have pattern='2:4'.*0.weight"):
+        explain(nn.Sequential(nn.Linear(6, 4)), target)
 
 
 def test_updates_at_each_step_are_said_so():
