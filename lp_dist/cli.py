@@ -331,7 +331,7 @@ def structured(
     help texts where there is no --text.
 
     --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
-    --methods: groups (lp_dist), hidden (lp_dist, and routers can't choose experts that have died), gcut and cut (by
+    --methods: groups (lp_dist), masked (lp_dist, and routers can't choose experts that have died), gcut and cut (by
     the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single
     zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """

@@ -27,7 +27,7 @@ from lp_dist.export.writer import export
 
 _NAMES = {
     "groups": "lp_dist",
-    "hidden": "lp_dist, routers can't choose what has died",
+    "masked": "lp_dist, routers can't choose what has died",
     "gcut": "cut gradually, by the norm",
     "gcut:c=0.67": "cut gradually, by lp_dist's saliency ‖w·(√v̂)^⅔‖",
     "cut": "cut before the fine-tune, by the norm",

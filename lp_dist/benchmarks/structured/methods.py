@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lp_dist.attachment.attach import attach
 from lp_dist.benchmarks.quality.methods import FAMILIES, Method, TrainingRun
-from lp_dist.benchmarks.structured.mixtures import DeadExpertsHidden, expert_scores
+from lp_dist.benchmarks.structured.mixtures import RouterMask, expert_scores
 from lp_dist.sharding.shards import locate_shards
 from lp_dist.structured.group_decay import GroupDecayHook
 from lp_dist.structured.resolve import resolve_groups
@@ -47,20 +47,20 @@ class LpGroups(Method):
         self.attached.after_step()
 
 
-class HiddenGroups(LpGroups):
+class MaskedGroups(LpGroups):
     """`LpGroups` of experts, where a router can't choose an expert from the step on in which it dies."""
 
     keys = {**LpGroups.keys, "groups": "experts"}
 
     def start(self) -> None:
         super().start()
-        self.hidden = DeadExpertsHidden(self.run.model, resolve_groups(self.run.model, self.settings["groups"]))
+        self.router_mask = RouterMask(self.run.model, resolve_groups(self.run.model, self.settings["groups"]))
 
     def after_step(self, t: int) -> None:
         super().after_step(t)
-        self.hidden.update()
+        self.router_mask.update()
         if t == self.run.steps:
-            self.hidden.remove()
+            self.router_mask.remove()
 
 
 class _Cut(Method):
@@ -77,11 +77,11 @@ class _Cut(Method):
         sets = resolve_groups(self.run.model, self.settings["groups"])
         shards = locate_shards(self.run.model, self.run.optimizer)
         self.hook = GroupDecayHook(self.run.optimizer, sets, shards, p=0.0, precondition=2.0 * self.c)
-        self.hidden = DeadExpertsHidden(self.run.model, sets)
+        self.router_mask = RouterMask(self.run.model, sets)
 
     def after_step(self, t: int) -> None:
         if t == self.run.steps:
-            self.hidden.remove()
+            self.router_mask.remove()
 
     def prune(self, scores: Tensor, sparsity: float) -> None:
         """Sets the groups with the lowest scores to zero, layer by layer.
@@ -97,7 +97,7 @@ class _Cut(Method):
             masks.append(pruned)
         self.hook.prune(torch.cat(masks))
         self.hook.keep_zero(torch.cat(masks))
-        self.hidden.update()
+        self.router_mask.update()
 
     def scores(self) -> Tensor:
         """‖w·(√v̂)^c‖² of all groups, [groups]."""
@@ -169,7 +169,7 @@ class GradualCut(_Cut):
 
 STRUCTURED: dict[str, type[Method]] = {
     "groups": LpGroups,
-    "hidden": HiddenGroups,
+    "masked": MaskedGroups,
     "cut": OneCut,
     "gcut": GradualCut,
 }

@@ -88,7 +88,7 @@ def _model(family: str, vocabulary: int, seed: int) -> nn.Module:
     )
 
 
-class DeadExpertsHidden:
+class RouterMask:
     """Keeps routers from choosing experts that are zero, as `--shrink` does by removing their rows.
 
     Args:
@@ -115,7 +115,7 @@ class DeadExpertsHidden:
             self._mode.__exit__(None, None, None)
 
     def update(self) -> None:
-        """Hides the experts that are zero now."""
+        """Masks the experts that are zero now."""
         removed = []
         for groups in self._sets:
             alive = torch.zeros(groups.count, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Mixtures in `lp-dist bench structured`: what routers make of experts is counted rightly, and a hidden expert is as a
+"""Mixtures in `lp-dist bench structured`: what routers make of experts is counted rightly, and a masked expert is as a
 removed one.
 """
 
@@ -29,14 +29,14 @@ def task(request):
 def test_methods_of_experts_are_rows_whose_router_chooses_among_those_left(task, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "cached", lambda key, make: make())
     monkeypatch.setattr(mixtures, "mixture", lambda *_: task)
-    methods = "dense hidden cut:criterion=reap"
+    methods = "dense masked cut:criterion=reap"
     page = command.structured(
         task=task.name, model="", text="", methods=methods, shares="50", seeds="0", groups="experts", steps=None,
         block=1, tokens=2, out=str(tmp_path),
     )  # fmt: skip
     rows = {row["method"]: row for row in json_lines.read(tmp_path / "structured.jsonl")}
     assert list(rows) == methods.split()
-    for method in ("hidden", "cut:criterion=reap"):
+    for method in ("masked", "cut:criterion=reap"):
         # Four experts of each of 3 layers, and their rows of the router.
         assert rows[method]["parameters"] - rows[method]["parameters cut"] == 3 * 4 * (3 * 64 * 64 + 64)
         apart = abs(rows[method]["loss"] - rows[method]["loss cut"])
@@ -44,18 +44,18 @@ def test_methods_of_experts_are_rows_whose_router_chooses_among_those_left(task,
     assert f"## {task.name}, experts, help texts of Python" in page.read_text() and "| loss |" in page.read_text()
 
 
-def test_a_hidden_expert_is_as_removed(task, tmp_path):
+def test_a_masked_expert_is_as_removed(task, tmp_path):
     model, inputs = task.build(0).eval(), task.text.held_out[:64][None]
     sets = resolve_groups(model, "experts")
-    hidden = mixtures.DeadExpertsHidden(model, sets)
+    router_mask = mixtures.RouterMask(model, sets)
     with torch.no_grad():
         for i, groups in enumerate(sets):
             for member in groups.members:
                 model.get_parameter(member.name)[i : i + groups.count // 2] = 0.0
         as_trained = model(input_ids=inputs).logits
-        hidden.update()
+        router_mask.update()
         masked = model(input_ids=inputs).logits
-        hidden.remove()
+        router_mask.remove()
         assert torch.equal(model(input_ids=inputs).logits, as_trained)
         model.save_pretrained(tmp_path / "full")
         export(tmp_path / "full", tmp_path / "small", shrink=True)

@@ -78,7 +78,7 @@ def test_every_method_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, mon
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, hidden, cut, gcut"),
+        ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, masked, cut, gcut"),
         ({"methods": "cut", "shares": "0"}, "--shares 0: these are percents"),
         ({"methods": "cut", "shares": "x"}, "these must be numbers"),
     ],
@@ -122,5 +122,5 @@ def test_taylors_criterion_is_the_sum_of_what_each_weight_does_to_the_loss():
 
 
 def test_a_line_of_it_reads_as_any_other():
-    assert set(STRUCTURED) == {"groups", "hidden", "cut", "gcut"}
+    assert set(STRUCTURED) == {"groups", "masked", "cut", "gcut"}
     assert Spec.read("groups:p=0,cap=none").settings["cap"] is None and Spec.read("gcut:c=0.67").line == "gcut:c=0.67"
