@@ -1,5 +1,5 @@
-"""A mixture goes all the way by the program: planned, trained under ZeRO-3 to fewer experts and to a sparsity, reported,
-inspected, shrunk, verified, and loaded by plain transformers. Every figure is one that is counted here.
+"""A mixture goes all the way by the program: planned, trained under ZeRO-3 to fewer experts and to a sparsity,
+reported, inspected, shrunk, verified, and loaded by plain transformers. Every figure is one that is counted here.
 """
 
 from __future__ import annotations
