@@ -78,6 +78,7 @@ class TensorZeros:
         experts: how many experts have a matrix of their own in it; None for one matrix.
         dead_experts: experts whose matrix is all zero; None for one matrix.
         by_expert: of each expert; None for one matrix.
+        is_buffer: whether the model has it as a buffer, such as running means, and not as a parameter.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TensorZeros:
     experts: int | None = None
     dead_experts: int | None = None
     by_expert: list[ExpertZeros] | None = None
+    is_buffer: bool = False
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Inspection:
         Args:
             counted_alone: of the matrices that decay; False: of all parameters.
         """
-        return sums(tensor for tensor in self.tensors if tensor.counted or not counted_alone)
+        return sums(t for t in self.tensors if t.counted or not (counted_alone or t.is_buffer))
 
     def tensors_by(self, key: str) -> dict[Any, list[TensorZeros]]:
         """The counted tensors by `key`, which is "kind" or "layer", in the order of the model."""
@@ -236,6 +238,7 @@ def inspect(
     config = checkpoint.directory_of("config.json")
     skeleton = _skeleton(config, trust_remote_code)
     matrices: set[str] = set() if skeleton is None else matrix_names(skeleton)
+    buffers: set[str] = set() if skeleton is None else {name for name, _ in skeleton.named_buffers()}
     groups: dict[str, list[WeightGroups]] = {} if skeleton is None else recognised_groups(skeleton)[0]
     of_experts = [*groups.get("experts", []), *groups.get("expert_channels", [])]
     reading, readers = _tensors_of(checkpoint, skeleton, of_experts)
@@ -253,6 +256,7 @@ def inspect(
                 counted,
                 0,
                 entry.numel,
+                is_buffer=bool(params) and buffers.issuperset(params),
             )
             values = entry.read()
             readers.add(name, values)

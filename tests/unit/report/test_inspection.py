@@ -555,6 +555,19 @@ def test_without_a_config_it_is_not_known_what_three_dimensions_are(tmp_path):
         assert (tensor.rows is None) == (len(tensor.shape) != 2), tensor.name
 
 
+def test_buffers_are_no_parameters(tmp_path):
+    """A ResNet has running means, and counters of batches."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = ResNetForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    inspection = inspect(tmp_path)
+    assert inspection.total(counted_alone=False)[1] == model.num_parameters() == inspection.as_json()["parameters"]
+    buffers = {name for name, _ in model.named_buffers()}
+    assert buffers and {t.name for t in inspection.tensors if t.is_buffer} == buffers
+
+
 def test_an_engines_names_are_those_of_the_model(llama, tmp_path):
     """A script's checkpoint of torch.distributed.checkpoint, with the model under a key of its own and its tied head
     twice.
