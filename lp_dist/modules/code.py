@@ -108,7 +108,10 @@ def code_of(module: nn.Module) -> ModuleCode | None:
     form = (
         # The classes by reference, so that none is kept alive by what was read of it.
         *((name, ref(type(child))) for name, child in module.named_modules()),
-        *((name, len(full_shape(param))) for name, param in module.named_parameters(remove_duplicate=False)),
+        *(
+            (name, len(full_shape(param)), _is_long_in(param, 2))
+            for name, param in module.named_parameters(remove_duplicate=False)
+        ),
     )
     codes = _CODES.setdefault(type(module), {})
     if form not in codes:
@@ -124,6 +127,19 @@ def code_of(module: nn.Module) -> ModuleCode | None:
             )
             codes[form] = None
     return codes[form]
+
+
+def has_matrices(module: nn.Module) -> bool:
+    """Whether a module has matrices of its own. A vector may be written in two dimensions; a layer of torch may have
+    one output.
+    """
+    fewest = 0 if type(module).__module__.startswith("torch.nn.") else 2
+    return any(len(full_shape(param)) > 1 and _is_long_in(param, fewest) for param in module.parameters(recurse=False))
+
+
+def _is_long_in(param: Tensor, dims: int) -> bool:
+    """Whether as many dimensions of a parameter are above 1."""
+    return sum(size > 1 for size in full_shape(param)) >= dims
 
 
 # -- what functions do --------------------------------------------------------------------------------
@@ -588,9 +604,7 @@ class _Reader:
     def _call_module(self, modules: tuple[tuple[str, nn.Module], ...], args: list[Value]) -> Value:
         """The output of submodules. Those without matrices (activations, norms) hand on what they get."""
         given = union(args)
-        holding = [
-            path for path, module in modules if any(len(full_shape(param)) > 1 for param in module.parameters())
-        ]
+        holding = [path for path, module in modules if any(map(has_matrices, module.modules()))]
         if not holding:
             for value in args:
                 self._use_all(value, Use.TOKEN)

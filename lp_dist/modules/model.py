@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lp_dist.modules.code import ModuleCode, Product, Use, code_of
+from lp_dist.modules.code import ModuleCode, Product, Use, code_of, has_matrices
 from lp_dist.sharding.shards import full_shape
 
 # Modules of torch whose parameters of two dimensions and more are operands of products.
@@ -115,8 +115,8 @@ def _at(module: nn.Module, label: str) -> list[Tensor]:
 
 def _is_matrix_alone(module: nn.Module) -> bool:
     """Whether a module has matrices of its own, and no modules with matrices in it."""
-    return any(len(full_shape(param)) > 1 for param in module.parameters(recurse=False)) and not any(
-        len(full_shape(param)) > 1 for child in module.children() for param in child.parameters()
+    return has_matrices(module) and not any(
+        has_matrices(inner) for child in module.children() for inner in child.modules()
     )
 
 
