@@ -83,6 +83,8 @@ class ModuleCode:
         feeding: submodules and parameters whose outputs go into another one.
         feeding_themselves: those whose outputs go into themselves, as those of a stack of layers.
         returned: submodules and parameters whose outputs are returned.
+        made: of each thing in the tuple that it returns, whether a submodule or parameter had a part in it; empty where
+            that can't be told.
     """
 
     uses: dict[str, set[Use]] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class ModuleCode:
     feeding: set[str] = field(default_factory=set)
     feeding_themselves: set[str] = field(default_factory=set)
     returned: set[str] = field(default_factory=set)
+    made: tuple[bool, ...] = ()
 
 
 # By the class of the module and its form, so that each of a hundred layers is not read anew. It holds no module.
@@ -167,6 +170,7 @@ _TRANSFORMED = {
     "exp", "expm1", "log", "log1p", "softplus", "sigmoid", "tanh", "softmax", "log_softmax", "logsigmoid", "relu",
     "cos", "sin", "pow", "square", "sqrt", "rsqrt", "abs", "clamp", "normalize", "norm", "cumsum", "cumprod",
 }  # fmt: skip
+_COMPARISONS = {"cosine_similarity", "cdist", "pairwise_distance"}
 _RANKINGS = {"topk", "argmax", "argsort", "sort", "multinomial", "gumbel_softmax"}
 _ADDS_TO_ITSELF = {"append", "extend", "insert", "update", "setdefault"}
 
@@ -241,6 +245,7 @@ class _Reader:
             return False
         result = self._follow(function, Value(modules=(("", self.module),)), [], {}, owner, inputs=True)
         self.code.returned |= result.makers
+        self.code.made = tuple(bool(item.makers or item.views) for item in result.items or ())
         return True
 
     # -- functions ----------------------------------------------------------------------------------
@@ -614,7 +619,12 @@ class _Reader:
         labels = [self._label(path) for path in holding]
         for label in labels:
             self._feed(given.makers, label)
-        return Value(makers=frozenset(labels), is_input=True)
+        result = Value(makers=frozenset(labels), is_input=True)
+        code = code_of(modules[0][1]) if len(modules) == 1 else None
+        if code is not None and any(code.made):
+            # What it hands on as it was is none of its outputs.
+            return replace(result, items=tuple(result if made else given.derived() for made in code.made))
+        return result
 
     def _label(self, path: str) -> str:
         """The list that a module is in, for one of its elements: they stand for each other."""
@@ -717,6 +727,8 @@ class _Reader:
         if (view := _VIEWING.get(name)) is not None and operands:
             return replace(view(operands), items=None, known=UNKNOWN)
         joined = union(operands)
+        if name in _COMPARISONS and not joined.views:
+            return replace(joined.derived(), is_compared=True)
         if name in _RANKINGS and not joined.is_compared:  # as scores of attention are
             self.code.choosing |= joined.makers
         elif name in _SCALED and len(operands) > 1:

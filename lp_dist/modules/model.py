@@ -52,6 +52,10 @@ def read_model(model: nn.Module) -> ModelCode:
     reading = ModelCode()
     names = {id(param): name for name, param in model.named_parameters()}
     codes: dict[str, ModuleCode] = {}
+    for module in reversed([*model.modules()]):
+        # Inner ones first: what is read of one asks for those in it, and Python can't call as deep as all of them are.
+        if _has_code(module):
+            code_of(module)
     for path, module in model.named_modules():
         known = isinstance(module, (*_MATRIX_MODULES, *_TABLES))
         for name, param in module.named_parameters(recurse=False):
@@ -62,7 +66,7 @@ def read_model(model: nn.Module) -> ModelCode:
                     reading.products.setdefault(names[id(param)], product)
             elif not known:
                 reading.foreign.setdefault(names[id(param)], type(module).__name__)
-        if known or type(module).__module__.startswith("torch.nn.") or not _has_parameters(module):
+        if known or not _has_code(module):
             continue
         code = code_of(module)
         if code is None:
@@ -87,6 +91,11 @@ def _product_of(module: nn.Module, name: str) -> Product | None:
     if isinstance(module, _MATRIX_MODULES):
         return None if name.endswith(("bias_k", "bias_v")) else Product(1, 0)
     return None
+
+
+def _has_code(module: nn.Module) -> bool:
+    """Whether a module has parameters and code that is not torch's."""
+    return not type(module).__module__.startswith("torch.nn.") and _has_parameters(module)
 
 
 def _has_parameters(module: nn.Module) -> bool:
