@@ -83,7 +83,7 @@ class ModuleCode:
         feeding: submodules and parameters whose outputs go into another one.
         feeding_themselves: those whose outputs go into themselves, as those of a stack of layers.
         returned: submodules and parameters whose outputs are returned.
-        made: of each thing in the tuple that it returns, whether a submodule or parameter had a part in it; empty where
+        made: of each thing in the tuple that it returns, whether it is made by a submodule or parameter; empty where
             that can't be told.
     """
 

@@ -169,7 +169,12 @@ def choices(model: nn.Module, *, include_embeddings: bool = False) -> dict[str, 
 
 def _choose(model: nn.Module, reading: ModelCode, include_embeddings: bool = False) -> dict[str, Choice]:
     """As `choices`, of a model whose code has been read."""
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            # What is an embedding stays one where it is tied to another layer.
+            if id(param) not in owners or isinstance(module, _EMBEDDINGS):
+                owners[id(param)] = module
     rules = _Rules(
         reading,
         adapters=_adapters(model),

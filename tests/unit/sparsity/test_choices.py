@@ -528,3 +528,16 @@ class Steered(nn.Module):
 def test_an_embedding_stays_one_where_it_is_multiplied_too():
     assert choices(Steered())["table.weight"] == Choice(False, Reason.EMBEDDING)
     assert matrix_names(Steered(), include_embeddings=True) == {"table.weight"}
+
+
+@pytest.mark.parametrize("first", ["table", "layer"])
+def test_an_embedding_that_is_tied_to_a_layer_stays_one(first):
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            modules = {"table": nn.Embedding(5, 8), "layer": nn.Linear(8, 5)}
+            self.before, self.after = nn.ModuleList([modules.pop(first)]), nn.ModuleList(modules.values())
+            self.after[0].weight = self.before[0].weight
+            self.deep = Kubla()
+
+    assert choices(Mirrored())["before.0.weight"] == Choice(False, Reason.EMBEDDING)
