@@ -46,9 +46,16 @@ class Architecture:
         return cls(**{key: value for key, value in self.base.items() if hasattr(known, key)} | self.sizes)
 
     def model(self) -> Any:
-        """The model, with the same random weights each time."""
+        """The model, with the same random weights each time. None of its matrices is all zeros, as some are before the
+        first step of their training.
+        """
         torch.manual_seed(0)
-        return getattr(transformers, self.cls)(self.config())
+        model = getattr(transformers, self.cls)(self.config())
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.dim() > 1 and not param.any():
+                    param.normal_(std=0.02)
+        return model
 
 
 # -- inputs -------------------------------------------------------------------
@@ -215,8 +222,8 @@ _CAUSAL: dict[str, dict[str, dict[str, Any]]] = {
         "Qwen2Moe": _SHARED,
         "Qwen3Moe": {**EXPERTS, **_HEADS},
         "GptOss": {**_FOUR, **_HEADS},
-        "DeepseekV2": {**DEEPSEEK, "topk_method": "group_limited_greedy"},
-        "DeepseekV3": DEEPSEEK,
+        "DeepseekV2": {**DEEPSEEK, "n_routed_experts": 8, "topk_method": "group_limited_greedy"},
+        "DeepseekV3": {**DEEPSEEK, "n_routed_experts": 8},
         "Glm4Moe": {**DEEPSEEK, "n_group": 1, **_HEADS},
         "GraniteMoe": _FOUR,
         "GraniteMoeShared": {**_FOUR, "shared_intermediate_size": 24},
