@@ -64,6 +64,7 @@ TOGETHER = (("channels", "kv_groups", "expert_channels"), ("heads", "experts"))
 # Kinds of groups whose parameters are one tensor in the files (queries, keys and values, or gates and ups). It is not
 # cut, which `--shrink` tells only where nothing else is dead.
 FUSED_IN_FILES = {
+    "Ernie4_5_VLMoeForConditionalGeneration": {"experts"},
     "HrmTextForCausalLM": {"channels", "heads", "kv_groups"},
     "NomicBertForMaskedLM": {"heads", "kv_groups"},
 }
@@ -302,8 +303,8 @@ def check_groups(
 
 def short(reason: str) -> str:
     """Why groups stay, for models of any size."""
-    reason = re.sub(r"[\w.]+\.\d+[\w.]*(\[\d+\])?", "one of them", reason)
-    return re.sub(r" \d[\d,]*", " N", reason)
+    reason = re.sub(r"[\w.]+\.\d+[\w.]*(\[\d+\])?", "a layer", reason)
+    return re.sub(r" \d[\d,]*", " N", reason).replace("one of a layer", "one of its groups")
 
 
 def cell_of_cuts(row: Row, notes: list[str]) -> str:
