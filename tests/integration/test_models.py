@@ -190,7 +190,7 @@ def outputs(architecture: Architecture, model: Any) -> list[torch.Tensor]:
 
 
 @dataclass
-class Row:
+class ModelLine:
     """A line of docs/models.md.
 
     Args:
@@ -211,13 +211,13 @@ class Row:
     kept: dict[str, list[str]] = field(default_factory=dict)
 
 
-ROWS: dict[str, Row] = {}
+LINES: dict[str, ModelLine] = {}
 
 
-def row_of(name: str, model: Any) -> Row:
+def row_of(name: str, model: Any) -> ModelLine:
     chosen, params = choices(model), dict(model.named_parameters())
     decaying = sum(params[name].numel() for name, choice in chosen.items() if choice.decays)
-    row = Row(model.config.model_type, decaying, sum(param.numel() for param in params.values()))
+    row = ModelLine(model.config.model_type, decaying, sum(param.numel() for param in params.values()))
     for name, choice in chosen.items():
         if not choice.decays and choice.reason is not Reason.VECTOR and params[name].dim() > 1:
             kinds = row.dense.setdefault(choice.reason.name.lower().replace("_", " "), [])
@@ -246,10 +246,10 @@ def test_groups_are_pruned_and_cut_where_that_was_foreseen(name, tmp_path):
         pruned = [kind for kind in pruned if any(groups.removable for groups in recognised[kind])]
         if pruned:
             check_groups(architecture, recognised, pruned, cut, tmp_path / pruned[0])
-    ROWS[name] = row
+    LINES[name] = row
 
 
-def foresee(model: Any, recognised: dict[str, list[WeightGroups]], kinds: list[str], row: Row) -> set[str]:
+def foresee(model: Any, recognised: dict[str, list[WeightGroups]], kinds: list[str], row: ModelLine) -> set[str]:
     """What `--shrink` would remove if half of these groups were dead: the labels of the groups that it would cut."""
     counts = {groups.label: min(groups.count // 2, groups.removable) for kind in kinds for groups in recognised[kind]}
     foreseen = foreseen_removals(type(model), model.config, counts)
@@ -307,7 +307,7 @@ def short(reason: str) -> str:
     return re.sub(r" \d[\d,]*", " N", reason).replace("one of a layer", "one of its groups")
 
 
-def cell_of_cuts(row: Row, notes: list[str]) -> str:
+def cell_of_cuts(row: ModelLine, notes: list[str]) -> str:
     stays = []
     for kind, reasons in row.kept.items():
         for reason in map(short, reasons):
@@ -323,7 +323,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def line_of(name: str, notes: list[str]) -> list[str]:
-    row = ROWS[name]
+    row = LINES[name]
     dense = "; ".join(f"{reason}: {', '.join(f'`{kind}`' for kind in kinds)}" for reason, kinds in row.dense.items())
     share = f"{row.decays / row.params:.0%}"
     return [
@@ -341,7 +341,7 @@ def page() -> str:
     chapters = []
     for chapter in CHAPTERS:
         names = [name for name, architecture in ARCHITECTURES.items() if architecture.chapter == chapter]
-        names.sort(key=lambda name: (ROWS[name].model_type, name))
+        names.sort(key=lambda name: (LINES[name].model_type, name))
         head = ["model type", "class", "decays", "stays dense", "groups", "`--shrink` removes"]
         chapters.append(f"## {chapter}\n\n{table(head, [line_of(name, notes) for name in names])}")
     why = "\n".join(f"{i}. {note}." for i, note in enumerate(notes, 1))
@@ -364,7 +364,7 @@ def test_the_page_says_what_ran():
     assert text.count(first) == text.count(last) == 1, f"{PAGE} lacks its markers: {first}{last}"
     before, _, rest = text.partition(first)
     written, _, after = rest.partition(last)
-    if ROWS.keys() == ARCHITECTURES.keys():
+    if LINES.keys() == ARCHITECTURES.keys():
         made = page()
         if WRITES:
             PAGE.write_text(before + first + made + last + after)
@@ -374,5 +374,5 @@ def test_the_page_says_what_ran():
     assert not WRITES, "run the whole file, and mend what failed before this"
     # With a part of the models, their lines must be those of the page.
     notes = re.findall(r"^\d+\. (.+)\.$", written.partition("## Why groups stay")[2], re.MULTILINE)
-    for name in ROWS:
+    for name in LINES:
         assert "| " + " | ".join(line_of(name, notes)) + " |" in written, name
