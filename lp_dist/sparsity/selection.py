@@ -27,7 +27,8 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 # Positions, codes and tokens, which may be multiplied as matrices are, by the last word of the name.
 _POSITIONS = re.compile(
-    r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|(^|_)embed(ding)?s?$|codebook|probe|tokens?$|latents?$"
+    r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|(^|_)embed(ding)?s?$"
+    r"|codebook|probe|tokens?$|latents?$"
 )
 # Where no code says what a parameter is used for, further words for what is no matrix: anywhere in the name, and in
 # its last word.
