@@ -124,14 +124,15 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     accepted = set(inspect.signature(model.forward).parameters)
     ids = _tokens(model.config)
     by_decoder = model.config.is_encoder_decoder and "decoder_input_ids" in accepted
-    # Classifiers without a token to pad by take one text at a time.
+    # Classifiers without a token to pad by take one text at a time, and models of sound a row for each codebook.
+    codebooks = _number(model.config, "num_codebooks") or 1
     texts = [
         {
             "input_ids": rows,
             **({"decoder_input_ids": rows} if by_decoder else {}),
             **({"bbox": torch.zeros(*rows.shape, 4, dtype=torch.long)} if "bbox" in accepted else {}),
         }
-        for rows in (ids, ids[:1])
+        for rows in (ids, ids[:1], *([ids[:1].repeat(codebooks, 1)] if codebooks > 1 else []))
     ]
     decoder = {"decoder_input_ids": ids[:1]} if by_decoder else {}
     if model.main_input_name == "input_ids":

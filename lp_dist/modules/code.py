@@ -84,6 +84,8 @@ class ModuleCode:
         feeding: submodules and parameters whose outputs go into another one.
         feeding_themselves: those whose outputs go into themselves, as those of a stack of layers.
         returned: submodules and parameters whose outputs are returned.
+        made: of each thing in the tuple that it returns, whether it is made by a submodule or parameter; empty where
+            that can't be told.
     """
 
     uses: dict[str, set[Use]] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class ModuleCode:
     feeding: set[str] = field(default_factory=set)
     feeding_themselves: set[str] = field(default_factory=set)
     returned: set[str] = field(default_factory=set)
+    made: tuple[bool, ...] = ()
 
 
 # By the class of the module and its form, so that each of a hundred layers is not read anew. It holds no module.
@@ -110,7 +113,10 @@ def code_of(module: nn.Module) -> ModuleCode | None:
     form = (
         # The classes by reference, so that none is kept alive by what was read of it.
         *((name, ref(type(child))) for name, child in module.named_modules()),
-        *((name, len(full_shape(param))) for name, param in module.named_parameters(remove_duplicate=False)),
+        *(
+            (name, len(full_shape(param)), _is_long_in(param, 2))
+            for name, param in module.named_parameters(remove_duplicate=False)
+        ),
     )
     codes = _CODES.setdefault(type(module), {})
     if form not in codes:
@@ -126,6 +132,19 @@ def code_of(module: nn.Module) -> ModuleCode | None:
             )
             codes[form] = None
     return codes[form]
+
+
+def has_matrices(module: nn.Module) -> bool:
+    """Whether a module has matrices of its own. A vector may be written in two dimensions; a layer of torch may have
+    one output.
+    """
+    fewest = 0 if type(module).__module__.startswith("torch.nn.") else 2
+    return any(len(full_shape(param)) > 1 and _is_long_in(param, fewest) for param in module.parameters(recurse=False))
+
+
+def _is_long_in(param: Tensor, dims: int) -> bool:
+    """Whether as many dimensions of a parameter are above 1."""
+    return sum(size > 1 for size in full_shape(param)) >= dims
 
 
 # -- what functions do --------------------------------------------------------------------------------
@@ -153,6 +172,7 @@ _TRANSFORMED = {
     "exp", "expm1", "log", "log1p", "softplus", "sigmoid", "tanh", "softmax", "log_softmax", "logsigmoid", "relu",
     "cos", "sin", "pow", "square", "sqrt", "rsqrt", "abs", "clamp", "normalize", "norm", "cumsum", "cumprod",
 }  # fmt: skip
+_COMPARISONS = {"cosine_similarity", "cdist", "pairwise_distance"}
 _RANKINGS = {"topk", "argmax", "argsort", "sort", "multinomial", "gumbel_softmax"}
 _ADDS_TO_ITSELF = {"append", "extend", "insert", "update", "setdefault"}
 
@@ -227,6 +247,7 @@ class _Reader:
             return False
         result = self._follow(function, Value(modules=(("", self.module),)), [], {}, owner, inputs=True)
         self.code.returned |= result.makers
+        self.code.made = tuple(bool(item.makers or item.views) for item in result.items or ())
         return True
 
     # -- functions ----------------------------------------------------------------------------------
@@ -594,9 +615,7 @@ class _Reader:
     def _call_module(self, modules: tuple[tuple[str, nn.Module], ...], args: list[Value]) -> Value:
         """The output of submodules. Those without matrices (activations, norms) hand on what they get."""
         given = union(args)
-        holding = [
-            path for path, module in modules if any(len(full_shape(param)) > 1 for param in module.parameters())
-        ]
+        holding = [path for path, module in modules if any(map(has_matrices, module.modules()))]
         if not holding:
             for value in args:
                 self._use_all(value, Use.TOKEN)
@@ -606,7 +625,12 @@ class _Reader:
         labels = [self._label(path) for path in holding]
         for label in labels:
             self._feed(given.makers, label)
-        return Value(makers=frozenset(labels), is_input=True)
+        result = Value(makers=frozenset(labels), is_input=True)
+        code = code_of(modules[0][1]) if len(modules) == 1 else None
+        if code is not None and any(code.made):
+            # What it hands on as it was is none of its outputs.
+            return replace(result, items=tuple(result if made else given.derived() for made in code.made))
+        return result
 
     def _label(self, path: str) -> str:
         """The list that a module is in, for one of its elements: they stand for each other."""
@@ -712,6 +736,8 @@ class _Reader:
         if (view := _VIEWING.get(name)) is not None and operands:
             return replace(view(operands), items=None, known=UNKNOWN)
         joined = union(operands)
+        if name in _COMPARISONS and not joined.views:
+            return replace(joined.derived(), is_compared=True)
         if name in _RANKINGS and not joined.is_compared:  # as scores of attention are
             self.code.choosing |= joined.makers
         elif name in _SCALED and len(operands) > 1:

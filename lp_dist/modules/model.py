@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lp_dist.modules.code import ModuleCode, Product, Use, code_of
+from lp_dist.modules.code import ModuleCode, Product, Use, code_of, has_matrices
 from lp_dist.sharding.shards import full_shape
 
 # Modules of torch whose parameters of two dimensions and more are operands of products.
@@ -59,6 +59,10 @@ def read_model(model: nn.Module) -> ModelCode:
     reading = ModelCode()
     names = {id(param): name for name, param in model.named_parameters()}
     codes: dict[str, ModuleCode] = {}
+    for module in reversed([*model.modules()]):
+        # Inner ones first: what is read of one asks for those in it, and Python can't call as deep as all of them are.
+        if _has_code(module):
+            code_of(module)
     for path, module in model.named_modules():
         known = isinstance(module, (*_MATRIX_MODULES, *_TABLES))
         for name, param in module.named_parameters(recurse=False):
@@ -69,7 +73,7 @@ def read_model(model: nn.Module) -> ModelCode:
                     reading.note_product(names[id(param)], product)
             elif not known:
                 reading.foreign.setdefault(names[id(param)], type(module).__name__)
-        if known or type(module).__module__.startswith("torch.nn.") or not _has_parameters(module):
+        if known or not _has_code(module):
             continue
         code = code_of(module)
         if code is None:
@@ -98,6 +102,11 @@ def _product_of(module: nn.Module, name: str) -> Product | None:
     return None
 
 
+def _has_code(module: nn.Module) -> bool:
+    """Whether a module has parameters and code that is not torch's."""
+    return not type(module).__module__.startswith("torch.nn.") and _has_parameters(module)
+
+
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
@@ -124,8 +133,8 @@ def _at(module: nn.Module, label: str) -> list[Tensor]:
 
 def _is_matrix_alone(module: nn.Module) -> bool:
     """Whether a module has matrices of its own, and no modules with matrices in it."""
-    return any(len(full_shape(param)) > 1 for param in module.parameters(recurse=False)) and not any(
-        len(full_shape(param)) > 1 for child in module.children() for param in child.parameters()
+    return has_matrices(module) and not any(
+        has_matrices(inner) for child in module.children() for inner in child.modules()
     )
 
 

@@ -28,7 +28,8 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 # Positions, codes and tokens, which may be multiplied as matrices are, by the last word of the name.
 _POSITIONS = re.compile(
-    r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|codebook|probe|tokens?$|latents?$"
+    r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|(^|_)embed(ding)?s?$"
+    r"|codebook|probe|tokens?$|latents?$"
 )
 # Where no code says what a parameter is used for, further words for what is no matrix: anywhere in the name, and in
 # its last word.
@@ -219,7 +220,12 @@ def expert_stacks(model: nn.Module) -> set[str]:
 
 def _choose(model: nn.Module, reading: ModelCode, include_embeddings: bool = False) -> dict[str, Choice]:
     """As `choices`, of a model whose code has been read."""
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            # What is an embedding stays one where it is tied to another layer.
+            if id(param) not in owners or isinstance(module, _EMBEDDINGS):
+                owners[id(param)] = module
     rules = _Rules(
         reading,
         adapters=_adapters(model),

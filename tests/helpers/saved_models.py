@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lp_dist.checkpoints.hf_names import NameMap
+
 TEXT = dict(
     vocab_size=97,
     hidden_size=32,
@@ -172,3 +174,14 @@ def files_of(directory: Path) -> dict[str, Tensor]:
 def zeros_of(model: nn.Module, names: Callable[[str], bool]) -> dict[str, tuple[int, int]]:
     """{name: zeros and elements} of the parameters that `names` takes."""
     return {name: (int((param == 0).sum()), param.numel()) for name, param in model.named_parameters() if names(name)}
+
+
+def unequal_params(model: Any, names: NameMap, files: dict[str, Tensor]) -> list[str]:
+    """The parameters and buffers that a map of names reads otherwise from files than they are in memory."""
+    state = model.state_dict()
+    return [
+        name
+        for conversion in names.conversions
+        for name, tensor in conversion.to_memory({name: files[name] for name in conversion.hf_shapes}).items()
+        if not torch.equal(tensor, state[name])
+    ]

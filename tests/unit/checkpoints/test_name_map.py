@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from helpers.saved_models import SAVED_MODELS, files_of, saved_model, zeros_of
+from helpers.saved_models import SAVED_MODELS, files_of, saved_model, unequal_params, zeros_of
 from lp_dist.checkpoints.hf_names import NameMap, check_saved_names, hf_shapes_of, name_map, skeleton_of
 from lp_dist.errors import UsageError
 from lp_dist.report.inspection import inspect
@@ -33,17 +33,6 @@ def map_of(model: Any, directory: Path) -> NameMap:
     return name_map(skeleton_of(model), {name: tuple(t.shape) for name, t in files_of(directory).items()})
 
 
-def unequal(model: Any, names: NameMap, directory: Path) -> list[str]:
-    """The parameters that the map reads otherwise than they are in memory."""
-    files, state = files_of(directory), model.state_dict()
-    return [
-        name
-        for conversion in names.conversions
-        for name, tensor in conversion.to_memory({name: files[name] for name in conversion.hf_shapes}).items()
-        if not torch.equal(tensor, state[name])
-    ]
-
-
 @pytest.mark.parametrize("name", sampled(SAVED_MODELS))
 def test_both_ways_agree_with_save_pretrained_and_from_pretrained(name, tmp_path):
     model = saved_model(name)
@@ -55,7 +44,7 @@ def test_both_ways_agree_with_save_pretrained_and_from_pretrained(name, tmp_path
         assert not names.duplicates
         assert names.by_tensor.keys() == files.keys()
         assert names.by_param.keys() >= {name for name, _ in model.named_parameters()}
-        assert not unequal(model, names, directory)
+        assert not unequal_params(model, names, files_of(directory))
         model = type(model).from_pretrained(directory)
 
 
@@ -90,11 +79,11 @@ def test_a_model_of_a_class_with_a_head_and_one_without_read_the_files_of_each_o
         loaded, info = cls.from_pretrained(tmp_path / directory, output_loading_info=True)
         loaded.save_pretrained(tmp_path / f"{directory} of the other")
         names = map_of(loaded, tmp_path / directory)
-        assert not unequal(loaded, names, tmp_path / directory)
+        assert not unequal_params(loaded, names, files_of(tmp_path / directory))
         in_memory = {name for name, _ in loaded.named_parameters()}
         assert in_memory - names.by_param.keys() == in_memory & info["missing_keys"]
         again = map_of(loaded, tmp_path / f"{directory} of the other")
-        assert not unequal(loaded, again, tmp_path / f"{directory} of the other")
+        assert not unequal_params(loaded, again, files_of(tmp_path / f"{directory} of the other"))
         assert again.by_param.keys() >= in_memory
 
 

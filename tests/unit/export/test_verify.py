@@ -230,6 +230,13 @@ class Pair(nn.Module):
         return {"scores": self.used(self.table(input_ids)), "count": input_ids.sum(), "states": (torch.ones(2),)}
 
 
+def test_a_model_of_sound_gets_a_row_of_tokens_for_each_codebook():
+    sizes = dict(vocab_size=61, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.MusicgenDecoderConfig(**sizes, num_codebooks=2)
+    outputs = outputs_of(transformers.MusicgenForCausalLM(config))
+    assert outputs.inputs == ["tokens"] and outputs.values["logits"].shape[0] == 2
+
+
 def test_what_no_output_was_computed_from_is_named():
     outputs = outputs_of(Pair())
     assert list(outputs.values) == ["scores", "states.0"] and outputs.values["scores"].shape == (3, 5, 4)

@@ -281,6 +281,66 @@ def test_what_chooses_among_experts_stays_dense(experts, name, router, shares):
     assert {"storeys.0.common.weight", f"storeys.0.{name}"} <= matrix_names(model)
 
 
+class Shifted(Layer):
+    """Its scores pass a module whose only parameter is a vector in two dimensions, as loads of experts are."""
+
+    def shares(self, scores):
+        return torch.topk(self.loads(scores.softmax(-1)), 2, dim=-1)[0]
+
+
+class Loads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.each = weights(1, 3)
+
+    def forward(self, scores):
+        return scores + self.each.squeeze()
+
+
+def test_scores_that_are_shifted_by_a_vector_are_still_those_of_the_router():
+    class Block(Shifted, InAModule):
+        def __init__(self):
+            super().__init__()
+            self.loads = Loads()
+
+        def make_router(self):
+            return nn.Linear(8, 5, bias=False)  # experts of no number that is known
+
+    assert reasons(Stack(Block))["storeys.0.business.weight"] == "ROUTER"
+
+
+class Places(nn.Module):
+    """Makes features, and hands on where they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = nn.Linear(8, 8)
+
+    def forward(self, x, places):
+        places = places + 1
+        return self.made(x), places
+
+
+@pytest.mark.parametrize("ranked", ["places", "likeness"])
+def test_order_of_tokens_and_likeness_of_features_make_no_router(ranked):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.then = Places(), Kubla()
+
+        def forward(self, x, places):
+            features, places = self.into(x, places)
+            likeness = 1 - F.cosine_similarity(features[:, 1:], features[:, :-1], dim=-1)
+            order = torch.argsort(places if ranked == "places" else likeness, dim=1)
+            return self.then(torch.gather(features, 1, order[..., None]))
+
+    assert reasons(Block()) == {
+        "into.made.weight": "MATRIX",
+        "then.khan": "MATRIX",
+        "then.xanadu.weight": "MATRIX",
+    }
+
+
 def test_a_layer_that_is_as_wide_as_a_stack_is_deep_is_no_router():
     class Vision(nn.Module):
         def __init__(self):
@@ -423,13 +483,14 @@ class Marked(nn.Module):
     def __init__(self):
         super().__init__()
         self.mode_router, self.rel_pos, self.codebook = nn.Linear(8, 8), weights(5, 8), weights(5, 8)
+        self.seg_embed = weights(2, 8)
         self.shared, self.up_proj = weights(8, 8), weights(8, 8)
         self.up = torch.ones(2)
 
     def forward(self, x):
         x = self.mode_router(x) @ self.up_proj
         shared = self.shared + 1.0
-        return torch.relu(x @ self.shared + x @ shared), x @ self.rel_pos.T, x @ self.codebook.T
+        return torch.relu(x @ self.shared + x @ shared), x @ self.rel_pos.T, x @ self.codebook.T, x @ self.seg_embed.T
 
 
 def test_names_decide_where_use_does_not():
@@ -441,6 +502,7 @@ def test_names_decide_where_use_does_not():
             "mode_router.bias": "ROUTER",
             "rel_pos": "NO_MATRIX",
             "codebook": "NO_MATRIX",
+            "seg_embed": "NO_MATRIX",
             "shared": "COMPUTED",
             "up_proj": "MATRIX",
         }.items()
@@ -466,3 +528,16 @@ class Steered(nn.Module):
 def test_an_embedding_stays_one_where_it_is_multiplied_too():
     assert choices(Steered())["table.weight"] == Choice(False, Reason.EMBEDDING)
     assert matrix_names(Steered(), include_embeddings=True) == {"table.weight"}
+
+
+@pytest.mark.parametrize("first", ["table", "layer"])
+def test_an_embedding_that_is_tied_to_a_layer_stays_one(first):
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            modules = {"table": nn.Embedding(5, 8), "layer": nn.Linear(8, 5)}
+            self.before, self.after = nn.ModuleList([modules.pop(first)]), nn.ModuleList(modules.values())
+            self.after[0].weight = self.before[0].weight
+            self.deep = Kubla()
+
+    assert choices(Mirrored())["before.0.weight"] == Choice(False, Reason.EMBEDDING)
