@@ -31,7 +31,7 @@ from lp_dist.checkpoints.hf_names import hf_shapes_of, name_map, skeleton_of
 from lp_dist.errors import UsageError, first_line
 from lp_dist.export.writer import export
 from lp_dist.report.inspection import inspect
-from lp_dist.report.schema import count_saved
+from lp_dist.report.saved_zeros import count_saved
 from lp_dist.sparsity.measure import kind_of
 from lp_dist.sparsity.selection import Choice, Reason, choices
 from lp_dist.structured.groups import WeightGroups
