@@ -57,6 +57,13 @@ SAMPLE = [
     "CLIPModel",
     "Qwen2_5_VLForConditionalGeneration",
 ]
+# Pruning groups takes longest.
+SAMPLE_OF_GROUPS = [
+    "LlamaForCausalLM",
+    "MixtralForCausalLM",
+    "T5ForConditionalGeneration",
+    "ViTForImageClassification",
+]
 # Kinds of groups that share no weights, and so may be pruned in one run. A shared expert may be as wide as the others,
 # so that its channels go with theirs.
 TOGETHER = (("channels", "kv_groups", "expert_channels"), ("heads", "experts"))
@@ -70,8 +77,8 @@ FUSED_IN_FILES = {
 }
 
 
-def sampled(names: Iterable[str]) -> list[Any]:
-    return [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.long) for name in names]
+def sampled(names: Iterable[str], sample: list[str] = SAMPLE) -> list[Any]:
+    return [name if name in sample else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 def train(architecture: Architecture, model: Any, target: SparsityTarget) -> None:
@@ -226,7 +233,7 @@ def row_of(name: str, model: Any) -> ModelLine:
     return row
 
 
-@pytest.mark.parametrize("name", sampled(ARCHITECTURES))
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, SAMPLE_OF_GROUPS))
 def test_groups_are_pruned_and_cut_where_that_was_foreseen(name, tmp_path):
     architecture = ARCHITECTURES[name]
     model = architecture.model()
