@@ -410,9 +410,14 @@ class _AxesInFiles:
         if conversion.is_renaming:
             return of_params[0]
         if len(of_params) > 1:
-            # Layers that are side by side in the files, and have the same inputs.
-            same = of_params[0] is not None and all(axes == of_params[0] for axes in of_params)
-            return of_params[0] if same and len(shape) == 2 else None
+            # Layers that are side by side in the files, and have the same inputs; or experts one by one.
+            first = of_params[0]
+            if first is None or len(shape) != 2 or any(axes != first for axes in of_params):
+                return None
+            inputs = int(first.product.outputs < first.product.inputs)
+            widths = {param_shape[first.product.inputs] for param_shape in conversion.shapes.values()}
+            is_known = first.product.experts is None or shape[inputs] in widths
+            return _Axes(Product(inputs, 1 - inputs)) if is_known else None
         (param,) = conversion.shapes
         saved = next((saved for saved in self.slices.get(param, []) if saved.name == name), None)
         if of_params[0] is None or saved is None:
