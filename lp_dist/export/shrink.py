@@ -8,6 +8,7 @@ Without it another one is chosen, so that outputs change where it was.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from lp_dist.checkpoints.saved_slices import SavedSlice, saved_slices
 from lp_dist.errors import UsageError
 from lp_dist.structured.dead_groups import ReadingWeights
 from lp_dist.structured.groups import WeightGroups
-from lp_dist.structured.removal import WORDS, Removal, plan_removals
+from lp_dist.structured.removal import FUSED, WORDS, Removal, plan_removals
 from lp_dist.structured.resolve import recognised_groups
 from lp_dist.structured.widths import Widths
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,15 @@ def shrink_plan(
     dead |= find_dead(named, slices, tensors, dtype)
     if not any(bool(is_dead.any()) for is_dead in dead.values()):
         raise UsageError(_nothing_is_dead(sets, named, cls.__name__))
+    left = [groups for groups in sets if groups not in named]
+    if left:
+        logger.warning(
+            "%d of %d sets of groups are not looked at, such as %s: %s, or it has other names there",
+            len(left),
+            len(sets),
+            left[0].label,
+            FUSED,
+        )
     widths = Widths(cls, settings, read_json(config / "config.json"), model)
     removals = plan_removals(widths, recognised, dead, multiple)
     if not any(removal.removed for removal in removals):

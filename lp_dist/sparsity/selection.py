@@ -31,6 +31,8 @@ _POSITIONS = re.compile(
     r"(^|_)(pos|position|positions|positional|rel|relative)(_|$)|(^|_)embed(ding)?s?$"
     r"|codebook|probe|tokens?$|latents?$"
 )
+# Modules that make a bias of attention from positions, whatever they multiply: by a word of the path.
+_POSITION_BIASES = re.compile(r"(^|_)(rel|relative|continuous)_pos(ition)?(_[a-z])?_bias|(^|_)position_bias")
 # Where no code says what a parameter is used for, further words for what is no matrix: anywhere in the name, and in
 # its last word.
 _ANYWHERE = re.compile(r"embed|norm|bias|wte|wpe|rotary|position|cls_token")
@@ -301,6 +303,8 @@ class _Rules:
 
     def _by_use(self, name: str, shape: torch.Size) -> Reason:
         uses = self._reading.uses.get(name, set())
+        if any(_POSITION_BIASES.search(word) for word in name.lower().split(".")[:-1]):
+            return Reason.TOKEN
         if name not in self._reading.foreign:
             return Reason.MATRIX
         if Use.LOOKUP in uses:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_dist.checkpoints.hf_names import build_on_meta
+from lp_dist.checkpoints.hf_names import Conversion, build_on_meta, hf_shapes_of, name_map
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.resolve import recognised_groups
 from lp_dist.structured.widths import Cut, Edits, Widths
@@ -31,6 +31,8 @@ WORDS = {
     "experts": _EXPERTS,
     "expert_channels": _EXPERT_CHANNELS,
 }
+# Why groups stay whose parameters lie together in the files.
+FUSED = "what the model has in several parameters is one tensor in its files"
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,21 @@ def foreseen_removals(
             dead[queries.label] = by_group.reshape(-1)
         dead[queries.label] |= dead[shared.label].repeat_interleave(queries.count // shared.count)
         dead[shared.label] |= dead[queries.label].view(shared.count, -1).all(dim=1)
+    in_files = name_map(model, hf_shapes_of(model))
+    fused = {
+        groups.label
+        for kind in recognised.values()
+        for groups in kind
+        if any(not _is_alone(in_files.by_param.get(member.name)) for member in groups.members)
+    }
+    kept = {label: dead.pop(label) for label in fused}
+    dead |= {label: torch.zeros_like(flags) for label, flags in kept.items()}
     widths = Widths(cls, settings, settings.to_dict(), model)
     removals = plan_removals(widths, recognised, dead)
+    for kind, sets in recognised.items():
+        stay = [groups for groups in sets if groups.label in fused and kept[groups.label].any()]
+        if stay:
+            removals.append(_removal(WORDS[kind], stay, kept, [groups.count for groups in stay], FUSED))
     parameters = {name for name, _ in model.named_parameters()}
     left = sum(math.prod(shape) for name, shape in widths.shapes.items() if name in parameters)
     cut = {name for (name, _), kept in {**widths.kept, **widths.kept_by_expert}.items() if not kept.all()}
@@ -167,6 +182,11 @@ def foreseen_removals(
         left,
         frozenset(groups.label for groups in sets if not any(member.name in cut for member in groups.members)),
     )
+
+
+def _is_alone(conversion: Conversion | None) -> bool:
+    """Whether the files have a parameter for itself, in one tensor or in several."""
+    return conversion is not None and len(conversion.shapes) == 1
 
 
 def _grouped_by(sets: list[WeightGroups], key: Callable[[WeightGroups], Any]) -> list[list[WeightGroups]]:

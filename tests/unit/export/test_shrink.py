@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from helpers.architectures import ARCHITECTURES
 from helpers.export_runs import llama
 from helpers.families import FAMILIES, GROUPED, model_of, slots
+from helpers.families import kill as kill_groups
 from helpers.model_directories import FORMS, rewritten, written
 from lp_dist.cli import app
 from lp_dist.errors import DiffersError, UsageError
@@ -27,7 +29,7 @@ from lp_dist.report.schema import FILE
 from lp_dist.structured import widths
 from lp_dist.structured.budget import groups_to_prune
 from lp_dist.structured.removal import foreseen_removals
-from lp_dist.structured.resolve import resolve_groups
+from lp_dist.structured.resolve import recognised_groups, resolve_groups
 from lp_dist.targets.group_controller import group_budget
 from lp_dist.targets.target import SparsityTarget
 
@@ -593,3 +595,16 @@ def test_the_program_says_before_the_run_what_will_stay(tmp_path, topics, tiny_m
     assert measured[-1] == pytest.approx(saved["sparsity"]) and 0.0 < saved["sparsity"] < 0.3, (
         "of all that may decay, in the log as at the end"
     )
+
+
+def test_groups_that_the_files_have_together_are_named_where_others_are_cut(tmp_path, caplog):
+    """NomicBert's queries, keys and values are one tensor in its files; its channels are not."""
+    model = ARCHITECTURES["NomicBertForMaskedLM"].model()
+    recognised, _ = recognised_groups(model)
+    with torch.no_grad():
+        for groups in recognised["channels"]:
+            kill_groups(model, groups, range(groups.count // 2))
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "small", shrink=True)
+    count = len(recognised["heads"]) + len(recognised["kv_groups"])
+    assert f"{count} of {sum(map(len, recognised.values()))} sets of groups are not looked at" in caplog.text

@@ -509,6 +509,27 @@ def test_names_decide_where_use_does_not():
     }
 
 
+class Placed(nn.Module):
+    """A bias of attention from positions, by a layer and by a small network; a layer of what comes in is a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.pos_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.rel_pos_x_bias = nn.Linear(8, 8, bias=False)
+        self.continuous_position_bias_net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x, places):
+        bias = self.rel_pos_x_bias(F.one_hot(places, 8).float()) + self.continuous_position_bias_net(places.float())
+        return self.mix(self.pos_proj(x)) + bias
+
+
+def test_a_layer_that_makes_a_bias_of_positions_stays_dense():
+    chosen = reasons(nn.ModuleDict({"a": Placed(), "b": nn.Linear(8, 3)}))
+    assert chosen["a.rel_pos_x_bias.weight"] == "TOKEN"
+    assert {chosen[f"a.continuous_position_bias_net.{i}.weight"] for i in (0, 2)} == {"TOKEN"}
+    assert chosen["a.pos_proj.weight"] == chosen["a.mix.weight"] == "MATRIX"
+
+
 def test_the_rules_are_the_same_on_the_meta_device():
     for model in (Stack(type("Block", (Bare, Ranked, Porlock), {})), Kubla(), Alph()):
         assert choices(model) == choices(model.to("meta"))

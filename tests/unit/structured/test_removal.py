@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from helpers.architectures import ARCHITECTURES
 from helpers.mixtures import Desk, Shelf, Study
-from lp_dist.structured.removal import plan_removals
+from lp_dist.structured.removal import FUSED, foreseen_removals, plan_removals
 from lp_dist.structured.resolve import recognised_groups
 from lp_dist.structured.widths import Widths
 
@@ -88,3 +89,14 @@ def test_dead_channels_of_experts_that_are_modules_stay_where_no_entry_has_their
         " 12"
     ]
     assert not widths.kept
+
+
+def test_groups_whose_parameters_lie_together_in_the_files_are_foreseen_to_stay():
+    """Of HrmText gate and up, and queries, keys and values, are each one tensor in the files."""
+    model = ARCHITECTURES["HrmTextForCausalLM"].model()
+    recognised, _ = recognised_groups(model)
+    for kind in ("channels", "kv_groups"):
+        counts = {groups.label: groups.count // 2 for groups in recognised[kind]}
+        foreseen = foreseen_removals(type(model), model.config, counts)
+        assert counts and foreseen.uncut == counts.keys() and {removal.why for removal in foreseen.removals} == {FUSED}
+        assert foreseen.parameters == model.num_parameters()

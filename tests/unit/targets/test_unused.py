@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.architectures import ARCHITECTURES
 from helpers.targets import START, TOTAL, TargetRun, model_of, same
-from lp_dist import LpLion, LpSGD, SparsityTarget, add_lp_decay
+from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
 from lp_dist.errors import UsageError
+from lp_dist.sparsity.selection import matrix_names
 from lp_dist.structured.groups import Member, weight_groups
 
 
@@ -185,6 +187,53 @@ def test_in_blocks_of_a_pattern_experts_are_not_told_apart():
     run = run_of(target=SparsityTarget(pattern="2:4"), names=["0.weight", "2.weight", "branch.weight"]).to(TOTAL)
     assert run.model.branch.weight.all()
     assert (run.model[0].weight.view(-1, 4) == 0).sum(1).eq(2).all()
+
+
+# -- real models --------------------------------------------------------------
+
+
+def trained_on(tokens: Tensor, name: str, **target: Any) -> Any:
+    model = ARCHITECTURES[name].model()
+    optimizer = LpAdamW(model.parameters(), lr=1e-3)
+    attached = attach(model, optimizer, target=SparsityTarget(0.5, **target), total_steps=20)
+    for _ in range(20):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        attached.after_step()
+    attached.finish()
+    return model, attached
+
+
+@pytest.mark.parametrize("groups", [None, "channels"])
+def test_a_vision_tower_stays_as_it_is_under_text_alone(groups, caplog):
+    model, attached = trained_on(
+        torch.arange(10, 34).view(2, 12),
+        "Qwen2_5_VLForConditionalGeneration",
+        **({"groups": groups} if groups else {}),
+    )
+    zeros, elements = 0, 0
+    for name in matrix_names(model):
+        weights = model.get_parameter(name)
+        if "visual" in name:
+            assert weights.all()
+        else:
+            zeros, elements = zeros + int((weights == 0).sum()), elements + weights.numel()
+    if groups is None:
+        assert abs(zeros - elements / 2) <= 1 and attached.logs["lp/measured"] == zeros / elements
+    else:
+        assert zeros and attached.logs["lp/groups_measured"] == 0.5
+    assert "visual" in "".join(warned(caplog))
+
+
+def test_experts_that_get_no_tokens_stay_dense(caplog):
+    """One token alone reaches two of the experts of each layer."""
+    model, _ = trained_on(torch.full((2, 6), 7), "MixtralForCausalLM")
+    for name, weights in model.named_parameters():
+        if ".experts." in name:
+            unused = [i for i, matrix in enumerate(weights) if matrix.all()]
+            assert 1 <= len(unused) < len(weights), name
+    assert "experts of stacked parameters" in "".join(warned(caplog))
 
 
 # -- groups -------------------------------------------------------------------
