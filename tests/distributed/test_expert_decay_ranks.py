@@ -4,7 +4,6 @@ become zero in the masters and in the model alike.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import ended, gathered, make, quiet
+from helpers.engines import make, quiet
 from helpers.mixtures import mixture_model
-from helpers.snapshots import joined, local_shards_of
+from helpers.snapshots import check_one_process, joined, results_of
 from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
 from lp_dist import GroupDecay, SparsityTarget, attach
 from lp_dist.sharding.engines import unwrap
@@ -55,13 +54,7 @@ def followed(case: ExpertCase) -> dict[str, Any]:
         attachment = attach(engine.handle, groups=GroupDecay(sets, 0.5, precondition=1.0), **others)
     trained(engine, attachment, case, 0, STEPS)
     attachment.finish()
-    results = {
-        "shards": local_shards_of(attachment),
-        "model": gathered(engine),
-        "state": json.dumps(attachment.state_dict()),
-    }
-    ended(engine)
-    return results
+    return results_of(engine, attachment)
 
 
 @cache
@@ -85,12 +78,7 @@ def results(run_ranks, tmp_path_factory) -> list[dict[ExpertCase, Any]]:
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):
-    for case in RUNS:
-        wanted = joined([{"shards": alone(case)["shards"]}])
-        masters = joined([{"shards": rank[case]["shards"]} for rank in results])
-        for name, weights in wanted.items():
-            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
-        assert all(rank[case]["state"] == alone(case)["state"] for rank in results), case
+    check_one_process(results, RUNS, alone)
 
 
 def test_as_many_are_dead_as_requested_in_the_model_and_in_the_masters(results):

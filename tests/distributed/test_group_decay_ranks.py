@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import Engine, ended, gathered, quiet
-from helpers.snapshots import joined, local_shards_of, snapshot
+from helpers.engines import Engine, ended, quiet
+from helpers.snapshots import check_one_process, joined, results_of, snapshot
 from helpers.target_runs import Case, engine_of, trained
 from lp_dist import GroupDecay, SparsityTarget, attach
 from lp_dist.attachment.attachment import Attachment
@@ -89,14 +89,7 @@ def followed(case: GroupCase) -> dict[str, Any]:
     attachment.finish()
     # The end of a parameter that lies in padding, or that another rank has, must not be in the sums.
     squares = attachment.group_decay.squares.clone()
-    results = {
-        "shards": local_shards_of(attachment),
-        "model": gathered(engine),
-        "state": json.dumps(attachment.state_dict()),
-        "squares": squares,
-    }
-    ended(engine)
-    return results
+    return {"squares": squares, **results_of(engine, attachment)}
 
 
 @cache
@@ -191,12 +184,7 @@ def results(run_ranks, tmp_path_factory) -> list[dict[Any, Any]]:
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):
-    for case in RUNS:
-        wanted = joined([{"shards": alone(case)["shards"]}])
-        masters = joined([{"shards": rank[case]["shards"]} for rank in results])
-        for name, weights in wanted.items():
-            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
-        assert all(rank[case]["state"] == alone(case)["state"] for rank in results), case
+    check_one_process(results, RUNS, alone)
 
 
 def test_what_is_dead_is_dead_in_the_model_and_in_the_masters(results):

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from helpers.engines import ended, gathered, make, quiet
+from helpers.engines import make, quiet
 from helpers.mixtures import mixture_model
-from helpers.snapshots import joined, local_shards_of
+from helpers.snapshots import check_one_process, results_of
 from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
 from lp_dist import SparsityTarget, attach
 
@@ -62,13 +62,7 @@ def followed(case: Case) -> dict[str, Any]:
     attachment = attach(engine.handle, target=target, total_steps=STEPS, **others)
     trained(engine, attachment, case, 0, STEPS)
     attachment.finish()
-    results = {
-        "shards": local_shards_of(attachment),
-        "model": gathered(engine),
-        "state": json.dumps(attachment.state_dict()),
-    }
-    ended(engine)
-    return results
+    return results_of(engine, attachment)
 
 
 @cache
@@ -92,12 +86,7 @@ def results(run_ranks, tmp_path_factory) -> list[dict[Case, Any]]:
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):
-    for case in CASES:
-        wanted = joined([{"shards": alone(case)["shards"]}])
-        masters = joined([{"shards": rank[case]["shards"]} for rank in results])
-        for name, weights in wanted.items():
-            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
-        assert all(rank[case]["state"] == alone(case)["state"] for rank in results), case
+    check_one_process(results, CASES, alone)
 
 
 def test_what_no_gradient_reaches_stays_dense_and_the_target_holds_of_the_rest(results):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers.engines import Engine, gathered
+from helpers.engines import Engine, ended, gathered
 from lp_dist.attachment.attach import Attachment
 
 
@@ -52,3 +54,32 @@ def local_shards_of(attachment: Attachment) -> list[tuple[str, int, Tensor]]:
     return [
         (shard.name, shard.start, shard.local.values.flatten().clone()) for shard in attachment.shards if shard.length
     ]
+
+
+def results_of(engine: Engine, attachment: Attachment) -> dict[str, Any]:
+    """What a finished run is compared by, on this rank. Ends the engine."""
+    results = {
+        "shards": local_shards_of(attachment),
+        "model": gathered(engine),
+        "state": json.dumps(attachment.state_dict()),
+    }
+    ended(engine)
+    return results
+
+
+def check_one_process(
+    ranks: list[dict[Any, dict[str, Any]]], cases: Iterable[Any], alone: Callable[[Any], Any]
+) -> None:
+    """Asserts that all ranks together come to the masters of one process, bit for bit, and each to its state.
+
+    Args:
+        ranks: of each rank {case: its `results_of`}.
+        cases: to compare.
+        alone: gives the results of one process.
+    """
+    for case in cases:
+        wanted = joined([{"shards": alone(case)["shards"]}])
+        masters = joined([{"shards": rank[case]["shards"]} for rank in ranks])
+        for name, weights in wanted.items():
+            assert masters[name].flatten().equal(weights.flatten()), f"{case}: {name}"
+        assert all(rank[case]["state"] == alone(case)["state"] for rank in ranks), case
