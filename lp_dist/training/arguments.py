@@ -636,9 +636,13 @@ def _check(data: DataArguments, decays: DecayArguments, training: TrainingArgume
 def _check_output(training: TrainingArguments, decays: DecayArguments) -> None:
     """Raises UsageError where a run is already."""
     output = Path(training.output_dir)
-    if not (training.resume_from_checkpoint or decays.overwrite) and (
-        list(output.glob("checkpoint-*")) or (output / FILE).exists()
-    ):
+    try:
+        is_taken = bool(list(output.glob("checkpoint-*"))) or (output / FILE).exists()
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {str(output)[:100]} can't be read ({error.strerror}); name another directory"
+        ) from None
+    if is_taken and not (training.resume_from_checkpoint or decays.overwrite):
         raise UsageError(
             f"{output} holds a run already; resume it with --resume_from_checkpoint true, replace it with --overwrite"
             " true, or choose another --output_dir"

@@ -85,6 +85,12 @@ def test_a_recipe_that_is_none_ends_in_one_line(content, words, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "it ran").exists()
 
 
+def test_a_directory_that_no_file_system_can_have_ends_in_one_line():
+    argv = ["--model", "m", "--dataset", "d", "--sparsity", "0.5", "--output_dir", "1" * 400]
+    with pytest.raises(UsageError, match=r"--output_dir 1{100} can't be read \(File name too long\); name another"):
+        arguments.parse(argv)
+
+
 @pytest.mark.parametrize("key", ["trust_remote_code", "trust-remote-code", "trust_pickles", "trust_p", "t"])
 def test_a_recipe_is_a_file_and_lets_no_file_run_code(key, tmp_path):
     with pytest.raises(UsageError, match=rf"has {key}: True, which lets files run code.*on the command line"):
