@@ -231,7 +231,7 @@ def all_zero_names(shards: list[Shard]) -> list[str]:
     return [shard.name for shard, count in zip(shards, counts) if not count]
 
 
-# Of a state tensor that is zero only where every gradient was; the first that an optimizer has.
+# State tensors that are zero only where every gradient was; the first that a parameter has.
 _MOMENTS = ("exp_avg_sq", "exp_avg", "momentum_buffer")
 
 
@@ -241,8 +241,8 @@ def without_gradient(
     """The parameters that have had no gradient yet, or none but zeros, over all ranks, by the optimizer's moments.
     Collective: one reduction.
 
-    Engines that keep gradients in flat tensors give zeros where there is none. Where an optimizer keeps no moments
-    nothing is known, and no parameter is returned.
+    Engines that keep gradients in flat tensors give zeros where there is none. Where an optimizer keeps no moments, or
+    those of a parameter in another form (Adafactor's rows and columns), nothing is known, and it is not returned.
 
     Args:
         shards: of the same parameters on every rank, none of them on the disk.
@@ -251,15 +251,18 @@ def without_gradient(
     Returns:
         {name: the indices along the first dimension that had none; None: the whole parameter}.
     """
-    key = next((key for key in _MOMENTS if any(key in state for state in optimizer.state.values())), None)
+    has_moments = any(key in state for state in optimizer.state.values() for key in _MOMENTS)
     flags: list[Tensor] = []
     sizes: list[int] = []
     for shard in shards:
         heights = shard.shape[0] if shard.name in stacks else 1
         sizes.append(heights)
         flags.append(torch.zeros(heights, dtype=torch.int64))
-        moments = shard.state.get(key) if key is not None and shard.length else None
-        if moments is not None and (shard.start is None or not moments.is_contiguous()):
+        state = shard.state if shard.length else {}
+        moments = next((state[key] for key in _MOMENTS if key in state), None)
+        if moments is None and _keeps_others(shard, optimizer):
+            flags[-1] += 1
+        elif moments is not None and (shard.start is None or not moments.is_contiguous()):
             flags[-1] += int(moments.any())
         elif moments is not None:
             # One wait for the device for each parameter.
@@ -269,7 +272,7 @@ def without_gradient(
             had = [flat[max(0, i * width - first) : (i + 1) * width - first].any() for i in indices]
             flags[-1][indices.start : indices.stop] = torch.stack(had).long().cpu()
     without_sections = torch.tensor([int(not shard.has_sections) for shard in shards], dtype=torch.int64)
-    sums = all_reduce_sum(torch.cat([*flags, without_sections, torch.tensor([int(key is not None)])]))
+    sums = all_reduce_sum(torch.cat([*flags, without_sections, torch.tensor([int(has_moments)])]))
     if not sums[-1]:
         return {}
     result: dict[str, list[int] | None] = {}
@@ -280,6 +283,16 @@ def without_gradient(
         elif none and not ranks:
             result[shard.name] = none
     return result
+
+
+def _keeps_others(shard: Shard, optimizer: Optimizer) -> bool:
+    """Whether a parameter without moments on this rank may have had gradients: it has another state, or its group
+    keeps no momentum.
+    """
+    return shard.length > 0 and (
+        bool(shard.state_of(shard.tensor).keys() - {"step"})
+        or optimizer.param_groups[shard.group].get("momentum", 1) == 0
+    )
 
 
 class _DTensorLocation(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Adafactor
 
 from helpers.architectures import ARCHITECTURES
 from helpers.targets import START, TOTAL, TargetRun, model_of, same
@@ -123,6 +124,32 @@ def test_other_optimizers_know_it_by_their_momentum(make, caplog):
 def test_without_moments_nothing_is_known_and_all_decay(caplog):
     run = run_of(make=lambda params, lr: LpSGD(params, lr=10 * lr)).to(TOTAL)
     assert abs(zeros_of(run) - 0.6 * ALL) <= 4 and "gradient" not in "".join(warned(caplog))
+
+
+def adafactor(params, lr):
+    """It keeps second moments of vectors, and of matrices their rows and columns."""
+    optimizer = Adafactor(params, lr=lr, scale_parameter=False, relative_step=False)
+    add_lp_decay(optimizer)
+    return optimizer
+
+
+def with_and_without_momentum(params, lr):
+    params = list(params)
+    return LpSGD(
+        [{"params": params[:2], "momentum": 0.9}, {"params": params[2:], "momentum": 0.0}], lr=10 * lr, momentum=0.9
+    )
+
+
+@pytest.mark.parametrize(
+    "make, left, named",
+    [(adafactor, 64 * 160, "branch.weight"), (with_and_without_momentum, 2 * 64 * 64, "experts[1:2]")],
+)
+def test_what_is_kept_in_another_form_or_not_at_all_is_not_taken_for_none(make, left, named, caplog):
+    """Adafactor has no state of the branch alone; of the others, that have no momentum, nothing is known."""
+    run = run_of(make=make, lr=1e-3).to(TOTAL)
+    assert abs(zeros_of(run) - 0.6 * (ALL - left)) <= 4
+    (line,) = [line for line in warned(caplog) if "gradient" in line]
+    assert named in line and f"of the other {ALL - left:,} weights" in line
 
 
 @pytest.mark.parametrize("step", [3, START + 1, 30, TOTAL - 4])
