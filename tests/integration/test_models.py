@@ -295,10 +295,14 @@ def check_groups(
     """Prunes half of these groups, and removes what can be removed: some of each of those in `cut`, and no others."""
     model = architecture.model()
     reached = train(architecture, model, SparsityTarget(0.5, start=START, end=0.9, groups=kinds))
-    for kind in kinds:
-        if not all(any(reached[member.name].any() for member in groups.members) for groups in recognised[kind]):
-            # Mimi's encoder, which no gradient reaches, keeps its groups, and all layers have one width.
-            cut = cut - {groups.label for groups in recognised[kind]}
+    counts = {
+        groups.label: min(groups.count // 2, groups.removable)
+        for kind in kinds
+        for groups in recognised[kind]
+        if any(reached[member.name].any() for member in groups.members)
+    }
+    # What no gradient reaches keeps its groups, and so may others of the one width that it has with them.
+    cut = cut & (counts.keys() - foreseen_removals(type(model), model.config, counts).uncut)
     model.save_pretrained(directory / "model")
     try:
         done = export(directory / "model", directory / "small", shrink=True, verify=True)
