@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lp_dist.attachment.attachment import Attachment
@@ -211,25 +213,53 @@ def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> Parameter
     names: dict[Tensor, list[str]] = {}
     for shard in shards:
         inputs = input_dims.get(shard.name)
-        param_slice = ParamSlice(shard.name, shard.offset, shard.length, shard.start, shard.shape, inputs)
+        param_slice = ParamSlice(
+            shard.name, shard.offset, shard.length, shard.start, shard.shape, inputs, shard.region
+        )
         slices.setdefault(shard.tensor, []).append(param_slice)
         names.setdefault(shard.tensor, []).append(shard.name)
     parameter_map.replace(slices)
+    shapes = {shard.name: shard.shape for shard in shards}
     strides = {
         shard.name: nm.block_stride(shard.shape, input_dims[shard.name])
         for shard in shards
         if shard.name in input_dims
     }
-    inside_of_blocks = [
-        (shard.name, shard.start)
-        for shard in shards
-        if shard.length and shard.name in strides and (shard.start or 0) % (nm.LARGEST_BLOCK * strides[shard.name])
-    ]
-    starts: dict[str, list[int]] = {}
-    for name, start in (pair for of_rank in all_gather_objects(inside_of_blocks) for pair in of_rank):
-        starts.setdefault(name, []).append(start)
+    begin = [_inside_of_blocks(shard, input_dims[shard.name]) for shard in shards if shard.name in strides]
+    starts: dict[str, Tensor] = {}
+    for shard_starts in set().union(*all_gather_objects([starts for starts in begin if any(starts[1:])])):
+        shape, inputs = shapes[shard_starts.name], input_dims[shard_starts.name]
+        rows = torch.arange(math.prod(shape[:inputs]))[:, None] * shape[inputs]
+        of_runs = ((rows + torch.tensor(shard_starts.runs, dtype=torch.int64)) * strides[shard_starts.name]).flatten()
+        of_range = torch.tensor(shard_starts.positions, dtype=torch.int64)
+        known = starts.get(shard_starts.name, of_range[:0])
+        starts[shard_starts.name] = torch.cat([known, of_runs, of_range])
     parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max, strides) if starts else None
     return parameter_map
+
+
+class _Starts(NamedTuple):
+    """Where what a rank has of a parameter begins inside of a block of 8, or of several that lie between each other.
+
+    Args:
+        name: of the parameter.
+        positions: of a range, in the parameter taken flat; one or none.
+        runs: of inputs, where the rank has some of them alone.
+    """
+
+    name: str
+    positions: tuple[int, ...]
+    runs: tuple[int, ...]
+
+
+def _inside_of_blocks(shard: Shard, inputs: int) -> _Starts:
+    """Where a shard begins inside of blocks, which lie along the dimension `inputs`."""
+    size = nm.LARGEST_BLOCK * nm.block_stride(shard.grid.sizes, inputs)
+    return _Starts(
+        shard.name,
+        (shard.grid.position(shard.start),) if shard.length and shard.start % size else (),
+        tuple(run.start for run in shard.grid.runs[inputs] if run and run.start % nm.LARGEST_BLOCK),
+    )
 
 
 def _warn_of_free_zeros(plan: Plan) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lp_dist.attachment.apply import apply_plan
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.attachment.plan import Request, make_plan
 from lp_dist.sharding.collectives import assert_same_on_all_ranks
+from lp_dist.sharding.shards import check_shards, with_replicas
 from lp_dist.targets.target import GroupDecay, SparsityTarget
 
 
@@ -32,12 +34,11 @@ def attach(
     hold, whatever a checkpoint loader writes into the groups.
 
     Call it on every rank, after the engine is made. What an earlier call returned is void from then on, and says so
-    when it is used. It makes one small reduction and
-    two exchanges (hyperparameters, where shards begin), gathers nothing, and costs nothing per step but for blocks of
-    a pattern that lie on several ranks.
+    when it is used. It makes some small reductions and exchanges (hyperparameters, which ranks hold the same, where
+    shards begin), gathers nothing, and costs nothing per step but for blocks of a pattern that lie on several ranks.
 
     Args:
-        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2.
+        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2, tensor parallelism.
         optimizer: one of lp_dist, one with `add_lp_decay`, or a wrapper of it; may be left out for a DeepSpeed engine.
         names: the parameters that may decay; None: the matrices of `lp_dist.param_groups` (no embeddings, heads,
             norms, biases). Others in a group with weight_decay > 0, as Hugging Face's Trainer makes them, get
@@ -73,4 +74,6 @@ def attach_as_requested(model: Any, optimizer: Any, request: Request) -> Attachm
         assert_same_on_all_ranks(error)  # a rank that failed takes part, so that the others don't wait for it
         raise
     assert_same_on_all_ranks(plan.to_compare())
-    return apply_plan(model, plan)
+    shards = with_replicas(plan.shards)
+    check_shards(shards)
+    return apply_plan(model, replace(plan, shards=shards))

@@ -55,6 +55,13 @@ def plan_blocks(module: nn.Module, decaying: list[tuple[Shard, dict[str, Any]]],
         shard = shards[name]
         _refuse_layout(shard, patterns[name])
         reason = nm.why_no_blocks(shard.shape, shard.start, 1, dim)
+        m = nm.parse_pattern(patterns[name])[1]
+        if (
+            shard.region is not None
+            and shard.region.divided(dim, m) is None
+            and shard.length < shard.region.sizes.numel()
+        ):
+            reason = f"tensor parallelism cuts its blocks of {m} inputs, and ZeRO what is left of them"
         if reason is not None:
             reasons[name] = reason
     in_words = " and ".join(sorted(set(patterns.values())))

@@ -12,12 +12,15 @@ block that lies on several ranks is ranked by what these ranks exchange.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lp_dist.optim.region import Region
 
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
 # Of a span whose weights are all kept: entries of blocks that lie on several ranks.
@@ -55,8 +58,7 @@ def why_no_blocks(shape: torch.Size, start: int | None, m: int, inputs: int | No
 
     Args:
         shape: of the whole parameter.
-        start: the first element of the shard on this rank, the parameter taken flat; None if it is no contiguous
-            range.
+        start: the first element of the shard on this rank; None: it is not known where the shard lies.
         m: weights of a block.
         inputs: its dimension of inputs; None: not known.
         groups: of a convolution, among which that dimension is divided.
@@ -69,7 +71,7 @@ def why_no_blocks(shape: torch.Size, start: int | None, m: int, inputs: int | No
     if count % m:
         return f"its number of inputs, {count}, is no multiple of {m}"
     if start is None:
-        return "what lies on this rank is no contiguous range of it (rows in several strips)"
+        return "which elements of it lie on this rank is not known"
     return None
 
 
@@ -133,17 +135,60 @@ def ranking_keys(x: Tensor, smallest: bool = False) -> Tensor:
     return -bits if smallest else bits
 
 
+class CompleteRun(NamedTuple):
+    """Neighbouring inputs on a rank that are complete blocks.
+
+    Args:
+        first: the first of them, in the rank's tensor.
+        length: inputs.
+        start: the first of them, in the parameter.
+    """
+
+    first: int
+    length: int
+    start: int
+
+
+@lru_cache(maxsize=1024)
+def complete_runs(region: Region, inputs: int, m: int) -> tuple[CompleteRun, ...]:
+    """What a rank has of complete blocks, where it has some of the inputs alone.
+
+    Args:
+        region: of the parameter.
+        inputs: its dimension of inputs.
+        m: weights of a block.
+    """
+    runs, at = [], 0
+    for run in region.runs[inputs]:
+        head, complete = split_at_blocks(run.start, len(run), m)
+        if complete:
+            runs.append(CompleteRun(at + head, complete, run.start + head))
+        at += len(run)
+    return tuple(runs)
+
+
+@lru_cache(maxsize=1024)
+def split_entries(region: Region, inputs: int, m: int) -> Tensor:
+    """Where all that is not in `complete_runs` lies in the rank's tensor, taken flat; int64."""
+    is_split = torch.ones(region.sizes[inputs], dtype=torch.bool)
+    for run in complete_runs(region, inputs, m):
+        is_split[run.first : run.first + run.length] = False
+    stride = math.prod(region.sizes[inputs + 1 :])
+    outer = torch.arange(math.prod(region.sizes[:inputs]))[:, None, None] * region.sizes[inputs]
+    return ((outer + is_split.nonzero().view(1, -1, 1)) * stride + torch.arange(stride)).flatten()
+
+
 class BlockEntries(NamedTuple):
-    """Consecutive entries of split blocks on one rank.
+    """Entries of split blocks on one rank.
 
     Args:
         name: of the parameter.
-        first: the first entry in the whole parameter, taken flat.
+        positions: where they lie in the whole parameter, taken flat; int64 [entries].
         keys: `ranking_keys` of the entries, int64 [entries].
     """
 
     name: str
-    first: int
+    positions: Tensor
     keys: Tensor
 
 
@@ -152,7 +197,7 @@ class SplitBlocks:
     same calls in the same order.
 
     Args:
-        starts: by parameter name, the elements (the parameter taken flat) with which some rank's shard begins inside
+        starts: by parameter name, the elements (the parameter taken flat) with which what some rank has begins inside
             of a block of 8, or of several that lie between each other.
         names: by tensor that the optimizer steps, the parameters that lie in it on any rank, in one order on all
             ranks.
@@ -162,12 +207,15 @@ class SplitBlocks:
 
     def __init__(
         self,
-        starts: dict[str, list[int]],
+        starts: Mapping[str, Sequence[int] | Tensor],
         names: dict[Tensor, list[str]],
         all_reduce_max: Callable[[Tensor], Tensor],
         strides: dict[str, int] | None = None,
     ) -> None:
-        self._starts, self._all_reduce_max, self._strides = starts, all_reduce_max, strides or {}
+        self._starts = {name: torch.as_tensor(positions) for name, positions in starts.items()}
+        self._all_reduce_max, self._strides = all_reduce_max, strides or {}
+        # By name and elements of the blocks that lie between each other: which of these are split, in order.
+        self._numbers: dict[tuple[str, int], Tensor] = {}
         self._names = WeakIdKeyDictionary()
         for tensor, in_tensor in names.items():
             self._names[tensor] = tuple(name for name in in_tensor if name in starts)
@@ -182,31 +230,36 @@ class SplitBlocks:
 
         Args:
             patterns: N and M by name, of all parameters that take part; the same on every rank.
-            entries: of this rank. All keys of one are of the same block, or of blocks that lie between each other.
+            entries: of this rank.
         Returns:
             For each of `entries`, which of its keys; bool [entries], on the CPU.
         """
-        places: dict[tuple[str, int], int] = {}
+        first_block: dict[str, int] = {}
         counts: list[Tensor] = []
         blocks = 0
         for name, (n, m) in patterns.items():
             stride = self._strides.get(name, 1)
-            size = m * stride
-            for number in sorted({start // size for start in self._starts.get(name, ()) if start % size}):
-                places[name, number] = blocks
-                blocks += stride
-                counts.append(torch.full((stride,), n))
-        if not counts:
+            first_block[name] = blocks
+            counts.append(torch.full((len(self._split(name, m * stride)) * stride,), n))
+            blocks += len(counts[-1])
+        if not blocks:
             return []
         table = torch.full((blocks, LARGEST_BLOCK), _ABSENT, dtype=torch.int64)
         positions = [torch.zeros(0, dtype=torch.int64)]
-        for name, first, keys in entries:
+        for name, index, _ in entries:
             m, stride = patterns[name][1], self._strides.get(name, 1)
-            index = torch.arange(first, first + len(keys))
-            block = places[name, first // (m * stride)] + index % stride
+            number = torch.searchsorted(self._split(name, m * stride), index // (m * stride))
+            block = first_block[name] + number * stride + index % stride
             positions.append(LARGEST_BLOCK * block + index // stride % m)
         at = torch.cat(positions)
         if len(at):
             table.view(-1)[at] = torch.cat([keys.cpu() for _, _, keys in entries])
         kept = is_kept(self._all_reduce_max(table), torch.cat(counts)).reshape(-1)
         return list(kept[at].split([len(keys) for _, _, keys in entries]))
+
+    def _split(self, name: str, size: int) -> Tensor:
+        """Numbers of the split blocks of `size` elements, ascending; several that lie between each other are one."""
+        if (name, size) not in self._numbers:
+            starts = self._starts.get(name, torch.zeros(0, dtype=torch.int64))
+            self._numbers[name, size] = (starts[starts % size != 0] // size).unique()
+        return self._numbers[name, size]

@@ -16,6 +16,7 @@ from lp_dist.optim import decay, nm
 from lp_dist.optim.batching import RowCopy, StepRow
 from lp_dist.optim.hyperparameters import acting_values
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice, effective_values, flat_view
+from lp_dist.optim.region import Region
 
 Values = dict[str, Any]
 
@@ -54,17 +55,27 @@ class _SplitEntries(NamedTuple):
 
     Args:
         name: of the parameter.
-        first: the first entry in it, taken flat.
-        stride: how many blocks they are of.
+        positions: where they lie in it, taken flat; int64.
+        is_many: whether they may be of thousands of blocks.
         values: that hold for them.
-        row: of them.
+        row: in which they lie, flat.
+        offsets: where they lie in the row; int64. None: they are the row.
     """
 
     name: str
-    first: int
-    stride: int
+    positions: Tensor
+    is_many: bool
     values: Values
     row: StepRow
+    offsets: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the row, of the entries alone."""
+        if self.offsets is None:
+            return self.row.tensors
+        index = self.offsets.to(self.row.weights.device)
+        return tuple(tensor[index] for tensor in self.row.tensors)
 
 
 class SplitBlockRows:
@@ -89,8 +100,8 @@ class SplitBlockRows:
             ValueError: the parameter has no blocks.
         """
         m = nm.parse_pattern(values["pattern"])[1]
-        shape, inputs = param_slice.shape, param_slice.inputs
-        reason = nm.why_no_blocks(shape, param_slice.start, m, inputs)
+        inputs = param_slice.inputs
+        reason = nm.why_no_blocks(param_slice.shape, param_slice.start, m, inputs)
         if reason is not None or param_slice.start is None or inputs is None:
             unknown = (
                 " lp_dist.attach and lp_dist.param_groups read it from the model, or set it in the param group:"
@@ -103,6 +114,10 @@ class SplitBlockRows:
                 " or weight_decay=0 in a group of its own, or by attach(..., overrides=), without which a shard of"
                 " DeepSpeed's is no matrix either"
             )
+        region = param_slice.region
+        shape = param_slice.shape if region is None else region.sizes
+        if region is not None and region.divided(inputs, m) is None:
+            return self._complete_runs(param_slice, region, inputs, m, values, row)
         start, length, stride = param_slice.start, param_slice.length, nm.block_stride(shape, inputs)
         head, complete = nm.split_at_blocks(start, length, m * stride)
         if complete == row.weights.numel():
@@ -120,13 +135,36 @@ class SplitBlockRows:
 
         for at, count in ((0, head), (head + complete, length - head - complete)):
             if count:
-                self._entries.append(_SplitEntries(param_slice.name, start + at, stride, values, cut(at, count)))
+                positions = torch.arange(start + at, start + at + count)
+                positions = positions if region is None else region.positions(positions)
+                self._entries.append(_SplitEntries(param_slice.name, positions, stride > 1, values, cut(at, count)))
         if not complete:
             return []
         blocks = cut(head, complete)
         if stride == 1:
             return [blocks]
         return [blocks.with_tensors(tuple(t.view(-1, m, stride).transpose(1, 2) for t in blocks.tensors))]
+
+    def _complete_runs(
+        self, param_slice: ParamSlice, region: Region, inputs: int, m: int, values: Values, row: StepRow
+    ) -> list[StepRow]:
+        """As `complete_blocks`, where this rank has some of the inputs, and blocks that another one has too."""
+        assert param_slice.length == region.sizes.numel(), "attach has refused a range of it"
+        flat = row.with_tensors(
+            tuple(flat_view(t.contiguous(), param_slice.offset, param_slice.length).view(-1) for t in row.tensors)
+        )
+        index = nm.split_entries(region, inputs, m)
+        if len(index):
+            self._entries.append(_SplitEntries(param_slice.name, region.positions(index), True, values, flat, index))
+        return [
+            flat.with_tensors(
+                tuple(
+                    t.view(region.sizes).narrow(inputs, run.first, run.length).movedim(inputs, -1)
+                    for t in flat.tensors
+                )
+            )
+            for run in nm.complete_runs(region, inputs, m)
+        ]
 
     def divided(
         self, parameter_map: ParameterMap, group: Values, ranking_keys: Callable[[Values, StepRow], Tensor]
@@ -160,10 +198,10 @@ class SplitBlockRows:
         ranked: list[nm.BlockEntries] = []
         for batch in alike.values():
             joined = batch[0].row.with_tensors(
-                tuple(torch.cat(tensors) for tensors in zip(*(entries.row.tensors for entries in batch)))
+                tuple(torch.cat(tensors) for tensors in zip(*(entries.tensors for entries in batch)))
             )
-            keys = ranking_keys(batch[0].values, joined).split([entries.row.weights.numel() for entries in batch])
-            ranked += [nm.BlockEntries(entries.name, entries.first, key) for entries, key in zip(batch, keys)]
+            keys = ranking_keys(batch[0].values, joined).split([len(entries.positions) for entries in batch])
+            ranked += [nm.BlockEntries(entries.name, entries.positions, key) for entries, key in zip(batch, keys)]
         rows: dict[tuple[int, bool], tuple[Values, list[StepRow]]] = {}
         for entries, flags in zip(ordered, parameter_map.split_blocks.kept(patterns, ranked)):
             values = entries.values
@@ -175,10 +213,11 @@ class SplitBlockRows:
     def _by_flag(self, entries: _SplitEntries, flags: Tensor) -> Iterator[tuple[bool, StepRow]]:
         """Rows of the entries that are kept, and of those that are not."""
         row = entries.row
-        if entries.stride > 1:
-            # Of thousands of blocks: a row for each few entries would take long.
+        if entries.is_many:
+            # A row for each few entries would take long.
             for is_kept in (True, False):
                 index = (flags == is_kept).nonzero().flatten()
+                index = index if entries.offsets is None else entries.offsets[index]
                 if len(index):
                     self.copies.append(RowCopy.of(row, index.to(row.weights.device)))
                     yield is_kept, self.copies[-1].row

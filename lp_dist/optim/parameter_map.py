@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lp_dist.optim.hyperparameters import check_hyperparameters
 from lp_dist.optim.nm import SplitBlocks
+from lp_dist.optim.region import Region
 
 # What a parameter can override. The learning rate and the moments' constants are the base optimizer's, hence the
 # group's.
@@ -40,9 +41,10 @@ class ParamSlice:
         name: the parameter's, as of the model's `named_parameters()`.
         offset: where the slice begins in the tensor, in elements, the tensor taken flat.
         length: elements of the slice.
-        start: its first element in the whole parameter, taken flat; None if it is no contiguous range of it.
+        start: its first element in `region`, taken flat; None: not known.
         shape: of the whole parameter.
         inputs: its dimension of inputs, along which blocks of N:M patterns lie; None: not known, or it has no blocks.
+        region: of the parameter, of which the slice is a contiguous range; None: the parameter itself.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ParamSlice:
     start: int | None
     shape: torch.Size
     inputs: int | None = None
+    region: Region | None = None
 
 
 class Overlap(NamedTuple):
@@ -59,12 +62,14 @@ class Overlap(NamedTuple):
     Args:
         first: the first element of it in the range.
         last: the one after its last element in the range.
-        start: its first element in the section.
+        start: its first element in `region`.
+        region: of the section, of which it is a contiguous range; None: the section itself.
     """
 
     first: int
     last: int
     start: int
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -93,21 +98,25 @@ class ParamSection:
         """Of what lies in it."""
         return torch.Size([self.stop - self.start, *self.shape[1:]])
 
-    def overlap(self, start: int, length: int) -> Overlap:
-        """With `length` elements of the parameter, taken flat, from `start` on."""
-        size = self.shape.numel() // self.shape[0]
-        first = min(max(self.start * size - start, 0), length)
-        last = min(max(self.stop * size - start, first), length)
-        return Overlap(first, last, max(start - self.start * size, 0) if last > first else 0)
+    def overlap(self, start: int, length: int, region: Region | None = None) -> Overlap:
+        """With `length` elements, from `start` on, of the parameter or a region of it, taken flat."""
+        begin, end, shape, within = self.start, self.stop, self.shape, None
+        if region is not None:
+            indices, shape, within = region.indices(0), region.sizes, region.section(self.start, self.stop)
+            begin, end = torch.searchsorted(indices, torch.tensor([begin, end])).tolist()
+        size = shape.numel() // max(1, shape[0])
+        first = min(max(begin * size - start, 0), length)
+        last = min(max(end * size - start, first), length)
+        return Overlap(first, last, max(start - begin * size, 0) if last > first else 0, within)
 
     def of(self, param_slice: ParamSlice) -> ParamSlice:
         """What it has in common with a slice of the parameter; that may be nothing."""
         assert param_slice.start is not None, "only contiguous ranges have sections"
-        overlap = self.overlap(param_slice.start, param_slice.length)
+        overlap = self.overlap(param_slice.start, param_slice.length, param_slice.region)
         offset, length = param_slice.offset + overlap.first, overlap.last - overlap.first
         # Blocks along the first dimension itself would be divided.
         inputs = param_slice.inputs or None
-        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, inputs)
+        return ParamSlice(self.name, offset, length, overlap.start, self.section_shape, inputs, overlap.region)
 
 
 class ValueSpan(NamedTuple):

@@ -15,6 +15,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def is_simulated() -> bool:
+    """Whether the other ranks are only made up (torch's fake process group), so that sums over them mean nothing."""
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "fake"
+
+
 def reduction_device() -> torch.device:
     """The device on which a tensor must lie to be reduced over the ranks.
 
@@ -53,6 +58,22 @@ def all_reduce_max(numbers: Tensor) -> Tensor:
         numbers = numbers.to(reduction_device())
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
     return numbers.cpu()
+
+
+def all_gather_numbers(numbers: Tensor) -> Tensor:
+    """Gathers a small tensor from each rank. Collective: every rank must call it.
+
+    Args:
+        numbers: int64 [count], the same count on every rank.
+    Returns:
+        int64 [ranks, count], on the CPU.
+    """
+    if not torch.distributed.is_initialized():
+        return numbers[None]
+    numbers = numbers.to(reduction_device())
+    gathered = numbers.new_empty(torch.distributed.get_world_size() * numbers.numel())
+    torch.distributed.all_gather_into_tensor(gathered, numbers)
+    return gathered.view(-1, numbers.numel()).cpu()
 
 
 def all_gather_objects(value: Any) -> list[Any]:

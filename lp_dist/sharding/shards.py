@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lp_dist.errors import UsageError
 from lp_dist.optim.batching import count_zeros, to_local
 from lp_dist.optim.parameter_map import ParamSection
+from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
 from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
+from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, count_replicas
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,17 @@ class LocalShard:
 
     Args:
         values: a view; flat where the shard is contiguous.
-        start: the first element of the shard in the parameter, taken flat. None if it is no contiguous range.
-        replica: the number of this copy among the ranks that hold the same shard.
+        start: the first element of the shard in `region`, taken flat.
+        replica: the number of this copy among the ranks that hold the same shard; None: not known yet.
         replicas: how many ranks hold the same shard.
+        region: of the parameter, of which the shard is a contiguous range; None: the parameter itself.
     """
 
     values: Tensor
-    start: int | None
-    replica: int = 0
+    start: int
+    replica: int | None = 0
     replicas: int = 1
+    region: Region | None = None
 
     @property
     def counted(self) -> Tensor:
@@ -45,6 +50,7 @@ class LocalShard:
         of them alone.
         """
         numel = self.values.numel()
+        assert self.replica is not None, "with_replicas() was not called"
         if not self.values.is_contiguous():
             return self.values if self.replica == 0 else self.values.new_empty(0)
         return self.values.view(-1)[
@@ -52,9 +58,12 @@ class LocalShard:
         ]
 
     @property
-    def counted_start(self) -> int | None:
-        """The first element of `counted` in the parameter, taken flat; None as for `start`."""
-        return None if self.start is None else self.start + self.values.numel() * self.replica // self.replicas
+    def counted_start(self) -> int:
+        """The first element of `counted` in `region`, taken flat."""
+        assert self.replica is not None, "with_replicas() was not called"
+        if not self.values.is_contiguous():
+            return self.start
+        return self.start + self.values.numel() * self.replica // self.replicas
 
 
 @dataclass(frozen=True)
@@ -73,21 +82,30 @@ class Shard:
         state_of: returns the optimizer's state of `tensor`.
         replica: see `ShardLocation`.
         replicas: see `ShardLocation`.
+        region: see `ShardLocation`.
         section: of which the shard is, where it is not of all of the parameter.
+        copy_replica: which copy the model's own one is, where it is not `tensor`; None: as `local_shard` says.
     """
 
     name: str
     param: Tensor
     shape: torch.Size
-    start: int | None
+    start: int
     tensor: Tensor
     offset: int
     length: int
     group: int
     state_of: Callable[[Tensor], dict[str, Any]]
-    replica: int = 0
+    replica: int | None = 0
     replicas: int = 1
+    region: Region | None = None
     section: ParamSection | None = None
+    copy_replica: Replica | None = None
+
+    @property
+    def grid(self) -> Region:
+        """`region`, also where it is the parameter itself."""
+        return Region.full(self.shape) if self.region is None else self.region
 
     @property
     def param_name(self) -> str:
@@ -98,20 +116,25 @@ class Shard:
     def copy(self) -> LocalShard:
         """The model's own copy of the values, which a save of the model writes."""
         local = local_shard(self.param)
+        if self.tensor is self.param:
+            local = replace(local, replica=self.replica, replicas=self.replicas)
+        elif self.copy_replica is not None:
+            local = replace(local, replica=self.copy_replica.number, replicas=self.copy_replica.total)
         if self.section is None:
             return local
-        assert local.start is not None, "only contiguous ranges have sections"
-        overlap = self.section.overlap(local.start, local.values.numel())
-        return LocalShard(
-            local.values.view(-1)[overlap.first : overlap.last], overlap.start, local.replica, local.replicas
+        overlap = self.section.overlap(local.start, local.values.numel(), local.region)
+        return replace(
+            local,
+            values=local.values.view(-1)[overlap.first : overlap.last],
+            start=overlap.start,
+            region=overlap.region,
         )
 
     @property
     def has_sections(self) -> bool:
         """Whether `section_of` can be taken on this rank: nothing is on the disk, and all lies row by row."""
         return (
-            self.start is not None
-            and not self.is_on_disk
+            not self.is_on_disk
             and to_local(self.tensor.detach()).is_contiguous()
             and local_shard(self.param).values.is_contiguous()
         )
@@ -120,9 +143,9 @@ class Shard:
         """The indices from `start` to `stop` along the parameter's first dimension, as a shard of its own. It is empty
         where another rank has them.
         """
-        assert self.start is not None and self.section is None
+        assert self.section is None
         section = ParamSection(self.name, start, stop, self.shape)
-        overlap = section.overlap(self.start, self.length)
+        overlap = section.overlap(self.start, self.length, self.region)
         return replace(
             self,
             name=section.name,
@@ -130,6 +153,7 @@ class Shard:
             start=overlap.start,
             offset=self.offset + overlap.first,
             length=overlap.last - overlap.first,
+            region=overlap.region,
             section=section,
         )
 
@@ -145,7 +169,7 @@ class Shard:
             values = read_from_nvme(self.param)[: self.length].clone()
         else:
             values = self._view(self.tensor.detach())
-        return LocalShard(values, self.start, self.replica, self.replicas)
+        return LocalShard(values, self.start, self.replica, self.replicas, self.region)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -182,30 +206,43 @@ def full_shape(param: Tensor) -> torch.Size:
 
 
 def local_shard(param: Tensor) -> LocalShard:
-    """The model's own copy of `param` on this rank: plain, or under DDP, ZeRO 1 to 3, FSDP2."""
+    """The model's own copy of `param` on this rank: plain, or under DDP, ZeRO 1 to 3, FSDP2, tensor parallelism. Which
+    of several copies of a DTensor it is may not be known without an exchange (`locate_copies`).
+    """
     partition = zero3_partition(param)
     if partition is not None:
         return LocalShard(*partition)
     data = param.detach()
     if is_dtensor(data):
-        return LocalShard(to_local(data), *_dtensor_location(data))
+        location = _dtensor_location(data)
+        return LocalShard(to_local(data), location.start, location.replica, location.replicas, location.region)
     return LocalShard(data, 0, *rank_and_world_size())
 
 
-def locate_shards(model: Any, optimizer: Any = None) -> list[Shard]:
-    """Locates every trainable parameter in what this rank's optimizer steps.
+def locate_copies(params: dict[str, Tensor]) -> dict[str, LocalShard]:
+    """The model's own copies of parameters on this rank. Collective where a device mesh has not all ranks.
 
     Args:
-        model: plain, or inside DDP, a DeepSpeed engine, FSDP2.
-        optimizer: the inner one, or the wrapper of it by Accelerate or DeepSpeed. None for a DeepSpeed engine, which
-            has its own one.
-    Returns:
-        The shards in the order of `named_parameters()`. A parameter that is in no param group is left out. A tied one
-        comes once.
-    Raises:
-        ValueError: there is no optimizer.
-        RuntimeError: an engine, or a version of it, that was not tested.
+        params: by name; the same names in the same order on every rank.
     """
+    locals_ = {name: local_shard(param) for name, param in params.items()}
+    replicas = count_replicas(
+        {
+            name: _held(local.region, params[name], local.start, local.values.numel())
+            for name, local in locals_.items()
+            if local.replica is None
+        }
+    )
+    return {
+        name: replace(local, replica=replicas[name].number, replicas=replicas[name].total)
+        if name in replicas
+        else local
+        for name, local in locals_.items()
+    }
+
+
+def find_shards(model: Any, optimizer: Any = None) -> list[Shard]:
+    """As `locate_shards`, without an exchange: where other ranks may hold the same, `replica` is None."""
     optimizer = optimizer_of(model, optimizer)
     wrapper, inner = wrapper_of(optimizer), inner_optimizer(optimizer)
     locate = _plain_locator(inner) if wrapper is None else shard_locator(wrapper)
@@ -219,6 +256,76 @@ def locate_shards(model: Any, optimizer: Any = None) -> list[Shard]:
         if location is not None:
             shards.append(Shard(name, param, full_shape(param), state_of=state_of, **location._asdict()))
     return shards
+
+
+def with_replicas(shards: list[Shard]) -> list[Shard]:
+    """The shards, with what `find_shards` left open. Collective where it did so: two small exchanges.
+
+    Args:
+        shards: of the same parameters in the same order on every rank.
+    Raises:
+        UsageError: the ranks have different parameters.
+    """
+    copies = {shard.name: local_shard(shard.param) for shard in shards if shard.tensor is not shard.param}
+    unknown = {shard.name: held_range(shard) for shard in shards if shard.replica is None}
+    unknown_copies = {
+        f"{shard.name} of the model": _held(copy.region, shard.param, copy.start, copy.values.numel())
+        for shard in shards
+        if (copy := copies.get(shard.name)) is not None and copy.replica is None
+    }
+    if not unknown and not unknown_copies:
+        return shards
+    replicas = count_replicas({**unknown, **unknown_copies})
+    result = []
+    for shard in shards:
+        replica = replicas.get(shard.name)
+        if replica is not None:
+            shard = replace(shard, replica=replica.number, replicas=replica.total)
+        result.append(replace(shard, copy_replica=replicas.get(f"{shard.name} of the model")))
+    return result
+
+
+def check_shards(shards: list[Shard]) -> None:
+    """Checks that all ranks together hold each parameter once, but for copies. Collective: one small reduction.
+
+    Raises:
+        UsageError: names the parameter, and what each rank holds of it.
+    """
+    check_coverage(
+        {shard.name: held_range(shard) for shard in shards},
+        {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in shards},
+    )
+
+
+def held_range(shard: Shard) -> HeldRange:
+    """Which elements of its parameter a shard is."""
+    return _held(shard.grid, shard.param, shard.start, shard.length)
+
+
+def _held(region: Region | None, param: Any, start: int, length: int) -> HeldRange:
+    axes = "a plain tensor"
+    if is_dtensor(param):
+        names = param.device_mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(param.device_mesh.ndim))
+        axes = ", ".join(f"{name}: {placement}" for name, placement in zip(names, param.placements))
+    return HeldRange(region or Region.full(full_shape(param)), start, length, axes)
+
+
+def locate_shards(model: Any, optimizer: Any = None) -> list[Shard]:
+    """Locates every trainable parameter in what this rank's optimizer steps. Collective where a device mesh does not
+    have all ranks.
+
+    Args:
+        model: plain, or inside DDP, a DeepSpeed engine, FSDP2, tensor parallelism.
+        optimizer: the inner one, or the wrapper of it by Accelerate or DeepSpeed. None for a DeepSpeed engine, which
+            has its own one.
+    Returns:
+        The shards in the order of `named_parameters()`. A parameter that is in no param group is left out. A tied one
+        comes once.
+    Raises:
+        ValueError: there is no optimizer.
+        RuntimeError: an engine that was not tested.
+    """
+    return with_replicas(find_shards(model, optimizer))
 
 
 def all_zero_names(shards: list[Shard]) -> list[str]:
@@ -262,15 +369,15 @@ def without_gradient(
         moments = next((state[key] for key in _MOMENTS if key in state), None)
         if moments is None and _keeps_others(shard, optimizer):
             flags[-1] += 1
-        elif moments is not None and (shard.start is None or not moments.is_contiguous()):
+        elif moments is not None and (heights == 1 or not moments.is_contiguous()):
             flags[-1] += int(moments.any())
         elif moments is not None:
             # One wait for the device for each parameter.
-            width = max(1, shard.shape.numel() // heights)
-            first, flat = shard.start or 0, moments.reshape(-1)
+            width = max(1, shard.grid.sizes.numel() // max(1, shard.grid.sizes[0]))
+            first, flat = shard.start, moments.reshape(-1)
             indices = range(first // width, -(-(first + len(flat)) // width))
             had = [flat[max(0, i * width - first) : (i + 1) * width - first].any() for i in indices]
-            flags[-1][indices.start : indices.stop] = torch.stack(had).long().cpu()
+            flags[-1][shard.grid.indices(0)[indices.start : indices.stop]] = torch.stack(had).long().cpu()
     without_sections = torch.tensor([int(not shard.has_sections) for shard in shards], dtype=torch.int64)
     sums = all_reduce_sum(torch.cat([*flags, without_sections, torch.tensor([int(has_moments)])]))
     if not sums[-1]:
@@ -298,26 +405,38 @@ def _keeps_others(shard: Shard, optimizer: Optimizer) -> bool:
 class _DTensorLocation(NamedTuple):
     """See `LocalShard`."""
 
-    start: int | None
-    replica: int
+    start: int
+    replica: int | None
     replicas: int
+    region: Region | None
 
 
 def _dtensor_location(data: Any) -> _DTensorLocation:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
     replica, replicas = 0, 1
+    indices = [torch.arange(size) for size in data.shape]
     for i, placement in enumerate(data.placements):
         if placement.is_replicate():
             replica, replicas = replica * mesh.size(i) + coordinate[i], replicas * mesh.size(i)
-    dims = [placement.dim for placement in data.placements if placement.is_shard()]
-    # Rows of a matrix that are split over several ranks: the shard is no contiguous range.
-    if len(dims) > 1 or dims not in ([], [0]):
-        return _DTensorLocation(None, replica, replicas)
-    _, offset = compute_local_shape_and_global_offset(data.shape, mesh, data.placements)
-    row = data.numel() // max(1, data.shape[0]) if data.ndim else 1
-    return _DTensorLocation(offset[0] * row if data.ndim else 0, replica, replicas)
+        elif hasattr(placement, "dim"):
+            # Also of placements that take several strips (fused matrices under tensor parallelism).
+            dim = placement.dim
+            along = indices[dim].view([-1 if other == dim else 1 for other in range(data.ndim)])
+            indices[dim] = placement._split_tensor(along, mesh.size(i), with_padding=False)[0][coordinate[i]].flatten()
+        else:
+            raise UsageError(f"a parameter has the placement {placement}, which is none of weights at rest")
+    region = Region.of_indices(data.shape, indices)
+    if region.sizes != to_local(data).shape:
+        raise UsageError(
+            f"a DTensor of shape {tuple(data.shape)} with the placements {data.placements} has"
+            f" {tuple(to_local(data).shape)} on this rank, and by its placements it would have {tuple(region.sizes)}:"
+            " this way of sharding is not supported"
+        )
+    start = region.contiguous_start()
+    if mesh.size() != rank_and_world_size()[1]:
+        # Ranks that are not in this mesh may hold the same.
+        return _DTensorLocation(start or 0, None, 1, region if start is None else None)
+    return _DTensorLocation(start or 0, replica, replicas, region if start is None else None)
 
 
 def _plain_locator(optimizer: Optimizer) -> Locator:
@@ -328,10 +447,14 @@ def _plain_locator(optimizer: Optimizer) -> Locator:
         if id(param) not in groups:
             return None
         if is_dtensor(param):
-            start, replica, replicas = _dtensor_location(param)
-            length = to_local(param.detach()).numel()
-        else:
-            start, length, (replica, replicas) = 0, param.numel(), rank_and_world_size()
-        return ShardLocation(start, param, 0, length, groups[id(param)], replica, replicas)
+            location = _dtensor_location(param)
+            return ShardLocation(
+                tensor=param,
+                offset=0,
+                length=to_local(param.detach()).numel(),
+                group=groups[id(param)],
+                **location._asdict(),
+            )
+        return ShardLocation(0, param, 0, param.numel(), groups[id(param)], *rank_and_world_size())
 
     return locate

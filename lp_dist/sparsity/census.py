@@ -26,8 +26,7 @@ class Census:
 
     Args:
         counts: of each shard's parameter.
-        dead_rows: rows (output channels of a linear layer) that are all zeros. Rows of a shard that is no contiguous
-            range of its parameter are not known, and do not count.
+        dead_rows: rows (output channels of a linear layer) that are all zeros.
         rows: dead or not.
     """
 
@@ -45,19 +44,22 @@ def census(shards: list[Shard]) -> Census:
         shards: of the parameters to count, the same ones on every rank.
     """
     numel: list[int] = []
-    # Non-zero weights: of each row, and of each shard whose rows are not known.
+    # Non-zero weights: of each row, and of each shard that has no rows.
     by_row: dict[int, Tensor] = {}
     by_shard: dict[int, Tensor] = {}
     for i, shard in enumerate(shards):
         local = shard.local
         values = local.counted.reshape(-1)
         numel.append(values.numel())
-        if local.counted_start is None or not len(shard.shape):
+        if not len(shard.shape):
             by_shard[i] = values.numel() - count_zeros(values)
-        else:
-            height = shard.shape[0]
-            width = shard.shape.numel() // max(1, height)
-            by_row[i] = _nonzero_by_row(values, local.counted_start, height, width)
+            continue
+        height = shard.grid.sizes[0]
+        width = shard.grid.sizes.numel() // max(1, height)
+        rows = _nonzero_by_row(values, local.counted_start, height, width)
+        by_row[i] = rows
+        if height != shard.shape[0]:
+            by_row[i] = rows.new_zeros(shard.shape[0]).index_copy_(0, shard.grid.indices(0).to(rows.device), rows)
     row_counts = concatenate_on_host(list(by_row.values()), torch.int32)
     shard_counts = concatenate_on_host([count.view(1) for count in by_shard.values()], torch.int64)
     nonzero: dict[int, int] = dict(zip(by_shard, shard_counts.tolist()))

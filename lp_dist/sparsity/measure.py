@@ -12,7 +12,7 @@ from torch import Tensor
 from lp_dist.optim import batching
 from lp_dist.sharding.collectives import all_reduce_sum
 from lp_dist.sharding.engines import unwrap
-from lp_dist.sharding.shards import full_shape, local_shard, locate_shards
+from lp_dist.sharding.shards import full_shape, locate_copies, locate_shards
 from lp_dist.sparsity.census import ZeroCount
 from lp_dist.sparsity.selection import matrix_names
 
@@ -101,7 +101,7 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
     Each rank counts its own shards, without padding. One small tensor of integers is reduced, and nothing is gathered.
 
     Args:
-        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3) or FSDP2.
+        model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3), FSDP2, tensor parallelism.
         optimizer: None counts the model's own copy of the weights, which is what a checkpoint gets. With the optimizer
             (or a wrapper of it) its fp32 master weights are counted. The two differ in fp16, which rounds weights
             below 6e-8 to zero.
@@ -187,7 +187,8 @@ def _counted_values(
             "pass names as model.named_parameters() gives them"
         )
     if optimizer is None:
-        values = {name: local_shard(params[name]).counted for name in names}
+        copies = locate_copies({name: params[name] for name in names})
+        values = {name: copy.counted for name, copy in copies.items()}
     else:
         shards = {shard.name: shard for shard in locate_shards(model, optimizer)}
         foreign = [name for name in names if name not in shards]

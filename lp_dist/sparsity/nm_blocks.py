@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lp_dist.optim import nm
-from lp_dist.optim.nm import BlockEntries, SplitBlocks
+from lp_dist.optim.nm import BlockEntries, CompleteRun, SplitBlocks
+from lp_dist.optim.region import Region
 from lp_dist.sharding.shards import Shard
 from lp_dist.sparsity.quantiles import ScoredSlice, sample_stride
 
@@ -34,47 +35,44 @@ class _Layout(NamedTuple):
         return self.m * self.stride
 
 
-class _ShardEnd(NamedTuple):
-    """Entries of one split block, or of several that lie between each other, at the beginning or the end of a shard.
+class _SplitEntries(NamedTuple):
+    """Entries of split blocks: at the ends of a shard, or at the borders of the inputs that a rank has.
 
     Args:
         scope: of the shard.
         shard: of the parameter.
-        start: the first entry in the parameter, taken flat.
         layout: of the blocks.
-        offset: the first entry in the shard.
-        length: entries.
+        offsets: where they lie in the shard, taken flat; int64.
     """
 
     scope: str
     shard: Shard
-    start: int
     layout: _Layout
-    offset: int
-    length: int
+    offsets: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """Where they lie in the parameter, taken flat."""
+        return self.shard.grid.positions(self.shard.start + self.offsets)
 
     def slices(self, flags: Tensor, all_local: bool, values: dict[str, Any]) -> Iterator[ScoredSlice]:
         """Of the entries, those in the sample: as views if all weights on this rank are meant, which are written to.
 
         Args:
-            flags: which entries are kept; bool [length].
+            flags: which entries are kept; bool [entries].
             all_local: see `scored_blocks`.
             values: see `ScoredSlice`.
         """
-        stride = self.layout.stride
-        if all_local or stride == 1:
-            # The entries of an end are of one block. It may be left out of the sample.
-            if self.start // self.layout.m % self.layout.interval and stride == 1:
-                return
-            for kept, run in groupby(range(self.length), flags.tolist().__getitem__):
+        if all_local:
+            shifts = (self.offsets - torch.arange(len(self.offsets))).tolist()  # equal for neighbours
+            for (kept, _), run in groupby(range(len(self.offsets)), list(zip(flags.tolist(), shifts)).__getitem__):
                 of_run = list(run)
-                take = _range(self.offset + of_run[0], len(of_run))
-                yield self._slice(take, kept, values)
+                yield self._slice(_range(int(self.offsets[of_run[0]]), len(of_run)), kept, values)
             return
-        positions = torch.arange(self.start, self.start + self.length)
+        positions, stride = self.positions, self.layout.stride
         sampled = (positions // self.layout.size * stride + positions % stride) % self.layout.interval == 0
         for kept in (True, False):
-            index = self.offset + (sampled & (flags == kept)).nonzero().flatten()
+            index = self.offsets[sampled & (flags == kept)]
             if len(index):
                 yield self._slice(_selection(index), kept, values)
 
@@ -108,31 +106,34 @@ def scored_blocks(
     """
     n, m = nm.parse_pattern(pattern)
     slices: list[ScoredSlice] = []
-    ends: list[_ShardEnd] = []
+    ends: list[_SplitEntries] = []
     for scope, shard in scoped:
-        # `attach` has refused shards that are no contiguous range.
         inputs = input_dim(shard.name)
-        assert shard.start is not None and inputs is not None
+        assert inputs is not None
         stride = nm.block_stride(shard.shape, inputs)
         blocks_of_row = shard.shape[inputs] // m * stride
         interval = sample_stride(elements[scope], blocks_of_row) if elements is not None else 1
         layout = _Layout(m, stride, interval)
-        head, middle = nm.split_at_blocks(shard.start, shard.length, layout.size)
-        take = _complete_blocks(shard, shard.start, head, middle, layout, all_local)
-        slices.append(ScoredSlice.from_shard(scope, shard, values_of(shard), take=take, pattern=(n, m)))
-        ends += [
-            _ShardEnd(scope, shard, shard.start + offset, layout, offset, length)
-            for offset, length in ((0, head), (head + middle, shard.length - head - middle))
-            if length
-        ]
+        blocks = shard.grid.divided(inputs, m)
+        if blocks is None:
+            takes = [
+                _complete_run(shard, inputs, run, layout, all_local) for run in nm.complete_runs(shard.grid, inputs, m)
+            ]
+            splits = [nm.split_entries(shard.grid, inputs, m)]
+        else:
+            local_stride = nm.block_stride(shard.grid.sizes, inputs)
+            head, middle = nm.split_at_blocks(shard.start, shard.length, m * local_stride)
+            takes = [_complete_blocks(shard, blocks, head, middle, local_stride, layout, all_local)]
+            splits = [torch.arange(0, head), torch.arange(head + middle, shard.length)]
+        slices += [ScoredSlice.from_shard(scope, shard, values_of(shard), take=take, pattern=(n, m)) for take in takes]
+        ends += [_SplitEntries(scope, shard, layout, index) for index in splits if len(index)]
     if split_blocks is None:
         return slices
     entries = []
     for end in ends:
-        take = _range(end.offset, end.length)
-        scored = ScoredSlice.from_shard(end.scope, end.shard, values_of(end.shard), take=take)
+        scored = ScoredSlice.from_shard(end.scope, end.shard, values_of(end.shard), take=_selection(end.offsets))
         saliency = torch.cat([tile.saliency for tile in scored.saliency()])
-        entries.append(BlockEntries(end.shard.name, end.start, nm.ranking_keys(saliency)))
+        entries.append(BlockEntries(end.shard.name, end.positions, nm.ranking_keys(saliency)))
     patterns = {shard.name: (n, m) for _, shard in scoped}
     for end, flags in zip(ends, split_blocks.kept(patterns, entries)):
         # Of ranks that hold the same shard the first counts them.
@@ -150,7 +151,7 @@ def _selection(index: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _complete_blocks(
-    shard: Shard, start: int, head: int, middle: int, layout: _Layout, all_local: bool
+    shard: Shard, blocks: Region, head: int, middle: int, stride: int, layout: _Layout, all_local: bool
 ) -> Callable[[Tensor], Tensor]:
     """Selects the complete blocks of a shard, those in the sample: flat, or with the last dimension that of a block.
 
@@ -159,25 +160,74 @@ def _complete_blocks(
 
     Args:
         shard: of the parameter.
-        start: the first element of the shard in the parameter, taken flat.
+        blocks: the region of which it is a range, as a grid of blocks.
         head: elements of the shard before its first complete block.
         middle: elements in complete blocks.
-        layout: of the blocks.
+        stride: elements between two weights of a block in the rank's tensor.
+        layout: of the blocks in the parameter.
         all_local: all complete blocks on this rank.
     """
-    m, stride, interval = layout
-    blocks = middle // m
-    first, last = 0, blocks
-    if not all_local:
-        first, last = blocks * shard.replica // shard.replicas, blocks * (shard.replica + 1) // shard.replicas
+    m, interval = layout.m, layout.interval
+    counted = _counted_blocks(shard, middle // m, all_local)
     # Blocks that lie between each other are numbered one after the other.
-    number = (start + head) // layout.size * stride + first
+    sampled = _sampled(blocks, (shard.start + head) // m, counted, interval)
 
     def take(tensor: Tensor) -> Tensor:
         if stride == 1:
-            selected = tensor.reshape(-1)[head + first * m : head + last * m]
-            return selected if interval == 1 else selected.view(-1, m)[-number % interval :: interval].reshape(-1)
+            selected = tensor.reshape(-1)[head + counted.start * m : head + counted.stop * m]
+            return selected if sampled is None else selected.view(-1, m)[sampled].reshape(-1)
         view = tensor.reshape(-1)[head : head + middle].view(-1, m, stride).transpose(1, 2)
-        return view if all_local else view.reshape(-1, m)[first:last][-number % interval :: interval]
+        if all_local:
+            return view
+        selected = view.reshape(-1, m)[counted.start : counted.stop]
+        return selected if sampled is None else selected[sampled]
 
     return take
+
+
+def _complete_run(
+    shard: Shard, inputs: int, run: CompleteRun, layout: _Layout, all_local: bool
+) -> Callable[[Tensor], Tensor]:
+    """As `_complete_blocks`, of neighbouring inputs that are complete blocks where others are not."""
+    m, grid = layout.m, shard.grid
+    runs = (*grid.runs[:inputs], (range(run.start, run.start + run.length),), *grid.runs[inputs + 1 :])
+    blocks = Region(grid.shape, runs).divided(inputs, m)
+    assert blocks is not None
+    counted = _counted_blocks(shard, blocks.sizes.numel(), all_local)
+    sampled = _sampled(blocks, 0, counted, layout.interval)
+
+    def take(tensor: Tensor) -> Tensor:
+        narrowed = tensor.reshape(grid.sizes).narrow(inputs, run.first, run.length)
+        view = narrowed.unflatten(inputs, (-1, m)).movedim(inputs + 1, -1)
+        if all_local:
+            return view
+        selected = view.reshape(-1, m)[counted.start : counted.stop]
+        return selected if sampled is None else selected[sampled]
+
+    return take
+
+
+def _counted_blocks(shard: Shard, count: int, all_local: bool) -> range:
+    """Which of a shard's complete blocks this rank counts."""
+    if all_local:
+        return range(count)
+    assert shard.replica is not None
+    return range(count * shard.replica // shard.replicas, count * (shard.replica + 1) // shard.replicas)
+
+
+def _sampled(blocks: Region, first: int, counted: range, interval: int) -> slice | Tensor | None:
+    """Which blocks of a range are in the sample; None: all.
+
+    Args:
+        blocks: of which it is a range.
+        first: the range's first block in it.
+        counted: blocks of the range that are meant.
+        interval: the sample has each so many-th block of the parameter.
+    """
+    if interval == 1:
+        return None
+    first += counted.start
+    if blocks.is_full:
+        return slice(-first % interval, None, interval)
+    local = blocks.local(torch.arange(0, blocks.shape.numel(), interval)) - first
+    return local[(local >= 0) & (local < len(counted))]

@@ -85,8 +85,7 @@ class ScoredSlice:
             shard: of the parameter.
             values: see `ScoredSlice`.
             all_local: all weights on this rank, also those that another rank counts.
-            stride: take every `stride`-th weight of the parameter. These are the same weights however it is sharded,
-                unless a shard is no contiguous range of it.
+            stride: take every `stride`-th weight of the parameter. These are the same weights however it is sharded.
             latent: weights that are zero may be latent.
             take: selects the weights from a tensor of the shard, instead of `all_local` and `stride`.
             pattern: see `ScoredSlice`.
@@ -100,7 +99,11 @@ class ScoredSlice:
             local = LocalShard(tensor, shard.start, shard.replica, shard.replicas)
             if stride == 1:
                 return local.counted
-            return local.counted.reshape(-1)[-(local.counted_start or 0) % stride :: stride]
+            counted, first = local.counted.reshape(-1), local.counted_start
+            if shard.region is None:
+                return counted[-first % stride :: stride]
+            sampled = shard.region.local(torch.arange(0, shard.shape.numel(), stride)) - first
+            return counted[sampled[(sampled >= 0) & (sampled < len(counted))].to(counted.device)]
 
         weights, exp_avg_sq, step = select(shard.local.values), None, 0.0
         state = shard.state if shard.length else {}

@@ -16,9 +16,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lp_dist.modules.code import Use
 from lp_dist.modules.model import ModelCode, read_model
-from lp_dist.optim.batching import count_zeros
+from lp_dist.optim.batching import count_zeros, to_local
 from lp_dist.sharding.collectives import all_reduce_sum
-from lp_dist.sharding.shards import full_shape, is_dtensor, local_shard
+from lp_dist.sharding.shards import full_shape, is_dtensor
 from lp_dist.sparsity.input_dims import input_dims, listed, share_left_out
 
 logger = logging.getLogger(__name__)
@@ -429,7 +429,7 @@ def _all_zero_names(named: list[tuple[str, Tensor]]) -> list[str]:
             # The values are not known: on the meta device, or partitioned by ZeRO-3.
             nonzero.append(1)
         else:
-            values = local_shard(param).counted if is_dtensor(param) else param.detach()
+            values = to_local(param.detach())
             nonzero.append(values.numel() - int(count_zeros(values)))
     if any(is_dtensor(param) for _, param in named):
         nonzero = all_reduce_sum(torch.tensor(nonzero)).tolist()

@@ -29,7 +29,7 @@ from lp_dist.optim.decay import SNAP
 from lp_dist.optim.hooks import handle_of
 from lp_dist.optim.state import steps_taken
 from lp_dist.sharding.collectives import reduction_device
-from lp_dist.sharding.shards import LocalShard, Shard, local_shard
+from lp_dist.sharding.shards import LocalShard, Shard
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.placement import MatrixShard, matrix_shards
 
@@ -208,7 +208,7 @@ class GroupDecayHook:
         Returns:
             As `squares`.
         """
-        sums = self._local_squares(lambda shard: local_shard(shard.param), 0.0)
+        sums = self._local_squares(lambda shard: shard.copy, 0.0)
         if torch.distributed.is_initialized():
             sums = sums.to(reduction_device())
             torch.distributed.all_reduce(sums)
@@ -220,7 +220,6 @@ class GroupDecayHook:
         for matrix in self.matrices:
             shard, local = matrix.shard, local_of(matrix.shard)
             counted, first = local.counted.reshape(-1), local.counted_start
-            assert first is not None and local.start is not None
             device = counted.device
             if device not in sums:
                 sums[device] = torch.zeros(len(self.sizes) + 1, dtype=self.dtype, device=device)
@@ -359,7 +358,6 @@ class GroupDecayHook:
     def _scale(self, matrix: MatrixShard, factors: Tensor, names: tuple[str, ...] = ()) -> None:
         """Multiplies the weights, and the states of these names, by the factors of their groups, in place."""
         local, state = matrix.shard.local, matrix.shard.state if names else {}
-        assert local.start is not None
         for values in (local.values, *(state[name] for name in names if name in state)):
             for block in matrix.blocks(values.reshape(-1), local.start):
                 for numbers in block.numbers.values():
@@ -405,7 +403,6 @@ class GroupDecayHook:
             return
         for matrix in self.matrices:
             shard = matrix.shard
-            assert shard.start is not None
             is_dead = torch.cat([dead, dead.new_zeros(1)]).to(shard.tensor.device)
             values = shard.local.values.reshape(-1)
             for block in matrix.blocks(values, shard.start, max_elements=None):

@@ -36,7 +36,7 @@ class MatrixShard:
 
     Args:
         shard: where it lies.
-        shape: (matrices, rows, columns).
+        shape: (matrices, rows, columns), of the parameter or the region of it that the shard is a range of.
         row_numbers: the number of the group of each row, among the groups of all sets; int64, (matrices, rows). A row
             of no group has the number after the last group's. None: rows are of no groups.
         column_numbers: those of the columns, (matrices, columns).
@@ -52,7 +52,7 @@ class MatrixShard:
 
         Args:
             values: the range, flat.
-            start: its first element in the parameter.
+            start: its first element in the parameter or region.
             max_elements: as of `tiles`.
         """
         _, rows, columns = self.shape
@@ -163,19 +163,27 @@ def matrix_shards(sets: list[WeightGroups], shards: list[Shard]) -> list[MatrixS
             )
         first += groups.count
 
-    def numbers_of(name: str, of_experts: bool, is_row: bool) -> Tensor | None:
-        number = numbers.get((name, of_experts, is_row))
-        return None if number is None else number.to(shard_of[name].tensor.device)
-
-    return [
-        MatrixShard(
-            shard_of[name],
+    def in_region(name: str, of_experts: bool, shape: tuple[int, int, int]) -> MatrixShard:
+        shard = shard_of[name]
+        rows, columns = (numbers.get((name, of_experts, is_row)) for is_row in (True, False))
+        if shard.region is not None:
+            # Dimensions of the parameter that are taken as columns together are flattened.
+            region, first = shard.region, int(of_experts)
+            width = region.sizes[first + 1 :].numel() if region.sizes.numel() else 0
+            in_row = region.positions(torch.arange(width)) % shape[2]
+            matrices_here = region.indices(0) if of_experts else torch.zeros(1, dtype=torch.int64)
+            rows = None if rows is None else rows[matrices_here][:, region.indices(first)]
+            columns = None if columns is None else columns[matrices_here][:, in_row]
+            shape = (len(matrices_here), region.sizes[first], width)
+        device = shard.tensor.device
+        return MatrixShard(
+            shard,
             shape,
-            numbers_of(name, of_experts, is_row=True),
-            numbers_of(name, of_experts, is_row=False),
+            None if rows is None else rows.to(device),
+            None if columns is None else columns.to(device),
         )
-        for (name, of_experts), shape in matrices.items()
-    ]
+
+    return [in_region(name, of_experts, shape) for (name, of_experts), shape in matrices.items()]
 
 
 def _check_shard(label: str, name: str, shard: Shard | None) -> None:
@@ -189,11 +197,6 @@ def _check_shard(label: str, name: str, shard: Shard | None) -> None:
         raise UsageError(
             f"{label} have weights in {name}, which NVMe offload keeps on the disk, so norms can't be taken; offload"
             " to the CPU instead"
-        )
-    if shard.start is None:
-        raise UsageError(
-            f"{label} have weights in {name}, of which this rank has no contiguous range: this way of sharding is not"
-            " supported. Shard by the first dimension (FSDP2), or use ZeRO"
         )
     if not shard.local.values.is_contiguous():
         raise UsageError(

@@ -231,10 +231,6 @@ def test_zeros_and_dead_rows_are_those_of_the_unsharded_parameter(data, ranks):
 def test_what_has_no_rows_is_counted_without_them():
     assert census([]) == Census([], 0, 0)
     assert census([shard_of(torch.zeros(1), (), 0, 1)]) == Census([(1, 1)], 0, 0), "a scalar has no rows"
-    column_shard = Shard(
-        "w", torch.zeros(4), torch.Size((2, 4)), None, torch.tensor([0.0, 1.0, 0.0, 0.0]), 0, 4, 0, lambda _: {}
-    )
-    assert census([column_shard]) == Census([(3, 4)], 0, 0), "the rows of a shard of columns are not known"
 
 
 # -- samples ------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Several axes of ranks (FSDP2, HSDP and replicas beside tensor parallelism) come to the bits of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import axes
+from helpers.axes import OF_MIXTURES, TARGETS, Axes, Loaded
+from helpers.engines import quiet
+
+FSDP_TP = (("fsdp", 2), ("tp", 2))
+# Every way once with the suite, and every target.
+CELLS = {
+    Axes((("tp", 4),)): ["weights by layer", "2:4", "channels"],
+    Axes(FSDP_TP): ["weights", "4:8", "heads"],
+    Axes(FSDP_TP, "head"): ["channels"],
+    Axes(FSDP_TP, "norms"): ["weights by layer"],
+    Axes((("replicas", 2), ("fsdp", 1), ("tp", 2))): ["weights", "channels"],
+    Axes((("ddp", 2), ("tp", 2))): ["weights", "2:4"],
+    Axes((("replicas", 2), ("fsdp", 2))): ["weights"],
+}
+LATER = {way: [target for target in TARGETS if target not in targets] for way, targets in CELLS.items()}
+CONFIGS = [
+    (("fsdp_size", 2), ("tp_size", 2), ("tp_plan", "auto")),
+    (("fsdp_size", 4), ("ep_size", 2)),
+    (("tp_size", 4), ("tp_plan", "auto")),
+    (("tp_size", 2), ("tp_plan", "auto"), ("ep_size", 2), ("fsdp_size", 2)),
+    (("fsdp_size", 2), ("tp_size", 2), ("tp_plan", "auto"), ("enable_sequence_parallel", True)),
+    (("fsdp_size", 2), ("dp_replicate_size", 2)),
+]
+EIGHT = {Axes((("replicas", 2), ("fsdp", 2), ("tp", 2))): [*TARGETS]}
+
+
+def on_ranks(rank: int, world_size: int, cells: dict[Axes, list[str]]) -> dict[Axes, Any]:
+    quiet()
+    return {way: axes.followed(way.shard, targets) for way, targets in cells.items()}
+
+
+def loaded_on_ranks(rank: int, world_size: int, directory: str, configs: list[Any], targets: list[str]) -> Any:
+    quiet()
+    ways = [Loaded(config, directory) for config in configs]
+    return {way: axes.followed(way.shard, targets, axes.mixture) for way in ways}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cells"),
+    [
+        pytest.param(4, CELLS, id="4 ranks"),
+        pytest.param(4, LATER, id="4 ranks, the others", marks=pytest.mark.long),
+        pytest.param(8, EIGHT, id="8 ranks", marks=pytest.mark.long),
+    ],
+)
+def test_axes_come_to_the_bits_of_one_process(ranks, cells, run_ranks):
+    alone = axes.followed(axes.unsharded, TARGETS)
+    for rank, results in enumerate(run_ranks(on_ranks, ranks, cells)):
+        for way, by_target in results.items():
+            compare(by_target, alone, f"rank {rank} of {way}")
+
+
+@pytest.mark.parametrize(
+    ("configs", "targets"),
+    [
+        pytest.param(CONFIGS[:2], ["experts", "2:4"], id="some"),
+        pytest.param(CONFIGS, [*OF_MIXTURES], id="all", marks=pytest.mark.long),
+    ],
+)
+def test_what_transformers_shards_comes_to_the_bits_of_one_process(configs, targets, run_ranks, tmp_path):
+    alone = axes.followed(axes.unsharded, targets, axes.mixture)
+    for rank, results in enumerate(run_ranks(loaded_on_ranks, 4, str(tmp_path / "model"), configs, targets)):
+        for way, by_target in results.items():
+            compare(by_target, alone, f"rank {rank} of {way}")
+
+
+def compare(by_target: dict[str, Any], alone: dict[str, Any], where: str) -> None:
+    """Asserts that runs have come to the bits of one process, which says something."""
+    for target, reached in by_target.items():
+        expected = alone[target]
+        zeros, elements = (sum(numbers) for numbers in zip(*expected["counts"].values()))
+        assert 0.1 < zeros / elements < 0.7, f"{target} says nothing with {zeros} zeros of {elements}"
+        different = [
+            name for name, weights in expected["weights"].items() if not torch.equal(reached["weights"][name], weights)
+        ]
+        assert not different, f"{target} on {where}"
+        assert reached["counts"] == reached["masters"] == expected["counts"], f"{target} on {where}"
+        assert (reached["state"], reached["logs"]) == (expected["state"], expected["logs"]), f"{target} on {where}"
