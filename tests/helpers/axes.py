@@ -157,7 +157,7 @@ def complete(tensor: Any) -> Tensor:
 
 
 @dataclass
-class Run:
+class TrainedModel:
     """A model that is trained with given gradients."""
 
     model: nn.Module
@@ -173,7 +173,7 @@ class Run:
         target: str,
         sets: list[dict[str, Tensor]],
         model_of: Callable[[], nn.Module] = dense,
-    ) -> Run:
+    ) -> TrainedModel:
         quantiles.SAMPLE_SIZE = 256
         model = shard(model_of())
         optimizer = LpAdamW(param_groups(model, 0.0), lr=4e-3)
@@ -213,7 +213,7 @@ def followed(
     sets = gradients(shard, model_of)
     results = {}
     for target in targets:
-        run = Run.begin(shard, target, sets, model_of)
+        run = TrainedModel.begin(shard, target, sets, model_of)
         run.take(0, STEPS)
         results[target] = run.results()
     return results
