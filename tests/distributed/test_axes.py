@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import axes
 from helpers.axes import OF_MIXTURES, TARGETS, Axes, Loaded
 from helpers.engines import quiet
+from lp_dist.export.writer import export
 
 FSDP_TP = (("fsdp", 2), ("tp", 2))
 # Every way once with the suite, and every target.
@@ -72,6 +74,48 @@ def test_what_transformers_shards_comes_to_the_bits_of_one_process(configs, targ
     for rank, results in enumerate(run_ranks(loaded_on_ranks, 4, str(tmp_path / "model"), configs, targets)):
         for way, by_target in results.items():
             compare(by_target, alone, f"rank {rank} of {way}")
+
+
+HALF = axes.STEPS // 2
+# Saved on the first of each, and gone on with on all of them.
+RESUMED = [
+    ("weights", [Axes(FSDP_TP), Axes((("tp", 4),)), Axes((("fsdp", 4),))]),
+    ("2:4", [Axes((("fsdp", 4),)), Axes(FSDP_TP, "head")]),
+    ("channels", [Axes(FSDP_TP, "norms"), Axes((("ddp", 2), ("tp", 2)))]),
+]
+
+
+def resumed_on_ranks(rank: int, world_size: int, directory: str) -> list[tuple[str, str, Any]]:
+    quiet()
+    results = []
+    for target, ways in RESUMED:
+        place = Path(directory) / target.replace(":", "_")
+        saved = axes.TrainedModel.begin(ways[0].shard, target, axes.gradients(ways[0].shard, axes.dense))
+        saved.take(0, HALF)
+        saved.save(place)
+        for way in ways:
+            trained = axes.TrainedModel.begin(way.shard, target, axes.gradients(way.shard, axes.dense))
+            trained.load(place)
+            trained.take(HALF, axes.STEPS)
+            results.append((target, str(way), trained.results()))
+    return results
+
+
+def test_runs_go_on_to_the_same_bits_on_the_same_mesh_and_on_another(run_ranks, tmp_path):
+    targets = [target for target, _ in RESUMED]
+    alone = axes.followed(axes.unsharded, targets)
+    for rank, results in enumerate(run_ranks(resumed_on_ranks, 4, str(tmp_path))):
+        for target, way, reached in results:
+            compare({target: reached}, alone, f"rank {rank} of {way}")
+    axes.dense().save_pretrained(tmp_path / "config")
+    for target, ways in RESUMED:
+        halfway = axes.TrainedModel.begin(axes.unsharded, target, axes.gradients(axes.unsharded, axes.dense))
+        halfway.take(0, HALF)
+        saved = tmp_path / target.replace(":", "_") / "step"
+        export(saved, tmp_path / "out", config=str(tmp_path / "config"), overwrite=True)
+        exported = type(halfway.model).from_pretrained(tmp_path / "out").state_dict()
+        for name, param in halfway.model.named_parameters():
+            assert torch.equal(exported[name], param), f"{name} of {ways[0]}, exported"
 
 
 def compare(by_target: dict[str, Any], alone: dict[str, Any], where: str) -> None:

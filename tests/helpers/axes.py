@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from helpers.engines import Engine
 from helpers.models import tiny_llama
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import Attachment
@@ -192,6 +194,23 @@ class TrainedModel:
             self.optimizer.step()
             self.lr_scheduler.step()
             self.attachment.after_step()
+
+    @property
+    def engine(self) -> Engine:
+        """To save and load it by."""
+        return Engine(self.model, self.optimizer, self.lr_scheduler)
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint, and the target's state. Collective."""
+        self.engine.save(directory, "step")
+        if torch.distributed.get_rank() == 0:
+            (directory / "target.json").write_text(json.dumps(self.attachment.state_dict()))
+        torch.distributed.barrier()
+
+    def load(self, directory: Path) -> None:
+        """Goes on from a checkpoint. Collective."""
+        self.engine.load(directory, "step")
+        self.attachment.load_state_dict(json.loads((directory / "target.json").read_text()))
 
     def results(self) -> dict[str, Any]:
         """What holds now. Collective."""
