@@ -21,7 +21,7 @@ from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
 from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
-from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, count_replicas
+from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, check_replicas, count_replicas
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,27 @@ def check_shards(shards: list[Shard]) -> None:
         {shard.name: held_range(shard) for shard in shards},
         {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in shards},
     )
+
+
+def check_equal_replicas(shards: list[Shard]) -> None:
+    """Checks that ranks which hold the same shard hold the same values. Collective: one small reduction.
+
+    Raises:
+        UsageError: names the parameter, and what each rank holds of it.
+    """
+    copied = [shard for shard in shards if shard.replicas > 1 and not shard.is_on_disk]
+    sums = [_checksum(shard.local.values) for shard in copied]
+    check_replicas(
+        {shard.name: int(number) for shard, number in zip(copied, sums)},
+        {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in copied},
+        {shard.name: held_range(shard) for shard in copied},
+    )
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """An integer that follows from the bits of some values, and not from their order."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
+    return values.sum(dtype=torch.float64) if bits is None else values.view(bits).sum(dtype=torch.int64)
 
 
 def held_range(shard: Shard) -> HeldRange:
