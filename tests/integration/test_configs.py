@@ -165,6 +165,8 @@ def test_accelerate_reads_it(path: Path):
     kinds = {
         "ddp": DistributedType.MULTI_GPU,
         "fsdp2": DistributedType.FSDP,
+        "fsdp2_tp": DistributedType.FSDP,
+        "hsdp": DistributedType.FSDP,
         "zero2": DistributedType.DEEPSPEED,
         "zero3": DistributedType.DEEPSPEED,
     }
@@ -174,6 +176,19 @@ def test_accelerate_reads_it(path: Path):
     assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") == (
         config.distributed_type == DistributedType.DEEPSPEED
     )
+
+
+@each([path for path in ACCELERATE if path.stem.endswith(("hsdp", "tp"))])
+def test_accelerate_builds_its_axes_of_all_processes(path: Path, monkeypatch):
+    from accelerate import ParallelismConfig
+
+    for key, value in launch_environment(path).items():
+        if key.startswith("PARALLELISM_CONFIG"):
+            monkeypatch.setenv(key, value)
+    axes = ParallelismConfig()
+    assert axes.total_size == yaml.safe_load(path.read_text())["num_processes"]
+    assert (axes.tp_enabled, axes.dp_replicate_enabled) == (path.stem.endswith("tp"), path.stem.endswith("hsdp"))
+    assert axes.dp_shard_enabled
 
 
 @each([path for path in ACCELERATE if "zero" in path.name])
