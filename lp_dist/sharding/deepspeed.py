@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lp_dist.errors import UsageError
+from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_gather_objects, rank_and_world_size
+from lp_dist.sharding.deepspeed_slices import in_parameter, model_region
 from lp_dist.sharding.engines import inner_optimizer, is_deepspeed, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
 
@@ -302,17 +304,64 @@ def zero3_shape(param: Any) -> torch.Size | None:
     return getattr(param, "ds_shape", None)
 
 
-def zero3_partition(param: Any) -> tuple[Tensor, int] | None:
-    """This rank's part of the model's own copy under ZeRO-3: a flat view without padding, and its first element.
+def shape_before(param: Any) -> torch.Size:
+    """Shape of a parameter before anything of DeepSpeed divided it."""
+    region = model_region(param)
+    if region is not None:
+        return region.shape
+    shape = zero3_shape(param)
+    return param.shape if shape is None else shape
 
-    None if ZeRO-3 has not partitioned the parameter.
+
+class Zero3Partition(NamedTuple):
+    """This rank's part of the model's own copy under ZeRO-3.
+
+    Args:
+        values: a flat view without padding.
+        start: see `ShardLocation`.
+        replica: see `ShardLocation`.
+        replicas: see `ShardLocation`.
+        region: see `ShardLocation`.
     """
+
+    values: Tensor
+    start: int
+    replica: int
+    replicas: int
+    region: Region | None
+
+
+def zero3_partition(param: Any) -> Zero3Partition | None:
+    """This rank's part of the model's own copy; None if ZeRO-3 has not partitioned the parameter."""
     if not hasattr(param, "ds_tensor"):
         return None
     values = param.ds_tensor.detach().view(-1)
     start = param.ds_tensor.ds_numel * torch.distributed.get_rank(param.ds_process_group)
     # The parts of the last ranks end in padding, up to a multiple of the world size.
-    return values[: max(0, min(values.numel(), param.ds_numel - start))], start
+    values = values[: max(0, min(values.numel(), param.ds_numel - start))]
+    start, region = in_parameter(param, start)
+    return Zero3Partition(values, start, *_replica(param, param.ds_process_group), region)
+
+
+def _replica(param: Tensor, group: Any) -> tuple[int, int]:
+    """The number of this copy of a partition, and of how many, as of `ShardLocation`.
+
+    Args:
+        param: of the model.
+        group: the ranks over which ZeRO partitioned it.
+    """
+    # The ranks of a tensor-parallel group partition what each has of the model. Where their slices are uneven, they
+    # divide the parameters that all of them have at different places.
+    is_counted = model_region(param) is not None or 0 in torch.distributed.get_process_group_ranks(group)
+    return (0, 1) if is_counted else (1, 1)
+
+
+def copy_of_model(param: Tensor) -> tuple[int | None, int]:
+    """Which copy of a plain parameter this rank's is, and of how many, as of `ShardLocation`.
+
+    All ranks have the same, unless DeepSpeed's tensor or expert parallelism gave each a region.
+    """
+    return rank_and_world_size() if model_region(param) is None else (None, 1)
 
 
 def read_from_nvme(param: Tensor) -> Tensor:
@@ -352,7 +401,9 @@ def _locate_copy(wrapper: Any) -> Locator:
         if id(param) not in copies:
             return None
         group, master = copies[id(param)]
-        return ShardLocation(0, master, 0, master.numel(), group, *rank_and_world_size())
+        replica, replicas = copy_of_model(param)
+        start, region = in_parameter(param, 0)
+        return ShardLocation(start, master, 0, master.numel(), group, replica, replicas, region)
 
     return locate
 
@@ -378,14 +429,17 @@ def _locate_fragment(wrapper: Any) -> Locator:
         if id(param) not in groups:
             return None
         group, mapping = groups[id(param)], param._hp_mapping
-        if mapping is None:
-            return ShardLocation(0, flats[group], 0, 0, group)
+        replica, replicas = _replica(param, wrapper.real_dp_process_group[group])
+        start, region = in_parameter(param, 0 if mapping is None else mapping.lp_fragment_address.start)
         return ShardLocation(
-            start=mapping.lp_fragment_address.start,
+            start=start,
             tensor=flats[group],
-            offset=mapping.hp_fragment_address.start,
-            length=mapping.hp_fragment_address.numel,
+            offset=0 if mapping is None else mapping.hp_fragment_address.start,
+            length=0 if mapping is None else mapping.hp_fragment_address.numel,
             group=group,
+            replica=replica,
+            replicas=replicas,
+            region=region,
         )
 
     return locate
@@ -402,13 +456,18 @@ def _locate_sub_group(wrapper: Any) -> Locator:
         if position is None:
             return None
         sub_group, offset, padded_length = position
-        start = padded_length * torch.distributed.get_rank(param.ds_process_group)
+        first = padded_length * torch.distributed.get_rank(param.ds_process_group)
+        start, region = in_parameter(param, first)
+        replica, replicas = _replica(param, param.ds_process_group)
         return ShardLocation(
             start=start,
             tensor=wrapper.fp32_partitioned_groups_flat[sub_group],
             offset=offset,
-            length=max(0, min(padded_length, param.ds_numel - start)),
+            length=max(0, min(padded_length, param.ds_numel - first)),
             group=wrapper.sub_group_to_group_id[sub_group],
+            replica=replica,
+            replicas=replicas,
+            region=region,
         )
 
     return locate

@@ -18,7 +18,8 @@ from lp_dist.optim.batching import count_zeros, to_local
 from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
-from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
+from lp_dist.sharding.deepspeed import copy_of_model, read_from_nvme, shape_before, shard_locator, zero3_partition
+from lp_dist.sharding.deepspeed_slices import in_parameter
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
 from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, check_replicas, count_replicas
@@ -201,8 +202,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def full_shape(param: Tensor) -> torch.Size:
     """Shape of the parameter before sharding, whatever shards it."""
-    shape = zero3_shape(param)
-    return param.shape if shape is None else shape
+    return shape_before(param)
 
 
 def local_shard(param: Tensor) -> LocalShard:
@@ -216,7 +216,8 @@ def local_shard(param: Tensor) -> LocalShard:
     if is_dtensor(data):
         location = _dtensor_location(data)
         return LocalShard(to_local(data), location.start, location.replica, location.replicas, location.region)
-    return LocalShard(data, 0, *rank_and_world_size())
+    (start, region), (replica, replicas) = in_parameter(param, 0), copy_of_model(param)
+    return LocalShard(data, start, replica, replicas, region)
 
 
 def locate_copies(params: dict[str, Tensor]) -> dict[str, LocalShard]:
@@ -476,6 +477,7 @@ def _plain_locator(optimizer: Optimizer) -> Locator:
                 group=groups[id(param)],
                 **location._asdict(),
             )
-        return ShardLocation(0, param, 0, param.numel(), groups[id(param)], *rank_and_world_size())
+        (start, region), (replica, replicas) = in_parameter(param, 0), copy_of_model(param)
+        return ShardLocation(start, param, 0, param.numel(), groups[id(param)], replica, replicas, region)
 
     return locate
