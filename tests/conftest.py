@@ -140,6 +140,16 @@ def run_ranks(tmp_path, cpu_op):
 
 
 @pytest.fixture(scope="module")
+def module_ranks(tmp_path_factory, cpu_op):
+    """As `run_ranks`, for a fixture of a whole module."""
+
+    def run(fn, world_size: int, *args) -> list:
+        return _fork_ranks(tmp_path_factory.mktemp("ranks"), fn, world_size, args)
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def rank_pool(tmp_path_factory, cpu_op):
     """`rank_pool(fn, *args)` → what `fn(rank, 2, *args)` returned on each of two ranks that live for the whole module.
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lp_dist.errors import UsageError
 from lp_dist.optim.region import Region
@@ -60,6 +60,12 @@ def is_local_expert(param: Any) -> bool:
     The parameters of that name on all ranks are taken for one, with those of each rank as its next rows.
     """
     return not getattr(param, "allreduce", True) and not hasattr(param, _AUTOEP) and _expert_group(param) is not None
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module multiplies by a matrix [outputs, inputs]: torch's linear layer, or what AutoTP put in its place."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and not names[0].endswith("Embedding"))
 
 
 def _expert_group(param: Any) -> Any:
