@@ -109,3 +109,93 @@ def put_together(name: str, shape: torch.Size, held: list[tuple[int, Tensor, tor
         result.index_copy_(dim, torch.tensor(indices[index]), values.view(slice_shape))
     assert not result.isnan().any()
     return result
+
+
+# --- experts ---
+
+EXPERTS, HIDDEN, CHANNELS, VOCABULARY = 4, 16, 12, 40
+AUTOEP = {
+    "enabled": True,
+    "autoep_size": 2,
+    "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+    "num_experts_attr": "num_experts",
+    "route_norm": False,
+}
+
+
+def mixture() -> nn.Module:
+    """OLMoE, whose experts AutoEP finds by a pattern of names."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=CHANNELS,
+            num_experts=EXPERTS,
+            num_experts_per_tok=2,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=16,
+            eos_token_id=1,
+            attn_implementation="eager",
+        )
+    )
+
+
+def with_all_experts() -> nn.Module:
+    """The mixture as AutoEP makes it, in one process."""
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+
+    model = mixture()
+    converter = AutoEP(model, parse_autoep_config({**AUTOEP, "autoep_size": 1}))
+    converter.replace_moe_layers(converter.ep_parser(), ep_size=1, ep_rank=0)
+    return model
+
+
+def marked_groups(groups: list[dict[str, Any]], experts: set[int], name: str) -> list[dict[str, Any]]:
+    """Param groups as ZeRO 1 and 2 want them: experts in groups of their own.
+
+    Args:
+        groups: of all parameters.
+        experts: ids of those of experts.
+        name: of the expert-parallel groups of ranks.
+    """
+    result = []
+    for number, group in enumerate(groups):
+        for of_experts in (False, True):
+            params = [param for param in group["params"] if (id(param) in experts) == of_experts]
+            if params:
+                marks = {"moe": True, "name": name} if of_experts else {"name": f"group {number}"}
+                result.append({**group, "params": params, **marks})
+    return result
+
+
+class NativeMixture(nn.Module):
+    """`deepspeed.moe.MoE` between two layers. Its experts have biases, and no token is dropped.
+
+    Args:
+        ep_size: ranks that share the experts.
+    """
+
+    def __init__(self, ep_size: int) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        expert = nn.Sequential(nn.Linear(8, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, 8))
+        self.moe = MoE(8, expert, num_experts=EXPERTS, ep_size=ep_size, k=1, drop_tokens=False, use_rts=False)
+        self.last = nn.Linear(8, 4, bias=False)
+        rank = torch.distributed.get_rank() % ep_size
+        for i, local in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+            number = rank * (EXPERTS // ep_size) + i
+            generator = torch.Generator().manual_seed(100 + number)
+            for param in local.parameters():
+                param.data.copy_(torch.randn(param.shape, generator=generator) / 4)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.last(rows + self.moe(torch.tanh(self.first(rows)))[0])
