@@ -38,7 +38,7 @@ PRELOADED = [
     "transformers.trainer",
     "lp_dist.training.finetune",
 ]
-OF_RANKS = {"run_ranks", "rank_pool", "run_program", "cpu_op"}
+OF_RANKS = {"run_ranks", "module_ranks", "rank_pool", "run_program", "cpu_op"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

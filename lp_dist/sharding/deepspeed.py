@@ -253,10 +253,16 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
     if zero.get("round_robin_gradients"):
         raise UsageError(_ROUND_ROBIN)
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    has_slices = _section(config, "tensor_parallel").get("autotp_size", 0) > 1
+    if (zero.get("stage") == 3 or has_slices) and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UsageError(
-            'under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable'
-            " weights; set it in zero_optimization"
+            f"under {'AutoTP' if has_slices else 'ZeRO-3'} a checkpoint without"
+            ' "stage3_gather_16bit_weights_on_model_save": true has no usable weights; set it in zero_optimization'
+        )
+    if _section(config, "expert_parallel").get("enabled"):
+        raise UsageError(
+            '"expert_parallel" (AutoEP): what Trainer saves has the experts of one rank alone; train in a loop of your'
+            " own with lp_dist.attach(engine) and engine.save_checkpoint, or remove it"
         )
 
 
