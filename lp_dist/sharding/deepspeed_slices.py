@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lp_dist.errors import UsageError
 from lp_dist.optim.region import Region
 
-# Attributes that DeepSpeed gives a parameter: DS_AUTOTP_UC_META and DS_AUTOEP_UC_META of deepspeed.checkpoint.constants,
+# Attributes that DeepSpeed gives a parameter: DS_AUTOTP_UC_META and DS_AUTOEP_UC_META of its checkpoint.constants,
 # which it writes universal checkpoints by.
 _AUTOTP, _AUTOEP = "ds_autotp_universal_checkpoint_meta", "ds_autoep_uc_meta"
 
@@ -63,7 +63,7 @@ def is_local_expert(param: Any) -> bool:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module multiplies by a matrix [outputs, inputs]: torch's linear layer, or what AutoTP put in its place."""
+    """Whether a module multiplies by a matrix [outputs, inputs]: torch's linear layer, or what AutoTP put there."""
     names = [cls.__name__ for cls in type(module).__mro__]
     return isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and not names[0].endswith("Embedding"))
 

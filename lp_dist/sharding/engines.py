@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
 
-
 # DeepSpeed's.
 _PIPELINES = ("PipelineEngine", "PipelineModule")
 

@@ -1,6 +1,6 @@
 """DeepSpeed's expert parallelism on four ranks, two of which share the experts: AutoEP comes to one process, and
-`deepspeed.moe` to data parallelism, with a target and a pattern. Each element is counted once; runs are resumed bit for
-bit.
+`deepspeed.moe` to data parallelism, with a target, a pattern and groups. Each element is counted once, and runs are
+resumed bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers.deepspeed_axes import (
     AUTOEP,
@@ -25,33 +25,41 @@ from helpers.deepspeed_axes import (
 from helpers.engines import Engine, deepspeed_config, ended, gathered, quiet
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attachment import Attachment
-from lp_dist.errors import UsageError
 
 STEPS, HALF = 15, 8
 NATIVE = "moe.deepspeed_moe.experts.deepspeed_experts"
 
 
 class Case(NamedTuple):
-    """kind: "autoep", or "native" with `ep_size`. pattern: of the target, else it is of half of all weights."""
+    """kind: "autoep", or "native" with `ep_size`. what: half of the weights, of groups, or a pattern."""
 
     kind: str
     stage: str
-    pattern: str | None = None
+    what: str = "weights"
     ep_size: int = 2
 
 
-CASES = [
-    Case("autoep", "zero0"),
+FAST = [
     Case("autoep", "zero1", "2:4"),
-    Case("autoep", "zero2"),
-    Case("autoep", "zero3"),
     Case("native", "zero0", ep_size=1),
     Case("native", "zero1"),
+]
+LONG = [
+    Case("autoep", "zero0"),
+    Case("autoep", "zero2"),
+    Case("autoep", "zero3"),
+    Case("autoep", "zero1", "expert_channels"),
+    Case("autoep", "zero3", "experts"),
     Case("native", "zero0", "2:4", ep_size=1),
     Case("native", "zero2", "2:4"),
 ]
 RESUMED = [Case("autoep", "zero2"), Case("native", "zero1")]
-SHARED = [case for case in CASES if case.ep_size > 1]
+
+
+def each(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=[pytest.mark.long] if case in LONG else []) for case in cases], ids=str
+    )
 
 
 def engine_of(case: Case) -> Engine:
@@ -68,7 +76,12 @@ def engine_of(case: Case) -> Engine:
 
 def attached_to(engine: Engine, case: Case) -> Attachment:
     others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer}
-    target = SparsityTarget(None if case.pattern else 0.5, pattern=case.pattern, scope="global", update_every=2)
+    if ":" in case.what:
+        target = SparsityTarget(pattern=case.what, scope="global", update_every=2)
+    elif case.what != "weights":
+        target = SparsityTarget(0.5, groups=case.what, update_every=2)
+    else:
+        target = SparsityTarget(0.5, scope="global", update_every=2)
     return attach(engine.handle, target=target, total_steps=STEPS, **others)
 
 
@@ -94,11 +107,11 @@ def masters_of(attachment: Attachment) -> dict[str, list[tuple[int, Tensor]]]:
     }
 
 
-def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[Case, dict[str, Any]]:
+def on_a_rank(rank: int, world_size: int, directory: Path, cases: list[Case]) -> dict[Case, dict[str, Any]]:
     quiet()
     results = {}
-    for case in CASES:
-        place = directory / str(CASES.index(case))
+    for number, case in enumerate(cases):
+        place = directory / str(number)
         engine = engine_of(case)
         attachment = attached_to(engine, case)
         train(engine, attachment, case, range(HALF), rank)
@@ -125,17 +138,28 @@ def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[Case, dict[st
 
 
 @pytest.fixture(scope="module")
-def results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
-    return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"))
+def fast_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+    return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), FAST)
+
+
+@pytest.fixture(scope="module")
+def long_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+    return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), LONG)
+
+
+@pytest.fixture
+def results(case: Case, request) -> list[dict[Case, dict[str, Any]]]:
+    """Of each rank, the cases that ran together with this one."""
+    return request.getfixturevalue("fast_results" if case in FAST else "long_results")
 
 
 @cache
-def alone(pattern: str | None) -> dict[str, Any]:
+def alone(what: str) -> dict[str, Any]:
     """AutoEP's modules in one process, with all experts."""
     model = with_all_experts()
     optimizer = LpAdamW(param_groups(model, 0.0), lr=5e-3, eps=1e-3)
     engine = Engine(model, optimizer)
-    attachment = attached_to(engine, Case("autoep", "plain", pattern))
+    attachment = attached_to(engine, Case("autoep", "plain", what))
     for step in range(STEPS):
         for rank in range(3):
             (loss_of(model, "autoep", step, rank) / 4).backward()
@@ -160,11 +184,11 @@ def all_weights(results: list[dict[Case, dict[str, Any]]], case: Case) -> dict[s
     return weights
 
 
-@pytest.mark.parametrize("case", SHARED, ids=str)
+@each([case for case in [*FAST, *LONG] if case.ep_size > 1])
 def test_experts_on_two_ranks_are_those_of_one_process(results, case):
     weights = all_weights(results, case)
     expected = (
-        alone(case.pattern)["model"]
+        alone(case.what)["model"]
         if case.kind == "autoep"
         else all_weights(results, case._replace(stage="zero0", ep_size=1))
     )
@@ -174,10 +198,9 @@ def test_experts_on_two_ranks_are_those_of_one_process(results, case):
         assert torch.equal(weight == 0, expected[name] == 0), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each([*FAST, *LONG])
 def test_each_expert_is_counted_once(results, case):
     weights = all_weights(results, case)
-    decays = {name for name in weights if name.rsplit(".", 1)[0] + ".weight" in weights} & {*weights}
     for rank in results:
         assert rank[case]["counts"] == rank[case]["of masters"]
         assert {name: elements for name, (_, elements) in rank[case]["all"].items()} == {
@@ -185,10 +208,10 @@ def test_each_expert_is_counted_once(results, case):
         }
         assert sum(n for _, n in rank[case]["all"].values()) == sum(weight.numel() for weight in weights.values())
         zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-        assert sum(count for count, _ in rank[case]["all"].values()) == zeros > 100, decays
+        assert sum(count for count, _ in rank[case]["all"].values()) == zeros > 100
 
 
-@pytest.mark.parametrize("case", RESUMED, ids=str)
+@each(RESUMED)
 def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(results, case):
     for rank in results:
         masters, resumed = rank[case]["masters"], rank[case]["resumed"]

@@ -1,5 +1,5 @@
-"""Shared by the tests: models for DeepSpeed's AutoTP, linear in their weights, whose gradients are exact wherever their
-weights lie; and what ranks hold of them, put together by plain loops.
+"""Shared by the tests: models for DeepSpeed's AutoTP, linear in their weights, whose gradients are exact wherever
+their weights lie; what ranks hold of them, put together by plain loops; and mixtures for its expert parallelism.
 """
 
 from __future__ import annotations
