@@ -30,6 +30,7 @@ def model_region(param: Any) -> Region | None:
         UsageError: tensor parallelism divides it in a way of which DeepSpeed says nothing.
     """
     local = torch.Size(getattr(param, "ds_shape", param.shape))
+    region: Region | None
     if hasattr(param, _AUTOEP):
         placed = getattr(param, _AUTOEP)
         region = _region(torch.Size(placed["logical_shape"]), 0, tuple((e, e + 1) for e in placed["local_experts"]))
@@ -84,11 +85,12 @@ def _tensor_parallel_region(param: Any) -> Region | None:
     layer = getattr(getattr(param, "gather_params", None), "__self__", None)
     shape, dim = meta.get("original_shape"), meta.get("partition_dim")
     # A fused matrix is several ones along that dimension, each divided by itself.
-    widths = meta.get("sub_param_shard_widths") or ([meta["partition_sizes"]] if meta.get("partition_sizes") else None)
+    widths = meta.get("sub_param_shard_widths") or ([meta["partition_sizes"]] if meta.get("partition_sizes") else [])
     reason = meta.get("conversion", {}).get("unsupported_reason")
     if (
         layer is None
-        or None in (shape, dim, widths)
+        or shape is None
+        or dim is None
         or reason
         or shape[dim] != sum(width for of_matrix in widths for width in of_matrix)
     ):

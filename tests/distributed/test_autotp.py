@@ -7,14 +7,23 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.deepspeed_axes import SLICES, SideBySide, engine_of, loss_of, put_together
+from helpers.deepspeed_axes import (
+    LONG_TENSOR_CASES,
+    SLICES,
+    TENSOR_CASES,
+    SideBySide,
+    TensorCase,
+    engine_of,
+    loss_of,
+    put_together,
+)
 from helpers.engines import Engine, convert, deepspeed_config, ended, quiet
 from helpers.export_runs import llama
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_histogram, measure_sparsity, param_groups
@@ -29,30 +38,14 @@ STEPS, HALF = 15, 8
 SHAPES = {name: param.shape for name, param in SideBySide().named_parameters()}
 
 
-class Case(NamedTuple):
-    """stage: of ZeRO. how: "global" or "layer" (of a target), a pattern, "groups", or "by hand", with a λ."""
-
-    stage: str
-    how: str
-
-
-FAST = [Case("zero1", "2:4"), Case("zero1", "groups"), Case("zero2", "layer")]
-LONG = [
-    Case("zero0", "layer"),
-    Case("zero0", "4:8"),
-    Case("zero1", "global"),
-    Case("zero2", "2:4"),
-    Case("zero2", "by hand"),
-    Case("zero3", "global"),
-    Case("zero3", "groups"),
-]
+FAST, LONG = TENSOR_CASES, LONG_TENSOR_CASES
 EACH = pytest.mark.parametrize(
     "case", [*FAST, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)], ids=str
 )
-RESUMED = [Case("zero1", "2:4"), Case("zero2", "layer")]
+RESUMED = [TensorCase("zero1", "2:4"), TensorCase("zero2", "layer")]
 
 
-def optimizer_of(case: Case) -> Any:
+def optimizer_of(case: TensorCase) -> Any:
     def made(model: SideBySide) -> LpAdamW:
         if case.how == "by hand":
             return LpAdamW(param_groups(model, 0.02), lr=5e-3, precondition=0.5)
@@ -65,7 +58,7 @@ def scheduler_of(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, STEPS)
 
 
-def attached_to(engine: Engine, case: Case) -> Attachment:
+def attached_to(engine: Engine, case: TensorCase) -> Attachment:
     is_sharded = hasattr(engine.handle, "load_checkpoint")
     others = {} if is_sharded else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
     if case.how == "by hand":
@@ -109,7 +102,9 @@ def results_of(engine: Engine, attachment: Attachment) -> dict[str, Any]:
     }
 
 
-def on_a_rank(rank: int, world_size: int, directory: Path, cases: list[Case]) -> dict[Case, dict[str, Any]]:
+def on_a_rank(
+    rank: int, world_size: int, directory: Path, cases: list[TensorCase]
+) -> dict[TensorCase, dict[str, Any]]:
     quiet()
     results = {}
     for number, case in enumerate(cases):
@@ -132,7 +127,7 @@ def on_a_rank(rank: int, world_size: int, directory: Path, cases: list[Case]) ->
 
 
 @cache
-def alone(case: Case) -> dict[str, Any]:
+def alone(case: TensorCase) -> dict[str, Any]:
     """One process: what becomes of the weights, the controller's state, and what is counted."""
     model = SideBySide()
     optimizer = optimizer_of(case)(model)
@@ -176,17 +171,17 @@ def tensors_of(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def fast_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+def fast_results(module_ranks, tmp_path_factory) -> list[dict[TensorCase, dict[str, Any]]]:
     return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), FAST)
 
 
 @pytest.fixture(scope="module")
-def long_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+def long_results(module_ranks, tmp_path_factory) -> list[dict[TensorCase, dict[str, Any]]]:
     return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), LONG)
 
 
 @pytest.fixture
-def ranks(case: Case, request) -> list[dict[str, Any]]:
+def ranks(case: TensorCase, request) -> list[dict[str, Any]]:
     """What each rank has of a case."""
     results = request.getfixturevalue("fast_results" if case in FAST else "long_results")
     return [rank[case] for rank in results]

@@ -1,26 +1,34 @@
 """What DeepSpeed's other axes do: Ulysses shards nothing and comes to one process; what lp_dist does not support it
-refuses by name; and what DeepSpeed itself can't do ends in its own error, as docs/shards.md says.
+refuses by name; and what DeepSpeed itself can't do ends in its own error, as docs/matrix.md says.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.deepspeed_axes import AUTOEP, NativeMixture, marked_groups, mixture
-from helpers.engines import deepspeed_config, ended, gathered, quiet
-from helpers.paths import ROOT
+from helpers.deepspeed_axes import (
+    AUTOEP,
+    EXPERT_CASES,
+    LONG_EXPERT_CASES,
+    LONG_TENSOR_CASES,
+    TENSOR_CASES,
+    NativeMixture,
+    marked_groups,
+    mixture,
+)
+from helpers.engines import Engine, deepspeed_config, ended, gathered, quiet
+from helpers.tables import hold, rows
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.errors import UsageError
 from lp_dist.structured.resolve import groups_of
 
 STEPS, TOKENS, VOCABULARY = 15, 8, 50
+NEAR = "rtol 1e-4, atol 1e-6, the same zeros"
 
 
 def started(model: nn.Module, optimizer: Any, stage: str, **more: Any) -> Any:
@@ -77,25 +85,13 @@ def ulysses(rank: int, stage: str, mpu: Any) -> dict[str, Any]:
         tokens = tokens_of(step)
         logits = engine(input_ids=tokens[:, half], position_ids=torch.arange(TOKENS)[None, half]).logits
         losses = nn.functional.cross_entropy(logits[0], labels_of(tokens)[0, half], ignore_index=-100, reduction="sum")
-        # The engine averages over the two ranks, of which each has its tokens' share of the loss.
-        engine.backward(2 * losses / (TOKENS - 1))
+        # The gradients of the ranks are added up at stage 1, and averaged at stage 3.
+        engine.backward(losses / (TOKENS - 1) * (2 if stage == "zero3" else 1))
         engine.step()
         attachment.after_step()
-    results = {"counts": measure_sparsity(engine).counts, "model": gathered_of(engine)}
-    ended_of(engine)
-    return results
-
-
-def gathered_of(engine: Any) -> dict[str, Tensor]:
-    from helpers.engines import Engine
-
-    return gathered(Engine(engine, None))
-
-
-def ended_of(engine: Any) -> None:
-    from helpers.engines import Engine
-
+    results = {"counts": measure_sparsity(engine).counts, "model": gathered(Engine(engine, None))}
     ended(Engine(engine, None))
+    return results
 
 
 def ulysses_on_ranks(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
@@ -203,13 +199,28 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         "deepspeed_experts.0.0.weight, and that is of different experts on",
     ),
 }
-# By the words that docs/shards.md has.
-OWN_ERRORS: dict[str, Callable[[], None]] = {
-    "TypeError: _CanRecordRegistry.get() takes 2 positional arguments but 3 were given": a_preset_of_autoep,
-    "AssertionError: The model has moe layers, but None of the param groups are marked as MoE": unmarked_experts,
-    "AssertionError: Native DeepSpeed MoE is not supported with ZeRO Stage 3": native_experts_in_zero3,
-    "AssertionError: ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism": a_pipeline_in_zero2,
-    "ValueError: HuggingFace tp_plan contains unsupported partition style(s)": autoep_and_autotp,
+# {how its answer begins: (what is asked of it, in words, and by code)}
+OWN_ERRORS: dict[str, tuple[str, Callable[[], None]]] = {
+    "TypeError: _CanRecordRegistry.get() takes 2 positional arguments but 3 were given": (
+        "AutoEP's presets of Mixtral and Qwen3-MoE, with transformers 5.24",
+        a_preset_of_autoep,
+    ),
+    "AssertionError: The model has moe layers, but None of the param groups are marked as MoE": (
+        "AutoEP or `deepspeed.moe` under ZeRO 1 or 2, with experts in the param groups of others",
+        unmarked_experts,
+    ),
+    "AssertionError: Native DeepSpeed MoE is not supported with ZeRO Stage 3": (
+        "`deepspeed.moe` under ZeRO 3",
+        native_experts_in_zero3,
+    ),
+    "AssertionError: ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism": (
+        "PipelineModule under ZeRO 2 or 3",
+        a_pipeline_in_zero2,
+    ),
+    "ValueError: HuggingFace tp_plan contains unsupported partition style(s)": (
+        "AutoTP with a model's own plan for its experts, as OLMoE's",
+        autoep_and_autotp,
+    ),
 }
 
 
@@ -219,7 +230,11 @@ def errors_on_ranks(rank: int, world_size: int) -> dict[str, str]:
     quiet()
     join_deepspeed()
     errors = {}
-    for name, run in {**{name: refused[0] for name, refused in REFUSED.items()}, **OWN_ERRORS}.items():
+    runs = {name: refused[0] for name, refused in REFUSED.items()} | {
+        words: run for words, (_, run) in OWN_ERRORS.items()
+    }
+    # A pipeline stays DeepSpeed's grid of ranks for all engines after it.
+    for name, run in sorted(runs.items(), key=lambda item: "pipeline" in item[1].__name__):
         try:
             run()
         except Exception as error:
@@ -238,8 +253,45 @@ def test_what_is_not_supported_is_refused_by_name(errors):
             assert rank[name].startswith(f"{kind.__name__}: ") and message in rank[name], rank.get(name)
 
 
-def test_what_deepspeed_cannot_do_ends_in_its_own_error_as_the_page_says(errors):
-    page = re.sub(r"\s+", " ", (Path(ROOT) / "docs" / "shards.md").read_text())
+def test_what_deepspeed_cannot_do_ends_in_its_own_error(errors):
     for words in OWN_ERRORS:
         assert all(rank[words].startswith(words) for rank in errors), [rank.get(words) for rank in errors]
-        assert f"`{words}`" in page, words
+
+
+def test_the_table_says_what_runs():
+    def listed(what: set[str]) -> str:
+        return ", ".join(sorted(what))
+
+    tensor_cases, expert_cases = [*TENSOR_CASES, *LONG_TENSOR_CASES], [*EXPERT_CASES, *LONG_EXPERT_CASES]
+    targets = {"global": "weights", "layer": "weights", "by hand": "a λ"}
+    ways = [
+        [
+            "AutoTP",
+            listed({case.stage[4:] for case in tensor_cases}),
+            listed({targets.get(case.how, case.how) for case in tensor_cases}),
+            "one process, bitwise",
+        ]
+    ]
+    for kind, name, compared in (("autoep", "AutoEP", "one process"), ("native", "`deepspeed.moe`", "DDP")):
+        cases = [case for case in expert_cases if case.kind == kind and case.ep_size > 1]
+        ways.append(
+            [
+                name,
+                listed({case.stage[4:] for case in cases}),
+                listed({case.what for case in cases}),
+                f"{compared}, {NEAR}",
+            ]
+        )
+    patterns = {target.pattern or "weights" for target in TARGETS.values()}
+    ways.append(["Ulysses", listed({stage[4:] for stage in TARGETS}), listed(patterns), f"one process, {NEAR}"])
+    ways.append(["PipelineModule", "none", "refused by name", ""])
+    made = "\n\n".join(
+        [
+            rows(["axis", "ZeRO", "target", "compared with"], *ways),
+            rows(
+                ["asked of bare DeepSpeed", "its answer"],
+                *([what, f"`{words}`"] for words, (what, _) in OWN_ERRORS.items()),
+            ),
+        ]
+    )
+    hold("docs/matrix.md", "axes of DeepSpeed", "python -m pytest tests/distributed/test_deepspeed_axes.py", made)

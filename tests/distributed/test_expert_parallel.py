@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from helpers.deepspeed_axes import (
     AUTOEP,
+    EXPERT_CASES,
     EXPERTS,
+    LONG_EXPERT_CASES,
     VOCABULARY,
+    ExpertCase,
     NativeMixture,
     marked_groups,
     mixture,
@@ -30,39 +33,17 @@ STEPS, HALF = 15, 8
 NATIVE = "moe.deepspeed_moe.experts.deepspeed_experts"
 
 
-class Case(NamedTuple):
-    """kind: "autoep", or "native" with `ep_size`. what: half of the weights, of groups, or a pattern."""
-
-    kind: str
-    stage: str
-    what: str = "weights"
-    ep_size: int = 2
+FAST, LONG = EXPERT_CASES, LONG_EXPERT_CASES
+RESUMED = [ExpertCase("autoep", "zero2"), ExpertCase("native", "zero1")]
 
 
-FAST = [
-    Case("autoep", "zero1", "2:4"),
-    Case("native", "zero0", ep_size=1),
-    Case("native", "zero1"),
-]
-LONG = [
-    Case("autoep", "zero0"),
-    Case("autoep", "zero2"),
-    Case("autoep", "zero3"),
-    Case("autoep", "zero1", "expert_channels"),
-    Case("autoep", "zero3", "experts"),
-    Case("native", "zero0", "2:4", ep_size=1),
-    Case("native", "zero2", "2:4"),
-]
-RESUMED = [Case("autoep", "zero2"), Case("native", "zero1")]
-
-
-def each(cases: list[Case]) -> Any:
+def each(cases: list[ExpertCase]) -> Any:
     return pytest.mark.parametrize(
         "case", [pytest.param(case, marks=[pytest.mark.long] if case in LONG else []) for case in cases], ids=str
     )
 
 
-def engine_of(case: Case) -> Engine:
+def engine_of(case: ExpertCase) -> Engine:
     import deepspeed
 
     config = deepspeed_config(case.stage, **({"expert_parallel": AUTOEP} if case.kind == "autoep" else {}))
@@ -74,7 +55,7 @@ def engine_of(case: Case) -> Engine:
     return Engine(engine, optimizer)
 
 
-def attached_to(engine: Engine, case: Case) -> Attachment:
+def attached_to(engine: Engine, case: ExpertCase) -> Attachment:
     others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer}
     if ":" in case.what:
         target = SparsityTarget(pattern=case.what, scope="global", update_every=2)
@@ -93,7 +74,7 @@ def loss_of(model: Any, kind: str, step: int, rank: int) -> Tensor:
     return model(input_ids=tokens, labels=tokens).loss
 
 
-def train(engine: Engine, attachment: Attachment, case: Case, steps: range, rank: int) -> None:
+def train(engine: Engine, attachment: Attachment, case: ExpertCase, steps: range, rank: int) -> None:
     for step in steps:
         engine.step(loss_of(engine.handle, case.kind, step, rank))
         attachment.after_step()
@@ -107,7 +88,9 @@ def masters_of(attachment: Attachment) -> dict[str, list[tuple[int, Tensor]]]:
     }
 
 
-def on_a_rank(rank: int, world_size: int, directory: Path, cases: list[Case]) -> dict[Case, dict[str, Any]]:
+def on_a_rank(
+    rank: int, world_size: int, directory: Path, cases: list[ExpertCase]
+) -> dict[ExpertCase, dict[str, Any]]:
     quiet()
     results = {}
     for number, case in enumerate(cases):
@@ -138,17 +121,17 @@ def on_a_rank(rank: int, world_size: int, directory: Path, cases: list[Case]) ->
 
 
 @pytest.fixture(scope="module")
-def fast_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+def fast_results(module_ranks, tmp_path_factory) -> list[dict[ExpertCase, dict[str, Any]]]:
     return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), FAST)
 
 
 @pytest.fixture(scope="module")
-def long_results(module_ranks, tmp_path_factory) -> list[dict[Case, dict[str, Any]]]:
+def long_results(module_ranks, tmp_path_factory) -> list[dict[ExpertCase, dict[str, Any]]]:
     return module_ranks(on_a_rank, 4, tmp_path_factory.mktemp("saved"), LONG)
 
 
 @pytest.fixture
-def results(case: Case, request) -> list[dict[Case, dict[str, Any]]]:
+def results(case: ExpertCase, request) -> list[dict[ExpertCase, dict[str, Any]]]:
     """Of each rank, the cases that ran together with this one."""
     return request.getfixturevalue("fast_results" if case in FAST else "long_results")
 
@@ -159,7 +142,7 @@ def alone(what: str) -> dict[str, Any]:
     model = with_all_experts()
     optimizer = LpAdamW(param_groups(model, 0.0), lr=5e-3, eps=1e-3)
     engine = Engine(model, optimizer)
-    attachment = attached_to(engine, Case("autoep", "plain", what))
+    attachment = attached_to(engine, ExpertCase("autoep", "plain", what))
     for step in range(STEPS):
         for rank in range(3):
             (loss_of(model, "autoep", step, rank) / 4).backward()
@@ -168,7 +151,7 @@ def alone(what: str) -> dict[str, Any]:
     return {"model": gathered(engine), "counts": measure_sparsity(model).counts}
 
 
-def all_weights(results: list[dict[Case, dict[str, Any]]], case: Case) -> dict[str, Tensor]:
+def all_weights(results: list[dict[ExpertCase, dict[str, Any]]], case: ExpertCase) -> dict[str, Tensor]:
     """The parameters of the model with all experts, in the order of experts: of the first ranks' copies."""
     models = [rank[case]["model"] for rank in results[: case.ep_size]]
     weights = {}

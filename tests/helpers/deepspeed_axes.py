@@ -4,12 +4,61 @@ their weights lie; what ranks hold of them, put together by plain loops; and mix
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from helpers.engines import ZERO, Engine, deepspeed_config
+
+
+class TensorCase(NamedTuple):
+    """A run under AutoTP. stage: of ZeRO. how: "global" or "layer" (of a target), a pattern, "groups", or "by hand",
+    with a λ.
+    """
+
+    stage: str
+    how: str
+
+
+# With the suite, and the long ones.
+TENSOR_CASES = [TensorCase("zero1", "2:4"), TensorCase("zero1", "groups"), TensorCase("zero2", "layer")]
+LONG_TENSOR_CASES = [
+    TensorCase("zero0", "layer"),
+    TensorCase("zero0", "4:8"),
+    TensorCase("zero1", "global"),
+    TensorCase("zero2", "2:4"),
+    TensorCase("zero2", "by hand"),
+    TensorCase("zero3", "global"),
+    TensorCase("zero3", "groups"),
+]
+
+
+class ExpertCase(NamedTuple):
+    """A run with experts. kind: "autoep", or "native" with `ep_size`. what: half of the weights, of groups, or a
+    pattern.
+    """
+
+    kind: str
+    stage: str
+    what: str = "weights"
+    ep_size: int = 2
+
+
+EXPERT_CASES = [
+    ExpertCase("autoep", "zero1", "2:4"),
+    ExpertCase("native", "zero0", ep_size=1),
+    ExpertCase("native", "zero1"),
+]
+LONG_EXPERT_CASES = [
+    ExpertCase("autoep", "zero0"),
+    ExpertCase("autoep", "zero2"),
+    ExpertCase("autoep", "zero3"),
+    ExpertCase("autoep", "zero1", "expert_channels"),
+    ExpertCase("autoep", "zero3", "experts"),
+    ExpertCase("native", "zero0", "2:4", ep_size=1),
+    ExpertCase("native", "zero2", "2:4"),
+]
 
 # What a rank of two has along the divided dimension of each weight, written down by hand: (dimension, indices).
 SLICES = {
@@ -34,14 +83,14 @@ INPUTS = 40
 
 class SideBySide(nn.Module):
     """Layers side by side, each of the first of the inputs. One is divided by columns, unevenly, one by rows, one is
-    three matrices in one, and one is left whole, as is a vector.
+    three matrices in one, and one is left undivided, as is a vector.
     """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(INPUTS, 13), nn.Linear(24, 9)
-        self.fused, self.whole = nn.Linear(16, 16, bias=False), nn.Linear(20, 5)
+        self.fused, self.undivided = nn.Linear(16, 16, bias=False), nn.Linear(20, 5)
         self.scale = nn.Parameter(torch.ones(5))
         with torch.no_grad():
             for param in self.parameters():
@@ -57,7 +106,7 @@ class SideBySide(nn.Module):
             "up": self.up(rows),
             "down": self.down(rows[:, first : first + down]),
             "fused": self.fused(rows[:, :16]),
-            "whole": self.whole(rows[:, :20]),
+            "undivided": self.undivided(rows[:, :20]),
             "scale": rows[:, :5] * self.scale,
         }
 
@@ -67,7 +116,7 @@ def loss_of(model: Any, step: int, data_rank: int, tensor_rank: int = 0) -> Tens
     generator = torch.Generator().manual_seed(10 * step + data_rank)
     outputs = model(torch.randint(-1, 2, (4, INPUTS), generator=generator).float())
     loss = torch.zeros(())
-    for name, width in {"up": 13, "down": 9, "fused": 16, "whole": 5, "scale": 5}.items():
+    for name, width in {"up": 13, "down": 9, "fused": 16, "undivided": 5, "scale": 5}.items():
         slopes = torch.randint(-1, 2, (4, width), generator=generator).float() / 16
         if outputs[name].shape[1] != width:
             slopes = slopes[:, SLICES[f"{name}.weight"][1][tensor_rank]]
