@@ -294,4 +294,14 @@ def test_the_table_says_what_runs():
             ),
         ]
     )
-    hold("docs/matrix.md", "axes of DeepSpeed", "python -m pytest tests/distributed/test_deepspeed_axes.py", made)
+    command = "python -m pytest tests/distributed/test_deepspeed_axes.py"
+    hold("docs/matrix.md", "axes of DeepSpeed", command, made)
+    # The first two are those of test_axes.py.
+    in_short = [
+        ["FSDP2, HSDP, `replicate` × tensor, sequence, context parallelism", "bitwise"],
+        ["transformers' `DistributedConfig`: FSDP2 × tensor × expert parallelism", "bitwise"],
+    ]
+    for name, stages, _, compared in ways:
+        verdict = compared.rpartition("one process, ")[2].rpartition("DDP, ")[2]
+        in_short.append([f"DeepSpeed's {name}" + f", ZeRO {stages}" * bool(verdict), verdict or "refused by name"])
+    hold("README.md", "axes", command, rows(["several axes", "compared with one process"], *in_short))

@@ -28,6 +28,7 @@ def hold(path: str, name: str, command: str, made: str) -> str:
     text = (ROOT / path).read_text()
     assert text.count(first) == text.count(last) == 1, f"{path} lacks the markers of its table: {first}{last}"
     before, _, rest = text.partition(first)
+    assert last in rest, f"{path}: a line must stand between the markers of a table: {first}{last}"
     written, _, after = rest.partition(last)
     if os.environ.get("LP_DIST_WRITE_DOCS") == "1":
         (ROOT / path).write_text(before + first + made + last + after)
