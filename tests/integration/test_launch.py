@@ -193,7 +193,7 @@ def test_accelerate(project: Project, strategy: str):
 
 def test_accelerate_refuses_an_unknown_strategy(project: Project):
     done = project.start("launch/accelerate.sh", "fsdp9", "recipe.yaml")
-    assert done.returncode == 2 and "ddp|fsdp2|zero2|zero3" in done.stderr
+    assert done.returncode == 2 and "ddp|fsdp2|hsdp|zero2|zero3" in done.stderr
 
 
 def test_slurm_without_slurm(project: Project):
