@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash launch/torchrun.sh RECIPE.yaml [--key value ...]      paths from the project root
-# torchrun on this machine. Where a scheduler says in PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and
-# PET_MASTER_PORT which node of how many this is, as Kubeflow does (launch/kubernetes.yaml), torchrun reads them.
+# torchrun on this machine. Where a scheduler says which node of how many this is, torchrun reads it: PET_NNODES,
+# PET_NPROC_PER_NODE, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as Kubeflow does (launch/kubernetes.yaml).
 #   GPUS=n          use n GPUs of this machine (default: all)
 #   DRY_RUN=1       only print the command
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# usage: bash launch/versions.sh lowest|current FOLDER [PACKAGE==VERSION ...]        FOLDER: absolute, outside of the project
-# Runs the fast tests, and a cell of each engine, with other versions than those of .venv. Makes an environment in FOLDER
-# once: gigabytes, since an old torch comes with CUDA. No GPU is needed.
+# usage: bash launch/versions.sh lowest|current FOLDER [PACKAGE==VERSION ...]        FOLDER: its absolute path
+# Runs the fast tests, and a cell of each engine, with other versions than those of .venv. Makes an environment in
+# FOLDER once: gigabytes outside of the project, since an old torch comes with CUDA. No GPU is needed.
 #   lowest          with the lower bounds of pyproject.toml: every >= of what is installed becomes ==
 #   current         with what pip chooses
 #   PACKAGE==VERSION ...         with these besides, such as torch==2.13.0 or deepspeed==0.18.9
@@ -19,7 +19,7 @@ if [ "$bounds" = lowest ]; then
   while read -r bound; do
     [[ " $* " == *" ${bound%%==*}=="* ]] || wanted+=("$bound")
   done < <(sed -nE -e '/^dev = /q' -e '/^dependencies|^\[project.opt/,$!d' \
-    -e 's/"([a-z0-9_-]+)>=([0-9.]+)[^"]*"/\n\1==\2\n/gp' pyproject.toml | sed -n '/^[a-z0-9_-]*==/p')
+    -e 's/"([][a-z0-9_-]+)>=([0-9.]+)[^"]*"/\n\1==\2\n/gp' pyproject.toml | sed -n '/^[][a-z0-9_-]*==/p')
 fi
 stamp=$folder/lp_dist_installed
 made="$(cksum pyproject.toml) ${wanted[*]}"
