@@ -453,10 +453,7 @@ def shard_locator(wrapper: Any) -> Locator:
 
 def _check_range(param: Tensor, location: ShardLocation) -> None:
     """Raises UsageError for a shard that ends outside of its parameter, or of the tensor that is stepped."""
-    shape = zero3_shape(param)
-    if location.region is not None:
-        shape = location.region.sizes
-    numel = (param.shape if shape is None else shape).numel()
+    numel = (shape_before(param) if location.region is None else location.region.sizes).numel()
     start, offset, length, held = location.start, location.offset, location.length, location.tensor.numel()
     # Less than a shard is held where NVMe offload has swapped it out.
     fits = offset + length <= held or held < length
