@@ -28,6 +28,7 @@ class DeepSpeedZeroOptimizer:
         flat = torch.cat([param.detach().float().flatten() for param in self.bit16_groups[0]])
         self.single_partition_of_fp32_groups = [nn.Parameter(flat)]
         self.optimizer = LpAdamW(self.single_partition_of_fp32_groups, lr=1e-2, weight_decay=0.1)
+        self.real_dp_process_group = [torch.distributed.group.WORLD]
         offset = 0
         for param in self.bit16_groups[0]:
             self.lay(param, offset)
@@ -41,6 +42,13 @@ class DeepSpeedZeroOptimizer:
 
     def update_lp_params(self) -> None:
         return self.gone_since
+
+
+@pytest.fixture(autouse=True)
+def _single_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
