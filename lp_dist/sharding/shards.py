@@ -306,8 +306,10 @@ def check_equal_replicas(shards: list[Shard]) -> None:
     """
     copied = [shard for shard in shards if shard.replicas > 1 and not shard.is_on_disk]
     sums = [_checksum(shard.local.values) for shard in copied]
+    # One wait for the device.
+    numbers = torch.stack([number.to(sums[0].device) for number in sums]).tolist() if sums else []
     check_replicas(
-        {shard.name: int(number) for shard, number in zip(copied, sums)},
+        dict(zip((shard.name for shard in copied), numbers)),
         {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in copied},
         {shard.name: held_range(shard) for shard in copied},
     )
@@ -315,8 +317,8 @@ def check_equal_replicas(shards: list[Shard]) -> None:
 
 def _checksum(values: Tensor) -> Tensor:
     """An integer that follows from the bits of some values, and not from their order."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
-    return values.sum(dtype=torch.float64) if bits is None else values.view(bits).sum(dtype=torch.int64)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(bits).sum(dtype=torch.int64)
 
 
 def held_range(shard: Shard) -> HeldRange:
