@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,6 @@ class TrainedModel:
         sets: list[dict[str, Tensor]],
         model_of: Callable[[], nn.Module] = dense,
     ) -> TrainedModel:
-        quantiles.SAMPLE_SIZE = 256
         model = shard(model_of())
         optimizer = LpAdamW(param_groups(model, 0.0), lr=4e-3)
         lr_scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, STEPS)
@@ -204,7 +204,11 @@ class TrainedModel:
         return cls(model, optimizer, attachment, sets, lr_scheduler)
 
     def take(self, first: int, last: int) -> None:
-        """Takes some steps."""
+        """Takes some steps, with samples that are smaller than the model."""
+        with mock.patch.object(quantiles, "SAMPLE_SIZE", 256):
+            self._take(first, last)
+
+    def _take(self, first: int, last: int) -> None:
         for step in range(first, last):
             for name, param in self.model.named_parameters():
                 # Powers of two and signs, so that no set comes twice.
