@@ -21,6 +21,7 @@ class ShardLocation(NamedTuple):
         length: elements of the shard without padding; 0 if this rank has none.
         group: index of the param group.
         replica: the number of this copy among the ranks that hold the same shard; None: not known without an exchange.
+            As many as `replicas`: other ranks count all of it.
         replicas: how many ranks hold the same shard.
         region: of the parameter, of which the shard is a contiguous range; None: the parameter itself.
     """

@@ -123,7 +123,7 @@ def measure_sparsity(model: Any, optimizer: Any = None, *, names: Iterable[str] 
         if elements != shapes[name].numel():
             raise RuntimeError(
                 f"counted {elements} of {shapes[name].numel()} elements of {name}: this way of sharding is not"
-                " supported. Supported: DDP, ZeRO 0 to 3, FSDP2; with FSDP1 set fsdp_version: 2"
+                " supported. Supported: DDP, ZeRO 0 to 3, FSDP2, tensor parallelism; with FSDP1 set fsdp_version: 2"
             )
     return Sparsity({name: ZeroCount(zeros, elements) for name, (zeros, elements) in zip(values, counts)})
 
