@@ -67,7 +67,7 @@ def test_axes_come_to_the_bits_of_one_process(ranks, cells, run_ranks):
 @pytest.mark.parametrize(
     ("configs", "targets"),
     [
-        pytest.param(CONFIGS[:2], ["experts", "2:4"], id="some"),
+        pytest.param(CONFIGS[:2], ["channels of experts", "experts", "2:4"], id="some"),
         pytest.param(CONFIGS[:3], [*OF_MIXTURES], id="three", marks=pytest.mark.long),
         pytest.param(CONFIGS[3:], [*OF_MIXTURES], id="the others", marks=pytest.mark.long),
     ],
