@@ -1,1 +1,1 @@
-"""`lp-dist bench scale`: what attach, steps and updates cost one rank of hundreds, which a fake process group simulates."""
+"""What `attach`, steps and updates cost one rank of hundreds, which a fake process group simulates."""

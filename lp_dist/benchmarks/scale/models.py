@@ -105,11 +105,11 @@ MODELS = {
             "num_attention_heads": 8,
             "num_key_value_heads": 8,
         },
-        layers=2,
+        layers=4,
         groups="channels",
         least_ranks=4,
     ),
-    "tiny mixture": ModelShape(
+    "tiny-mixture": ModelShape(
         "tiny Qwen3-MoE",
         {
             "vocab_size": 64,
@@ -121,7 +121,7 @@ MODELS = {
             "head_dim": 8,
             "num_experts_per_tok": 2,
         },
-        layers=2,
+        layers=4,
         groups="experts",
         least_ranks=4,
         experts=8,
@@ -172,7 +172,9 @@ def shard(model: nn.Module, ranks: int, tensor_parallel: bool, by_experts: bool 
 
     if tensor_parallel:
         names = ("data", "tensor")
-        mesh = torch.distributed.init_device_mesh("cpu", (ranks // TENSOR_PARALLEL, TENSOR_PARALLEL), mesh_dim_names=names)
+        mesh = torch.distributed.init_device_mesh(
+            "cpu", (ranks // TENSOR_PARALLEL, TENSOR_PARALLEL), mesh_dim_names=names
+        )
         _tensor_parallel(model, mesh["tensor"])
         mesh = mesh["data"]
     else:

@@ -1,8 +1,9 @@
 """One rank of many, simulated by torch's fake process group: its shards, `attach`, steps and updates of a target.
 
-The fake group communicates nothing. What a gather returns is this rank's value for each rank. Sums of integers are made
-the number of ranks times this rank's, as if all ranks had what this one has, so that shares and strides of samples are
-those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled up.
+The fake group communicates nothing. What a gather returns is this rank's value for each rank. Sums of integers are
+made the number of ranks times this rank's, as if all ranks had what this one has, so that shares and strides of
+samples are those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled
+up. All parameters have had a gradient, though perhaps on other ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from lp_dist.benchmarks.recording import Allocated, Collectives
 from lp_dist.benchmarks.scale.models import MODELS, shard
 from lp_dist.optim import batching
 from lp_dist.optim.optimizers import LpAdamW
+from lp_dist.sharding import shards
 from lp_dist.sparsity.selection import param_groups
+from lp_dist.targets import group_controller, weight_controller
 from lp_dist.targets.target import SparsityTarget
 
 # Elements to which a local tensor is cut: its first rows, one at least where it is a matrix.
@@ -38,6 +41,8 @@ _START, _UPDATE_EVERY, _TOTAL = 3, 5, 1000
 _TIMED_UPDATES = 3
 
 SHARDINGS = ("FSDP2", "FSDP2 × TP")
+# Of a run, in order.
+PHASES = ("attach", "first update", "step", "update", "final pruning")
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,16 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
                 tensor *= ranks
         return pending
 
+    def without_gradient(*args: Any) -> dict[str, Any]:
+        shards.without_gradient(*args)
+        return {}
+
     try:
-        with mock.patch.object(torch.distributed, "all_reduce", filled):
+        with (
+            mock.patch.object(torch.distributed, "all_reduce", filled),
+            mock.patch.object(group_controller, "without_gradient", without_gradient),
+            mock.patch.object(weight_controller, "without_gradient", without_gradient),
+        ):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -222,8 +235,8 @@ def _times_and_collectives(run: _Run) -> dict[str, Any]:
 
 
 def _memory(run: _Run) -> dict[str, Any]:
-    """Bytes at full size beyond the weights, the gradients and Adam's moments, with tiles of the size that they have on
-    an accelerator; and seconds with a CPU's arithmetic.
+    """Bytes at full size beyond the weights, the gradients and Adam's moments, with tiles as large as on an
+    accelerator; and seconds with a CPU's arithmetic.
     """
     tile_sizes = mock.patch.dict(batching.TILE_SIZE, {"cpu": batching.TILE_SIZE_ACCELERATOR})
     with tile_sizes, Allocated() as allocated:
@@ -243,9 +256,6 @@ def _memory(run: _Run) -> dict[str, Any]:
     # They are made in the first step, after `attach`.
     beyond = {name: max(0, peak - moments * (name != "attach")) for name, peak in allocated.peak.items()}
     return {
-        "bytes": {"training state": 2 * moments, "beyond": {name: beyond[name] for name in _PHASES}},
+        "bytes": {"training state": 2 * moments, "beyond": {name: beyond[name] for name in PHASES}},
         "seconds": {"update": seconds},
     }
-
-
-_PHASES = ("attach", "first update", "step", "update", "final pruning")

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from helpers.memory_runs import state_bytes
-from lp_dist.benchmarks.recording import Allocated
 from helpers.paths import ROOT
 from lp_dist import LpAdamW, LpLion, LpSGD
+from lp_dist.benchmarks.recording import Allocated
 from lp_dist.report.memory import footprint, table
 
 PAGE = ROOT / "docs" / "footprint.md"
