@@ -225,27 +225,17 @@ def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> Parameter
         for shard in shards
         if shard.name in input_dims
     }
-<<<<<<< HEAD
     begin = [_inside_of_blocks(shard, input_dims[shard.name]) for shard in shards if shard.name in strides]
     starts: dict[str, Tensor] = {}
-    for shard_starts in set().union(*all_gather_objects([starts for starts in begin if any(starts[1:])])):
+    inside_of_blocks = [starts for starts in begin if any(starts[1:])]
+    is_split = bool(all_reduce_max(torch.tensor([len(inside_of_blocks)])))
+    for shard_starts in set().union(*all_gather_objects(inside_of_blocks)) if is_split else ():
         shape, inputs = shapes[shard_starts.name], input_dims[shard_starts.name]
         rows = torch.arange(math.prod(shape[:inputs]))[:, None] * shape[inputs]
         of_runs = ((rows + torch.tensor(shard_starts.runs, dtype=torch.int64)) * strides[shard_starts.name]).flatten()
         of_range = torch.tensor(shard_starts.positions, dtype=torch.int64)
         known = starts.get(shard_starts.name, of_range[:0])
         starts[shard_starts.name] = torch.cat([known, of_runs, of_range])
-=======
-    inside_of_blocks = [
-        (shard.name, shard.start)
-        for shard in shards
-        if shard.length and shard.name in strides and (shard.start or 0) % (nm.LARGEST_BLOCK * strides[shard.name])
-    ]
-    starts: dict[str, list[int]] = {}
-    if all_reduce_max(torch.tensor([len(inside_of_blocks)])):
-        for name, start in (pair for of_rank in all_gather_objects(inside_of_blocks) for pair in of_rank):
-            starts.setdefault(name, []).append(start)
->>>>>>> 730ffe6 (lp-dist bench scale: tables and page)
     parameter_map.split_blocks = SplitBlocks(starts, names, all_reduce_max, strides) if starts else None
     return parameter_map
 

@@ -168,11 +168,7 @@ class Shard:
         """The master values: a view to read and write. Under NVMe offload it is a copy that was read from the disk."""
         on_disk = self.is_on_disk
         values = read_from_nvme(self.param)[: self.length].clone() if on_disk else self._view(self.tensor)
-<<<<<<< HEAD
         return LocalShard(values, self.start, self.replica, self.replicas, self.region)
-=======
-        return LocalShard(values, self.start, self.replica, self.replicas)
->>>>>>> 730ffe6 (lp-dist bench scale: tables and page)
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Block(NamedTuple):
         start: its first element in the flat values.
         values: a view, (matrices, rows, columns).
         numbers: {0: the numbers of the groups of its rows, (matrices, rows, 1); 1: those of its columns, (matrices, 1,
-            columns)}, or one of both; int64.
+            columns)}, or one of both; int32.
     """
 
     start: int
@@ -37,7 +37,7 @@ class MatrixShard:
     Args:
         shard: where it lies.
         shape: (matrices, rows, columns), of the parameter or the region of it that the shard is a range of.
-        row_numbers: the number of the group of each row, among the groups of all sets; int64, (matrices, rows). A row
+        row_numbers: the number of the group of each row, among the groups of all sets; int32, (matrices, rows). A row
             of no group has the number after the last group's. None: rows are of no groups.
         column_numbers: those of the columns, (matrices, columns).
     """
@@ -157,7 +157,9 @@ def matrix_shards(sets: list[WeightGroups], shards: list[Shard]) -> list[MatrixS
                     f" {list(shard.shape)}: only rows and columns of matrices can be groups"
                 )
             size = shape[1] if is_row else shape[2]
-            number = numbers.setdefault((member.name, of_experts, is_row), torch.full((shape[0], size), total))
+            number = numbers.setdefault(
+                (member.name, of_experts, is_row), torch.full((shape[0], size), total, dtype=torch.int32)
+            )
             number[member.expert or 0, member.start : member.stop] = (
                 first + member.first + torch.arange(member.stop - member.start) // member.width
             )
