@@ -90,13 +90,13 @@ def check_coverage(ranges: dict[str, HeldRange], replicas: dict[str, Replica]) -
     Raises:
         UsageError: names the parameter, and what each rank holds of it.
     """
-    if is_simulated():
-        return
     sums = [
         (held.length, held.region.checksum(held.start, held.length)) if replicas[name].number == 0 else (0, 0)
         for name, held in ranges.items()
     ]
     totals = all_reduce_sum(torch.tensor(sums, dtype=torch.int64).view(-1, 2)).tolist()
+    if is_simulated():
+        return
     for (name, held), (elements, checksum) in zip(ranges.items(), totals):
         full = Region.full(held.region.shape)
         count = full.shape.numel()

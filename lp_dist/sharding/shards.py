@@ -213,9 +213,7 @@ def local_shard(param: Tensor) -> LocalShard:
         return LocalShard(*partition)
     if is_dtensor(param):
         location = _dtensor_location(param)
-        return LocalShard(
-            local_values(param), location.start, location.replica, location.replicas, location.region
-        )
+        return LocalShard(local_values(param), location.start, location.replica, location.replicas, location.region)
     return LocalShard(param.detach(), 0, *rank_and_world_size())
 
 
@@ -425,8 +423,8 @@ def _dtensor_location(data: Any) -> _DTensorLocation:
     if region.sizes != local_values(data).shape and not is_simulated():
         raise UsageError(
             f"a DTensor of shape {tuple(data.shape)} with the placements {data.placements} has"
-            f" {tuple(local_values(data).shape)} on this rank, and by its placements it would have {tuple(region.sizes)}:"
-            " this way of sharding is not supported"
+            f" {tuple(local_values(data).shape)} on this rank, and by its placements it would have"
+            f" {tuple(region.sizes)}: this way of sharding is not supported"
         )
     start = region.contiguous_start()
     if mesh.size() != rank_and_world_size()[1]:

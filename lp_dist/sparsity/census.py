@@ -134,7 +134,7 @@ def _rows(values: Tensor, start: int, shard: Shard) -> _Rows:
     head = min(-start % width, numel)
     body = (numel - head) // width * width
     counts = [nonzero[head : head + body].view(-1, width).sum(1, dtype=torch.int32)]
-    divided = []
+    divided: list[int] = []
     if head:
         counts.insert(0, nonzero[:head].sum(dtype=torch.int32).view(1))
         divided.append(0)
@@ -144,7 +144,7 @@ def _rows(values: Tensor, start: int, shard: Shard) -> _Rows:
     of_each = torch.cat(counts) if divided else counts[0]
     if width != shard.shape[1:].numel():
         # The grid has some of the columns.
-        divided = range(len(of_each))
+        divided = list(range(len(of_each)))
     return _Rows(start // width, of_each, torch.tensor(divided, dtype=torch.int64))
 
 

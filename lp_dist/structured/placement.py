@@ -14,6 +14,9 @@ from lp_dist.optim import batching
 from lp_dist.sharding.shards import Shard
 from lp_dist.structured.groups import WeightGroups
 
+# The most elements of a tile of one row. Norms take about 28 bytes of each meanwhile.
+LONGEST_TILE = 1 << 22
+
 
 class Block(NamedTuple):
     """A box of a stack of matrices.
@@ -97,7 +100,8 @@ def tiles(
         values: the range, flat.
         start: its first element in the matrix.
         row_length: elements of a row of the matrix.
-        max_elements: of a tile of several rows. 0: as many as fit in a cache. None: any number.
+        max_elements: of a tile of several rows. 0: as many as fit in a cache. None: any number. Unless it is None, a
+            row of more than `LONGEST_TILE` is divided: it may be a whole expert.
         rows_of_each: rows of each of several matrices that lie one after the other. A tile then is a part of one of
             them, or several of them.
     """
@@ -105,8 +109,9 @@ def tiles(
     while position < values.numel():
         row, column = divmod(start + position, row_length)
         remaining = values.numel() - position
-        if column or remaining < row_length:
-            rows, columns = 1, min(row_length - column, remaining)
+        longest = row_length if max_elements is None else LONGEST_TILE
+        if column or remaining < row_length or row_length > longest:
+            rows, columns = 1, min(row_length - column, remaining, longest)
         else:
             rows, columns = remaining // row_length, row_length
             if max_elements is not None:

@@ -127,11 +127,9 @@ def planned(models: Sequence[str], ranks: Sequence[int]) -> list[Configuration]:
                 for target in ("weights", shape.groups)
                 for half in halves
             ]
-            # Where whole experts are sharded, the first ranks have more of them than fits.
-            rank_of = {"weights": 0, shape.groups: number - 1 if shape.experts else 0}
             configurations += [
-                Configuration(model, number, rank, SHARDINGS[0], target, is_cut=False)
-                for target, rank in rank_of.items()
+                Configuration(model, number, 0, SHARDINGS[0], target, is_cut=False)
+                for target in ("weights", shape.groups)
             ]
     return configurations
 

@@ -158,15 +158,14 @@ def _tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
             experts.register_parameter(name, nn.Parameter(distribute_tensor(param, mesh, [Shard(0)])))
 
 
-def shard(model: nn.Module, ranks: int, tensor_parallel: bool, by_experts: bool = False) -> None:
-    """Shards a model of `ModelShape` over the ranks of the process group, in place.
+def shard(model: nn.Module, ranks: int, tensor_parallel: bool) -> None:
+    """Shards a model of `ModelShape` over the ranks of the process group, in place. Stacked experts are sharded along
+    their second dimension where there are fewer of them than ranks, as torchtitan does.
 
     Args:
         model: on the meta device.
         ranks: all of them.
         tensor_parallel: TENSOR_PARALLEL neighbouring ranks divide the matrices of a layer, and FSDP2 what they have.
-        by_experts: FSDP2 shards stacked experts by their first dimension, also where there are fewer experts than
-            ranks, of which some have none then. Else it shards them by the second one, as torchtitan does.
     """
     from torch.distributed.tensor import Shard
 
@@ -181,6 +180,6 @@ def shard(model: nn.Module, ranks: int, tensor_parallel: bool, by_experts: bool 
         mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
 
     def placement(param: nn.Parameter) -> Shard | None:
-        return Shard(1) if param.ndim == 3 and len(param) < ranks and not by_experts else None
+        return Shard(1) if param.ndim == 3 and len(param) < ranks else None
 
     _fsdp2(model, mesh, placement)

@@ -152,7 +152,7 @@ class _Run:
         shape = MODELS[configuration.model]
         self.model = shape.build(configuration.layers, configuration.experts)
         self.parameters = sum(param.numel() for param in self.model.parameters())
-        shard(self.model, configuration.ranks, configuration.sharding == SHARDINGS[1], by_experts=of_groups)
+        shard(self.model, configuration.ranks, configuration.sharding == SHARDINGS[1])
         torch.manual_seed(configuration.rank)
         materialise(self.model, CUT if configuration.is_cut else None)
         self.optimizer = LpAdamW(param_groups(self.model, 0.0), lr=1e-4)
