@@ -13,7 +13,7 @@ from lp_dist.benchmarks.scale.simulation import CUT, PHASES, SHARDINGS
 
 # Seconds between two updates: 20 steps of 5 s.
 _BETWEEN_UPDATES = 20 * 5.0
-_KINDS = {"allreduce_": "all-reduce", "allgather_": "all-gather"}
+_KINDS = {"allreduce_": "all-reduce", "allgather_": "all-gather", "_allgather_base_": "all-gather"}
 
 
 class Table(NamedTuple):
