@@ -81,7 +81,7 @@ class _KeptZero(NamedTuple):
 
 
 # Groups whose factors are computed at a time, at least: the temporaries are of so many numbers, whatever the model.
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 
 
 class GroupDecayHook:
@@ -446,12 +446,12 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(counts: list[int]) -> list[_Chunk]:
-    """All sets, of which these are the numbers of groups, in chunks of `_CHUNK` groups or more."""
+    """All sets, of which these are the numbers of groups, in chunks of `CHUNK` groups or more."""
     chunks: list[_Chunk] = []
     first_set = first = last = 0
     for i, count in enumerate(counts, 1):
         last += count
-        if last - first >= _CHUNK or i == len(counts):
+        if last - first >= CHUNK or i == len(counts):
             chunks.append(_Chunk(slice(first_set, i), slice(first, last)))
             first_set, first = i, last
     return chunks

@@ -68,7 +68,7 @@ def scale(*, models: str = "8B 70B 235B", ranks: str = "64 256 512 1024", out: s
     }
     json_lines.append(path, header)
     for configuration in progress(configurations, "simulated ranks", unit="rank"):
-        json_lines.append(path, {"run": run, **_in_process(configuration)})
+        json_lines.append(path, {"run": run, **in_process(configuration)})
     header, *rows = (row for row in json_lines.read(path) if row["run"] == run)
     for table in tables(rows):
         print_table(table.title, table.columns, table.rows, width=150)
@@ -134,8 +134,14 @@ def planned(models: Sequence[str], ranks: Sequence[int]) -> list[Configuration]:
     return configurations
 
 
-def _in_process(configuration: Configuration) -> ResultRow:
-    """Measures in a process of its own, so that each begins with the same memory. An error becomes a row."""
+def in_process(configuration: Configuration) -> ResultRow:
+    """Measures in a process of its own, so that each begins with the same memory.
+
+    Args:
+        configuration: what to measure.
+    Returns:
+        As `measure`; with the reason why it was "skipped" where that raised an error.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
@@ -156,6 +162,6 @@ def _in_process(configuration: Configuration) -> ResultRow:
 def _send_result(sender: Any, configuration: Configuration) -> None:
     try:
         row = measure(configuration)
-    except (RuntimeError, ValueError) as error:
-        row = {**asdict(configuration), "skipped": str(error)}
+    except Exception as error:  # of torch, and of any kind: the other ranks are measured all the same
+        row = {**asdict(configuration), "skipped": str(error) or type(error).__name__}
     sender.send(row)

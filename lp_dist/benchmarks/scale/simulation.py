@@ -165,6 +165,11 @@ class _Run:
         """Elements of this rank."""
         return sum(batching.local_values(param).numel() for param in self.model.parameters())
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Of the model and of this rank, for a row."""
+        return {"parameters": self.parameters, "elements": self.local_numel}
+
     def attach(self) -> Attachment:
         return attach(self.model, self.optimizer, target=self.target, total_steps=_TOTAL)
 
@@ -183,16 +188,12 @@ def measure(configuration: Configuration) -> ResultRow:
     Args:
         configuration: what to measure.
     Returns:
-        The configuration, the elements of the model and of this rank, and of a cut one "seconds" and "collectives",
-        else "bytes" and "seconds".
+        The configuration, and of a cut one what `times_and_collectives` returns, else what `memory` does.
     """
     logging.getLogger("lp_dist").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     with fake_ranks(configuration.rank, configuration.ranks):
-        run = _Run(configuration)
-        row = {**asdict(configuration), "parameters": run.parameters, "elements": run.local_numel}
-        gc.collect()
-        return {**row, **(_times_and_collectives(run) if configuration.is_cut else _memory(run))}
+        return {**asdict(configuration), **(times_and_collectives if configuration.is_cut else memory)(configuration)}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -202,7 +203,17 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _times_and_collectives(run: _Run) -> dict[str, Any]:
+def times_and_collectives(configuration: Configuration) -> dict[str, Any]:
+    """Times and collectives on this rank of the process group, which may be a real one.
+
+    Args:
+        configuration: its ranks are those of the process group.
+    Returns:
+        "parameters" of the model, "elements" of this rank, "seconds" of attach, step, preparation and update, and
+        "collectives": {phase: {kind: [calls, bytes]}}.
+    """
+    run = _Run(configuration)
+    gc.collect()
     seconds = {"attach": _seconds(run.attach)}
     collectives: dict[str, Any] = {}
 
@@ -231,13 +242,20 @@ def _times_and_collectives(run: _Run) -> dict[str, Any]:
     run.steps_to_update(attached)
     record("update", attached.after_step)
     record("final pruning", attached.finish)
-    return {"seconds": seconds, "collectives": collectives}
+    return {**run.numbers, "seconds": seconds, "collectives": collectives}
 
 
-def _memory(run: _Run) -> dict[str, Any]:
-    """Bytes at full size beyond the weights, the gradients and Adam's moments, with tiles as large as on an
-    accelerator; and seconds with a CPU's arithmetic.
+def memory(configuration: Configuration) -> dict[str, Any]:
+    """Bytes at full size on this rank of the process group, with tiles as large as on an accelerator.
+
+    Args:
+        configuration: as of `times_and_collectives`.
+    Returns:
+        "parameters" and "elements" as there; "bytes": of the "training state" (weights, gradients and two moments),
+        and the most "beyond" it by phase; "seconds" of an update with a CPU's arithmetic.
     """
+    run = _Run(configuration)
+    gc.collect()
     tile_sizes = mock.patch.dict(batching.TILE_SIZE, {"cpu": batching.TILE_SIZE_ACCELERATOR})
     with tile_sizes, Allocated() as allocated:
         allocated.mark("attach")
@@ -256,6 +274,7 @@ def _memory(run: _Run) -> dict[str, Any]:
     # They are made in the first step, after `attach`.
     beyond = {name: max(0, peak - moments * (name != "attach")) for name, peak in allocated.peak.items()}
     return {
+        **run.numbers,
         "bytes": {"training state": 2 * moments, "beyond": {name: beyond[name] for name in PHASES}},
         "seconds": {"update": seconds},
     }
