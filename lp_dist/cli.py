@@ -356,7 +356,7 @@ def structured(
 
 
 @bench.command()
-def scale(models: str = "8B 70B 235B", ranks: str = "64 256 512 1024", out: str = "docs/results") -> None:
+def scale(models: str = "8B 70B 235B", ranks: str = "64 512 1024", out: str = "docs/results") -> None:
     """Simulate single ranks of up to a thousand: time, collectives and memory of attach, of steps and of updates of a
     target; writes scale.jsonl and scale.md.
 

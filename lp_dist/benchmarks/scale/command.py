@@ -32,7 +32,7 @@ _PRELOADED = [
 ]
 
 
-def scale(*, models: str = "8B 70B 235B", ranks: str = "64 256 512 1024", out: str = "docs/results") -> Path:
+def scale(*, models: str = "8B 70B 235B", ranks: str = "64 512 1024", out: str = "docs/results") -> Path:
     """Runs `lp-dist bench scale`: simulates single ranks of many, each in a process of its own.
 
     Prints tables, appends a row for the run and one for each simulated rank to scale.jsonl, and writes scale.md from

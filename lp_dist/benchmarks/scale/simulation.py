@@ -1,9 +1,9 @@
 """One rank of many, simulated by torch's fake process group: its shards, `attach`, steps and updates of a target.
 
 The fake group communicates nothing. What a gather returns is this rank's value for each rank. Sums of integers are
-made the number of ranks times this rank's, as if all ranks had what this one has, so that shares and strides of
-samples are those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled
-up. All parameters have had a gradient, though perhaps on other ranks.
+this rank's, times what the model has for each element here. So sums of elements, and with them the strides of samples,
+are those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled up. All
+parameters have had a gradient, though perhaps on other ranks.
 """
 
 from __future__ import annotations
@@ -71,14 +71,26 @@ class Configuration:
     experts: int | None = None
 
 
+@dataclass
+class OtherRanks:
+    """What the ranks have that do not exist.
+
+    Args:
+        factor: what sums of integers are multiplied by.
+    """
+
+    factor: int = 1
+
+
 @contextmanager
-def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
+def fake_ranks(rank: int, ranks: int) -> Iterator[OtherRanks]:
     """A process group in which this process is one of many ranks, and the others do not exist.
 
     Args:
         rank: this process's.
         ranks: all of them.
     """
+    others = OtherRanks(ranks)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -91,7 +103,7 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
                 is_elsewhere = tensor == 0
                 tensor[is_elsewhere] = torch.rand(int(is_elsewhere.sum()), dtype=tensor.dtype) + 0.5
             else:
-                tensor *= ranks
+                tensor *= others.factor
         return pending
 
     def without_gradient(*args: Any) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
             mock.patch.object(group_controller, "without_gradient", without_gradient),
             mock.patch.object(weight_controller, "without_gradient", without_gradient),
         ):
-            yield
+            yield others
     finally:
         torch.distributed.destroy_process_group()
 
@@ -147,7 +159,7 @@ def _cut_shape(shape: torch.Size, cut: int | None) -> torch.Size:
 class _Run:
     """A model on this rank with an optimizer, and what is measured of it."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, others: OtherRanks | None) -> None:
         of_groups = configuration.target != "weights"
         shape = MODELS[configuration.model]
         self.model = shape.build(configuration.layers, configuration.experts)
@@ -155,6 +167,8 @@ class _Run:
         shard(self.model, configuration.ranks, configuration.sharding == SHARDINGS[1])
         torch.manual_seed(configuration.rank)
         materialise(self.model, CUT if configuration.is_cut else None)
+        if others is not None:
+            others.factor = round(self.parameters / self.local_numel)
         self.optimizer = LpAdamW(param_groups(self.model, 0.0), lr=1e-4)
         window: dict[str, Any] = {"start": _START, "update_every": _UPDATE_EVERY}
         groups: dict[str, Any] = {"groups": configuration.target} if of_groups else {}
@@ -192,8 +206,9 @@ def measure(configuration: Configuration) -> ResultRow:
     """
     logging.getLogger("lp_dist").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    with fake_ranks(configuration.rank, configuration.ranks):
-        return {**asdict(configuration), **(times_and_collectives if configuration.is_cut else memory)(configuration)}
+    with fake_ranks(configuration.rank, configuration.ranks) as others:
+        measured = (times_and_collectives if configuration.is_cut else memory)(configuration, others)
+        return {**asdict(configuration), **measured}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -203,16 +218,17 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def times_and_collectives(configuration: Configuration) -> dict[str, Any]:
+def times_and_collectives(configuration: Configuration, others: OtherRanks | None = None) -> dict[str, Any]:
     """Times and collectives on this rank of the process group, which may be a real one.
 
     Args:
         configuration: its ranks are those of the process group.
+        others: of `fake_ranks`; None for real ones.
     Returns:
         "parameters" of the model, "elements" of this rank, "seconds" of attach, step, preparation and update, and
         "collectives": {phase: {kind: [calls, bytes]}}.
     """
-    run = _Run(configuration)
+    run = _Run(configuration, others)
     gc.collect()
     seconds = {"attach": _seconds(run.attach)}
     collectives: dict[str, Any] = {}
@@ -245,16 +261,17 @@ def times_and_collectives(configuration: Configuration) -> dict[str, Any]:
     return {**run.numbers, "seconds": seconds, "collectives": collectives}
 
 
-def memory(configuration: Configuration) -> dict[str, Any]:
+def memory(configuration: Configuration, others: OtherRanks | None = None) -> dict[str, Any]:
     """Bytes at full size on this rank of the process group, with tiles as large as on an accelerator.
 
     Args:
         configuration: as of `times_and_collectives`.
+        others: as there.
     Returns:
         "parameters" and "elements" as there; "bytes": of the "training state" (weights, gradients and two moments),
         and the most "beyond" it by phase; "seconds" of an update with a CPU's arithmetic.
     """
-    run = _Run(configuration)
+    run = _Run(configuration, others)
     gc.collect()
     tile_sizes = mock.patch.dict(batching.TILE_SIZE, {"cpu": batching.TILE_SIZE_ACCELERATOR})
     with tile_sizes, Allocated() as allocated:
