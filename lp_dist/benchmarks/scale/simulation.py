@@ -2,8 +2,8 @@
 
 The fake group communicates nothing. What a gather returns is this rank's value for each rank. Sums of integers are
 this rank's, times what the model has for each element here. So sums of elements, and with them the strides of samples,
-are those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled up. All
-parameters have had a gradient, though perhaps on other ranks.
+are those of the real model. Zeros in sums of floats, the squares of groups that lie on other ranks, are filled up. No
+parameter is all zeros, and all have had a gradient, though perhaps on other ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from lp_dist.attachment import apply
 from lp_dist.attachment.attach import attach
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.benchmarks.json_lines import ResultRow
@@ -110,8 +111,13 @@ def fake_ranks(rank: int, ranks: int) -> Iterator[OtherRanks]:
         shards.without_gradient(*args)
         return {}
 
+    def all_zero_names(located: list[shards.Shard]) -> list[str]:
+        shards.all_zero_names(located)
+        return []
+
     try:
         with (
+            mock.patch.object(apply, "all_zero_names", all_zero_names),
             mock.patch.object(torch.distributed, "all_reduce", filled),
             mock.patch.object(group_controller, "without_gradient", without_gradient),
             mock.patch.object(weight_controller, "without_gradient", without_gradient),
