@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: bash launch/accelerate.sh ddp|fsdp2|zero2|zero3 RECIPE.yaml [--key value ...]      paths from the project root
+# usage: bash launch/accelerate.sh ddp|fsdp2|hsdp|zero2|zero3 RECIPE.yaml [--key value ...]     paths from the root
 #   Takes configs/accelerate_*.yaml. Not for a recipe with a `deepspeed:` line unless it means the same.
 #   GPUS=n          use n GPUs of this machine (default: all)
 #   DRY_RUN=1       only print the command

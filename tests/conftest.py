@@ -38,7 +38,7 @@ PRELOADED = [
     "transformers.trainer",
     "lp_dist.training.finetune",
 ]
-OF_RANKS = {"run_ranks", "rank_pool", "run_program", "cpu_op"}
+OF_RANKS = {"run_ranks", "module_ranks", "rank_pool", "run_program", "cpu_op"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,6 +135,16 @@ def run_ranks(tmp_path, cpu_op):
 
     def run(fn, world_size: int, *args) -> list:
         return _fork_ranks(tmp_path, fn, world_size, args)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def module_ranks(tmp_path_factory, cpu_op):
+    """As `run_ranks`, for a fixture of a whole module."""
+
+    def run(fn, world_size: int, *args) -> list:
+        return _fork_ranks(tmp_path_factory.mktemp("ranks"), fn, world_size, args)
 
     return run
 

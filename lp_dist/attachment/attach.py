@@ -10,7 +10,7 @@ from lp_dist.attachment.apply import apply_plan
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.attachment.plan import Request, make_plan
 from lp_dist.sharding.collectives import assert_same_on_all_ranks
-from lp_dist.sharding.shards import check_shards, with_replicas
+from lp_dist.sharding.shards import check_equal_replicas, check_shards, with_replicas
 from lp_dist.targets.target import GroupDecay, SparsityTarget
 
 
@@ -77,4 +77,5 @@ def attach_as_requested(model: Any, optimizer: Any, request: Request) -> Attachm
     assert_same_on_all_ranks(plan.to_compare())
     shards = with_replicas(plan.shards)
     check_shards(shards)
+    check_equal_replicas([shard for shard in shards if shard.name in plan.may_decay])
     return apply_plan(model, replace(plan, shards=shards))

@@ -23,6 +23,7 @@ from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import check_keys
 from lp_dist.sharding.deepspeed import foreign_steppers
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap
+from lp_dist.sharding.masters import check_masters
 from lp_dist.sharding.shards import Shard, find_shards
 from lp_dist.sparsity.selection import factors_of_weights, matrix_names
 from lp_dist.structured.groups import WeightGroups
@@ -163,6 +164,7 @@ def make_plan(model: Any, optimizer: Any, request: Request) -> Plan:
     inner = verify(engine_optimizer)
     attachable = attachable_of(inner)
     module, shards = unwrap(model), find_shards(model, engine_optimizer)
+    check_masters(engine_optimizer, shards)
     may_decay = _may_decay(module, request.names)
     if not shards:
         raise UsageError(

@@ -17,7 +17,7 @@ import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -121,11 +121,22 @@ def safetensors(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
     return locations, metadata
 
 
+@cache
+def _tells_offsets() -> bool:
+    """Whether this torch tells where a tensor that it loads to the meta device lies in the file; 2.7 does not."""
+    stream = BytesIO()
+    torch.save(torch.zeros(1), stream)
+    stream.seek(0)
+    loaded = torch.load(stream, map_location="meta", weights_only=True)
+    return getattr(loaded.untyped_storage(), "_checkpoint_offset", None) is not None
+
+
 class TorchFile:
     """A file of torch.save.
 
     Attributes:
-        content: the saved object, with tensors on the meta device. `read` reads these, and slices of them.
+        content: the saved object, with tensors on the meta device; with a torch that does not tell where these lie in
+            the file, with tensors that are mapped to it. `read` reads these, and slices of them.
 
     Args:
         file: its path.
@@ -151,6 +162,13 @@ class TorchFile:
     def _source(self) -> Path | IO[bytes]:
         return self.file if self._saved is None else BytesIO(self._saved)
 
+    @property
+    def _without_reading(self) -> dict[str, Any]:
+        """Arguments with which torch.load reads no tensor of a file."""
+        if _tells_offsets():
+            return {"map_location": "meta"}
+        return {"map_location": "cpu", "mmap": self._saved is None}
+
     def _check_records(self) -> None:
         """Raises UsageError for records that would be larger in memory than in the file."""
         try:
@@ -167,7 +185,7 @@ class TorchFile:
     def _restricted(self) -> Any:
         with torch.serialization.safe_globals(torch_file_globals()):
             try:
-                return torch.load(self._source, map_location="meta", weights_only=True)
+                return torch.load(self._source, weights_only=True, **self._without_reading)
             except pickle.UnpicklingError:
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(self._source)
                 if names:
@@ -176,7 +194,7 @@ class TorchFile:
 
     def _trusted(self) -> Any:
         try:
-            return torch.load(self._source, map_location="meta", weights_only=False)
+            return torch.load(self._source, weights_only=False, **self._without_reading)
         except (AttributeError, ImportError) as error:
             raise UsageError(
                 f"{self.file} holds objects of DeepSpeed or of the training script ({first_line(error)}); run"
@@ -205,6 +223,8 @@ class TorchFile:
         """
         if not tensor.numel():
             return torch.empty(tensor.shape, dtype=tensor.dtype)
+        if not tensor.is_meta:
+            return tensor.clone(memory_format=torch.contiguous_format)
         storage = tensor.untyped_storage()
         start = getattr(storage, "_checkpoint_offset", None)
         # torch computes the offset from how it writes files, without a look at this one.

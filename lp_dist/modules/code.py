@@ -162,7 +162,8 @@ _RESHAPED = {
     "view", "reshape", "flatten", "unflatten", "expand", "expand_as", "repeat", "repeat_interleave", "squeeze",
     "unsqueeze", "broadcast_to", "tile", "narrow", "roll", "flip", "movedim",
 }  # fmt: skip
-_JOINED = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad", "scaled_dot_product_attention"}
+_LINED_UP = {"cat", "concat", "concatenate", "hstack", "vstack"}
+_JOINED = {*_LINED_UP, "stack", "pad", "scaled_dot_product_attention"}
 _SCALED = {"mul", "mul_", "multiply", "div", "div_", "divide"}
 _SHIFTED = {
     "add", "add_", "sub", "sub_", "rsub", "lerp", "addcmul", "where", "layer_norm", "rms_norm", "group_norm",
@@ -744,6 +745,9 @@ class _Reader:
             return self._scaled(operands[0], operands[1])
         elif name in _LOOKUPS:
             self._use_all(joined, Use.LOOKUP)
+        elif name in _LINED_UP and not joined.is_input and joined.views:
+            # Several matrices one after the other are still what they were.
+            return replace(joined, items=None, known=UNKNOWN)
         elif name in _JOINED:
             self._use_all(joined, Use.TOKEN if joined.is_input else Use.COMPUTED)
         elif name in _SHIFTED:

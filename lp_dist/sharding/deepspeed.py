@@ -1,34 +1,91 @@
 """DeepSpeed: where its optimizers keep the shards, what it does to an optimizer, and how it must be set up.
 
-Its private attributes are touched here alone, and only in the versions with which they were tested.
+Its private attributes are touched here alone. In a version with which they were not tested, what they say is checked
+before it is used.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
+from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_gather_objects, rank_and_world_size
+from lp_dist.sharding.deepspeed_slices import in_parameter, model_region
 from lp_dist.sharding.engines import inner_optimizer, is_deepspeed, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
 
-TESTED_DEEPSPEED = "0.19"
+logger = logging.getLogger(__name__)
+
+# The series whose private attributes were tested; pyproject.toml allows the same.
+TESTED_DEEPSPEED = ("0.19",)
+_TESTED = " and ".join(f"{series}.x" for series in TESTED_DEEPSPEED)
+_WAY_OUT = f"install 'deepspeed=={TESTED_DEEPSPEED[-1]}.*', or a newer lp_dist"
 
 _ROUND_ROBIN = (
     '"round_robin_gradients": true makes DeepSpeed lose track of which parameter lies where, so another one'
     " than the named would decay; remove it from zero_optimization"
 )
+
+
+def is_tested_deepspeed() -> bool:
+    """Whether the installed DeepSpeed is of a series with which its private attributes were tested."""
+    return ".".join(_version().split(".")[:2]) in TESTED_DEEPSPEED
+
+
+def check_deepspeed_version() -> None:
+    """Warns once of a DeepSpeed that was not tested: its private attributes may differ."""
+    if not is_tested_deepspeed():
+        _warn_of_untested(_version())
+
+
+@functools.cache
+def _warn_of_untested(version: str) -> None:
+    logger.warning(
+        "deepspeed %s was not tested with this lp_dist, only %s. So it is checked where each parameter lies: its range"
+        " against its shape, the elements of all ranks against its own, and the fp32 masters against the model's"
+        " weights. If something else looks wrong, %s",
+        version,
+        _TESTED,
+        _WAY_OUT,
+    )
+
+
+def unknown_layout(what: str) -> UsageError:
+    """The error for shards that lie in another way than in the versions that were tested.
+
+    Args:
+        what: what DeepSpeed does, after its name and version.
+    """
+    return UsageError(
+        f"deepspeed {_version()} {what}: its shards lie in another way than lp_dist knows. It was tested with"
+        f" {_TESTED}; {_WAY_OUT}"
+    )
+
+
+def _version() -> str:
+    return importlib.metadata.version("deepspeed")
+
+
+@contextmanager
+def _private_attributes() -> Iterator[None]:
+    """Around code that reads DeepSpeed's private attributes: a version that lacks one ends in one clear error."""
+    try:
+        yield
+    except (AttributeError, ImportError) as error:
+        raise unknown_layout(f"lacks what lp_dist reads of it ({first_line(error)})") from error
 
 
 def foreign_steppers(optimizer: Any) -> list[str]:
@@ -42,6 +99,7 @@ def foreign_steppers(optimizer: Any) -> list[str]:
     return steppers
 
 
+@_private_attributes()
 def undo_dry_step(optimizer: Any) -> None:
     """Undoes the step with zero gradients by which DeepSpeed's 16-bit ZeRO-0 allocates the optimizer's state.
 
@@ -63,6 +121,7 @@ def undo_dry_step(optimizer: Any) -> None:
         inner.state.pop(master, None)
 
 
+@_private_attributes()
 def update_copies(optimizer: Any) -> None:
     """Writes the fp32 masters into the copies of the weights that DeepSpeed computes with, as it does after a step.
 
@@ -208,20 +267,6 @@ def in_checkpoints(engine: Any, state: Callable[[], Any], restore: Callable[[Any
     )
 
 
-def check_deepspeed_version() -> None:
-    """Checks that the installed DeepSpeed is of a tested series; in another one its private attributes may differ.
-
-    Raises:
-        RuntimeError: it is not.
-    """
-    version = importlib.metadata.version("deepspeed")
-    if not version.startswith(TESTED_DEEPSPEED + "."):
-        raise RuntimeError(
-            f"this version of lp_dist knows the shards of deepspeed {TESTED_DEEPSPEED}.x, and {version} is installed;"
-            f" install 'deepspeed=={TESTED_DEEPSPEED}.*', or a newer lp_dist"
-        )
-
-
 def check_deepspeed_config(config: dict[str, Any]) -> None:
     """Refuses a DeepSpeed config that steps weights by another optimizer, or saves no usable weights.
 
@@ -251,10 +296,16 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             raise UsageError(f'"{key}" steps the weights by an optimizer of its own, without Lp decay; remove it')
     if zero.get("round_robin_gradients"):
         raise UsageError(_ROUND_ROBIN)
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    has_slices = _section(config, "tensor_parallel").get("autotp_size", 0) > 1
+    if (zero.get("stage") == 3 or has_slices) and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UsageError(
-            'under ZeRO-3 a checkpoint without "stage3_gather_16bit_weights_on_model_save": true has no usable'
-            " weights; set it in zero_optimization"
+            f"under {'AutoTP' if has_slices else 'ZeRO-3'} a checkpoint without"
+            ' "stage3_gather_16bit_weights_on_model_save": true has no usable weights; set it in zero_optimization'
+        )
+    if _section(config, "expert_parallel").get("enabled"):
+        raise UsageError(
+            '"expert_parallel" (AutoEP): what Trainer saves has the experts of one rank alone; train in a loop of your'
+            " own with lp_dist.attach(engine) and engine.save_checkpoint, or remove it"
         )
 
 
@@ -302,19 +353,68 @@ def zero3_shape(param: Any) -> torch.Size | None:
     return getattr(param, "ds_shape", None)
 
 
-def zero3_partition(param: Any) -> tuple[Tensor, int] | None:
-    """This rank's part of the model's own copy under ZeRO-3: a flat view without padding, and its first element.
+def shape_before(param: Any) -> torch.Size:
+    """Shape of a parameter before anything of DeepSpeed divided it."""
+    region = model_region(param)
+    if region is not None:
+        return region.shape
+    shape = zero3_shape(param)
+    return param.shape if shape is None else shape
 
-    None if ZeRO-3 has not partitioned the parameter.
+
+class Zero3Partition(NamedTuple):
+    """This rank's part of the model's own copy under ZeRO-3.
+
+    Args:
+        values: a flat view without padding.
+        start: see `ShardLocation`.
+        replica: see `ShardLocation`.
+        replicas: see `ShardLocation`.
+        region: see `ShardLocation`.
     """
+
+    values: Tensor
+    start: int
+    replica: int
+    replicas: int
+    region: Region | None
+
+
+@_private_attributes()
+def zero3_partition(param: Any) -> Zero3Partition | None:
+    """This rank's part of the model's own copy; None if ZeRO-3 has not partitioned the parameter."""
     if not hasattr(param, "ds_tensor"):
         return None
     values = param.ds_tensor.detach().view(-1)
     start = param.ds_tensor.ds_numel * torch.distributed.get_rank(param.ds_process_group)
     # The parts of the last ranks end in padding, up to a multiple of the world size.
-    return values[: max(0, min(values.numel(), param.ds_numel - start))], start
+    values = values[: max(0, min(values.numel(), param.ds_numel - start))]
+    start, region = in_parameter(param, start)
+    return Zero3Partition(values, start, *_replica(param, param.ds_process_group), region)
 
 
+def _replica(param: Tensor, group: Any) -> tuple[int, int]:
+    """The number of this copy of a partition, and of how many, as of `ShardLocation`.
+
+    Args:
+        param: of the model.
+        group: the ranks over which ZeRO partitioned it.
+    """
+    # The ranks of a tensor-parallel group partition what each has of the model. Where their slices are uneven, they
+    # divide the parameters that all of them have at different places.
+    is_counted = model_region(param) is not None or 0 in torch.distributed.get_process_group_ranks(group)
+    return (0, 1) if is_counted else (1, 1)
+
+
+def copy_of_model(param: Tensor) -> tuple[int | None, int]:
+    """Which copy of a plain parameter this rank's is, and of how many, as of `ShardLocation`.
+
+    All ranks have the same, unless DeepSpeed's tensor or expert parallelism gave each a region.
+    """
+    return rank_and_world_size() if model_region(param) is None else (None, 1)
+
+
+@_private_attributes()
 def read_from_nvme(param: Tensor) -> Tensor:
     """The fp32 masters of a parameter on this rank, flat and with padding, which NVMe offload has swapped out."""
     from deepspeed.utils import safe_get_local_fp32_param
@@ -328,7 +428,8 @@ def shard_locator(wrapper: Any) -> Locator:
     Args:
         wrapper: DeepSpeed's optimizer.
     Raises:
-        RuntimeError: a class of optimizer, or a version of DeepSpeed, that was not tested.
+        RuntimeError: a class of optimizer that was not tested.
+        UsageError: this version of DeepSpeed keeps its shards in another way.
     """
     name = type(wrapper).__name__
     if name not in LOCATORS:
@@ -337,7 +438,29 @@ def shard_locator(wrapper: Any) -> Locator:
             " remove what asks for it from the DeepSpeed config"
         )
     check_deepspeed_version()
-    return LOCATORS[name](wrapper)
+    with _private_attributes():
+        locate = LOCATORS[name](wrapper)
+
+    def locate_checked(param: Tensor) -> ShardLocation | None:
+        with _private_attributes():
+            location = locate(param)
+        if location is not None:
+            _check_range(param, location)
+        return location
+
+    return locate_checked
+
+
+def _check_range(param: Tensor, location: ShardLocation) -> None:
+    """Raises UsageError for a shard that ends outside of its parameter, or of the tensor that is stepped."""
+    numel = (shape_before(param) if location.region is None else location.region.sizes).numel()
+    start, offset, length, held = location.start, location.offset, location.length, location.tensor.numel()
+    # Less than a shard is held where NVMe offload has swapped it out.
+    fits = offset + length <= held or held < length
+    if length and (min(start, offset, length) < 0 or start + length > numel or not fits):
+        raise unknown_layout(
+            f"has elements {start} to {start + length} of a parameter of {numel} at {offset} in a tensor of {held}"
+        )
 
 
 def _locate_copy(wrapper: Any) -> Locator:
@@ -352,7 +475,9 @@ def _locate_copy(wrapper: Any) -> Locator:
         if id(param) not in copies:
             return None
         group, master = copies[id(param)]
-        return ShardLocation(0, master, 0, master.numel(), group, *rank_and_world_size())
+        replica, replicas = copy_of_model(param)
+        start, region = in_parameter(param, 0)
+        return ShardLocation(start, master, 0, master.numel(), group, replica, replicas, region)
 
     return locate
 
@@ -378,14 +503,17 @@ def _locate_fragment(wrapper: Any) -> Locator:
         if id(param) not in groups:
             return None
         group, mapping = groups[id(param)], param._hp_mapping
-        if mapping is None:
-            return ShardLocation(0, flats[group], 0, 0, group)
+        replica, replicas = _replica(param, wrapper.real_dp_process_group[group])
+        start, region = in_parameter(param, 0 if mapping is None else mapping.lp_fragment_address.start)
         return ShardLocation(
-            start=mapping.lp_fragment_address.start,
+            start=start,
             tensor=flats[group],
-            offset=mapping.hp_fragment_address.start,
-            length=mapping.hp_fragment_address.numel,
+            offset=0 if mapping is None else mapping.hp_fragment_address.start,
+            length=0 if mapping is None else mapping.hp_fragment_address.numel,
             group=group,
+            replica=replica,
+            replicas=replicas,
+            region=region,
         )
 
     return locate
@@ -402,13 +530,18 @@ def _locate_sub_group(wrapper: Any) -> Locator:
         if position is None:
             return None
         sub_group, offset, padded_length = position
-        start = padded_length * torch.distributed.get_rank(param.ds_process_group)
+        first = padded_length * torch.distributed.get_rank(param.ds_process_group)
+        start, region = in_parameter(param, first)
+        replica, replicas = _replica(param, param.ds_process_group)
         return ShardLocation(
             start=start,
             tensor=wrapper.fp32_partitioned_groups_flat[sub_group],
             offset=offset,
-            length=max(0, min(padded_length, param.ds_numel - start)),
+            length=max(0, min(padded_length, param.ds_numel - first)),
             group=wrapper.sub_group_to_group_id[sub_group],
+            replica=replica,
+            replicas=replicas,
+            region=region,
         )
 
     return locate

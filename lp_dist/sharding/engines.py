@@ -10,6 +10,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lp_dist.errors import UsageError
+
+# DeepSpeed's.
+_PIPELINES = ("PipelineEngine", "PipelineModule")
+
 
 def is_deepspeed(instance: Any) -> bool:
     """Whether `instance` is of one of DeepSpeed's classes, or of a subclass of one."""
@@ -30,6 +35,11 @@ def unwrap(model: Any) -> nn.Module:
     """The user's own module inside DDP, a DeepSpeed engine and torch.compile."""
     # The types are checked, since a model may have a child of its own called `module`.
     while True:
+        if any(cls.__name__ in _PIPELINES for cls in type(model).__mro__):
+            raise UsageError(
+                f"{type(model).__name__} gives each rank the layers of its stage alone, and lp_dist counts parameters"
+                " that all ranks know: pipeline parallelism is not supported; use ZeRO-3, or AutoTP with ZeRO-1 or 2"
+            )
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_deepspeed(model):
             model = model.module
         elif hasattr(model, "_orig_mod"):

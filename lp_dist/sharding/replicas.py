@@ -109,6 +109,40 @@ def check_coverage(ranges: dict[str, HeldRange], replicas: dict[str, Replica]) -
             )
 
 
+def check_replicas(sums: dict[str, int], replicas: dict[str, Replica], ranges: dict[str, HeldRange]) -> None:
+    """Checks that ranks which are said to hold the same do so. Collective: one reduction of a number a parameter.
+
+    Parameters that an engine or a script has cut by itself look like replicas where they are plain tensors of one
+    shape; their values tell.
+
+    Args:
+        sums: by parameter name, a number that follows from the values on this rank.
+        replicas: of these.
+        ranges: of these, for the message.
+    Raises:
+        UsageError: names the parameter and the ranks.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    # The sum over the copies is zero where all are equal.
+    shares = [
+        0 if total == 1 else _digest(str(sums[name])) % Region.MODULUS * (total - 1 if number == 0 else -1)
+        for name, (number, total) in replicas.items()
+    ]
+    differing = all_reduce_sum(torch.tensor(shares, dtype=torch.int64)).tolist()
+    if is_simulated():
+        return
+    name = next((name for name, difference in zip(replicas, differing) if difference), None)
+    if name is not None:
+        held_by = all_gather_objects(f"values of the checksum {sums[name]} as {ranges[name]}")
+        raise UsageError(
+            f"{name} should be the same on ranks that hold {list(ranges[name].region.shape)} of it, and is not:"
+            f" {_listed(held_by)}. If a parameter is cut by hand, or by DistributedDataParallel's device_mesh, zeros"
+            " can't be counted: shard it as a DTensor (parallelize_module, fully_shard). If the ranks have begun with"
+            " different weights, seed them alike, or broadcast the weights before attach"
+        )
+
+
 def _listed(held_by: list[str], most: int = 8) -> str:
     """What each rank holds, those with the same together."""
     ranks: dict[str, list[int]] = {}
@@ -126,12 +160,13 @@ def _check_names(names: list[str]) -> None:
     numbers = torch.tensor([len(names), _digest(" ".join(names))])
     highest, lowest = all_reduce_max(torch.stack([numbers, -numbers]))
     if bool((highest + lowest).any()):
-        for rank, other in enumerate(all_gather_objects(names)):
-            different = sorted(set(names) ^ set(other))
+        first, *others = all_gather_objects(names)
+        for rank, other in enumerate(others, 1):
+            different = sorted(set(first) ^ set(other))
             if different:
                 raise UsageError(
-                    f"the ranks have different parameters: {different[0]} is known to one of the ranks"
-                    f" {rank_and_world_size()[0]} and {rank} alone. Where layers are spread over ranks (pipeline"
+                    f"the ranks have different parameters: {different[0]} is known to one of the ranks 0 and {rank}"
+                    " alone. Where layers are spread over ranks (pipeline"
                     " parallelism) lp_dist can't count them: shard by FSDP2, ZeRO or tensor parallelism instead"
                 )
         raise UsageError("the ranks have their parameters in different orders; build the model alike on every rank")

@@ -19,10 +19,11 @@ from lp_dist.optim.batching import count_zeros, local_values
 from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_reduce_sum, is_simulated, rank_and_world_size
-from lp_dist.sharding.deepspeed import read_from_nvme, shard_locator, zero3_partition, zero3_shape
+from lp_dist.sharding.deepspeed import copy_of_model, read_from_nvme, shape_before, shard_locator, zero3_partition
+from lp_dist.sharding.deepspeed_slices import in_parameter
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
 from lp_dist.sharding.location import Locator, ShardLocation
-from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, count_replicas
+from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, check_replicas, count_replicas
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def full_shape(param: Tensor) -> torch.Size:
     """Shape of the parameter before sharding, whatever shards it."""
-    shape = zero3_shape(param)
-    return param.shape if shape is None else shape
+    return shape_before(param)
 
 
 def local_shard(param: Tensor) -> LocalShard:
@@ -214,7 +214,8 @@ def local_shard(param: Tensor) -> LocalShard:
     if is_dtensor(param):
         location = _dtensor_location(param)
         return LocalShard(local_values(param), location.start, location.replica, location.replicas, location.region)
-    return LocalShard(param.detach(), 0, *rank_and_world_size())
+    (start, region), (replica, replicas) = in_parameter(param, 0), copy_of_model(param)
+    return LocalShard(param.detach(), start, replica, replicas, region)
 
 
 def locate_copies(params: dict[str, Tensor]) -> dict[str, LocalShard]:
@@ -293,6 +294,29 @@ def check_shards(shards: list[Shard]) -> None:
         {shard.name: held_range(shard) for shard in shards},
         {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in shards},
     )
+
+
+def check_equal_replicas(shards: list[Shard]) -> None:
+    """Checks that ranks which hold the same shard hold the same values. Collective: one small reduction.
+
+    Raises:
+        UsageError: names the parameter, and what each rank holds of it.
+    """
+    copied = [shard for shard in shards if shard.replicas > 1 and not shard.is_on_disk]
+    sums = [_checksum(shard.local.values) for shard in copied]
+    # One wait for the device.
+    numbers = torch.stack([number.to(sums[0].device) for number in sums]).tolist() if sums else []
+    check_replicas(
+        dict(zip((shard.name for shard in copied), numbers)),
+        {shard.name: Replica(shard.replica or 0, shard.replicas) for shard in copied},
+        {shard.name: held_range(shard) for shard in copied},
+    )
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """An integer that follows from the bits of some values, and not from their order."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(bits).sum(dtype=torch.int64)
 
 
 def held_range(shard: Shard) -> HeldRange:
@@ -471,6 +495,7 @@ def _plain_locator(optimizer: Optimizer) -> Locator:
                 group=groups[id(param)],
                 **location._asdict(),
             )
-        return ShardLocation(0, param, 0, param.numel(), groups[id(param)], *rank_and_world_size())
+        (start, region), (replica, replicas) = in_parameter(param, 0), copy_of_model(param)
+        return ShardLocation(start, param, 0, param.numel(), groups[id(param)], replica, replicas, region)
 
     return locate

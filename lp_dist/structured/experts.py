@@ -239,9 +239,13 @@ class _Probe:
         }
         self._forward = inspect.unwrap(type(module).forward)
         self._stand_in = stand_in(module, {}, self.scales)
+        for key, value in [*vars(self._stand_in).items()]:
+            if value is True and "grouped_mm" in key:
+                # torch's grouped products are not for double precision; what takes their place is a loop.
+                self._stand_in.__dict__[key] = False
         sizes = {size for shape in shapes.values() if len(shape) == 3 for size in shape[1:]}
         for width in sorted(self.small(size) for size in sizes):
-            for call in (self._by_index, self._sorted):
+            for call in (self._by_index, self._sorted, self._counted):
                 # Between -1/2 and 1/2, so that no limit of an activation is met.
                 inputs = torch.rand(32, width, generator=generator, dtype=torch.float64) - 0.5
                 try:
@@ -271,6 +275,11 @@ class _Probe:
     def _sorted(self, inputs: Tensor, weights: dict[str, Tensor]) -> Any:
         """As Llama 4's: the tokens of each expert one after the other."""
         return self._run(weights, (inputs.repeat(self.count, 1),))[: len(inputs)]
+
+    def _counted(self, inputs: Tensor, weights: dict[str, Tensor]) -> Any:
+        """As torchtitan's and DeepSpeed's grouped experts: how many of the tokens are of each expert."""
+        counts = torch.tensor([len(inputs)] + [0] * (self.count - 1), device="cpu")
+        return self._run(weights, (inputs, counts))
 
     def _touched(self, zeroed: dict[str, Tensor], output: int | None) -> dict[str, Tensor]:
         """Which weights of expert 0 have a gradient of one output, or of all of them; bool, without the dimension of

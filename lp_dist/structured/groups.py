@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lp_dist.errors import UsageError
+from lp_dist.sharding.deepspeed_slices import is_linear
 from lp_dist.sharding.shards import full_shape
 
 
@@ -128,7 +129,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
                 " merge the adapter first (lp_dist.merge_adapter)"
             )
         transposed = type(module).__name__ == "Conv1D"
-        if (isinstance(module, nn.Linear) or transposed) and module is not head and f"{name}.weight" in names:
+        if (is_linear(module) or transposed) and module is not head and f"{name}.weight" in names:
             shape = full_shape(module.weight)
             outputs, inputs = reversed(shape) if transposed else shape
             layers.append(Layer(name, position, inputs, outputs, transposed, f"{name}.bias" in names))

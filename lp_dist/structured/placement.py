@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lp_dist.errors import UsageError
 from lp_dist.optim import batching
+from lp_dist.sharding.deepspeed_slices import is_local_expert
 from lp_dist.sharding.shards import Shard
 from lp_dist.structured.groups import WeightGroups
 
@@ -199,6 +200,11 @@ def _check_shard(label: str, name: str, shard: Shard | None) -> None:
         raise UsageError(
             f"{label} have weights in {name}, which this optimizer does not step; unfreeze it, or leave these groups"
             " out"
+        )
+    if is_local_expert(shard.param):
+        raise UsageError(
+            f"{label} have weights of {name}, and that is of different experts on different ranks (deepspeed.moe), so"
+            " that no group lies in it; leave its module out, or use AutoEP"
         )
     if shard.is_on_disk:
         raise UsageError(

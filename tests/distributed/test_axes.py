@@ -11,6 +11,7 @@ import torch
 from helpers import axes
 from helpers.axes import OF_MIXTURES, TARGETS, Axes, Loaded
 from helpers.engines import quiet
+from helpers.tables import hold, rows
 from lp_dist.export.writer import export
 
 FSDP_TP = (("fsdp", 2), ("tp", 2))
@@ -23,6 +24,7 @@ CELLS = {
     Axes((("replicas", 2), ("fsdp", 1), ("tp", 2))): ["weights", "channels"],
     Axes((("ddp", 2), ("tp", 2))): ["weights", "2:4"],
     Axes((("replicas", 2), ("fsdp", 2))): ["weights"],
+    Axes((("dp", 2), ("cp", 2))): ["weights"],
 }
 LATER = {way: [target for target in TARGETS if target not in targets] for way, targets in CELLS.items()}
 CONFIGS = [
@@ -66,7 +68,8 @@ def test_axes_come_to_the_bits_of_one_process(ranks, cells, run_ranks):
     ("configs", "targets"),
     [
         pytest.param(CONFIGS[:2], ["experts", "2:4"], id="some"),
-        pytest.param(CONFIGS, [*OF_MIXTURES], id="all", marks=pytest.mark.long),
+        pytest.param(CONFIGS[:3], [*OF_MIXTURES], id="three", marks=pytest.mark.long),
+        pytest.param(CONFIGS[3:], [*OF_MIXTURES], id="the others", marks=pytest.mark.long),
     ],
 )
 def test_what_transformers_shards_comes_to_the_bits_of_one_process(configs, targets, run_ranks, tmp_path):
@@ -116,6 +119,58 @@ def test_runs_go_on_to_the_same_bits_on_the_same_mesh_and_on_another(run_ranks, 
         exported = type(halfway.model).from_pretrained(tmp_path / "out").state_dict()
         for name, param in halfway.model.named_parameters():
             assert torch.equal(exported[name], param), f"{name} of {ways[0]}, exported"
+
+
+# What others say of axes that they don't have on a CPU.
+ANSWERS = {
+    "torch's `context_parallel` on a CPU": "NotImplementedError: Operator"
+    " aten._scaled_dot_product_flash_attention_for_cpu.default does not have a sharding strategy registered",
+    "Accelerate's `ParallelismConfig`, also in Trainer, on a CPU": "ValueError: ParallelismConfig is only compatible"
+    " DistributedType.FSDP (version 2)",
+}
+
+
+def context_parallel_on_a_rank() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    inputs = torch.randn(1, 2, 8, 4)
+    with context_parallel(mesh, buffers=[inputs], buffer_seq_dims=[2]):
+        torch.nn.functional.scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
+
+
+def parallelism_config_on_a_rank() -> None:
+    from accelerate import Accelerator, ParallelismConfig
+
+    Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2))
+
+
+def answers_on_ranks(rank: int, world_size: int) -> list[str]:
+    answers = []
+    for ask in (context_parallel_on_a_rank, parallelism_config_on_a_rank):
+        with pytest.raises((NotImplementedError, ValueError)) as error:
+            ask()
+        answers.append(f"{error.type.__name__}: {error.value}")
+    return answers
+
+
+def test_what_others_say_and_the_table(rank_pool):
+    for answers in rank_pool(answers_on_ranks):
+        for answer, expected in zip(answers, ANSWERS.values(), strict=True):
+            assert answer.startswith(expected)
+    all_targets = ", ".join(TARGETS)
+    ways = [[str(way), all_targets] for way in (*CELLS, *EIGHT)]
+    ways += [[str(Loaded(config, "")), ", ".join(OF_MIXTURES)] for config in CONFIGS]
+    resumed = [[target, str(ways[0]), "; ".join(map(str, ways[1:]))] for target, ways in RESUMED]
+    made = "\n\n".join(
+        [
+            rows(["axes (ranks)", "targets, each bitwise one process"], *ways),
+            rows(["target", "saved halfway on", "gone on with there and, bitwise, on"], *resumed),
+            rows(["asked of others", "their answer"], *([what, f"`{answer}`"] for what, answer in ANSWERS.items())),
+        ]
+    )
+    hold("docs/matrix.md", "axes", "python -m pytest tests/distributed/test_axes.py", made)
 
 
 def compare(by_target: dict[str, Any], alone: dict[str, Any], where: str) -> None:

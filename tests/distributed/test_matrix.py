@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 
 from helpers import matrix
 from helpers.matrix import DEEPSPEED, DTYPES, ENGINES, OPTIMIZERS, Cell, How, TrainedRun, cells_of, how, one_process
-from helpers.paths import ROOT
+from helpers.tables import hold, rows
 
 TOLERANCE, WITHIN = {"rtol": 1e-5, "atol": 1e-6}, "rtol 1e-5, atol 1e-6"
 THREE = "fp32, 3 ranks"
@@ -210,11 +209,6 @@ NOTES = {
 }
 
 
-def rows(*lines: list[str]) -> str:
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
-
-
 def table(results: dict[tuple[str, str], list[str]], answers: dict[str, str]) -> str:
     def entry(engine: str, column: str) -> str:
         if verdicts := results.get((engine, column)):
@@ -257,13 +251,5 @@ def test_the_tables_say_what_ran(path, name):
     runs = sum(len(cells_of(dtype)) for dtype in DTYPES) + 5
     assert sum(map(len, RESULTS.values())) == runs and ANSWERS, "run the whole file, and mend what failed before this"
     made = table(RESULTS, ANSWERS) if name == "table" else works_with(RESULTS)
-    first, last = f"<!-- {name}: python -m pytest tests/distributed/test_matrix.py -->\n", f"\n<!-- end of {name} -->"
-    text = (ROOT / path).read_text()
-    assert text.count(first) == text.count(last) == 1, f"{path} lacks the markers of its table: {first}{last}"
-    before, _, rest = text.partition(first)
-    written, _, after = rest.partition(last)
-    if os.environ.get("LP_DIST_WRITE_DOCS") == "1":
-        (ROOT / path).write_text(before + first + made + last + after)
-        return
-    assert written == made, f"{path} says something else; LP_DIST_WRITE_DOCS=1 writes what ran"
+    text = hold(path, name, "python -m pytest tests/distributed/test_matrix.py", made)
     assert all(f"[^{note}]:" in text for note in re.findall(r"\[\^(\w+)\]", made)), f"{path} lacks a footnote"

@@ -59,6 +59,21 @@ def mixture() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**sizes))
 
 
+_IN_WORDS = {
+    "fsdp": "FSDP2",
+    "tp": "tensor parallelism",
+    "ddp": "`replicate`",
+    "replicas": "HSDP's copies",
+    "cp": "context parallelism",
+    "dp": "data",
+}
+_PLANS = {
+    "layers": ", head and norms outside of the plan",
+    "head": ", the head in the plan",
+    "norms": ", sequence parallelism of the norms",
+}
+
+
 @dataclass(frozen=True)
 class Axes:
     """A way to shard: sizes of a mesh by axis, and what is done along them.
@@ -72,7 +87,8 @@ class Axes:
     plan: str = "layers"
 
     def __str__(self) -> str:
-        return " x ".join(f"{name} {size}" for name, size in self.mesh) + f", {self.plan}"
+        along = " × ".join(f"{_IN_WORDS[name]} ({size})" for name, size in self.mesh)
+        return along + _PLANS[self.plan] * ("tp" in dict(self.mesh))
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Shards the model in place."""
@@ -105,9 +121,11 @@ class Axes:
                 replicate(layer, mesh=mesh["ddp"])
             replicate(model, mesh=mesh["ddp"])
         elif data:
+            # Shards are spread over the ranks that share a sequence too.
+            along = mesh[data]._flatten("fsdp") if "cp" in data else mesh[data] if len(data) > 1 else mesh[data[0]]
             for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh[data] if len(data) > 1 else mesh[data[0]])
-            fully_shard(model, mesh=mesh[data] if len(data) > 1 else mesh[data[0]])
+                fully_shard(layer, mesh=along)
+            fully_shard(model, mesh=along)
         return model
 
 
@@ -124,7 +142,7 @@ class Loaded:
     directory: str
 
     def __str__(self) -> str:
-        return "transformers: " + ", ".join(f"{key} {value}" for key, value in self.config)
+        return f"`DistributedConfig({', '.join(f'{key}={value!r}' for key, value in self.config)})`"
 
     def shard(self, model: nn.Module) -> nn.Module:
         """A model with these weights, sharded."""

@@ -79,7 +79,10 @@ def test_trainer_fills_in_every_auto_and_deepspeed_reads_the_result(path: Path):
     assert (read.train_batch_size, read.gradient_accumulation_steps, read.gradient_clipping) == (6, 3, 0.5)
     assert read.bfloat16_config.enabled and not read.float16_config.enabled
     assert read.zero_allow_untested_optimizer and not read.zero_force_ds_cpu_optimizer
-    assert read.zero_config.gather_16bit_weights_on_model_save == (path in STAGE_3)
+    assert read.zero_config.gather_16bit_weights_on_model_save == (path in STAGE_3 or "autotp" in path.name)
+    assert read.tensor_parallel_config.autotp_size == (2 if "autotp" in path.name else 0)
+    experts = read.expert_parallel_config
+    assert (experts.enabled, experts.autoep_size) == ((True, 2) if "autoep" in path.name else (False, 1))
 
 
 @each(DEEPSPEED)
@@ -111,9 +114,19 @@ def test_optimizer_and_scheduler_are_left_to_the_program(path: Path):
 
 @each(DEEPSPEED)
 def test_our_own_start_up_check_agrees(path: Path):
+    from lp_dist.errors import UsageError
     from lp_dist.sharding.deepspeed import check_deepspeed_config
 
-    check_deepspeed_config(json.loads(path.read_text()))
+    config = json.loads(path.read_text())
+    if "autoep" in path.name:
+        with pytest.raises(UsageError, match="what Trainer saves has the experts of one rank alone"):
+            check_deepspeed_config(config)
+        return
+    check_deepspeed_config(config)
+    if "autotp" in path.name:
+        del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+        with pytest.raises(UsageError, match="under AutoTP a checkpoint without .* has no usable weights"):
+            check_deepspeed_config(config)
 
 
 @each(DEEPSPEED)
@@ -165,6 +178,8 @@ def test_accelerate_reads_it(path: Path):
     kinds = {
         "ddp": DistributedType.MULTI_GPU,
         "fsdp2": DistributedType.FSDP,
+        "fsdp2_tp": DistributedType.FSDP,
+        "hsdp": DistributedType.FSDP,
         "zero2": DistributedType.DEEPSPEED,
         "zero3": DistributedType.DEEPSPEED,
     }
@@ -174,6 +189,19 @@ def test_accelerate_reads_it(path: Path):
     assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") == (
         config.distributed_type == DistributedType.DEEPSPEED
     )
+
+
+@each([path for path in ACCELERATE if path.stem.endswith(("hsdp", "tp"))])
+def test_accelerate_builds_its_axes_of_all_processes(path: Path, monkeypatch):
+    from accelerate import ParallelismConfig
+
+    for key, value in launch_environment(path).items():
+        if key.startswith("PARALLELISM_CONFIG"):
+            monkeypatch.setenv(key, value)
+    axes = ParallelismConfig()
+    assert axes.total_size == yaml.safe_load(path.read_text())["num_processes"]
+    assert (axes.tp_enabled, axes.dp_replicate_enabled) == (path.stem.endswith("tp"), path.stem.endswith("hsdp"))
+    assert axes.dp_shard_enabled
 
 
 @each([path for path in ACCELERATE if "zero" in path.name])

@@ -73,29 +73,56 @@ def test_an_example_makes_the_model_sparse_and_without_its_marked_lines_does_not
     assert zero_fraction_of(tmp_path / "dense") < 1e-3
 
 
+def run_on_ranks(ranks: int, *words: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    ended = subprocess.run(
+        [*command, *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+
+
+@pytest.mark.long
+def test_fsdp2_and_tensor_parallelism_make_the_model_sparse_and_without_the_marked_lines_do_not(
+    tiny_model, text, tmp_path
+):
+    run_on_ranks(4, EXAMPLES / "fsdp2_tp.py", tiny_model, text, tmp_path / "sparse")
+    assert zero_fraction_of(tmp_path / "sparse") == pytest.approx(0.5, abs=1e-4)
+    run_on_ranks(4, without_marks(EXAMPLES / "fsdp2_tp.py", tmp_path), tiny_model, text, tmp_path / "dense")
+    assert zero_fraction_of(tmp_path / "dense") < 1e-3
+
+
 @pytest.mark.long  # under torchrun, where both ranks import everything
 def test_the_bare_engine_and_the_model_of_its_checkpoint(tiny_model, text, tmp_path, cpu_op):
     from lp_dist.export.writer import export
 
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(EXAMPLES / "deepspeed_engine.py"),
-        str(tiny_model),
-        str(text),
-        str(tmp_path / "out"),
-    ]
-    ended = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    run_on_ranks(2, EXAMPLES / "deepspeed_engine.py", tiny_model, text, tmp_path / "out")
     export(tmp_path / "out" / "checkpoint", tmp_path / "out" / "model", config=str(tiny_model), verify=True)
     assert zero_fraction_of(tmp_path / "out" / "model") == pytest.approx(0.5, abs=1e-4)
     assert "zero_allow" not in without_marks(EXAMPLES / "deepspeed_engine.py", tmp_path).read_text()
+
+
+@pytest.mark.long  # Ray starts a cluster of its own on this machine, and two workers that import everything
+def test_ray_train_on_two_workers(tiny_model, topics, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    for script, out in (
+        (EXAMPLES / "ray_train.py", "sparse"),
+        (without_marks(EXAMPLES / "ray_train.py", tmp_path), "dense"),
+    ):
+        command = [sys.executable, str(script), str(tiny_model), str(topics), str(tmp_path / out), "2"]
+        ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+    assert zero_fraction_of(tmp_path / "sparse") == pytest.approx(0.5, abs=1e-4)
+    assert zero_fraction_of(tmp_path / "dense") < 1e-3
+    assert (tmp_path / "sparse" / "checkpoint-40" / "rng_state_1.pth").exists(), "the second worker trained alone"
+    # Ray's copy of the last checkpoint is what it would go on from: it has the zeros, and the target's state.
+    (kept,) = (tmp_path / "sparse" / "ray").glob("checkpoint_*/checkpoint")
+    assert zero_fraction_of(kept) == pytest.approx(0.5, abs=1e-4)
+    state = json.loads((kept / "trainer_state.json").read_text())
+    assert state["global_step"] == 40 and "LpCallback" in state["stateful_callbacks"]
 
 
 def test_an_adapter_on_a_sparse_model_leaves_one_with_the_same_zeros(tiny_model, topics, tmp_path, capsys):

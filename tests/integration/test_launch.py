@@ -17,10 +17,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.paths import ROOT
 
-SCRIPTS = [*sorted((ROOT / "launch").iterdir()), ROOT / ".ci" / "run"]
+KUBERNETES = ROOT / "launch" / "kubernetes.yaml"
+SCRIPTS = [*sorted(set((ROOT / "launch").iterdir()) - {KUBERNETES}), ROOT / ".ci" / "run"]
 TOOLS = ["bash", "cat", "cksum", "cp", "dirname", "env", "getconf", "mkdir", "rm", "sed"]
 # Stands in for python3 and .venv/bin/python: writes down how it was called, starts no module, and passes the rest on.
 STUB = r"""#!/usr/bin/env bash
@@ -113,7 +115,7 @@ def test_the_usage_is_at_the_top(script: Path):
         assert f"launch/{script.name}" in head
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sh", "accelerate.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["deepspeed.sh", "accelerate.sh", "torchrun.sh", "slurm.sbatch", "versions.sh"])
 def test_without_arguments_it_shows_the_usage(project: Project, script: str):
     done = project.start(f"launch/{script}")
     assert done.returncode == 2 and done.stderr.startswith("# usage: ") and project.calls() == []
@@ -193,7 +195,89 @@ def test_accelerate(project: Project, strategy: str):
 
 def test_accelerate_refuses_an_unknown_strategy(project: Project):
     done = project.start("launch/accelerate.sh", "fsdp9", "recipe.yaml")
-    assert done.returncode == 2 and "ddp|fsdp2|zero2|zero3" in done.stderr
+    assert done.returncode == 2 and "ddp|fsdp2|hsdp|zero2|zero3" in done.stderr
+
+
+def test_torchrun_on_this_machine(project: Project):
+    (words,) = project.dry("launch/torchrun.sh", "my recipe.yaml", "--p", "0", GPUS="4")
+    parsed = torchrun(words)
+    assert parsed.standalone and parsed.nproc_per_node == "4" and parsed.module
+    assert parsed.training_script == "lp_dist.finetune"
+    assert parsed.training_script_args == ["my recipe.yaml", "--p", "0"]
+
+
+def test_kubernetes(project: Project, monkeypatch: pytest.MonkeyPatch):
+    """The job is one of Kubeflow's, without a key that it does not know; what its containers start is torchrun on the
+    nodes that Kubeflow names."""
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    job = yaml.safe_load(KUBERNETES.read_text())
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    trainer = job["spec"]["trainer"]
+    assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == 8
+
+    # As Kubeflow's plugin for torch sets it on the second node.
+    nodes = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"])}
+    nodes |= {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "lp-dist-node-0-0.lp-dist", "PET_MASTER_PORT": "29500"}
+    shell, script = trainer["command"]
+    assert shell == "bash" and {variable["name"] for variable in trainer["env"]} >= {"LP_DIST_PYTHON"}
+    (words,) = project.dry(script.removeprefix("/opt/lp_dist/"), *trainer["args"], **nodes)
+    for name, value in nodes.items():
+        monkeypatch.setenv(name, value)
+    parsed = torchrun(words)
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == ("2", "8", 1)
+    assert (parsed.master_addr, parsed.master_port) == ("lp-dist-node-0-0.lp-dist", 29500)
+    assert not parsed.standalone and parsed.module and parsed.training_script == "lp_dist.finetune"
+    assert parsed.training_script_args == trainer["args"] and (ROOT / trainer["args"][0]).is_file()
+    # What is written lies on the volume, and so does what is downloaded.
+    (patch,) = job["spec"]["runtimePatches"]
+    (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert replicated["name"] == container["name"] == "node" and mounts["shm"] == "/dev/shm"
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    keys = dict(zip(trainer["args"][1::2], trainer["args"][2::2]))
+    environment = {variable["name"]: variable["value"] for variable in trainer["env"]}
+    for path in (keys["--output_dir"], environment["HF_HOME"]):
+        assert path.startswith(f"{mounts['data']}/")
+
+
+def test_versions(project: Project):
+    make, install, unit, engines = project.dry("launch/versions.sh", "lowest", "/tmp/low", "deepspeed==1.2")
+    assert make == ["PY", "-m", "venv", "/tmp/low"]
+    assert install[:3] == ["/tmp/low/bin/python", "-m", "pip"] and ".[test]" in install
+    pinned = dict(word.split("==") for word in install if "==" in word)
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0]
+    bounds = dict(re.findall(r'"([][\w-]+)>=([\d.]+)', text))
+    # What developers run once, in one version, has no lower bound to try.
+    assert bounds.pop("pre-commit") and len(bounds) > 8
+    assert pinned == bounds | {"deepspeed": "1.2"}, "the lower bounds, and what was given instead of one"
+    for words in (unit, engines):
+        assert words[:3] == ["/tmp/low/bin/python", "-m", "pytest"]
+    assert all((ROOT / word).exists() for word in (unit[-1], *engines[-2:]))
+    _, install, *_ = project.dry("launch/versions.sh", "current", "/tmp/new", "torch==2.13.0")
+    assert [word for word in install if "==" in word] == ["torch==2.13.0"]
+
+
+def test_versions_makes_its_environment_once_and_again_when_other_versions_are_wanted(project: Project):
+    folder = str(project.elsewhere / "low")
+
+    def started(*packages: str) -> list[str]:
+        assert project.start("launch/versions.sh", "lowest", folder, *packages).returncode == 0
+        return [call.split()[1] for call in pip_and_modules(project)]
+
+    assert started() == ["venv", "pip", "pytest", "pytest"]
+    assert started() == ["pytest", "pytest"]
+    assert started("deepspeed==0.19.3") == ["pip", "pytest", "pytest"]
+    assert not (project.root / ".venv").exists()
+
+
+def test_versions_wants_a_folder_outside_of_the_project(project: Project):
+    for words in (["lowest"], ["lowest", "here"], ["newest", "/tmp/x"]):
+        done = project.start("launch/versions.sh", *words)
+        assert done.returncode == 2 and done.stderr.startswith("# usage: ") and project.calls() == []
 
 
 def test_slurm_without_slurm(project: Project):

@@ -262,6 +262,27 @@ class Looped(nn.Module):
         return call(x @ self.weight) if self.sizes[x] else x
 
 
+class LinedUp(nn.Module):
+    """Two matrices that are multiplied by at once, as DeepSpeed's experts with `gate_up_impl="fused"`; and a table of
+    two parts, which is looked up in.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.first, self.second = (weights(6, 4) for _ in range(4))
+
+    def forward(self, x, indices):
+        rows = F.embedding(indices, torch.cat([self.first, self.second]))
+        return F.linear(x + rows, torch.cat([self.gate, self.up], dim=0))
+
+
+def test_matrices_that_are_lined_up_are_what_they_were():
+    code = code_of(LinedUp())
+    assert code.uses["gate"] == code.uses["up"] == {Use.PRODUCT}
+    assert code.products["gate"] == code.products["up"] == Product(inputs=1, outputs=0)
+    assert code.uses["first"] == code.uses["second"] == {Use.LOOKUP}
+
+
 def test_objects_that_can_not_be_compared_are_no_trouble():
     assert code_of(Looped()).products == {"weight": Product(0, 1)}
 

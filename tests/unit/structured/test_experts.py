@@ -13,6 +13,7 @@ from helpers.mixtures import Desk, Shelf, Study
 from lp_dist.errors import UsageError
 from lp_dist.modules.model import read_model
 from lp_dist.structured.budget import GroupBudget, required_costs
+from lp_dist.structured.experts import expert_layout
 from lp_dist.structured.groups import WeightGroups
 from lp_dist.structured.mixtures import mixtures
 from lp_dist.structured.resolve import resolve_groups
@@ -106,6 +107,38 @@ def test_a_module_that_nobody_knows_is_recognised_by_what_its_code_does():
     }, "psi is of no channel"
     (experts, _) = resolve_groups(model, "experts")
     assert (experts.count, experts.least, experts.elements) == (4, 2, 10 * 12 + 12 + 6 * 10 + 10)
+
+
+class Counted(nn.Module):
+    """Experts that are told how many tokens each has, as DeepSpeed's; the product of all at once is not for fp64."""
+
+    def __init__(self, count: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.inward, self.outward = (
+            nn.Parameter(torch.randn(count, inner, width)),
+            nn.Parameter(torch.randn(count, width, inner)),
+        )
+        self.use_grouped_mm = True
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if self.use_grouped_mm:
+            raise RuntimeError("Expected mat_a to be Float32")
+        return torch.cat(
+            [
+                torch.relu(tokens @ inward.T) @ outward.T
+                for tokens, inward, outward in zip(x.split(counts.tolist()), self.inward, self.outward)
+            ]
+        )
+
+
+def test_experts_that_are_given_counts_of_tokens_are_run_without_their_grouped_product():
+    experts = Counted(3, 10, 6)
+    layout = expert_layout(experts, {name: tuple(param.shape) for name, param in experts.named_parameters()})
+    assert layout.channels == 6 and experts.use_grouped_mm
+    assert {name: (weight.reads, weight.dim) for name, weight in layout.weights.items()} == {
+        "inward": (False, 1),
+        "outward": (True, 2),
+    }
 
 
 def test_layouts_of_large_experts_are_found_on_small_ones():
