@@ -355,5 +355,19 @@ def structured(
         )
 
 
+@bench.command()
+def scale(models: str = "8B 70B 235B", ranks: str = "64 512 1024", out: str = "docs/results") -> None:
+    """Simulate single ranks of up to a thousand: time, collectives and memory of attach, of steps and of updates of a
+    target; writes scale.jsonl and scale.md.
+
+    --models: 8B (Llama-3, from 64 ranks on), 70B (from 256), 235B (Qwen3-235B-A22B, from 512), or tiny and
+    tiny-mixture (from 4). --ranks: numbers of ranks. The full sizes take up to 8 GB of memory.
+    """
+    from lp_dist.benchmarks.scale.command import scale as measure
+
+    with _one_line_errors(scale):
+        typer.echo(measure(models=models, ranks=ranks, out=out))
+
+
 def main() -> None:
     app()

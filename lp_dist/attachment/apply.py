@@ -201,8 +201,8 @@ def _make_weights(
 
 
 def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> ParameterMap:
-    """Which parameter each part of a tensor belongs to, and which N:M blocks lie on several ranks. One exchange, of
-    where shards begin inside of a block.
+    """Which parameter each part of a tensor belongs to, and which N:M blocks lie on several ranks. One reduction, and
+    an exchange of where shards begin inside of a block, if any does.
 
     Args:
         shards: of all parameters.
@@ -227,7 +227,9 @@ def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> Parameter
     }
     begin = [_inside_of_blocks(shard, input_dims[shard.name]) for shard in shards if shard.name in strides]
     starts: dict[str, Tensor] = {}
-    for shard_starts in set().union(*all_gather_objects([starts for starts in begin if any(starts[1:])])):
+    inside_of_blocks = [starts for starts in begin if any(starts[1:])]
+    is_split = bool(all_reduce_max(torch.tensor([len(inside_of_blocks)])))
+    for shard_starts in set().union(*all_gather_objects(inside_of_blocks)) if is_split else ():
         shape, inputs = shapes[shard_starts.name], input_dims[shard_starts.name]
         rows = torch.arange(math.prod(shape[:inputs]))[:, None] * shape[inputs]
         of_runs = ((rows + torch.tensor(shard_starts.runs, dtype=torch.int64)) * strides[shard_starts.name]).flatten()

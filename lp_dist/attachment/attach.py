@@ -34,8 +34,9 @@ def attach(
     hold, whatever a checkpoint loader writes into the groups.
 
     Call it on every rank, after the engine is made. What an earlier call returned is void from then on, and says so
-    when it is used. It makes some small reductions and exchanges (hyperparameters, which ranks hold the same, where
-    shards begin), gathers nothing, and costs nothing per step but for blocks of a pattern that lie on several ranks.
+    when it is used. It makes some small reductions and exchanges (a digest of the hyperparameters, which ranks hold
+    the same), gathers nothing, and costs nothing per step but for blocks of a pattern that lie on several ranks. Where
+    ranks differ, or blocks lie on several ranks, they exchange the details as well.
 
     Args:
         model: plain, or inside DDP, a DeepSpeed engine (ZeRO 0 to 3, offload), FSDP2, tensor parallelism.

@@ -10,7 +10,7 @@ from torch import nn
 
 from lp_dist.errors import UsageError
 from lp_dist.optim import nm
-from lp_dist.optim.batching import to_local
+from lp_dist.optim.batching import local_values
 from lp_dist.sharding.shards import Shard
 from lp_dist.sparsity.input_dims import input_dims, listed, share_left_out
 
@@ -87,7 +87,7 @@ def _refuse_layout(shard: Shard, pattern: str) -> None:
     reason = None
     if shard.is_on_disk:
         reason = "it lies on the disk (NVMe offload)"
-    elif not to_local(shard.tensor.detach()).is_contiguous():
+    elif not local_values(shard.tensor).is_contiguous():
         reason = "it does not lie in memory row by row"
     if reason is not None:
         raise UsageError(

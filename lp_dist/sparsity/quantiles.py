@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lp_dist.optim import batching, decay, nm
 from lp_dist.optim.latent import with_latents
+from lp_dist.optim.region import Region
 from lp_dist.sharding.collectives import all_reduce_sum
 from lp_dist.sharding.shards import LocalShard, Shard
 
@@ -102,7 +104,7 @@ class ScoredSlice:
             counted, first = local.counted.reshape(-1), local.counted_start
             if shard.region is None:
                 return counted[-first % stride :: stride]
-            sampled = shard.region.local(torch.arange(0, shard.shape.numel(), stride)) - first
+            sampled = _sampled(shard.region, stride) - first
             return counted[sampled[(sampled >= 0) & (sampled < len(counted))].to(counted.device)]
 
         weights, exp_avg_sq, step = select(shard.local.values), None, 0.0
@@ -132,6 +134,14 @@ class ScoredSlice:
             if self.pattern is not None:
                 nm.keep_largest_([saliency.clamp_(max=MAX_SALIENCY)], *self.pattern)
             yield ScoredTile(w, latent_w, saliency)
+
+
+@lru_cache(maxsize=64)
+def _sampled(region: Region, stride: int) -> Tensor:
+    """Where every `stride`-th element of a parameter lies in a region, taken flat. Kept, since the layers of a model
+    are alike, and so are its updates.
+    """
+    return region.local(torch.arange(0, region.shape.numel(), stride))
 
 
 def _tiles(values: Tensor) -> tuple[Tensor, ...]:

@@ -80,6 +80,10 @@ class _KeptZero(NamedTuple):
             block.transpose(1, 2)[self.indices[:, 0], self.indices[:, 1]] = 0.0
 
 
+# Groups whose factors are computed at a time, at least: the temporaries are of so many numbers, whatever the model.
+CHUNK = 1 << 18
+
+
 class GroupDecayHook:
     """Decays groups in every step of an optimizer, until `remove`. Every rank has one, of the same groups.
 
@@ -120,6 +124,8 @@ class GroupDecayHook:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.counts = torch.tensor([groups.count for groups in sets])
         self.sizes = self.per_group([float(groups.elements) for groups in sets], device)
+        self._counts_here = self.counts.to(device)
+        self._chunks = _chunks([groups.count for groups in sets])
         self._kept_zero: dict[int, list[_KeptZero]] = {}  # by the tensor that the optimizer steps
         # Groups without the weights that read them have gradients at zero, and so have the last biases of experts. The
         # momentum that would grow from these looks like a latent weight to a target of single weights, so it is set
@@ -338,21 +344,31 @@ class GroupDecayHook:
             rate, squares = self.rates[shard.group], self.squares
             if isinstance(rate, Tensor):
                 rate = rate.to(squares.device)
-            weight_decay, cutoff, regrowth_below = self._settings_per_group()
-            x = squares.pow((2.0 - self.p) / 2.0)
-            factor = 1.0 / (1.0 + rate * weight_decay / torch.maximum(x, regrowth_below))
-            decays = (x <= cutoff) & (weight_decay > 0.0)
-            factor = torch.where(decays, torch.where(squares <= self.sizes * self._snap, 0.0, factor), 1.0)
+            factors = squares.new_ones(len(squares) + 1)
+            for chunk in self._chunks:
+                factors[chunk.groups] = self._factor(chunk, rate, squares[chunk.groups])
             if skipped is not None:
-                factor = torch.where(skipped.to(factor.device) > 0, 1.0, factor)
-            self.cached_factors[key] = torch.cat([factor, factor.new_ones(1)]).to(shard.tensor.device)
+                factors.masked_fill_(skipped.to(factors.device) > 0, 1.0)
+            self.cached_factors[key] = factors.to(shard.tensor.device)
         return self.cached_factors[key]
 
-    def _settings_per_group(self) -> list[Tensor]:
-        """λ, cutoff and `regrowth_below` of each group; made anew when one of them has changed."""
+    def _factor(self, chunk: _Chunk, rate: float | Tensor, squares: Tensor) -> Tensor:
+        """`factor` of some of the groups, whose squares these are."""
+        settings, counts = self._settings_per_set(), self._counts_here[chunk.sets]
+        weight_decay, cutoff, regrowth_below = (
+            column[chunk.sets].repeat_interleave(counts, output_size=len(squares)) for column in settings
+        )
+        x = squares.pow((2.0 - self.p) / 2.0)
+        factor = 1.0 / (1.0 + rate * weight_decay / torch.maximum(x, regrowth_below))
+        decays = (x <= cutoff) & (weight_decay > 0.0)
+        return torch.where(decays, torch.where(squares <= self.sizes[chunk.groups] * self._snap, 0.0, factor), 1.0)
+
+    def _settings_per_set(self) -> list[Tensor]:
+        """λ, cutoff and `regrowth_below` of each set; made anew when one of them has changed."""
         if self._cached_settings is None or self._cached_settings[0] != self.settings:
             columns = zip(*map(astuple, self.settings))
-            self._cached_settings = list(self.settings), [self.per_group(list(column)) for column in columns]
+            tensors = [torch.tensor(column, dtype=self.dtype, device=self.sizes.device) for column in columns]
+            self._cached_settings = list(self.settings), tensors
         return self._cached_settings[1]
 
     def _scale(self, matrix: MatrixShard, factors: Tensor, names: tuple[str, ...] = ()) -> None:
@@ -420,3 +436,22 @@ class GroupDecayHook:
             (number of groups,), in the dtype of `squares`.
         """
         return torch.tensor(values, dtype=self.dtype).repeat_interleave(self.counts).to(device or self.sizes.device)
+
+
+class _Chunk(NamedTuple):
+    """Neighbouring sets, and their groups among those of all sets."""
+
+    sets: slice
+    groups: slice
+
+
+def _chunks(counts: list[int]) -> list[_Chunk]:
+    """All sets, of which these are the numbers of groups, in chunks of `CHUNK` groups or more."""
+    chunks: list[_Chunk] = []
+    first_set = first = last = 0
+    for i, count in enumerate(counts, 1):
+        last += count
+        if last - first >= CHUNK or i == len(counts):
+            chunks.append(_Chunk(slice(first_set, i), slice(first, last)))
+            first_set, first = i, last
+    return chunks

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Member
@@ -77,10 +77,12 @@ class Mixture:
 def mixtures(model: nn.Module) -> list[Mixture]:
     """The experts of every layer, in the order of the model. A list of equal modules without a router is none."""
     results = []
+    # Once for all layers, since a model has as many tensors as layers.
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, module in model.named_modules():
         lists = [shape[0] for _, shape in _expert_stacks(module)]
         if len(lists) > 1 and lists.count(lists[0]) == len(lists):
-            results.append(Mixture(name, lists[0], (), _router(model, name, lists[0])))
+            results.append(Mixture(name, lists[0], (), _router(model, tensors, name, lists[0])))
         elif len(lists) > 1:
             results.append(
                 Mixture(name, lists[0], (), f"its parameters are of {' and '.join(map(str, lists))} experts")
@@ -97,7 +99,7 @@ def mixtures(model: nn.Module) -> list[Mixture]:
             # A stack of layers has no router in the same module, and layers of one are in no other layer.
             if len(owners) == 1 and re.search(r"(^|\.)\d+\.", name):
                 names = tuple(f"{name}.{child}" for child, _ in module.named_children())
-                router = _described(model, above, name, owners[0], len(module))
+                router = _described(model, tensors, above, name, owners[0], len(module))
                 results.append(Mixture(name, len(module), names, router))
     return results
 
@@ -124,9 +126,9 @@ def _are_equal(modules: list[nn.Module]) -> bool:
 # -- routers ------------------------------------------------------------------
 
 
-def _router(model: nn.Module, experts: str, count: int) -> Router | str:
+def _router(model: nn.Module, tensors: dict[str, Tensor], experts: str, count: int) -> Router | str:
     """What chooses among `count` experts, or why it is not known. It is searched in the layer of the model that the
-    experts are in, the nearest module first.
+    experts are in, the nearest module first. `tensors` are all parameters and buffers of the model.
     """
     names = experts.split(".")
     layer = max((i + 1 for i, step in enumerate(names[:-1]) if step.isdigit()), default=0)
@@ -139,7 +141,7 @@ def _router(model: nn.Module, experts: str, count: int) -> Router | str:
                 " so that it is not known which is its router"
             )
         if owners:
-            return _described(model, above, experts, owners[0], count)
+            return _described(model, tensors, above, experts, owners[0], count)
     return f"no matrix beside it has {count} outputs, as a router of its experts would have"
 
 
@@ -156,7 +158,9 @@ def _matrices_of(module: nn.Module, name: str, experts: str, count: int) -> Iter
                 yield f"{inner_name}.{param_name}".removeprefix(".")
 
 
-def _described(model: nn.Module, above: str, experts: str, weight: str, count: int) -> Router | str:
+def _described(
+    model: nn.Module, tensors: dict[str, Tensor], above: str, experts: str, weight: str, count: int
+) -> Router | str:
     owner = weight.rpartition(".")[0]
     # From the matrix up to the module that has router and experts.
     names = owner.split(".")
@@ -175,7 +179,7 @@ def _described(model: nn.Module, above: str, experts: str, weight: str, count: i
         return f"its router chooses among {groups} groups, and {count} experts are no multiple of it"
     followers: list[tuple[str, int]] = []
     tables: list[str] = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in tensors.items():
         if not _is_beside(model, name, above, experts, scope):
             continue
         shape = tuple(full_shape(tensor))

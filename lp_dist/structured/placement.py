@@ -15,6 +15,9 @@ from lp_dist.sharding.deepspeed_slices import is_local_expert
 from lp_dist.sharding.shards import Shard
 from lp_dist.structured.groups import WeightGroups
 
+# The most elements of a tile of one row. Norms take about 28 bytes of each meanwhile.
+LONGEST_TILE = 1 << 22
+
 
 class Block(NamedTuple):
     """A box of a stack of matrices.
@@ -23,7 +26,7 @@ class Block(NamedTuple):
         start: its first element in the flat values.
         values: a view, (matrices, rows, columns).
         numbers: {0: the numbers of the groups of its rows, (matrices, rows, 1); 1: those of its columns, (matrices, 1,
-            columns)}, or one of both; int64.
+            columns)}, or one of both; int32.
     """
 
     start: int
@@ -38,7 +41,7 @@ class MatrixShard:
     Args:
         shard: where it lies.
         shape: (matrices, rows, columns), of the parameter or the region of it that the shard is a range of.
-        row_numbers: the number of the group of each row, among the groups of all sets; int64, (matrices, rows). A row
+        row_numbers: the number of the group of each row, among the groups of all sets; int32, (matrices, rows). A row
             of no group has the number after the last group's. None: rows are of no groups.
         column_numbers: those of the columns, (matrices, columns).
     """
@@ -98,7 +101,8 @@ def tiles(
         values: the range, flat.
         start: its first element in the matrix.
         row_length: elements of a row of the matrix.
-        max_elements: of a tile of several rows. 0: as many as fit in a cache. None: any number.
+        max_elements: of a tile of several rows. 0: as many as fit in a cache. None: any number. Unless it is None, a
+            row of more than `LONGEST_TILE` is divided: it may be a whole expert.
         rows_of_each: rows of each of several matrices that lie one after the other. A tile then is a part of one of
             them, or several of them.
     """
@@ -106,8 +110,9 @@ def tiles(
     while position < values.numel():
         row, column = divmod(start + position, row_length)
         remaining = values.numel() - position
-        if column or remaining < row_length:
-            rows, columns = 1, min(row_length - column, remaining)
+        longest = row_length if max_elements is None else LONGEST_TILE
+        if column or remaining < row_length or row_length > longest:
+            rows, columns = 1, min(row_length - column, remaining, longest)
         else:
             rows, columns = remaining // row_length, row_length
             if max_elements is not None:
@@ -158,7 +163,9 @@ def matrix_shards(sets: list[WeightGroups], shards: list[Shard]) -> list[MatrixS
                     f" {list(shard.shape)}: only rows and columns of matrices can be groups"
                 )
             size = shape[1] if is_row else shape[2]
-            number = numbers.setdefault((member.name, of_experts, is_row), torch.full((shape[0], size), total))
+            number = numbers.setdefault(
+                (member.name, of_experts, is_row), torch.full((shape[0], size), total, dtype=torch.int32)
+            )
             number[member.expert or 0, member.start : member.stop] = (
                 first + member.first + torch.arange(member.stop - member.start) // member.width
             )

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lp_dist.errors import UsageError
@@ -34,7 +35,8 @@ def channels(model: nn.Module) -> list[WeightGroups]:
     layers, widths = linear_layers(model), hidden_widths(model)
     of_experts = mixtures(model)
     reasons = {mixture.name: "channels of experts are a kind of their own, expert_channels" for mixture in of_experts}
-    attention = {layer.name for module in _attentions(model) for layer in layers_within(layers, module)}
+    attentions, shapes = _attentions(model), _shapes(model)
+    attention = {layer.name for module in attentions for layer in layers_within(layers, module)}
     sets: list[WeightGroups] = []
     taken = attention | {layer.name for mixture in of_experts for layer in layers_within(layers, mixture.name)}
     for module in _stacked(model):
@@ -45,7 +47,7 @@ def channels(model: nn.Module) -> list[WeightGroups]:
         if match is None:
             continue
         ups, down = match
-        tied = _as_wide(model, module, {down.inputs, ups[0].outputs}, {layer.name for layer in layers})
+        tied = _as_wide(shapes, attentions, module, {down.inputs, ups[0].outputs}, {layer.name for layer in layers})
         taken |= {layer.name for layer in (*ups, down)}
         if getattr(model.get_submodule(module), "activation_sparsity", 0):
             # Gemma 3n: a threshold from mean and spread of all channels.
@@ -96,6 +98,11 @@ def kv_groups(model: nn.Module) -> list[WeightGroups]:
 # -- modules that may hold groups ------------------------------------------------------------
 
 
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters before sharding, by name. Taken once for all layers, since there are as many as layers."""
+    return {name: full_shape(param) for name, param in model.named_parameters()}
+
+
 def _stacked(model: nn.Module) -> list[str]:
     """Modules inside of a stack of layers (their name has a number), the innermost first."""
     names = [
@@ -136,18 +143,27 @@ def hidden_widths(model: nn.Module) -> set[int]:
     return widths or {module.embedding_dim for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _as_wide(model: nn.Module, module: str, widths: set[int], linear: set[str]) -> str | None:
+def _as_wide(
+    shapes: dict[str, torch.Size], attentions: list[str], module: str, widths: set[int], linear: set[str]
+) -> str | None:
     """A parameter in `module`, outside of attention and linear layers, that has a dimension of one of these widths;
     None if there is none.
+
+    Args:
+        shapes: of all parameters of the model.
+        attentions: all of its attention modules.
+        module: its name.
+        widths: of the channels.
+        linear: names of the linear layers.
     """
-    inner = [name for name in _attentions(model) if name.startswith(module + ".")]
-    for name, param in model.named_parameters():
+    inner = [name for name in attentions if name.startswith(module + ".")]
+    for name, shape in shapes.items():
         owner = name.rsplit(".", 1)[0]
         if (
             name.startswith(module + ".")
             and owner not in linear
             and not any(name.startswith(attention + ".") for attention in inner)
-        ) and widths & set(full_shape(param)):
+        ) and widths & set(shape):
             return name
     return None
 
@@ -227,11 +243,12 @@ def _heads(model: nn.Module, kind: str) -> list[WeightGroups]:
     taken: set[str] = set()
     layouts: dict[Any, HeadLayout | LayoutError | None] = {}  # one for all layers of one structure
     lent: list[str] = []  # modules whose keys and values are in a group
+    shapes = _shapes(model)
     for module in _attentions(model):
         candidates = [layer for layer in layers_within(layers, module) if layer.name not in taken]
         if len(candidates) < 2 or any(layer.name in taken for layer in layers_within(layers, module)):
             continue
-        attention = _attention(model, module, candidates)
+        attention = _attention(model, shapes, module, candidates)
         if isinstance(attention, str) and attention != _BORROWS:
             attention = _as_run(model, module, kind, attention, layouts)
         if isinstance(attention, str):
@@ -319,8 +336,10 @@ def _head_size(module: nn.Module, keys: tuple[str, ...]) -> int | None:
     )
 
 
-def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Attention | str:
-    """The layers of an attention module, or why they are not recognised."""
+def _attention(
+    model: nn.Module, shapes: dict[str, torch.Size], module: str, candidates: list[Layer]
+) -> _Attention | str:
+    """The layers of an attention module, or why they are not recognised. `shapes` are those of all parameters."""
     inside = model.get_submodule(module)
     size = _head_size(inside, HEAD_SIZES)
     if size is None:
@@ -373,10 +392,12 @@ def _attention(model: nn.Module, module: str, candidates: list[Layer]) -> _Atten
         )
     else:
         return f"{len(candidates)} linear layers ({', '.join(layer.name.rsplit('.', 1)[-1] for layer in candidates)})"
-    return _not_of_heads(model, module, attention, {layer.name for layer in candidates}) or attention
+    return _not_of_heads(model, shapes, module, attention, {layer.name for layer in candidates}) or attention
 
 
-def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: set[str]) -> str | None:
+def _not_of_heads(
+    model: nn.Module, shapes: dict[str, torch.Size], module: str, attention: _Attention, linear: set[str]
+) -> str | None:
     """Why a parameter of the module outside of its linear layers is not the same for all heads; None if all are.
 
     Parameters beside the last layer, where it is in a module of its own (BERT's norm), come after the heads.
@@ -388,14 +409,13 @@ def _not_of_heads(model: nn.Module, module: str, attention: _Attention, linear: 
         attention.shared,
     } - {attention.size, 1}
     after = attention.last.name.rsplit(".", 1)[0]
-    for name, param in model.named_parameters():
+    for name, shape in shapes.items():
         owner = name.rsplit(".", 1)[0]
         if (
             name.startswith(module + ".")
             and owner not in linear
             and not (after != module and name.startswith(after + "."))
         ):
-            shape = full_shape(param)
             if widths & set(shape):
                 return f"{name} is as wide as the heads, and ties them together"
             if "norm" not in type(model.get_submodule(owner)).__name__.lower() and shape.numel() > 1:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
+from lp_dist.benchmarks.recording import Collectives
 from lp_dist.errors import UsageError
 
 
@@ -50,6 +52,28 @@ def test_ranks_that_disagree_are_refused_on_every_rank(run_ranks):
     assert ranks[0][4:] == ranks[1][4:]
     assert "weight_decay of 0.weight is 0.0 on rank 0 and None on rank 1" in ranks[0][4]
     assert "decay of 0.weight is False on rank 0 and True on rank 1" in ranks[0][5]
+
+
+def agreeing(rank: int, world_size: int) -> list[dict[str, Any]]:
+    """What `attach` sends: of a small model, of a deep one, and where equal values print otherwise."""
+    sent = []
+    for layers, eps in ((1, 1e-8), (20, 1e-8), (1, 1 if rank else 1.0)):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        optimizer = LpAdamW(param_groups(model, 0.1), lr=1e-2, eps=eps)
+        with Collectives() as collectives:
+            attach(model, optimizer)
+        sent.append(collectives.by_kind())
+    return sent
+
+
+def test_ranks_that_agree_compare_a_digest_and_exchange_nothing(run_ranks):
+    ranks = run_ranks(agreeing, 2)
+    assert ranks[0] == ranks[1]
+    small, deep, printed_otherwise = ranks[0]
+    assert small.keys() == deep.keys() == {"allreduce_"}
+    # Numbers of each parameter, which are summed, and no names.
+    assert deep["allreduce_"].bytes - small["allreduce_"].bytes <= 19 * 2 * 64
+    assert printed_otherwise.keys() > {"allreduce_"}
 
 
 def test_an_engine_that_does_not_know_where_its_parameters_lie_is_refused(run_ranks):

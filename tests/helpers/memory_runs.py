@@ -3,91 +3,29 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lp_dist import LpAdamW, measure_histogram, measure_sparsity, param_groups
+from lp_dist.benchmarks.recording import Allocated, Collectives
 
 RANKS, WIDTH, LAYERS = 2, 64, 40
 LARGEST = WIDTH * WIDTH
 PARAMETERS = LAYERS * LARGEST + LAYERS // 8 * WIDTH
 
 
-class Allocated:
-    """`with Allocated() as a: ...; a.mark("x")` → `a.at["x"]`, bytes allocated at the mark, and `a.peak["x"]`, the
-    most until the next.
-    """
-
-    def __enter__(self) -> Allocated:
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        self.mark("start")
-        return self
-
-    def mark(self, name: str) -> None:
-        with torch.profiler.record_function(f"mark {name}"):
-            pass
-
-    def __exit__(self, *error) -> None:
-        self._profile.__exit__(*error)
-        self.at, self.peak = {}, {}
-        blocks, allocated, mark = {}, 0, "start"
-        for event in self._events():
-            if event["name"] != "[memory]":
-                mark = event["name"][len("mark ") :]
-                self.at[mark] = self.peak[mark] = allocated
-                continue
-            # By address: a block from before counts nothing when it is freed, and one that another thread freed (gloo
-            # does that), which is not seen, is known to be gone when its address is given out again.
-            allocated -= blocks.pop(event["args"]["Addr"], 0)
-            if event["args"]["Bytes"] > 0:
-                blocks[event["args"]["Addr"]] = event["args"]["Bytes"]
-                allocated += event["args"]["Bytes"]
-            self.peak[mark] = max(self.peak.get(mark, 0), allocated)
-
-    def _events(self) -> list[dict]:
-        with tempfile.TemporaryDirectory() as directory:
-            self._profile.export_chrome_trace(f"{directory}/trace.json")
-            events = json.loads(Path(f"{directory}/trace.json").read_text())["traceEvents"]
-        return sorted(
-            (e for e in events if e["name"] == "[memory]" or e["name"].startswith("mark ")), key=lambda e: e["ts"]
-        )
+# Bytes that a rank sends of each byte of a collective's largest tensor, by ring algorithms, times N/(N-1).
+PASSES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 
 
-class Collectives(TorchDispatchMode):
-    """Every collective, whoever calls it: `calls` has its name and (elements, bytes per element) of its tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, list[tuple[int, int]]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(t.__name__ == "DTensor" for t in types):
-            return NotImplemented  # come back with what the DTensor makes of it
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.calls.append((func.__name__.split(".")[0], [(t.numel(), t.element_size()) for t in tensors_in(args)]))
-        return func(*args, **(kwargs or {}))
-
-    def sent(self) -> int:
-        """Bytes that a rank sends, by ring algorithms. A KeyError is a collective that nobody has thought of."""
-        passes = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
-        return sum(
-            round(passes[name] * max(sizes)[0] * sizes[0][1] * (RANKS - 1) / RANKS) for name, sizes in self.calls
-        )
-
-
-def tensors_in(args):
-    if isinstance(args, torch.Tensor):
-        yield args
-    elif isinstance(args, (list, tuple)):
-        for arg in args:
-            yield from tensors_in(arg)
+def sent(collectives: Collectives) -> int:
+    """Bytes that a rank sends. A KeyError is a collective that nobody has thought of."""
+    return sum(
+        round(PASSES[call.kind] * call.largest_numel * call.itemsize * (RANKS - 1) / RANKS)
+        for call in collectives.calls
+    )
 
 
 def bytes_of(tensors) -> int:
@@ -241,12 +179,12 @@ def measured(make, stage: int | str, dtype: str, offload: bool) -> dict[str, int
     return dict(
         held_bytes,
         beside=most - sum(held_bytes.values()),
-        sent=seen.sent(),
+        sent=sent(seen),
         calls_of_inner_step=len(inner.calls),
         counted=counted,
-        sent_to_count=counting.sent(),
+        sent_to_count=sent(counting),
         calls_to_count=len(counting.calls),
-        sent_to_bin=binning.sent(),
+        sent_to_bin=sent(binning),
     )
 
 
@@ -255,7 +193,7 @@ def with_adamw() -> dict[str, int]:
     with Collectives() as seen:
         backward(loss())
         step()
-    return dict(held(), sent=seen.sent())
+    return dict(held(), sent=sent(seen))
 
 
 # torch's own first: ZeRO-3 puts a linear function of its own into torch, which keeps no copy for backward under

@@ -45,15 +45,21 @@ def cut(flat: torch.Tensor, fractions: list[float]) -> list[tuple[int, int]]:
 
 @contextmanager
 def meeting(ranks: int):
-    """Ranks that are threads: within it `all_reduce_sum` sums over them. Gives a function that runs one per rank."""
+    """Ranks that are threads: within it reductions are over them. Gives a function that runs one per rank."""
     barrier, current, slots = threading.Barrier(ranks, timeout=30), threading.local(), [None] * ranks
 
-    def all_reduce_sum(counts: torch.Tensor) -> torch.Tensor:
+    def all_gather(counts: torch.Tensor) -> torch.Tensor:
         slots[current.rank] = counts.clone()
         barrier.wait()
-        total = sum(slots[1:], slots[0].clone())
+        gathered = torch.stack(slots)
         barrier.wait()
-        return total
+        return gathered
+
+    def all_reduce_sum(counts: torch.Tensor) -> torch.Tensor:
+        return all_gather(counts).sum(0, dtype=counts.dtype)
+
+    def all_reduce_max(numbers: torch.Tensor) -> torch.Tensor:
+        return all_gather(numbers).amax(0)
 
     def run(functions):
         results = [None] * ranks
@@ -72,6 +78,7 @@ def meeting(ranks: int):
     with (
         mock.patch.object(quantiles, "all_reduce_sum", all_reduce_sum),
         mock.patch.object(census, "all_reduce_sum", all_reduce_sum),
+        mock.patch.object(census, "all_reduce_max", all_reduce_max),
     ):
         yield run
 

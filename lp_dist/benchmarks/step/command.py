@@ -9,7 +9,7 @@ import os
 import random
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
+from lp_dist.benchmarks.markdown import markdown_table
 from lp_dist.benchmarks.step.implementations import (
     COPY,
     PEER,
@@ -413,7 +414,7 @@ def markdown(results: StepResults) -> str:
         ]
     for (kind, n), rows in results.steps.items():
         count = f", {rows[0]['tensors']} in all" if kind == "many" and "tensors" in rows[0] else ""
-        lines += ["", f"## {n:,} weights: {_TITLES[kind]}{count}", "", *_markdown_table(_COLUMNS, map(_cells, rows))]
+        lines += ["", f"## {n:,} weights: {_TITLES[kind]}{count}", "", *markdown_table(_COLUMNS, map(_cells, rows))]
     if results.training_steps:
         lines += ["", "## Training steps", "", *_training_lines(results)]
     return "\n".join(lines) + "\n"
@@ -433,15 +434,10 @@ def _training_lines(results: StepResults) -> list[str]:
             "the median of the rounds' ratios.",
             "",
         ]
-    return lines + _markdown_table(_TRAINING_COLUMNS, map(_training_cells, results.training_steps), left=(0, 2))
+    return lines + markdown_table(_TRAINING_COLUMNS, map(_training_cells, results.training_steps), left=(0, 2))
 
 
 def _groups_words(run: ResultRow) -> str:
     if not run.get("groups"):
         return ""
     return f" of {run['groups']} (a decay every {'step' if run['interval'] == 1 else str(run['interval']) + ' steps'})"
-
-
-def _markdown_table(columns: Sequence[str], rows: Iterable[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    table = [list(columns), ["---" if i in left else "---:" for i, _ in enumerate(columns)], *rows]
-    return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from helpers.memory_runs import Allocated
 from helpers.optimizers import CASES, EXPONENTS, OPTIMIZERS, assert_same, param_group_of, set_grads, step_row, train
 from lp_dist import LpAdamW, LpLion, LpSGD
+from lp_dist.benchmarks.recording import Allocated
 from lp_dist.optim.kernels import dispatch
 
 

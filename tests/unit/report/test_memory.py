@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.memory_runs import Allocated, state_bytes
+from helpers.memory_runs import state_bytes
 from helpers.paths import ROOT
 from lp_dist import LpAdamW, LpLion, LpSGD
+from lp_dist.benchmarks.recording import Allocated
 from lp_dist.report.memory import footprint, table
 
 PAGE = ROOT / "docs" / "footprint.md"

@@ -228,6 +228,17 @@ def test_zeros_and_dead_rows_are_those_of_the_unsharded_parameter(data, ranks):
     )
 
 
+def test_rows_are_sent_where_several_ranks_have_something_of_them(monkeypatch):
+    sent = []
+    monkeypatch.setattr(census_module, "all_reduce_max", lambda flags: sent.append(len(flags)) or flags)
+    flat = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    # Of 5 rows of 2 the first three, and another parameter of 7 rows.
+    complete = [shard_of(flat, (5, 2), 0, 6), shard_of(torch.ones(7), (7, 1), 0, 7)]
+    assert census(complete).dead_rows == 2 + 2 and not sent
+    divided = [shard_of(flat, (5, 2), 0, 5), complete[1]]
+    assert census(divided).dead_rows == 1 + 2 + 1 and sent == [5]
+
+
 def test_what_has_no_rows_is_counted_without_them():
     assert census([]) == Census([], 0, 0)
     assert census([shard_of(torch.zeros(1), (), 0, 1)]) == Census([(1, 1)], 0, 0), "a scalar has no rows"

@@ -20,6 +20,7 @@ from lp_dist import GroupDecay, LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 from lp_dist.errors import UsageError
 from lp_dist.optim.hooks import handle_of
 from lp_dist.sharding.shards import locate_shards
+from lp_dist.structured import group_decay, placement
 from lp_dist.structured.group_decay import DecaySettings, GroupDecayHook
 from lp_dist.structured.placement import tiles
 from lp_dist.structured.resolve import groups_of, resolve_groups
@@ -238,6 +239,36 @@ def test_rectangles_cover_a_range_of_a_matrix_once(start, length, width, most):
         seen += block.flatten().tolist()
     assert seen == values.tolist()
     assert most is not None or len(list(tiles(values, start, width, max_elements=None))) <= 3
+
+
+def test_a_long_row_is_divided_unless_any_size_is_asked_for(monkeypatch):
+    """A whole expert is a row, of which squares in double precision would take hundreds of megabytes."""
+    monkeypatch.setattr(placement, "LONGEST_TILE", 10)
+    values = torch.arange(5, 5 + 60)
+    rectangles = [*tiles(values, 5, 24)]
+    assert torch.cat([tile.values.flatten() for tile in rectangles]).equal(values)
+    assert max(tile.values.numel() for tile in rectangles) == 10
+    for tile in rectangles:
+        assert int(tile.values[0, 0]) == tile.rows.start * 24 + tile.columns.start and len(tile.values) == 1
+    assert max(tile.values.numel() for tile in tiles(values, 5, 24, max_elements=None)) > 10
+
+
+def test_the_factors_of_all_sets_are_the_same_in_any_chunks(monkeypatch):
+    results = []
+    for chunk in (1 << 18, 7, 1):
+        monkeypatch.setattr(group_decay, "CHUNK", chunk)
+        model = nn.Sequential(*(paired_model() for _ in range(4)))
+        optimizer = LpAdamW(model.parameters(), lr=0.02)
+        sets = [groups_of(model, outputs=f"{i}.0", inputs=f"{i}.2", width=2, kind=f"pairs {i}")[0] for i in range(4)]
+        hook = GroupDecayHook(optimizer, sets, locate_shards(model, optimizer), p=0.5)
+        hook.settings = [DecaySettings(0.3, math.inf if i % 2 else 40.0, 0.1 * i) for i in range(4)]
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        before = flat(model)
+        optimizer.step()
+        results.append(flat(model))
+        hook.remove()
+        assert results[-1] == results[0] != before
 
 
 def test_the_squares_are_the_same_however_the_weights_are_cut():
