@@ -29,5 +29,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$made" ]; then
   [ -n "${DRY_RUN:-}" ] || printf '%s\n' "$made" > "$stamp"
 fi
 PATH=$folder/bin:$PATH   # ninja is a program there
+# torch names its folder of compiled ops after Python and CUDA alone: two versions of torch would share it, and one
+# that was interrupted would leave its lock to the other, which then waits for ever.
+export TORCH_EXTENSIONS_DIR=$folder/torch_extensions
 run "$folder/bin/python" -m pytest -q -n "$(getconf _NPROCESSORS_ONLN)" -m "not distributed and not long" tests/unit
 run "$folder/bin/python" -m pytest -q -p no:xdist tests/distributed/test_engines.py tests/distributed/test_shards.py

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 from lp_dist.optim.batching import count_zeros, to_local
 from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.optim.region import Region
@@ -444,7 +444,15 @@ def _dtensor_location(data: Any) -> _DTensorLocation:
             # Also of placements that take several strips (fused matrices under tensor parallelism).
             dim = placement.dim
             along = indices[dim].view([-1 if other == dim else 1 for other in range(data.ndim)])
-            indices[dim] = placement._split_tensor(along, mesh.size(i), with_padding=False)[0][coordinate[i]].flatten()
+            try:
+                along = placement._split_tensor(along, mesh.size(i), with_padding=False)[0][coordinate[i]]
+            except AssertionError as error:
+                # torch 2.7 can't say where uneven shards of FSDP2 lie beside tensor parallelism.
+                raise UsageError(
+                    f"torch {torch.__version__} can't cut a DTensor of shape {tuple(data.shape)} with the placements"
+                    f" {data.placements} ({first_line(error)}); take a newer torch (2.13 does), or sizes that divide"
+                ) from None
+            indices[dim] = along.flatten()
         else:
             raise UsageError(f"a parameter has the placement {placement}, which is none of weights at rest")
     region = Region.of_indices(data.shape, indices)
