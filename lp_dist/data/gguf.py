@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
 import logging
 import tempfile
 from pathlib import Path
@@ -39,6 +41,7 @@ def dequantised(gguf: str) -> Path:
     if target.exists():
         return target
     logger.info("converting %s to fp32 weights", source.name)
+    _give_version()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         partial = Path(scratch) / "model"
@@ -59,3 +62,18 @@ def dequantised(gguf: str) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+def _give_version() -> None:
+    """Gives the package gguf the `__version__` that it lacks.
+
+    On Python 3.10, transformers 5.12 can't find which distribution the package is of, asks for this attribute instead,
+    and fails at a version "N/A".
+    """
+    try:
+        package = importlib.import_module("gguf")
+    except ImportError:
+        # transformers says what is to be installed.
+        return
+    if not hasattr(package, "__version__"):
+        package.__version__ = importlib.metadata.version("gguf")
