@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash launch/versions.sh lowest|current FOLDER [PACKAGE==VERSION ...]        FOLDER: its absolute path
-# Runs the fast tests, and a cell of each engine, with other versions than those of .venv. Makes an environment in
-# FOLDER once: gigabytes outside of the project, since an old torch comes with CUDA. No GPU is needed.
+# Runs the fast tests, a cell of each engine and several axes with other versions than those of .venv. Makes an
+# environment in FOLDER once: gigabytes outside of the project, since an old torch comes with CUDA. No GPU is needed.
 #   lowest          with the lower bounds of pyproject.toml: every >= of what is installed becomes ==
 #   current         with what pip chooses
 #   PACKAGE==VERSION ...         with these besides, such as torch==2.13.0 or deepspeed==0.18.9
@@ -29,5 +29,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$made" ]; then
   [ -n "${DRY_RUN:-}" ] || printf '%s\n' "$made" > "$stamp"
 fi
 PATH=$folder/bin:$PATH   # ninja is a program there
+# torch names its folder of compiled ops after Python and CUDA alone: two versions of torch would share it, and one
+# that was interrupted would leave its lock to the other, which then waits for ever.
+export TORCH_EXTENSIONS_DIR=$folder/torch_extensions
 run "$folder/bin/python" -m pytest -q -n "$(getconf _NPROCESSORS_ONLN)" -m "not distributed and not long" tests/unit
-run "$folder/bin/python" -m pytest -q -p no:xdist tests/distributed/test_engines.py tests/distributed/test_shards.py
+run "$folder/bin/python" -m pytest -q -p no:xdist -m "not long" \
+  tests/distributed/test_{engines,shards,replicas,axes}.py

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import importlib.metadata
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +44,7 @@ def dequantised(gguf: str) -> Path:
         return target
     logger.info("converting %s to fp32 weights", source.name)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache) as scratch, _with_version():
         partial = Path(scratch) / "model"
         with zero_init_disabled():
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -59,3 +63,26 @@ def dequantised(gguf: str) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+@contextlib.contextmanager
+def _with_version() -> Iterator[None]:
+    """The package gguf has the `__version__` that it lacks, while this is open.
+
+    On Python 3.10, transformers 5.12 can't find which distribution the package is of, asks for this attribute instead,
+    and fails at a version "N/A".
+    """
+    try:
+        package = importlib.import_module("gguf")
+    except ImportError:
+        # transformers says what is to be installed.
+        yield
+        return
+    if hasattr(package, "__version__"):
+        yield
+        return
+    package.__version__ = importlib.metadata.version("gguf")
+    try:
+        yield
+    finally:
+        del package.__version__

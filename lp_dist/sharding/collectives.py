@@ -95,8 +95,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 def assert_same_on_all_ranks(settings: dict[str, Any] | Exception) -> None:
     """Checks that all ranks give the optimizer the same settings. Collective: every rank must call it.
 
-    It takes one reduction of seventeen numbers. The settings themselves are exchanged only where their digests differ, or a
-    rank failed: they are some ten kilobytes, from each rank to every other.
+    It takes one reduction of seventeen numbers. The settings themselves are exchanged only where their digests differ,
+    or a rank failed: they are some ten kilobytes, from each rank to every other.
 
     Args:
         settings: what this rank is going to do, or the error with which it failed. A rank that failed must call this

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lp_dist.errors import UsageError
+from lp_dist.errors import UsageError, first_line
 from lp_dist.optim.batching import count_zeros, local_values
 from lp_dist.optim.parameter_map import ParamSection
 from lp_dist.optim.region import Region
@@ -468,6 +468,8 @@ def _region(
         placements: of it.
         sizes: of its mesh, along each axis.
         coordinate: of the rank in the mesh.
+    Raises:
+        UsageError: the installed torch can't divide these sizes.
     """
     indices = [torch.arange(size) for size in shape]
     for placement, size, position in zip(placements, sizes, coordinate):
@@ -475,7 +477,15 @@ def _region(
             # Also of placements that take several strips (fused matrices under tensor parallelism).
             dim = placement.dim
             along = indices[dim].view([-1 if other == dim else 1 for other in range(len(shape))])
-            indices[dim] = placement._split_tensor(along, size, with_padding=False)[0][position].flatten()
+            try:
+                along = placement._split_tensor(along, size, with_padding=False)[0][position]
+            except AssertionError as error:
+                # torch 2.7 can't say where uneven shards of FSDP2 lie beside tensor parallelism.
+                raise UsageError(
+                    f"torch {torch.__version__} can't cut a DTensor of shape {tuple(shape)} with the placements"
+                    f" {placements} ({first_line(error)}); take a newer torch (2.13 does), or sizes that divide"
+                ) from None
+            indices[dim] = along.flatten()
     return Region.of_indices(shape, indices)
 
 

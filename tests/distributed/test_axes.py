@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import axes
-from helpers.axes import OF_MIXTURES, TARGETS, Axes, Loaded
+from helpers.axes import OF_MIXTURES, TARGETS, Axes, Loaded, needs_replicate, needs_sharding_config
 from helpers.engines import quiet
 from helpers.tables import hold, rows
 from lp_dist.export.writer import export
@@ -38,6 +38,10 @@ CONFIGS = [
 EIGHT = {Axes((("replicas", 2), ("fsdp", 2), ("tp", 2))): [*TARGETS]}
 
 
+def select(cells: dict[Axes, list[str]], by_replicate: bool) -> dict[Axes, list[str]]:
+    return {way: targets for way, targets in cells.items() if way.is_by_replicate == by_replicate}
+
+
 def on_ranks(rank: int, world_size: int, cells: dict[Axes, list[str]]) -> dict[Axes, Any]:
     quiet()
     return {way: axes.followed(way.shard, targets) for way, targets in cells.items()}
@@ -52,8 +56,10 @@ def loaded_on_ranks(rank: int, world_size: int, directory: str, configs: list[An
 @pytest.mark.parametrize(
     ("ranks", "cells"),
     [
-        pytest.param(4, CELLS, id="4 ranks"),
-        pytest.param(4, LATER, id="4 ranks, the others", marks=pytest.mark.long),
+        pytest.param(4, select(CELLS, False), id="4 ranks"),
+        pytest.param(4, select(CELLS, True), id="replicate", marks=needs_replicate),
+        pytest.param(4, select(LATER, False), id="4 ranks, the others", marks=pytest.mark.long),
+        pytest.param(4, select(LATER, True), id="replicate, the others", marks=[pytest.mark.long, needs_replicate]),
         pytest.param(8, EIGHT, id="8 ranks", marks=pytest.mark.long),
     ],
 )
@@ -64,6 +70,7 @@ def test_axes_come_to_the_bits_of_one_process(ranks, cells, run_ranks):
             compare(by_target, alone, f"rank {rank} of {way}")
 
 
+@needs_sharding_config
 @pytest.mark.parametrize(
     ("configs", "targets"),
     [
@@ -88,10 +95,10 @@ RESUMED = [
 ]
 
 
-def resumed_on_ranks(rank: int, world_size: int, directory: str) -> list[tuple[str, str, Any]]:
+def resumed_on_ranks(rank: int, world_size: int, directory: str, cases: list[Any]) -> list[tuple[str, str, Any]]:
     quiet()
     results = []
-    for target, ways in RESUMED:
+    for target, ways in cases:
         place = Path(directory) / target.replace(":", "_")
         saved = axes.TrainedModel.begin(ways[0].shard, target, axes.gradients(ways[0].shard, axes.dense))
         saved.take(0, HALF)
@@ -104,14 +111,18 @@ def resumed_on_ranks(rank: int, world_size: int, directory: str) -> list[tuple[s
     return results
 
 
-def test_runs_go_on_to_the_same_bits_on_the_same_mesh_and_on_another(run_ranks, tmp_path):
-    targets = [target for target, _ in RESUMED]
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(RESUMED[:2], id="weights"), pytest.param(RESUMED[2:], id="groups", marks=needs_replicate)],
+)
+def test_runs_go_on_to_the_same_bits_on_the_same_mesh_and_on_another(cases, run_ranks, tmp_path):
+    targets = [target for target, _ in cases]
     alone = axes.followed(axes.unsharded, targets)
-    for rank, results in enumerate(run_ranks(resumed_on_ranks, 4, str(tmp_path))):
+    for rank, results in enumerate(run_ranks(resumed_on_ranks, 4, str(tmp_path), cases)):
         for target, way, reached in results:
             compare({target: reached}, alone, f"rank {rank} of {way}")
     axes.dense().save_pretrained(tmp_path / "config")
-    for target, ways in RESUMED:
+    for target, ways in cases:
         halfway = axes.TrainedModel.begin(axes.unsharded, target, axes.gradients(axes.unsharded, axes.dense))
         halfway.take(0, HALF)
         saved = tmp_path / target.replace(":", "_") / "step"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.errors import UsageError
 from lp_dist.optim.region import Region
 from lp_dist.sharding.replicas import HeldRange, Replica, check_coverage, count_replicas
+from lp_dist.sharding.shards import local_shard
 
 SHAPE = torch.Size([4, 3])
 FULL = Region.full(SHAPE)
@@ -83,3 +88,19 @@ def test_what_is_cut_by_hand_is_not_taken_for_replicas(rank_pool):
     for message in rank_pool(cut_by_hand, True):
         assert "0.weight should be the same" in message and "device_mesh" in message
     assert rank_pool(cut_by_hand, False) == [32, 32]
+
+
+def uneven_strips(rank: int, world_size: int) -> str:
+    """What torch 2.7 answers for six rows in strips for two ranks of tensor parallelism, and torch 2.13 does not."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    strips = [_StridedShard(0, split_factor=2)]
+    weight = DTensor.from_local(torch.zeros(3, 2), mesh, strips, run_check=False, shape=(6, 2), stride=(2, 1))
+    answer = AssertionError("_StridedShard currently only allows even sharding")
+    with patch.object(_StridedShard, "_split_tensor", side_effect=answer), pytest.raises(UsageError) as error:
+        local_shard(weight)
+    return str(error.value)
+
+
+def test_shards_that_torch_does_not_locate_are_refused_in_its_words(rank_pool):
+    for message in rank_pool(uneven_strips):
+        assert "(6, 2)" in message and "only allows even sharding" in message and torch.__version__ in message

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers.distributed import DistributedConfig
 
 from helpers.engines import Engine
 from helpers.models import tiny_llama
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import Attachment
 from lp_dist.sparsity import quantiles
+
+# Ways to shard that the lowest versions that pyproject.toml allows (torch 2.7, transformers 5.12) do not have.
+needs_replicate = pytest.mark.skipif(
+    find_spec("torch.distributed._composable.replicate_with_fsdp") is None,
+    reason=f"torch {torch.__version__} has no replicate_with_fsdp",
+)
+needs_sharding_config = pytest.mark.skipif(
+    "fsdp_size" not in {field.name for field in fields(DistributedConfig)},
+    reason="this transformers has no DistributedConfig that shards",
+)
 
 STEPS = 18
 # A block of four of the second layer's inputs, and every block of eight, lie on two ranks of tensor parallelism.
@@ -91,9 +104,13 @@ class Axes:
         along = " × ".join(f"{_IN_WORDS[name]} ({size})" for name, size in self.mesh)
         return along + _PLANS[self.plan] * ("tp" in dict(self.mesh))
 
+    @property
+    def is_by_replicate(self) -> bool:
+        """Whether it needs torch's `replicate_with_fsdp`."""
+        return "ddp" in dict(self.mesh)
+
     def shard(self, model: nn.Module) -> nn.Module:
         """Shards the model in place."""
-        from torch.distributed._composable.replicate_with_fsdp import replicate
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import (
@@ -117,7 +134,9 @@ class Axes:
             if self.plan == "head":
                 parallelize_module(model, mesh["tp"], {"lm_head": ColwiseParallel()})
         data = tuple(name for name in names if name != "tp")
-        if data == ("ddp",):
+        if self.is_by_replicate:
+            from torch.distributed._composable.replicate_with_fsdp import replicate
+
             for layer in model.model.layers:
                 replicate(layer, mesh=mesh["ddp"])
             replicate(model, mesh=mesh["ddp"])
@@ -147,8 +166,6 @@ class Loaded:
 
     def shard(self, model: nn.Module) -> nn.Module:
         """A model with these weights, sharded."""
-        from transformers.distributed import DistributedConfig
-
         if torch.distributed.get_rank() == 0:
             model.save_pretrained(self.directory)
         torch.distributed.barrier()

@@ -134,6 +134,15 @@ def deepspeed_config(kind: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def gloo_adds() -> bool:
+    """Whether gloo adds up where it should average, and so FSDP2 the gradients on CPUs: torch 2.7 does
+    (https://github.com/pytorch/pytorch/issues/162338). Collective.
+    """
+    ones, average = torch.ones(torch.distributed.get_world_size()), torch.zeros(1)
+    torch.distributed.reduce_scatter_tensor(average, ones, torch.distributed.ReduceOp.AVG)
+    return average.item() != 1
+
+
 def make(
     kind: str, model: nn.Module, optimizer_of: Any, scheduler_of: Any = lambda optimizer: None, **more: Any
 ) -> Engine:

@@ -349,16 +349,7 @@ def test_a_source_that_is_no_model_or_not_complete(change, words, model, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "compression, words",
-    [
-        (zipfile.ZIP_STORED, "does not tell where .*pytorch_model.bin has its tensors"),
-        (zipfile.ZIP_DEFLATED, "pytorch_model.bin holds .* compressed, which torch.save does not do"),
-    ],
-)
-def test_a_file_that_another_program_zipped_anew_is_refused_since_its_tensors_are_not_where_torch_has_them(
-    compression, words, model, tmp_path
-):
+def zipped_anew(model: Path, compression: int) -> None:
     pickled("whole.bin")(model)
     with (
         zipfile.ZipFile(model / "whole.bin") as archive,
@@ -366,6 +357,25 @@ def test_a_file_that_another_program_zipped_anew_is_refused_since_its_tensors_ar
     ):
         for name in archive.namelist():
             anew.writestr(name, archive.read(name))
+
+
+def test_a_file_that_another_program_zipped_anew_is_refused_where_torch_tells_other_offsets(model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    zipped_anew(model, zipfile.ZIP_STORED)
+    loaded = torch.load(model / "pytorch_model.bin", map_location="meta", weights_only=True)
+    if getattr(next(iter(loaded.values())).untyped_storage(), "_checkpoint_offset", None) is not None:
+        with pytest.raises(UsageError, match="does not tell where .*pytorch_model.bin has its tensors"):
+            export(model, tmp_path / "out")
+    else:  # torch 2.7 tells none, and reads such a file by itself
+        export(model, tmp_path / "out")
+        exported = load_file(tmp_path / "out" / "model.safetensors")
+        assert exported.keys() == weights.keys()
+        assert all(torch.equal(exported[name], weight) for name, weight in weights.items())
+
+
+def test_a_file_that_another_program_compressed_is_refused(model, tmp_path):
+    zipped_anew(model, zipfile.ZIP_DEFLATED)
+    words = "pytorch_model.bin holds .* compressed, which torch.save does not do"
     with pytest.raises(UsageError, match=words):
         export(model, tmp_path / "out")
 

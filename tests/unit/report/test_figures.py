@@ -34,7 +34,9 @@ def curves(figure) -> dict[str, dict[float, float]]:
 
 def shade(figure) -> tuple[float, float]:
     (patch,) = [patch for patch in figure.axes[0].patches if patch.get_label() == "decay"]
-    return patch.get_x(), patch.get_x() + patch.get_width()
+    # A polygon up to matplotlib 3.8, and a rectangle since.
+    edges = patch.get_patch_transform().transform(patch.get_path().vertices)[:, 0]
+    return edges.min(), edges.max()
 
 
 def only(key: str, of: dict, most: int) -> dict:

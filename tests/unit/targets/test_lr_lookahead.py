@@ -132,8 +132,22 @@ def test_the_rates_ahead_are_those_that_come(name, before, caplog):
     )
 
 
+def torch_takes_tensors_elsewhere() -> bool:
+    """Whether torch's SequentialLR takes a learning rate that is a tensor to other values than one that is a number,
+    and so to none that anybody means: torch 2.7 does.
+    """
+    ended = []
+    for tensor in (False, True):
+        optimizer = made(tensor=tensor)
+        stepped(optimizer, SCHEDULERS["SequentialLR"](optimizer), 12)
+        ended.append(rates_of(optimizer))
+    return ended[1] != pytest.approx(ended[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["transformers cosine", "LinearLR", "ExponentialLR", "OneCycleLR", "SequentialLR"])
 def test_a_tensor_as_learning_rate_stays_the_same_tensor(name):
+    if name == "SequentialLR" and torch_takes_tensors_elsewhere():
+        pytest.skip(f"torch {torch.__version__} itself takes a tensor to other rates than a number")
     optimizer = made(tensor=True)
     scheduler = SCHEDULERS[name](optimizer)
     stepped(optimizer, scheduler, 3)
