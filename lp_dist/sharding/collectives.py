@@ -95,7 +95,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 def assert_same_on_all_ranks(settings: dict[str, Any] | Exception) -> None:
     """Checks that all ranks give the optimizer the same settings. Collective: every rank must call it.
 
-    It takes one reduction of seventeen numbers. The settings themselves are exchanged only where their digests differ,
+    It takes one reduction of sixteen numbers. The settings themselves are exchanged only where their digests differ,
     or a rank failed: they are some ten kilobytes, from each rank to every other.
 
     Args:
@@ -130,13 +130,11 @@ def assert_same_on_all_ranks(settings: dict[str, Any] | Exception) -> None:
 
 
 def _is_same_everywhere(settings: dict[str, Any] | Exception) -> bool:
-    """Whether no rank failed, and all have settings of the same digest; False for some that are equal and print
-    otherwise (1 and 1.0). The same on every rank. Collective.
+    """Whether all ranks have settings of the same digest, or all of them failed; False for some that are equal and
+    print otherwise (1 and 1.0). The same on every rank. Collective.
     """
-    failed = isinstance(settings, Exception)
     text = "" if isinstance(settings, Exception) else repr(sorted(settings.items()))
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int32).long()
     # The least of the numbers is minus the largest of the negative ones.
-    most = all_reduce_max(torch.cat([digest, -digest, torch.tensor([int(failed)])]))
-    half = len(digest)
-    return not most[-1] and torch.equal(most[:half], -most[half:-1])
+    largest, negated = all_reduce_max(torch.stack([digest, -digest]))
+    return torch.equal(largest, -negated)
