@@ -136,5 +136,5 @@ def _is_same_everywhere(settings: dict[str, Any] | Exception) -> bool:
     text = "" if isinstance(settings, Exception) else repr(sorted(settings.items()))
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int32).long()
     # The least of the numbers is minus the largest of the negative ones.
-    largest, negated = all_reduce_max(torch.stack([digest, -digest]))
-    return torch.equal(largest, -negated)
+    maximum, negated = all_reduce_max(torch.stack([digest, -digest]))
+    return torch.equal(maximum, -negated)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,27 +61,37 @@ def alone(case: ExpertCase) -> dict[str, Any]:
     return followed(replace(case, engine="plain"))
 
 
-def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[ExpertCase, Any]:
+def on_a_rank(rank: int, world_size: int, cases: list[ExpertCase]) -> dict[ExpertCase, Any]:
     quiet()
-    return {case: followed(case) for case in RUNS}
+    return {case: followed(case) for case in cases}
 
 
-_results: list[dict[ExpertCase, Any]] = []
+_results: dict[tuple[str, ...], list[dict[ExpertCase, Any]]] = {}
+WITH_THE_SUITE = ("zero2", "fsdp2")
 
 
-@pytest.fixture
-def results(run_ranks, tmp_path_factory) -> list[dict[ExpertCase, Any]]:
-    if not _results:
-        _results.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("experts")))
-    return _results
+@pytest.fixture(
+    params=[
+        pytest.param(WITH_THE_SUITE, id="two engines"),
+        pytest.param(
+            tuple(engine for engine in ENGINES if engine not in WITH_THE_SUITE), id="others", marks=pytest.mark.long
+        ),
+    ]
+)
+def results(request, run_ranks) -> list[dict[ExpertCase, Any]]:
+    """By rank the results of the runs with some engines, run once."""
+    if request.param not in _results:
+        cases = [case for case in RUNS if case.engine in request.param]
+        _results[request.param] = run_ranks(on_a_rank, 2, cases)
+    return _results[request.param]
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):
-    check_one_process(results, RUNS, alone)
+    check_one_process(results, [*results[0]], alone)
 
 
 def test_as_many_are_dead_as_requested_in_the_model_and_in_the_masters(results):
-    for case in (case for case in RUNS if case.has_target):
+    for case in (case for case in results[0] if case.has_target):
         masters, model = joined([{"shards": rank[case]["shards"]} for rank in results]), results[0][case]["model"]
         for name, weights in model.items():
             assert (weights.flatten() == 0).equal(masters[name].flatten() == 0), f"{case}: {name}"

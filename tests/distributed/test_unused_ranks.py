@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,8 @@ from lp_dist import SparsityTarget, attach
 STEPS, START, LATE = 24, 4, 14
 UNREACHED = [1, 4]
 EXPERTS = ("2.experts.alpha", "2.experts.omega")
-CASES = [
-    Case(engine, steps=STEPS, scope=scope)
-    for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
-    for scope in ("global", "layer")
-]
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
+CASES = [Case(engine, steps=STEPS, scope=scope) for engine in ENGINES for scope in ("global", "layer")]
 
 
 class WithUnused(nn.Sequential):
@@ -70,27 +66,37 @@ def alone(case: Case) -> dict[str, Any]:
     return followed(replace(case, engine="plain"))
 
 
-def on_a_rank(rank: int, world_size: int, directory: Path) -> dict[Case, Any]:
+def on_a_rank(rank: int, world_size: int, cases: list[Case]) -> dict[Case, Any]:
     quiet()
-    return {case: followed(case) for case in CASES}
+    return {case: followed(case) for case in cases}
 
 
-_results: list[dict[Case, Any]] = []
+_results: dict[tuple[str, ...], list[dict[Case, Any]]] = {}
+WITH_THE_SUITE = ("zero2", "fsdp2")
 
 
-@pytest.fixture
-def results(run_ranks, tmp_path_factory) -> list[dict[Case, Any]]:
-    if not _results:
-        _results.extend(run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("unused")))
-    return _results
+@pytest.fixture(
+    params=[
+        pytest.param(WITH_THE_SUITE, id="two engines"),
+        pytest.param(
+            tuple(engine for engine in ENGINES if engine not in WITH_THE_SUITE), id="others", marks=pytest.mark.long
+        ),
+    ]
+)
+def results(request, run_ranks) -> list[dict[Case, Any]]:
+    """By rank the results of the runs with some engines, run once."""
+    if request.param not in _results:
+        cases = [case for case in CASES if case.engine in request.param]
+        _results[request.param] = run_ranks(on_a_rank, 2, cases)
+    return _results[request.param]
 
 
 def test_every_engine_comes_to_the_weights_of_one_process(results):
-    check_one_process(results, CASES, alone)
+    check_one_process(results, [*results[0]], alone)
 
 
 def test_what_no_gradient_reaches_stays_dense_and_the_target_holds_of_the_rest(results):
-    for case in CASES:
+    for case in results[0]:
         model, state = results[0][case]["model"], json.loads(results[0][case]["state"])["weights"]
         assert state["without_gradient"] == {**dict.fromkeys(EXPERTS, UNREACHED), "4.weight": None}, case
         assert state["told_late"], case
