@@ -6,7 +6,7 @@ On ranks the same draw goes to both of them, and they must come to the same end.
 from __future__ import annotations
 
 import pytest
-from hypothesis import Phase, event, given, settings
+from hypothesis import Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from helpers.courses import follow, follow_on_ranks
@@ -53,6 +53,8 @@ def test_alone(examples):
 
     @settings(max_examples=examples, deadline=None)
     @given(calls=COURSES)
+    # A layer has the zeros of the first target, and has no gradient when the window of the second one begins.
+    @example(calls=[("attach", 0.5), ("finish",), ("attach", 0.5), ("freeze",), ("step", 1, True), ("finish",)])
     def course(calls):
         seen = follow("plain", calls)
         check(seen, calls)

@@ -69,7 +69,7 @@ class Course:
         handle = self.model if self.engine is None else self.engine.handle
         self.attached = attach(handle, self.optimizer, target=target, total_steps=TOTAL)
         self.logs, self.has_finished = {}, False
-        self.zeros_at_attach = self.zeros_elsewhere()
+        self.zeros_at_attach = self.zeros()
 
     def step(self, count: int, tells: bool) -> None:
         for _ in range(count):
@@ -160,9 +160,17 @@ class Course:
         saved = self.in_file()
         return sum(int((saved[name] == 0).sum()) for name in names) / sum(saved[name].numel() for name in names)
 
+    def zeros(self) -> dict[str, int]:
+        """By name of the parameter, in what a save writes."""
+        return {name: int((value == 0).sum()) for name, value in self.in_file().items()}
+
     def zeros_elsewhere(self) -> int:
-        decayed = self.attached.decayed
-        return sum(int((value == 0).sum()) for name, value in self.in_file().items() if name not in decayed)
+        """Zeros that have come since `attach` into what does not decay now; it may have decayed before, and have zeros
+        of that time.
+        """
+        before = {name: count for name, count in self.zeros_at_attach.items() if name not in self.attached.decayed}
+        now = self.zeros()
+        return sum(max(0, now[name] - count) for name, count in before.items())
 
 
 def _saved(directory: Path, state: Any) -> Path:
@@ -196,7 +204,7 @@ def follow(kind: str, calls: list[tuple]) -> dict[str, Any]:
                 break
         seen = {"raised": raised, "by_lp_dist": by_lp_dist, "checks": course.checks, "finished": course.has_finished}
         watched = not raised and course.attached is not None
-        seen["elsewhere"] = course.zeros_elsewhere() - course.zeros_at_attach if watched else 0
+        seen["elsewhere"] = course.zeros_elsewhere() if watched else 0
         if course.engine is not None:
             with suppress(IndexError):  # DeepSpeed's, of a param group that it was not made with
                 ended(course.engine)
