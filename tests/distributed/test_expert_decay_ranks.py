@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import make, quiet
+from helpers.engines import in_two_starts, make, quiet
 from helpers.mixtures import mixture_model
 from helpers.snapshots import check_one_process, joined, results_of
 from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
@@ -67,17 +67,9 @@ def on_a_rank(rank: int, world_size: int, cases: list[ExpertCase]) -> dict[Exper
 
 
 _results: dict[tuple[str, ...], list[dict[ExpertCase, Any]]] = {}
-WITH_THE_SUITE = ("zero2", "fsdp2")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(WITH_THE_SUITE, id="two engines"),
-        pytest.param(
-            tuple(engine for engine in ENGINES if engine not in WITH_THE_SUITE), id="others", marks=pytest.mark.long
-        ),
-    ]
-)
+@pytest.fixture(params=in_two_starts(ENGINES))
 def results(request, run_ranks) -> list[dict[ExpertCase, Any]]:
     """By rank the results of the runs with some engines, run once."""
     if request.param not in _results:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from helpers.engines import make, quiet
+from helpers.engines import in_two_starts, make, quiet
 from helpers.mixtures import mixture_model
 from helpers.snapshots import check_one_process, results_of
 from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
@@ -72,17 +72,9 @@ def on_a_rank(rank: int, world_size: int, cases: list[Case]) -> dict[Case, Any]:
 
 
 _results: dict[tuple[str, ...], list[dict[Case, Any]]] = {}
-WITH_THE_SUITE = ("zero2", "fsdp2")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(WITH_THE_SUITE, id="two engines"),
-        pytest.param(
-            tuple(engine for engine in ENGINES if engine not in WITH_THE_SUITE), id="others", marks=pytest.mark.long
-        ),
-    ]
-)
+@pytest.fixture(params=in_two_starts(ENGINES))
 def results(request, run_ranks) -> list[dict[Case, Any]]:
     """By rank the results of the runs with some engines, run once."""
     if request.param not in _results:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -24,6 +26,18 @@ ZERO = {
     "zero3 offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     "zero3 hpz": {"stage": 3, "zero_hpz_partition_size": 2},
 }
+
+# Of runs with every engine, those that take part with the suite; the others are long.
+WITH_THE_SUITE = ("zero2", "fsdp2")
+
+
+def in_two_starts(engines: Iterable[str]) -> list[Any]:
+    """Parameters of a fixture: some of these engines with the suite, and the others under the marker `long`."""
+    others = tuple(engine for engine in engines if engine not in WITH_THE_SUITE)
+    return [
+        pytest.param(WITH_THE_SUITE, id="two engines"),
+        pytest.param(others, id="others", marks=pytest.mark.long),
+    ]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -81,3 +82,16 @@ def test_a_gguf_file_is_dequantised_to_a_plain_checkpoint(tiny_model, tmp_path, 
     )
     text, tokenizers = "The for statement", [AutoTokenizer.from_pretrained(place) for place in (directory, tiny_model)]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+def test_the_package_has_the_version_that_transformers_asks_for_while_a_file_is_read(monkeypatch):
+    import gguf as package
+
+    monkeypatch.delattr(package, "__version__", raising=False)
+    with gguf._with_version():
+        assert package.__version__ == importlib.metadata.version("gguf")
+    assert not hasattr(package, "__version__")
+    monkeypatch.setattr(package, "__version__", "1.2", raising=False)
+    with gguf._with_version():
+        assert package.__version__ == "1.2"
+    assert package.__version__ == "1.2"
