@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from helpers.decay_runs import CELLS, STEPS, attached, model_of, optimizer_of, scheduler_of, trained
-from helpers.engines import ended, make, quiet
+from helpers.engines import ended, in_two_starts, make, quiet
 from helpers.snapshots import snapshot
 from lp_dist import LpAdamW
 
@@ -60,10 +60,10 @@ def another_script(model: nn.Sequential) -> LpAdamW:
     )
 
 
-def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+def on_one_rank(rank: int, world_size: int, directory: Path, cells: tuple[str, ...]) -> dict[str, Any]:
     quiet()
     results: dict[str, Any] = {}
-    for cell in ENGINES:
+    for cell in cells:
         place = directory / cell
 
         def new(
@@ -129,14 +129,15 @@ def on_one_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     return results
 
 
-_one_rank: list[dict[str, Any]] = []
+_one_rank: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
-@pytest.fixture
-def alone(run_ranks, tmp_path_factory) -> dict[str, Any]:
-    if not _one_rank:
-        _one_rank.extend(run_ranks(on_one_rank, 1, tmp_path_factory.mktemp("alone")))
-    return _one_rank[0]
+@pytest.fixture(params=in_two_starts(ENGINES, ("FSDP2", "zero2, fp32")))
+def alone(request, run_ranks, tmp_path_factory) -> dict[str, Any]:
+    """What `on_one_rank` tells of some cells, run once."""
+    if request.param not in _one_rank:
+        (_one_rank[request.param],) = run_ranks(on_one_rank, 1, tmp_path_factory.mktemp("alone"), request.param)
+    return _one_rank[request.param]
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_resumes(alone):

@@ -71,6 +71,7 @@ def runs(words, tmp_path_factory, run_program) -> dict[str, Path]:
     return out
 
 
+@pytest.mark.long
 def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
     """To rounding: gradients are averaged in other orders."""
     wanted = load_file(runs["alone"] / "model.safetensors")
@@ -92,6 +93,7 @@ def test_ranks_that_share_a_teacher_come_to_what_one_process_does(runs):
         )
 
 
+@pytest.mark.long
 def test_the_teacher_s_term_is_in_the_loss(runs, words, tmp_path):
     plain = [word for word in words if word not in ("--teacher", "--distill", "0.7") and "teacher" not in word]
     finetune.main([*plain, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path)])

@@ -99,6 +99,7 @@ def test_every_setting_matters(optimizer):
             assert not torch.equal(matrix.decayed(weights), matrix.decayed(other)), f"{optimizer}: {key}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_process(dtype):
     for cell in cells_of(dtype):
@@ -130,6 +131,20 @@ def on_a_rank(rank: int, world_size: int, cells: list[Cell]) -> list[TrainedRun]
     return runs
 
 
+# Every optimizer, and all that the engines do otherwise than each other.
+SOME = [
+    Cell(engine, dtype, optimizer, accumulation=2, clipped=engine == "ZeRO 2")
+    for engine, dtype in [("ZeRO 2", "fp32"), ("ZeRO 3", "bf16"), ("FSDP2", "fp32")]
+    for optimizer in OPTIMIZERS
+]
+
+
+def test_some_of_them_on_two_ranks_are_one_process(run_ranks):
+    for cell, *runs in zip(SOME, *run_ranks(on_a_rank, 2, SOME), strict=True):
+        assert verdict(cell, runs, 2) == "bitwise", cell
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16 fp16"])
 def test_two_ranks_are_one_process(run_ranks, dtypes):
     cells = [cell for dtype in dtypes.split() for cell in cells_of(dtype) if cell.engine != "one process"]
@@ -142,6 +157,7 @@ def test_two_ranks_are_one_process(run_ranks, dtypes):
         RESULTS[cell.engine, cell.dtype].append(said)
 
 
+@pytest.mark.long
 def test_three_ranks(run_ranks):
     """Uneven splits. Thirds are not exact, and each engine adds them up in another order, so here is a tolerance."""
     cells = [Cell(engine) for engine in ("DDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "FSDP2")]
@@ -178,6 +194,7 @@ def ask(rank: int, world_size: int) -> tuple[dict[str, str], list[TrainedRun]]:
     ]
 
 
+@pytest.mark.long
 def test_what_deepspeed_refuses_or_does_wrong(run_ranks):
     """The rest of this file says what works; this holds what does not, so that it is noticed when it changes."""
     ((answers, (dry, unscaled, scaled)),) = run_ranks(ask, 1)
@@ -246,6 +263,7 @@ def works_with(results: dict[tuple[str, str], list[str]]) -> str:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path, name", [("docs/matrix.md", "table"), ("README.md", "works with")])
 def test_the_tables_say_what_ran(path, name):
     runs = sum(len(cells_of(dtype)) for dtype in DTYPES) + 5

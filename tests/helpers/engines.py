@@ -31,11 +31,13 @@ ZERO = {
 WITH_THE_SUITE = ("zero2", "fsdp2")
 
 
-def in_two_starts(engines: Iterable[str]) -> list[Any]:
+def in_two_starts(engines: Iterable[str], with_the_suite: Iterable[str] = WITH_THE_SUITE) -> list[Any]:
     """Parameters of a fixture: some of these engines with the suite, and the others under the marker `long`."""
-    others = tuple(engine for engine in engines if engine not in WITH_THE_SUITE)
+    engines, some = tuple(engines), tuple(with_the_suite)
+    assert set(some) < set(engines), f"{some} of {engines}"
+    others = tuple(engine for engine in engines if engine not in some)
     return [
-        pytest.param(WITH_THE_SUITE, id="two engines"),
+        pytest.param(some, id=" and ".join(some)),
         pytest.param(others, id="others", marks=pytest.mark.long),
     ]
 
