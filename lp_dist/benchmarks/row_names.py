@@ -37,7 +37,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
     Args:
         row: of any benchmark, as it was read from its file.
     Returns:
-        A new dict. A row from before the learning rate could be stable has `stable_fraction` 0, as it was run.
+        A new dict. A row from before the learning rate could be stable has `stable_fraction` 0, and one from before
+        there were other optimizers has AdamW, as they were run.
     """
     renamed = {KEYS.get(key, key): value for key, value in row.items()}
     if "measured" in renamed:
@@ -48,7 +49,7 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
         renamed["method"] = current_line(renamed["method"])
     if "settings" in renamed:
         settings = {SETTINGS.get(key, key): value for key, value in renamed["settings"].items()}
-        renamed["settings"] = {"stable_fraction": 0.0, **settings}
+        renamed["settings"] = {"stable_fraction": 0.0, "optimizer": "adamw", **settings}
     return renamed
 
 
