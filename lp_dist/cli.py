@@ -332,8 +332,8 @@ def structured(
 
     --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
     --methods: groups (lp_dist), masked (lp_dist, and routers can't choose experts that have died), gcut and cut (by
-    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single
-    zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
+    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), pathprox
+    (of channels), lp (single zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """
     from lp_dist.benchmarks.structured.command import structured as measure
 
