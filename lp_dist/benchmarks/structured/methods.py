@@ -187,7 +187,7 @@ class PathProx(_Cut):
         if not 1 <= self._last <= self.run.steps:
             raise UsageError(f"end={end} must be above 0, where the penalty would never act, and at most 1")
         model.eval()
-        self._layers = hidden_units(model, self.hook.sets, self.run.inputs()[:1])
+        self._layers = hidden_units(model, self.hook.sets, self.run.inputs()[:1, :16])
         model.train()
         for units in self._layers:
             proximal_step(units, 0.0)
