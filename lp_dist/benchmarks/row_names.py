@@ -25,6 +25,8 @@ SETTINGS = {
     "every": "update_every",
     "fall": "stable_fraction",
 }
+# Settings of a family that rows from before there was one lack, with the value with which they were run.
+LACKING: dict[str, dict[str, Any]] = {family: {"reconstruct": 0} for family in ("lp", "groups", "masked")}
 # Values of a row's "measured".
 MEASURED = {"whole": "training step"}
 # Options of the command that made a run.
@@ -49,7 +51,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
         renamed["method"] = current_line(renamed["method"])
     if "settings" in renamed:
         settings = {SETTINGS.get(key, key): value for key, value in renamed["settings"].items()}
-        renamed["settings"] = {"stable_fraction": 0.0, "optimizer": "adamw", **settings}
+        family = str(renamed.get("method", "")).partition(":")[0]
+        renamed["settings"] = {"stable_fraction": 0.0, "optimizer": "adamw", **LACKING.get(family, {}), **settings}
     return renamed
 
 

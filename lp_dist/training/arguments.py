@@ -135,6 +135,15 @@ class DecayArguments:
         default=None,
         metadata={"help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most."},
     )
+    reconstruct: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Move the survivors: at each update what is to go is removed at once, and the other weights of the"
+                " layer take over, so that its outputs on the last step's inputs change least."
+            )
+        },
+    )
 
     groups: list[str] | None = field(
         default=None,
@@ -282,6 +291,7 @@ class DecayArguments:
                         interval=self.group_interval,
                         regrowth=self.regrowth,
                         update_every=self.update_every,
+                        reconstruct=self.reconstruct,
                         relative_to="all" if self.group_relative_to == "all" else "decayed",
                         **common,
                     )
@@ -297,6 +307,7 @@ class DecayArguments:
                         latent_windows=self.latent_windows,
                         regrowth=self.regrowth,
                         update_every=self.update_every,
+                        reconstruct=self.reconstruct,
                         relative_to=self.relative_to,
                         **common,
                     )
@@ -323,8 +334,8 @@ class DecayArguments:
 
     def _check_companions(self) -> None:
         """Raises UsageError for an argument without the --sparsity or the --groups that it belongs to."""
-        of_weights = ("relative_to", "scope", "curve", "cap", "latent_windows", "regrowth", "update_every")
-        of_both = ("curve", "cap", "regrowth", "update_every")
+        of_both = ("curve", "cap", "regrowth", "update_every", "reconstruct")
+        of_weights = ("relative_to", "scope", "latent_windows", *of_both)
         of_groups = ("group_sparsity", "budget", "group_relative_to", "group_scope", "group_interval")
         changed = [
             name for name in of_weights + of_groups if getattr(self, name) != self.__dataclass_fields__[name].default

@@ -304,10 +304,13 @@ class Lp(Method):
         # These two would else depend on the optimizer.
         "precondition": DEFAULT_PRECONDITION,
         "latent_windows": DEFAULT_LATENT_WINDOWS,
+        "reconstruct": 0,
     }
 
     def start(self) -> None:
-        target = SparsityTarget(self.run.sparsity, **self.settings)
+        target = SparsityTarget(
+            self.run.sparsity, **{**self.settings, "reconstruct": bool(self.settings["reconstruct"])}
+        )
         self.attached = attach(
             self.run.model,
             self.run.optimizer,
