@@ -106,13 +106,13 @@ def name_of(method: str) -> str:
         A name and the settings that differ from it; the line, if it has no name.
     """
     spec = Spec.read(method)
-    named = spec.without("lr", "stable_fraction", "distill")
+    named = spec.without("lr", "stable_fraction", "distill", "teacher")
     settings = [
         words
         for words, value in (
             (f"learning rate {spec.lr}", spec.lr),
             (f"stable until {spec.stable_fraction:g}", spec.stable_fraction),
-            (f"distilled by {spec.distill:g}", spec.distill),
+            (f"distilled by {spec.distill:g}" + " from itself" * (spec.teacher == "self"), spec.distill),
         )
         if value
     ]
