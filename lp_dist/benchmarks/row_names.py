@@ -39,8 +39,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
     Args:
         row: of any benchmark, as it was read from its file.
     Returns:
-        A new dict. A row from before the learning rate could be stable has `stable_fraction` 0, and one from before
-        there were other optimizers has AdamW, as they were run.
+        A new dict. A row from before there was a setting has the value with which it was run, such as
+        a `stable_fraction` of 0.
     """
     renamed = {KEYS.get(key, key): value for key, value in row.items()}
     if "measured" in renamed:
@@ -52,7 +52,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
     if "settings" in renamed:
         settings = {SETTINGS.get(key, key): value for key, value in renamed["settings"].items()}
         family = str(renamed.get("method", "")).partition(":")[0]
-        renamed["settings"] = {"stable_fraction": 0.0, "optimizer": "adamw", **LACKING.get(family, {}), **settings}
+        common = {"stable_fraction": 0.0, "teacher": "dense", "optimizer": "adamw"}
+        renamed["settings"] = {**common, **LACKING.get(family, {}), **settings}
     return renamed
 
 

@@ -28,6 +28,9 @@ from lp_dist.targets.schedule import DecayWindow, window_steps
 from lp_dist.targets.target import CURVES, SparsityTarget
 from lp_dist.training.distillation import check_distill
 
+# A --teacher: the model as it is before the run.
+SELF = "self"
+
 
 @dataclass
 class ModelArguments:
@@ -225,6 +228,7 @@ class DecayArguments:
         metadata={
             "help": (
                 "Teacher for distillation: a dense model with the same tokenizer, ideally fine-tuned on the same data."
+                " self: the model as it is before the run."
             )
         },
     )

@@ -338,9 +338,10 @@ FAMILIES: dict[str, type[Method]] = {
 # Settings that all families have.
 # lr: the highest learning rate, instead of the task's.
 # stable_fraction: the fraction of the steps until which the learning rate stays at its highest.
-# distill: the weight of the divergence from the dense fine-tune in the loss.
+# distill: the weight of the divergence from a teacher in the loss.
+# teacher: dense, the dense fine-tune; self, the model as it is before the run.
 # optimizer: a key of OPTIMIZERS.
-COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0, "optimizer": "adamw"}
+COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0, "teacher": "dense", "optimizer": "adamw"}
 # Their learning rate where none is given, as a fraction of the task's. Lion's authors (arXiv 2302.06675) take a third
 # to a tenth of AdamW's; the third is not tuned.
 OPTIMIZERS = {"adamw": 1.0, "lion": 1 / 3}
@@ -385,6 +386,12 @@ class Spec:
             raise UsageError(
                 f"--methods {line}: stable_fraction={stable_fraction} must be at least 0, where the learning rate"
                 " falls from the start, and below 1"
+            )
+        teacher = given.get("teacher", "dense")
+        if teacher not in ("dense", "self") or ("teacher" in given and not given.get("distill")):
+            raise UsageError(
+                f"--methods {line}: teacher={teacher} must be dense or self, and needs distill, the weight of its"
+                " divergence in the loss"
             )
         spec = cls(family, tuple(sorted(given.items())))
         if spec.optimizer not in OPTIMIZERS:
@@ -449,6 +456,11 @@ class Spec:
     def stable_fraction(self) -> float:
         """The fraction of the steps until which the learning rate stays at its highest."""
         return self.settings["stable_fraction"]
+
+    @property
+    def teacher(self) -> str:
+        """Who teaches where `distill` is above 0: "dense" or "self"."""
+        return self.settings["teacher"]
 
     @property
     def distill(self) -> float:

@@ -109,14 +109,14 @@ def name_of(method: str) -> str:
         A name and the settings that differ from it; the line, if it has no name.
     """
     spec = Spec.read(method)
-    named = spec.without("lr", "stable_fraction", "distill", "optimizer")
+    named = spec.without("lr", "stable_fraction", "distill", "teacher", "optimizer")
     settings = [
         words
         for words, value in (
             ("with Lion" if spec.lr else "with Lion at a third of the learning rate", spec.optimizer == "lion"),
             (f"learning rate {spec.lr}", spec.lr),
             (f"stable until {spec.stable_fraction:g}", spec.stable_fraction),
-            (f"distilled by {spec.distill:g}", spec.distill),
+            (f"distilled by {spec.distill:g}" + " from itself" * (spec.teacher == "self"), spec.distill),
         )
         if value
     ]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -335,7 +336,9 @@ def train(task: Task, model: nn.Module, seed: int, sparsity: float, schedule: Sc
     """
     run = prepare_run(task, model, seed, sparsity, schedule, spec.optimizer)
     method = spec.method(run)
-    teacher = load_teacher(task, seed) if spec.distill else None
+    teacher = None
+    if spec.distill:
+        teacher = deepcopy(model).eval() if spec.teacher == "self" else load_teacher(task, seed)
     generator = torch.Generator().manual_seed(seed + (10**5 if schedule is task.pretraining else 0))
     model.train()
     method.start()
