@@ -205,8 +205,11 @@ class Reconstruction:
         sources = self._sources()
         for name in seen:
             by_source.setdefault(sources[self._order[name]], []).append(name)
+        # Ranks with the same tokens count once: what they say of the inputs they say together.
+        checksums = all_gather_numbers(torch.tensor([self.sample.checksum()])).flatten()
+        share = len(checksums.unique()) / len(checksums)
         for of_source in by_source.values():
-            inputs = self._products(of_source[0], int(rows[self._order[of_source[0]]]))
+            inputs = self._products(of_source[0], round(share * int(rows[self._order[of_source[0]]])))
             for name in of_source:
                 self._move(name, inputs, remove)
         self.moved += bool(seen)

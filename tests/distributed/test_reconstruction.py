@@ -5,6 +5,7 @@ for rounding; a stopped run goes on bit for bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import target_runs
+from helpers import axes, target_runs
+from helpers.axes import Axes
 from helpers.engines import Engine, ended, gathered, in_two_starts, quiet
 from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_runs import Case, batch_of, engine_of, trained
-from lp_dist import SparsityTarget, attach, groups_of
+from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.engines import unwrap
+from lp_dist.sparsity.selection import decayed_names
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
 # Updates are at the steps 2, 4, ..., 14; the final pruning comes after step 16.
@@ -212,3 +215,82 @@ def test_a_stopped_run_goes_on_bit_for_bit(results):
         assert rank["resumed"] or "zero1" in {case.engine for case in rank["runs"]}
         for case, (differs, compared) in rank["resumed"].items():
             assert not differs and compared > 15, case
+
+
+# -- several axes -------------------------------------------------------------
+
+WAYS = [
+    Axes((("fsdp", 2), ("tp", 2))),
+    Axes((("tp", 4),)),
+    Axes((("replicas", 2), ("fsdp", 2))),
+]
+BY_COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def llama_after_an_update(shard: Callable[[nn.Module], nn.Module], batches: list[Tensor], movable: Any) -> dict:
+    """Weights before and after the first update of a Llama, whose gradients are given.
+
+    Args:
+        shard: of the model.
+        batches: token ids of this rank.
+        movable: tells by its name whether a parameter may decay.
+    """
+    sets = axes.gradients(shard, axes.dense)
+    model = shard(axes.dense())
+    names = [name for name in decayed_names(model) if movable(name)]
+    optimizer = LpAdamW(param_groups(model, 0.0), lr=4e-3)
+    target = SparsityTarget(0.5, update_every=3, reconstruct=True)
+    attachment = attach(model, optimizer, target=target, names=names, total_steps=axes.STEPS)
+    controller = attachment.weight_controller
+    while controller.reconstruction.moved == 0:
+        if controller.is_due:
+            model.zero_grad()
+            for batch in batches:
+                model(input_ids=batch).logits.sum().backward()  # FSDP2 shards anew when the backward pass has ended
+        for name, param in model.named_parameters():
+            param.grad = sets[0][name]
+        optimizer.step()
+        before = {name: axes.complete(param).clone() for name, param in model.named_parameters() if name in names}
+        attachment.after_step()
+    after = {name: axes.complete(param).clone() for name, param in model.named_parameters() if name in names}
+    return {"before": before, "after": after, "reasons": controller.reconstruction.reasons}
+
+
+def batch_for(data_rank: int) -> Tensor:
+    return torch.randint(0, 40, (6, 16), generator=torch.Generator().manual_seed(data_rank))
+
+
+def llamas_on_ranks(rank: int, world_size: int) -> dict[Axes, Any]:
+    quiet()
+    results = {}
+    for way in WAYS:
+        tp = dict(way.mesh).get("tp", 1)
+        batches = [batch_for(rank // tp % 2)] if tp == 2 else [batch_for(data) for data in (0, 1)] * (tp == 4)
+        batches = batches or [batch_for(rank % 2)]  # HSDP: each half has both
+        movable = (lambda name: not name.endswith(BY_COLUMNS)) if tp > 1 else (lambda name: True)
+        results[way] = llama_after_an_update(way.shard, batches, movable)
+    results["named"] = llama_after_an_update(WAYS[0].shard, [batch_for(rank // 2)], lambda name: True)["reasons"]
+    return results
+
+
+@pytest.mark.long
+def test_under_several_axes_rows_move_as_in_one_process(run_ranks):
+    """Ranks of tensor parallelism have the same tokens, which count once."""
+    batches = [batch_for(0), batch_for(1)]
+    ranks = run_ranks(llamas_on_ranks, 4)
+    for way in WAYS:
+        has_tp = "tp" in dict(way.mesh)
+        movable = (lambda name: not name.endswith(BY_COLUMNS)) if has_tp else (lambda name: True)
+        alone = llama_after_an_update(axes.unsharded, batches, movable)
+        for rank in ranks:
+            assert rank[way]["reasons"] == {}, way
+            for name, weights in alone["after"].items():
+                got = rank[way]["after"][name]
+                assert torch.equal(rank[way]["before"][name], alone["before"][name]), f"{way}: {name}"
+                assert torch.equal(got == 0, weights == 0), f"{way}: {name}"
+                torch.testing.assert_close(got, weights, **TOLERANCE, msg=lambda m, n=name, w=way: f"{w}: {n}: {m}")
+            far = [(w - alone["before"][n])[w != 0].abs() > 1e-3 for n, w in alone["after"].items()]
+            assert int(torch.cat(far).sum()) > 300, way
+    for rank in ranks:
+        assert {name.partition("layers.")[2][2:] for name in rank["named"]} == {*BY_COLUMNS}
+        assert set(rank["named"].values()) == {"is divided along its inputs by tensor parallelism"}
