@@ -51,8 +51,13 @@ def regrowth_end(window: Window, slow: bool) -> int:
 
 
 def update_interval(target: SparsityTarget, window: Window) -> int:
-    """Optimizer steps between two updates of λ and the cutoff."""
-    return target.update_every or min(LONGEST_INTERVAL, max(1, round((window.end - window.start) / 20)))
+    """Optimizer steps between two updates of λ and the cutoff.
+
+    Where survivors move there are ten updates whatever the length of the run, since each of them costs as much.
+    """
+    length = window.end - window.start
+    by_itself = max(1, round(length / 10)) if target.reconstruct else min(LONGEST_INTERVAL, max(1, round(length / 20)))
+    return target.update_every or by_itself
 
 
 def can_keep_latent_weights(optimizer: Any) -> bool:

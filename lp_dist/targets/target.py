@@ -91,7 +91,7 @@ class SparsityTarget(metaclass=_KindByArguments):
         curve: "cubic" or "linear", or a function of the elapsed part of the window, rising from f(0) = 0 to f(1) = 1.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains.
         update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
-            at most.
+            at most; a tenth with `reconstruct`.
         reconstruct: at each update what is to go is removed at once, and the survivors of the same linear layer move
             so that its outputs on the inputs of the last step change least; see `lp_dist.reconstruction`.
 

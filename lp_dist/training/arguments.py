@@ -136,7 +136,10 @@ class DecayArguments:
     )
     update_every: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most."},
+        metadata={
+            "help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most;"
+            " with --reconstruct a 10th."
+        },
     )
     reconstruct: bool = field(
         default=False,

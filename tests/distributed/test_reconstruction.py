@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +147,38 @@ def resumed(case: MovingCase, directory: Path) -> tuple[list[str], int]:
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
+def with_copies(model: nn.Module, optimizer_of: Any) -> Engine:
+    """HSDP on four ranks: two copies of two shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "fsdp"))
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    return Engine(model, optimizer_of(model))
+
+
 def transposed_after_an_update(kind: str) -> dict[str, Tensor]:
-    """Masters of layers whose weights are (inputs, outputs), right after the first update."""
+    """Masters of layers whose weights are (inputs, outputs), right after the first update. kind: as of `make`, or
+    hsdp.
+    """
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(37, 64), nn.Tanh(), Conv1D(7, 37))
     names = ["0.weight", "2.weight"]
-    engine = make(kind, model, lambda model: LpAdamW(param_groups(model, 0.0, names=names), lr=1e-3))
+    begin = with_copies if kind == "hsdp" else partial(make, kind)
+    engine = begin(model, lambda model: LpAdamW(param_groups(model, 0.0, names=names), lr=1e-3))
     others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer}
     target = SparsityTarget(0.6, update_every=2, reconstruct=True)
     attachment = attach(engine.handle, target=target, names=names, total_steps=STEPS, **others)
-    trained(engine, attachment, MovingCase(kind), 0, FIRST_UPDATE + 1)
+    for step in range(FIRST_UPDATE + 1):
+        ranks = (0, 1) if kind == "plain" else [torch.distributed.get_rank() % 2]
+        losses = [target_runs.loss_of(engine, 0, step, rank) / len(ranks) for rank in ranks]
+        for loss in losses[1:]:
+            loss.backward()
+        engine.step(losses[0])
+        attachment.after_step()
     assert attachment.weight_controller.reconstruction.moved == 1
     weights = gathered(engine)
     ended(engine)
@@ -203,9 +223,15 @@ def test_layers_whose_weights_are_transposed_move_as_well(results):
     alone = transposed_after_an_update("plain")
     for rank in results:
         for engine, weights in rank["transposed"].items():
-            for name, expected in alone.items():
-                assert torch.equal(weights[name] == 0, expected == 0) and (expected == 0).any(), f"{engine}: {name}"
-                torch.testing.assert_close(weights[name], expected, rtol=5e-3, atol=1e-3)
+            compare_near(weights, alone, engine)
+
+
+def compare_near(weights: dict[str, Tensor], expected: dict[str, Tensor], way: str) -> None:
+    for name, wanted in expected.items():
+        assert torch.equal(weights[name] == 0, wanted == 0) and (wanted == 0).any(), f"{way}: {name}"
+        torch.testing.assert_close(
+            weights[name], wanted, rtol=5e-3, atol=1e-3, msg=lambda m, n=name: f"{way}: {n}: {m}"
+        )
 
 
 def test_survivors_have_moved(results):
@@ -297,6 +323,8 @@ def llamas_on_ranks(rank: int, world_size: int) -> dict[Axes, Any]:
         batches = batches or [batch_for(rank % 2)]  # HSDP: each half has both
         movable = (lambda name: not name.endswith(BY_COLUMNS)) if tp > 1 else (lambda name: True)
         results[way] = llama_after_an_update(way.shard, batches, movable)
+    mix_inputs()
+    results["copies"] = transposed_after_an_update("hsdp")
     results["named"] = llama_after_an_update(WAYS[0].shard, [batch_for(rank // 2)], lambda name: True)["reasons"]
     return results
 
@@ -319,6 +347,8 @@ def test_under_several_axes_rows_move_as_in_one_process(run_ranks):
                 torch.testing.assert_close(got, weights, **TOLERANCE, msg=lambda m, n=name, w=way: f"{w}: {n}: {m}")
             far = [(w - alone["before"][n])[w != 0].abs() > 1e-3 for n, w in alone["after"].items()]
             assert int(torch.cat(far).sum()) > 300, way
+    copies = transposed_after_an_update("plain")
     for rank in ranks:
+        compare_near(rank["copies"], copies, "HSDP")
         assert {name.partition("layers.")[2][2:] for name in rank["named"]} == {*BY_COLUMNS}
         assert set(rank["named"].values()) == {"is divided along its inputs by tensor parallelism"}

@@ -90,6 +90,12 @@ def test_two_inputs_by_hand():
     torch.testing.assert_close(damped, torch.tensor([[2.0 + 2.0 / 1.5, 0.0]]))  # δ is 0.8 · 0.625
 
 
+def test_a_survivor_does_not_become_zero():
+    """Else there would be more zeros than requested: here the two weights cancel."""
+    moved = move_survivors(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.ones(2, 2), damping=0.0)
+    assert torch.equal(moved, torch.tensor([[1.0, 0.0]]))
+
+
 def test_rows_that_lose_nothing_and_rows_without_survivors_stay_as_they_are():
     before, after, gram = problem(3, 8, 30, 0.5, 2)
     after[0], after[1] = before[0], 0.0
