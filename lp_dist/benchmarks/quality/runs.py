@@ -23,7 +23,7 @@ from torch import nn
 
 from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
-from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
+from lp_dist.benchmarks.quality.methods import FAMILIES, Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule, Task, cached
 from lp_dist.benchmarks.timing import benchmark_device, note, progress
 from lp_dist.optim import batching
@@ -42,11 +42,16 @@ def key_of(row: ResultRow) -> str:
     Args:
         row: planned or measured, as `json_lines.read` gives it.
     Returns:
-        JSON of task, device, method with all settings, sparsity and seed. A setting of 1 is a 1.0.
+        JSON of task, device, method with all settings, sparsity and seed. A setting of 1 is a 1.0. A setting that the
+        row does not have, since it came later, has the value with which the row was run.
     """
-    settings = {key: float(value) if type(value) is int else value for key, value in row["settings"].items()}
+    family = Spec.read(row["method"]).family
+    settings = {
+        key: float(value) if type(value) is int else value
+        for key, value in {**FAMILIES[family].added_keys, **row["settings"]}.items()
+    }
     return json.dumps(
-        [row["task"], device_of(row), Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]],
+        [row["task"], device_of(row), family, settings, row["sparsity"], row["seed"]],
         sort_keys=True,
     )
 
@@ -70,7 +75,7 @@ def planned_rows(
     Args:
         task: what is trained.
         specs: the methods.
-        sparsities: fractions of zeros; a dense run has none and is planned once.
+        sparsities: fractions of zeros; a dense run has none, a pattern its own, and each is planned once.
         seeds: of the weights and batches.
     Returns:
         A row for each combination.
@@ -78,7 +83,7 @@ def planned_rows(
     rows, device = [], device_name()
     for seed in seeds:
         for spec in specs:
-            for sparsity in sparsities if spec.family != "dense" else [0.0]:
+            for sparsity in spec.sparsities(sparsities):
                 rows.append(
                     {
                         "task": task.described(),
