@@ -20,6 +20,7 @@ from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.nm import SplitBlocks
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 from lp_dist.optim.state import steps_taken, warn_of_free_zeros
+from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.collectives import all_gather_objects, all_reduce_max
 from lp_dist.sharding.deepspeed import in_checkpoints, undo_dry_step, wrapper_of
 from lp_dist.sharding.engines import inner_scheduler
@@ -159,7 +160,10 @@ def _make_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, Gr
     if request is None:
         return None, None
     if isinstance(request, GroupTarget):
-        controller = GroupController(request, run, plan.sets, plan.shards)
+        readers = {member.name for groups in plan.sets for member in groups.members if member.reads}
+        of_readers = [shard for shard in plan.shards if shard.name in readers]
+        reconstruction = Reconstruction(plan.model, of_readers) if request.reconstruct else None
+        controller = GroupController(request, run, plan.sets, plan.shards, reconstruction)
         return controller.hook, controller
     hook = GroupDecayHook(
         plan.optimizer,
@@ -193,6 +197,9 @@ def _make_weights(
         left_out,
         stacks=frozenset(expert_stacks(plan.model)),
         without_blocks=sum(plan.blocks.left_out.values()),
+        reconstruction=Reconstruction(plan.model, [shard for shard in candidates if shard.name not in left_out])
+        if plan.weight_target.reconstruct
+        else None,
     )
     if group_controller is not None:
         group_controller.check_order(controller)

@@ -86,6 +86,8 @@ class Watch:
         self._attached_state.before_step = None
         self._attached_state.in_window = False
         self._load_hook.remove()
+        for controller in self._controllers:
+            controller.release()
         self.end.is_known = True
 
     # -- the course of the run ------------------------------------------------

@@ -25,6 +25,15 @@ SETTINGS = {
     "every": "update_every",
     "fall": "stable_fraction",
 }
+# Settings of a family that rows from before there was one lack, with the value with which they were run.
+LACKING: dict[str, dict[str, Any]] = {
+    "lp": {"reconstruct": 0, "pattern": None},
+    "groups": {"reconstruct": 0},
+    "masked": {"reconstruct": 0},
+    "gmp": {"pattern": None, "correct": 0},
+    "pat": {"pattern": None},
+    "sparsegpt": {"pattern": None},
+}
 # Values of a row's "measured".
 MEASURED = {"whole": "training step"}
 # Options of the command that made a run.
@@ -37,7 +46,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
     Args:
         row: of any benchmark, as it was read from its file.
     Returns:
-        A new dict. A row from before the learning rate could be stable has `stable_fraction` 0, as it was run.
+        A new dict. A row from before there was a setting has the value with which it was run, such as
+        a `stable_fraction` of 0.
     """
     renamed = {KEYS.get(key, key): value for key, value in row.items()}
     if "measured" in renamed:
@@ -48,7 +58,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
         renamed["method"] = current_line(renamed["method"])
     if "settings" in renamed:
         settings = {SETTINGS.get(key, key): value for key, value in renamed["settings"].items()}
-        renamed["settings"] = {"stable_fraction": 0.0, **settings}
+        family = str(renamed.get("method", "")).partition(":")[0]
+        renamed["settings"] = {"stable_fraction": 0.0, "teacher": "dense", **LACKING.get(family, {}), **settings}
     return renamed
 
 

@@ -18,6 +18,7 @@ from lp_dist.attachment.cuttable import cuttable_groups, plain_class
 from lp_dist.attachment.plan import check_names, matching_overrides, split_targets
 from lp_dist.errors import UsageError
 from lp_dist.optim.batching import count_zeros
+from lp_dist.reconstruction.cost import ReconstructionCost, linear_shapes, reconstruction_cost
 from lp_dist.report.console import table_text
 from lp_dist.report.memory import ENGINES, footprint
 from lp_dist.report.numbers import percent
@@ -203,6 +204,21 @@ class StrategyMemory:
 
 
 @dataclass(frozen=True)
+class UpdateCost:
+    """What an update costs in which survivors move.
+
+    Args:
+        subject: as of `TargetShare`.
+        gpus: number of ranks.
+        cost: on each of them.
+    """
+
+    subject: str
+    gpus: int
+    cost: ReconstructionCost
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What a run would do to a model; `print` shows it as tables.
 
@@ -217,6 +233,7 @@ class Explanation:
         dtype: as of `lp_dist.report.memory.footprint`.
         strategy: that of the run; None where it is not known.
         notes: what else is to be known, a sentence each.
+        updates: of targets whose survivors move, for every number of GPUs.
     """
 
     model: str
@@ -229,6 +246,7 @@ class Explanation:
     dtype: str
     strategy: str | None
     notes: list[str]
+    updates: list[UpdateCost] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
@@ -267,6 +285,7 @@ class Explanation:
             "dtype": self.dtype,
             "strategy": self.strategy,
             "notes": self.notes,
+            "updates": [asdict(update) for update in self.updates],
             "tensors": [{**asdict(choice), "shape": list(choice.shape)} for choice in self.choices],
         }
 
@@ -323,6 +342,8 @@ class Explanation:
             blocks.append(self._groups_table())
         if self.memory:
             blocks.append(self._memory_table())
+        if self.updates:
+            blocks.append(self._updates_table())
         blocks += self.notes
         return "\n\n".join(blocks)
 
@@ -380,6 +401,26 @@ class Explanation:
         return table_text(
             f"Memory of the training state in {precision}, {unit} per GPU (+ host); activations come on top",
             ("strategy", *(f"{count:,} GPU{'s' * (count > 1)}" for count in gpus)),
+            rows,
+            width=WIDTH,
+        )
+
+    def _updates_table(self) -> str:
+        rows = [
+            (
+                "1 GPU" if update.gpus == 1 else f"{update.gpus:,} GPUs",
+                f"{update.cost.layers:,}" + ("" if update.subject == "weights" else f" ({update.subject})"),
+                *(
+                    _in_unit(number, 2**30)
+                    for number in (update.cost.sample, update.cost.solving, update.cost.reduced)
+                ),
+                f"{update.cost.flops / 1e12:,.2f}",
+            )
+            for update in self.updates
+        ]
+        return table_text(
+            "Survivors move at each update; at most, on each of them",
+            ("", "layers", "inputs kept, GiB", "while solving, GiB", "summed, GiB", "TFLOP"),
             rows,
             width=WIDTH,
         )
@@ -460,6 +501,13 @@ def explain(
         targets.append(_weight_share(weight_target, chosen, total, weight_window))
         if group_target is not None:
             _check_together(group_target, sets, weight_target, targets, chosen, total)
+    updates = [
+        UpdateCost(
+            subject, count, reconstruction_cost(linear_shapes(module, names), count, 2 if dtype == "bf16" else 4)
+        )
+        for subject, names in _moving(weight_target, group_target, chosen, sets)
+        for count in gpus
+    ]
     kinds = []
     if groups:
         counts = {} if group_target is None else groups_to_prune(group_budget(group_target), sets, total)
@@ -481,6 +529,7 @@ def explain(
         dtype,
         strategy,
         notes,
+        updates,
     )
 
 
@@ -615,6 +664,20 @@ def _group_share(target: GroupTarget, sets: list[WeightGroups], total: int, wind
     overlap = any(len(grouped) > 1 for grouped in dims.values())
     sparsity = zeros / weights
     return TargetShare("groups", sparsity, weights, zeros, zeros / total, window, overlap, by_kind)
+
+
+def _moving(
+    weight_target: WeightTarget | PatternTarget | None,
+    group_target: GroupTarget | None,
+    chosen: list[ParameterChoice],
+    sets: list[WeightGroups],
+) -> Iterator[tuple[str, list[str]]]:
+    """Of each target whose survivors move: (subject, names of the weights)."""
+    if group_target is not None and group_target.reconstruct:
+        readers = [member.name for groups in sets for member in groups.members if member.reads]
+        yield "groups", list(dict.fromkeys(readers))
+    if weight_target is not None and weight_target.reconstruct:
+        yield weight_target.pattern or "weights", [choice.name for choice in chosen if choice.decays]
 
 
 def _check_together(

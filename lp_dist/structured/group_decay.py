@@ -397,14 +397,15 @@ class GroupDecayHook:
     # -- pruning --------------------------------------------------------------
 
     @torch.no_grad()
-    def prune(self, dead: Tensor) -> None:
+    def prune(self, dead: Tensor, name: str | None = None) -> None:
         """Sets groups to zero, weights and momentum.
 
         Args:
             dead: (number of groups,) bool, which ones.
+            name: of a parameter, whose weights alone are meant; None: of all.
         """
         factors = torch.cat([(~dead).to(self.dtype), torch.ones(1, dtype=self.dtype, device=dead.device)])
-        for matrix in self.matrices:
+        for matrix in (matrix for matrix in self.matrices if name in (None, matrix.shard.name)):
             self._scale(matrix, factors.to(matrix.shard.tensor.device), _MOMENTA)
         self.forget()
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
+from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.targets.feasibility import Window, check_rates, regrowth_end, update_interval
 from lp_dist.targets.lr_lookahead import LearningRates
 from lp_dist.targets.run_steps import RunSteps
@@ -65,6 +66,7 @@ class Controller(ABC):
     Args:
         target: what to reach.
         run: what is known of the run.
+        reconstruction: moves survivors when weights are removed; None: they stay where they are.
     Attributes:
         window: the steps in which weights become zero.
         before: what was zero of each scope when the window began.
@@ -80,8 +82,8 @@ class Controller(ABC):
     subject: str  # whose target it is, for messages
     measured_key: str  # of the share of zeros, in `logs`
 
-    def __init__(self, target: SparsityTarget, run: RunContext) -> None:
-        self.target, self.run = target, run
+    def __init__(self, target: SparsityTarget, run: RunContext, reconstruction: Reconstruction | None = None) -> None:
+        self.target, self.run, self.reconstruction = target, run, reconstruction
         start, end = window_steps(target.start, target.end, run.total_steps)
         self.window = Window(start, min(end, run.total_steps), run.total_steps)
         self.before: dict[str, float] = {}
@@ -173,6 +175,15 @@ class Controller(ABC):
         """Prepares step t (from 0)."""
         self.last_step = t
         self.run.rates.note(t)
+        self._advance(t)
+        if self.reconstruction is not None:
+            # The inputs of one step alone are taken, so that a run that was stopped between any two has the same.
+            self.reconstruction.sample.close()
+            if self.is_due:
+                self.reconstruction.sample.open()
+
+    def _advance(self, t: int) -> None:
+        """What falls to step t: the beginning of the window, an update, the final pruning."""
         if t < self.window.start:
             return
         if not self.before:
@@ -186,6 +197,11 @@ class Controller(ABC):
         elif t >= self.next_update:
             self.update(t)
             self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
+
+    def release(self) -> None:
+        """Takes its hooks off the model."""
+        if self.reconstruction is not None:
+            self.reconstruction.sample.close()
 
     def finish(self) -> None:
         """Prunes what is missing if the run has ended before its window did, as it may where fp16 has skipped steps;
@@ -202,6 +218,7 @@ class Controller(ABC):
             if not self.before:
                 self._begin()
             self._prune()
+            self.release()
             return
         said, counted = self.logs[self.measured_key], self.zero_share()
         self.logs = {**self.logs, self.measured_key: counted}
@@ -265,6 +282,10 @@ class Controller(ABC):
             total,
             self.update_every,
         )
+        if self.reconstruction is not None and self.reconstruction.reasons:
+            logger.warning(
+                "survivors stay where they are, and weights decay, where %s", self.reconstruction.describe()
+            )
 
     def _set_final_pruning(self, before: float, after: float, details: str) -> None:
         """Notes what the final pruning did, counted before and after it, and logs it."""
@@ -274,8 +295,15 @@ class Controller(ABC):
             self.subject,
             100 * before,
             100 * (after - before),
-            details,
+            details + self._moves(),
         )
+
+    def _moves(self) -> str:
+        """How often survivors were moved, in words."""
+        if self.reconstruction is None:
+            return ""
+        times = self.reconstruction.moved
+        return f"; survivors were moved {times} times" if times else "; no survivors were moved: no inputs were seen"
 
     # -- checkpoints ----------------------------------------------------------
 
@@ -289,6 +317,7 @@ class Controller(ABC):
             "next_update": self.next_update,
             "final_pruning": self.final_pruning,
             "logs": dict(self.logs),
+            "moved": 0 if self.reconstruction is None else self.reconstruction.moved,
             **self._own_state(),
         }
 
@@ -323,6 +352,8 @@ class Controller(ABC):
         self._check_own_state(state)
         self.before, self.next_update = dict(state["before"]), state["next_update"]
         self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
+        if self.reconstruction is not None:
+            self.reconstruction.moved = state["moved"]
         self._load_own_state(state)
         self.prepare_step(self.run.steps.taken)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lp_dist.errors import UsageError
+from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard, without_gradient
 from lp_dist.structured.budget import GroupBudget, group_costs, required_costs, scope_of, shares_to_prune
@@ -39,17 +40,25 @@ class GroupController(Controller):
         run: what is known of the run.
         sets: the groups.
         shards: of all that the optimizer steps.
+        reconstruction: as of `Controller`, of the layers that read the groups' outputs.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 3
+    state_version = 4
     subject = "groups"
     measured_key = "lp/groups_measured"
     target: GroupTarget
 
-    def __init__(self, target: GroupTarget, run: RunContext, sets: list[WeightGroups], shards: list[Shard]) -> None:
-        super().__init__(target, run)
+    def __init__(
+        self,
+        target: GroupTarget,
+        run: RunContext,
+        sets: list[WeightGroups],
+        shards: list[Shard],
+        reconstruction: Reconstruction | None = None,
+    ) -> None:
+        super().__init__(target, run, reconstruction)
         assert target.p is not None and target.precondition is not None
         self.sets = sets
         self._counts = [groups.count for groups in sets]
@@ -225,7 +234,25 @@ class GroupController(Controller):
                 weakest = max(float(of_set[~stay].max()) if bool((~stay).any()) else 0.0, 0.0)
                 cutoff = min(cutoff, (weakest * groups.elements) ** ((2.0 - p) / 2.0) * (1.0 + 1e-9))
             self.hook.settings.append(DecaySettings(weight_decay_for(x, p, learning_rates), cutoff, regrowth * x))
-        self._set_logs(t, squares)
+        limit_of = self.hook.per_group([limits.get(groups.label, -1.0) for groups in self.sets]).cpu()
+        self._remove_groups((means <= limit_of) & ~must_stay)
+        self._set_logs(t, self._squares())
+
+    def _remove_groups(self, dead: Tensor) -> None:
+        """Removes groups at once whose readers can move, and moves these.
+
+        Args:
+            dead: (number of groups,) bool, on the host.
+        """
+        if self.reconstruction is None:
+            return
+        readers = [{member.name for member in groups.members if member.reads} for groups in self.sets]
+        on_device = dead.to(self.hook.sizes.device)
+        moved = self.reconstruction.remove(set().union(*readers), lambda name: self.hook.prune(on_device, name))
+        if moved:
+            have_moved = [float(bool(names) and names <= {*moved}) for names in readers]
+            self.hook.prune(on_device & (self.hook.per_group(have_moved) > 0))
+            update_copies(self.run.engine_optimizer)
 
     def _ranked(self, means: Tensor, indices: Tensor, cost: float) -> tuple[Tensor, int]:
         """The groups of these indices in the order of their mean squares, and how many of them cost less than
@@ -255,6 +282,7 @@ class GroupController(Controller):
             to_prune[order[: last + 1]] = True
         before = float((squares == 0)[self._counts_for].double().mean())
         self.hook.settings = [DecaySettings() for _ in self.sets]
+        self._remove_groups(to_prune)
         self.hook.prune(to_prune.to(self.hook.sizes.device))
         update_copies(self.run.engine_optimizer)
         squares = self._squares()

@@ -92,6 +92,8 @@ class SparsityTarget(metaclass=_KindByArguments):
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains.
         update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
             at most.
+        reconstruct: at each update what is to go is removed at once, and the survivors of the same linear layer move
+            so that its outputs on the inputs of the last step change least; see `lp_dist.reconstruction`.
 
     For single weights also:
         relative_to: "decayed", the sparsity is a share of the weights that decay; "all", of all parameters of the
@@ -131,6 +133,7 @@ class SparsityTarget(metaclass=_KindByArguments):
     curve: str | Callable[[float], float] = "cubic"
     freeze: bool = True
     update_every: int | None = None
+    reconstruct: bool = False
 
     _default_scope: ClassVar[str] = "global"
     # Arguments of the other kinds: what to say where one is given.

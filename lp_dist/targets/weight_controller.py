@@ -19,6 +19,7 @@ from typing import Any
 from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap
+from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.deepspeed import update_copies
 from lp_dist.sharding.shards import Shard, without_gradient
 from lp_dist.sparsity.census import Census, ZeroCount, census, count_copies
@@ -58,11 +59,12 @@ class WeightController(Controller):
         left_out: names of those that start at zero, and don't decay.
         stacks: names of those whose first dimension counts experts.
         without_blocks: weights of parameters that can't have the target's pattern, and don't decay.
+        reconstruction: as of `Controller`.
     Raises:
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 5
+    state_version = 6
     subject = "weights"
     measured_key = "lp/measured"
     target: WeightTarget | PatternTarget
@@ -76,8 +78,9 @@ class WeightController(Controller):
         left_out: list[str],
         stacks: frozenset[str] = frozenset(),
         without_blocks: int = 0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
-        super().__init__(target, run)
+        super().__init__(target, run, reconstruction)
         self._without_blocks = without_blocks
         self._phase: Phase | None = None
         self.parameter_map, self.candidates, self.left_out = parameter_map, candidates, left_out
@@ -295,6 +298,7 @@ class WeightController(Controller):
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
+        self._remove_below(thresholds)
         rates = self.run.rates.ahead(horizon)
         # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
         # next update.
@@ -313,6 +317,19 @@ class WeightController(Controller):
             )
             weight_decays.append(weight_decay)
         self._set_logs(t, measured, weight_decays, near_zero)
+
+    def _remove_below(self, thresholds: dict[str, float]) -> None:
+        """Removes at once what is at or below the threshold of its scope, and moves the survivors; where they can't
+        move, weights are left to their decay. Latent values of what is removed become zero, since the survivors have
+        taken over: a weight that comes back begins anew.
+        """
+        if self.reconstruction is None:
+            return
+        by_name = {shard.name: shard for shard in self.shards}
+        if self.reconstruction.remove(
+            by_name, lambda name: zero_at_or_below(self.scored_slices(shards=[by_name[name]]), thresholds)
+        ):
+            update_copies(self.run.engine_optimizer)
 
     def _refuse_not_finite(self, t: int, slices: list[ScoredSlice]) -> None:
         """Raises RuntimeError, on every rank, where a weight or Adam's second moment of it is nan or infinite."""
@@ -358,6 +375,7 @@ class WeightController(Controller):
             thresholds = thresholds_at(self.scored_slices(all_local=False), ranks, passes=3)
         restore_latent(self.scored_slices(), thresholds)
         before = self._by_scope(census(self.shards))
+        self._remove_below(thresholds)
         zero_at_or_below(self.scored_slices(), thresholds)
         for shard in self.shards:
             self.parameter_map.set(shard.name, latent=False)
@@ -400,14 +418,17 @@ class WeightController(Controller):
         group = self.run.optimizer.param_groups[shard.group]
         return {**group, **self.target.form(), **_own_form(self.parameter_map.values(shard.name))}
 
-    def scored_slices(self, all_local: bool = True, elements: dict[str, int] | None = None) -> list[ScoredSlice]:
+    def scored_slices(
+        self, all_local: bool = True, elements: dict[str, int] | None = None, shards: list[Shard] | None = None
+    ) -> list[ScoredSlice]:
         """The weights with what their saliency is computed from.
 
         Args:
             all_local: all weights on this rank, also those that another rank counts.
             elements: of each scope, for a sample; None: all weights.
+            shards: of these alone; None: of all that decay.
         """
-        scoped = [(self._scope(shard), shard) for shard in self.shards]
+        scoped = [(self._scope(shard), shard) for shard in (self.shards if shards is None else shards)]
         if self.target.pattern:
             split_blocks = self.parameter_map.split_blocks
             input_dim = self.parameter_map.input_dim

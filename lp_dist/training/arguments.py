@@ -28,6 +28,9 @@ from lp_dist.targets.schedule import DecayWindow, window_steps
 from lp_dist.targets.target import CURVES, SparsityTarget
 from lp_dist.training.distillation import check_distill
 
+# A --teacher: the model as it is before the run.
+SELF = "self"
+
 
 @dataclass
 class ModelArguments:
@@ -135,6 +138,15 @@ class DecayArguments:
         default=None,
         metadata={"help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most."},
     )
+    reconstruct: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Move the survivors: at each update what is to go is removed at once, and the other weights of the"
+                " layer take over, so that its outputs on the last step's inputs change least."
+            )
+        },
+    )
 
     groups: list[str] | None = field(
         default=None,
@@ -216,6 +228,7 @@ class DecayArguments:
         metadata={
             "help": (
                 "Teacher for distillation: a dense model with the same tokenizer, ideally fine-tuned on the same data."
+                " self: the model as it is before the run."
             )
         },
     )
@@ -282,6 +295,7 @@ class DecayArguments:
                         interval=self.group_interval,
                         regrowth=self.regrowth,
                         update_every=self.update_every,
+                        reconstruct=self.reconstruct,
                         relative_to="all" if self.group_relative_to == "all" else "decayed",
                         **common,
                     )
@@ -297,6 +311,7 @@ class DecayArguments:
                         latent_windows=self.latent_windows,
                         regrowth=self.regrowth,
                         update_every=self.update_every,
+                        reconstruct=self.reconstruct,
                         relative_to=self.relative_to,
                         **common,
                     )
@@ -323,8 +338,8 @@ class DecayArguments:
 
     def _check_companions(self) -> None:
         """Raises UsageError for an argument without the --sparsity or the --groups that it belongs to."""
-        of_weights = ("relative_to", "scope", "curve", "cap", "latent_windows", "regrowth", "update_every")
-        of_both = ("curve", "cap", "regrowth", "update_every")
+        of_both = ("curve", "cap", "regrowth", "update_every", "reconstruct")
+        of_weights = ("relative_to", "scope", "latent_windows", *of_both)
         of_groups = ("group_sparsity", "budget", "group_relative_to", "group_scope", "group_interval")
         changed = [
             name for name in of_weights + of_groups if getattr(self, name) != self.__dataclass_fields__[name].default

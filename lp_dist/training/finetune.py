@@ -202,8 +202,10 @@ def _prepare(settings: Settings) -> Prepared:
             "p = %g leaves small weights rather than exact zeros; use p < 1 (0.5, or 0) for zeros", decay_args.p
         )
     path, tokenizer, train_blocks, eval_blocks = read_inputs(settings.model, settings.data, args)
-    teacher_path = None
-    if decay_args.teacher is not None:
+    teacher_path, revision = None, None
+    if decay_args.teacher == arguments.SELF:
+        teacher_path, revision = path, settings.model.revision
+    elif decay_args.teacher is not None:
         teacher_path = _check_teacher(decay_args.teacher, settings.model, path, tokenizer, args)
     if args.deepspeed_plugin is not None:
         join_deepspeed()
@@ -218,7 +220,10 @@ def _prepare(settings: Settings) -> Prepared:
         # It needs no master weights.
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else settings.model.dtype
         teacher = AutoModelForCausalLM.from_pretrained(
-            teacher_path, dtype=getattr(torch, dtype), trust_remote_code=settings.model.trust_remote_code
+            teacher_path,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=settings.model.trust_remote_code,
         )
     names = _from_rank_0(decayed_names(model, include_embeddings=decay_args.decay_embeddings))
     # The run ends by counting them in its files.

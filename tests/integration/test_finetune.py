@@ -435,6 +435,11 @@ def test_a_teacher_is_loaded_in_the_dtype_of_its_forward_pass_and_handed_over(
     with pytest.raises(Stop):
         finetune.main([*common, "--output_dir", str(tmp_path)])
     assert given["teacher"] is None
+    with pytest.raises(Stop):
+        finetune.main([*common, *words, "--output_dir", str(tmp_path), "--teacher", "self"])
+    assert given["teacher"] is not given["model"] and given["teacher"].dtype == dtype
+    pairs = zip(given["teacher"].parameters(), given["model"].parameters(), strict=True)
+    assert all(a.equal(b.to(dtype)) for a, b in pairs)
 
 
 @pytest.mark.parametrize(

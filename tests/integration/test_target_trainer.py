@@ -64,7 +64,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(step, restored, uninterrupted, t
     checkpoint = get_last_checkpoint(str(tmp_path))
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["stateful_callbacks"]["LpCallback"]
     progress = state["progress"]["weights"]
-    assert progress["version"] == 5 and (progress["final_pruning"] is not None) == (step >= END - 1)
+    assert progress["version"] == 6 and (progress["final_pruning"] is not None) == (step >= END - 1)
     resumed = train(
         tmp_path, [LpCallback(target=TARGET)], resume=checkpoint, restore_callback_states_from_checkpoint=restored
     )

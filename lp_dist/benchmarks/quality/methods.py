@@ -86,8 +86,6 @@ class Method:
 
     # What may be set, and its default.
     keys: ClassVar[dict[str, Any]] = {}
-    # Of these, what came later: its value in the runs of rows without it.
-    added_keys: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, run: TrainingRun, **settings: Any) -> None:
         self.run, self.settings = run, {**self.keys, **settings}
@@ -177,7 +175,6 @@ class SparseGPT(_OneShot):
     """One-shot pruning by SparseGPT (arXiv 2301.00774). pattern: such as 2:4."""
 
     keys = {**_OneShot.keys, "pattern": None}
-    added_keys = {"pattern": None}
 
     def prune(self) -> dict[str, Tensor]:
         return oneshot.sparsegpt(
@@ -237,7 +234,6 @@ class GMP(_Masked):
         "pattern": None,
         "correct": 0,
     }
-    added_keys = {"pattern": None, "correct": 0}
     _reconstruction: Reconstruction | None = None
 
     @classmethod
@@ -313,7 +309,6 @@ class PAT(GMP):
 
     # A correction would count twice what comes back.
     keys = {**{key: value for key, value in GMP.keys.items() if key != "correct"}, "update_every": 1}
-    added_keys = {"pattern": None}
 
     def start(self) -> None:
         self._latents: dict[str, Tensor] = {}
@@ -340,7 +335,6 @@ class TrustRegion(GMP):
     """
 
     keys = {**GMP.keys, "c": 1.0, "scope": "global", "bound": 0.05}
-    added_keys = {}
 
     @classmethod
     def check(cls, settings: dict[str, Any]) -> None:
@@ -461,12 +455,12 @@ class Lp(Method):
         # These two would else depend on the optimizer.
         "precondition": DEFAULT_PRECONDITION,
         "latent_windows": DEFAULT_LATENT_WINDOWS,
+        "reconstruct": 0,
         "pattern": None,
     }
-    added_keys = {"pattern": None}
 
     def start(self) -> None:
-        settings = dict(self.settings)
+        settings = {**self.settings, "reconstruct": bool(self.settings["reconstruct"])}
         if settings["pattern"]:
             del settings["latent_windows"]
         target = SparsityTarget(self.run.sparsity, **settings)
@@ -497,8 +491,9 @@ FAMILIES: dict[str, type[Method]] = {
 # Settings that all families have.
 # lr: the highest learning rate, instead of the task's.
 # stable_fraction: the fraction of the steps until which the learning rate stays at its highest.
-# distill: the weight of the divergence from the dense fine-tune in the loss.
-COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0}
+# distill: the weight of the divergence from a teacher in the loss.
+# teacher: dense, the dense fine-tune; self, the model as it is before the run.
+COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0, "teacher": "dense"}
 
 
 @dataclass(frozen=True)
@@ -543,6 +538,12 @@ class Spec:
             raise UsageError(
                 f"--methods {line}: stable_fraction={stable_fraction} must be at least 0, where the learning rate"
                 " falls from the start, and below 1"
+            )
+        teacher = given.get("teacher", "dense")
+        if teacher not in ("dense", "self") or ("teacher" in given and not given.get("distill")):
+            raise UsageError(
+                f"--methods {line}: teacher={teacher} must be dense or self, and needs distill, the weight of its"
+                " divergence in the loss"
             )
         return cls(family, tuple(sorted(given.items())))
 
@@ -612,6 +613,11 @@ class Spec:
     def stable_fraction(self) -> float:
         """The fraction of the steps until which the learning rate stays at its highest."""
         return self.settings["stable_fraction"]
+
+    @property
+    def teacher(self) -> str:
+        """Who teaches where `distill` is above 0: "dense" or "self"."""
+        return self.settings["teacher"]
 
     @property
     def distill(self) -> float:
@@ -686,6 +692,7 @@ FORMS = [
 RIVALS = [
     "dense",
     "lp",
+    "lp:reconstruct=1",
     "gmp:c=0.67,scope=global",
     "gmp:c=0.67,correct=1,scope=global",
     "trust_region",

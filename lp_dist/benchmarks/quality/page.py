@@ -50,6 +50,7 @@ _NAMES = {
     "pat:c=0.67,pattern=2:4": "PAT 2:4 by |w|·(√v̂)^⅔",
     "lp:pattern=2:4": "lp_dist 2:4",
     "lp": "lp_dist",
+    "lp:reconstruct=1": "lp_dist, survivors moved",
     "lp:precondition=0.5": "lp_dist, γ = ½",
     "lp:precondition=0": "lp_dist, γ = 0",
     "lp:scope=layer": "lp_dist, layer by layer",
@@ -118,13 +119,13 @@ def name_of(method: str) -> str:
         A name and the settings that differ from it; the line, if it has no name.
     """
     spec = Spec.read(method)
-    named = spec.without("lr", "stable_fraction", "distill")
+    named = spec.without("lr", "stable_fraction", "distill", "teacher")
     settings = [
         words
         for words, value in (
             (f"learning rate {spec.lr}", spec.lr),
             (f"stable until {spec.stable_fraction:g}", spec.stable_fraction),
-            (f"distilled by {spec.distill:g}", spec.distill),
+            (f"distilled by {spec.distill:g}" + " from itself" * (spec.teacher == "self"), spec.distill),
         )
         if value
     ]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 
 from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
-from lp_dist.benchmarks.quality.methods import FAMILIES, Spec, TrainingRun
+from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule, Task, cached
 from lp_dist.benchmarks.timing import benchmark_device, note, progress
 from lp_dist.optim import batching
@@ -42,16 +43,11 @@ def key_of(row: ResultRow) -> str:
     Args:
         row: planned or measured, as `json_lines.read` gives it.
     Returns:
-        JSON of task, device, method with all settings, sparsity and seed. A setting of 1 is a 1.0. A setting that the
-        row does not have, since it came later, has the value with which the row was run.
+        JSON of task, device, method with all settings, sparsity and seed. A setting of 1 is a 1.0.
     """
-    family = Spec.read(row["method"]).family
-    settings = {
-        key: float(value) if type(value) is int else value
-        for key, value in {**FAMILIES[family].added_keys, **row["settings"]}.items()
-    }
+    settings = {key: float(value) if type(value) is int else value for key, value in row["settings"].items()}
     return json.dumps(
-        [row["task"], device_of(row), family, settings, row["sparsity"], row["seed"]],
+        [row["task"], device_of(row), Spec.read(row["method"]).family, settings, row["sparsity"], row["seed"]],
         sort_keys=True,
     )
 
@@ -331,7 +327,9 @@ def train(task: Task, model: nn.Module, seed: int, sparsity: float, schedule: Sc
     """
     run = prepare_run(task, model, seed, sparsity, schedule)
     method = spec.method(run)
-    teacher = load_teacher(task, seed) if spec.distill else None
+    teacher = None
+    if spec.distill:
+        teacher = deepcopy(model).eval() if spec.teacher == "self" else load_teacher(task, seed)
     generator = torch.Generator().manual_seed(seed + (10**5 if schedule is task.pretraining else 0))
     model.train()
     method.start()

@@ -31,10 +31,13 @@ class LpGroups(Method):
         "precondition": DEFAULT_PRECONDITION,
         "scope": "layer",
         "groups": "channels",
+        "reconstruct": 0,
     }
 
     def start(self) -> None:
-        target = SparsityTarget(self.run.sparsity, **self.settings)
+        target = SparsityTarget(
+            self.run.sparsity, **{**self.settings, "reconstruct": bool(self.settings["reconstruct"])}
+        )
         self.attached = attach(
             self.run.model,
             self.run.optimizer,

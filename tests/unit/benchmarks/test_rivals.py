@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers.quality import SPARSITY, STEPS, gpt2, llama, tiny
+from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.quality import methods, oneshot, runs, trust_region
 from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule
 from lp_dist.errors import UsageError
-from lp_dist.reconstruction.solver import DAMPING
+from lp_dist.reconstruction.solver import damping_for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,9 +232,10 @@ class OneLayer(nn.Module):
 def least_squares(before: torch.Tensor, kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The survivors that take over what is pruned, row by row in closed form."""
     gram = (x.t() @ x).double()
+    damping = damping_for(gram, len(x)) * gram.diagonal().mean()
     moved = torch.zeros_like(before, dtype=torch.float64)
     for row, (mask, w) in enumerate(zip(kept, before.double())):
-        damped = gram[mask][:, mask] + DAMPING * gram.diagonal().mean() * torch.eye(int(mask.sum()))
+        damped = gram[mask][:, mask] + damping * torch.eye(int(mask.sum()))
         moved[row, mask] = w[mask] + torch.linalg.solve(damped, gram[mask][:, ~mask] @ w[~mask])
     return moved.float()
 
@@ -410,10 +414,18 @@ def test_sets_of_rows_are_read_and_printed_again():
     assert all(Spec.read(spec.line) == spec for spec in specs)
 
 
-def test_a_row_from_before_the_new_settings_is_the_same_run():
-    for line, added in (("gmp:c=0.33", ("pattern", "correct")), ("pat", ("pattern",)), ("lp", ("pattern",))):
-        row = runs.planned_rows(tiny(), [Spec.read(line)], [SPARSITY], [0])[0]
+def test_a_row_from_before_the_new_settings_is_the_same_run(tmp_path):
+    for line, added in (("gmp:c=0.33", ("pattern", "correct")), ("pat", ("pattern",)), ("sparsegpt", ("pattern",))):
+        row = json.loads(json.dumps(runs.planned_rows(tiny(), [Spec.read(line)], [SPARSITY], [0])[0]))
         old = {**row, "settings": {key: value for key, value in row["settings"].items() if key not in added}}
-        assert old != row and runs.key_of(old) == runs.key_of(row)
-        other = {**row, "settings": {**row["settings"], added[-1]: "2:4"}}
-        assert runs.key_of(other) != runs.key_of(row)
+        path = tmp_path / f"{line}.jsonl"
+        json_lines.append(path, old)
+        assert old != row and json_lines.read(path) == [row]
+
+
+def test_committed_rows_are_those_that_are_planned_now():
+    """None of them is run again for a setting that came after it."""
+    rows = json_lines.read(Path(runs.__file__).resolve().parents[3] / "docs" / "results" / "quality.jsonl")
+    for row in rows:
+        spec = Spec.read(row["method"])
+        assert set(row["settings"]) == set(spec.settings), row["method"]

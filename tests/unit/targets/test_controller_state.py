@@ -144,7 +144,7 @@ def test_the_state_is_plain_json_and_small():
     run = TargetRun(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
-    assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 5
+    assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 6
     assert json.loads(text)["weights"]["target"]["curve"] == "<lambda>"
     assert json.loads(text)["weights"]["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
 
@@ -169,7 +169,7 @@ def test_the_state_is_plain_json_and_small():
             {},
             ["other parameters decay", "'0.bias'"],
         ),
-        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 5", "install the one that wrote it"]),
+        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 6", "install the one that wrote it"]),
         ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
         (
             {"target": None},

@@ -61,7 +61,7 @@ def test_help_and_editors_show_the_arguments():
     for name, value in of_all.bind(0.5, groups="heads").arguments.items():
         assert getattr(SparsityTarget(0.5, groups="heads"), name) == value
     with pytest.raises(TypeError, match="too many positional arguments"):
-        of_all.bind(*range(12))
+        of_all.bind(*range(13))
 
 
 def test_good_values_at_their_limits_are_taken():

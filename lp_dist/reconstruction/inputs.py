@@ -1,0 +1,122 @@
+"""A sample of what goes into linear layers, taken from a run's own forward passes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lp_dist.optim.batching import to_local
+
+
+class InputSample:
+    """Takes inputs of linear layers while it is open, and gives their products.
+
+    An input is taken where the model itself is called in training mode: not in an evaluation, and not where gradient
+    checkpointing computes a layer anew, since that happens in the backward pass. What an attention mask calls padding
+    is left out. Layers that are given the same tensor share it.
+
+    Args:
+        model: the unwrapped model, whose `forward` the engine calls.
+        layers: {name: linear layer}.
+        tokens: rows that are kept of a layer's input on this rank at most: of the latest forward passes, evenly over
+            each.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], tokens: int) -> None:
+        self.model, self.layers, self.tokens = model, dict(layers), tokens
+        # By layer, (tokens, inputs) of each forward pass; layers that are given the same tensor have the same parts.
+        self._parts: dict[str, list[Tensor]] = {}
+        self._handles: list[Any] = []
+        # Of the present forward pass.
+        self._mask: Tensor | None = None
+        self._is_inside = False
+        self._taken: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether inputs are taken."""
+        return bool(self._handles)
+
+    def open(self) -> None:
+        """Begins to take inputs; without those of before."""
+        self.close()
+        self._handles = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(self._end, always_call=True),
+            *(
+                layer.register_forward_pre_hook(_Taker(self, name), with_kwargs=True)
+                for name, layer in self.layers.items()
+            ),
+        ]
+
+    def close(self) -> None:
+        """Ends it, and forgets what was taken."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._parts = [], {}
+        self._end()
+
+    def rows(self, name: str) -> int:
+        """How many rows there are of a layer's input on this rank."""
+        return sum(map(len, self._parts.get(name, ())))
+
+    def parts(self, name: str) -> tuple[int, ...]:
+        """What tells the inputs of layers apart: the same for layers with the same inputs; () without any."""
+        return tuple(map(id, self._parts.get(name, ())))
+
+    def gram(self, name: str, inputs: int, device: torch.device) -> Tensor:
+        """XᵀX of a layer's inputs on this rank, zeros without any; (inputs, inputs) fp32."""
+        gram = torch.zeros(inputs, inputs, device=device)
+        for part in self._parts.get(name, ()):
+            for rows in part.split(1024):
+                rows = rows.to(device, torch.float32)
+                gram.addmm_(rows.T, rows)
+        return gram
+
+    # -- hooks ----------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._is_inside, self._taken = module.training, {}
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _end(self, *_: Any) -> None:
+        self._is_inside, self._mask, self._taken = False, None, {}
+
+    @torch.no_grad()
+    def take(self, name: str, values: Tensor) -> None:
+        """Keeps rows of an input of a layer.
+
+        Args:
+            name: of the layer.
+            values: (..., inputs).
+        """
+        if not self._is_inside:
+            return
+        reference, part = self._taken.get(id(values), (None, None))
+        if part is None or reference is None or reference() is not values:  # another one may have its address later
+            rows = to_local(values.detach()).reshape(-1, values.shape[-1])
+            if self._mask is not None and values.shape[:-1] == self._mask.shape:
+                rows = rows[self._mask.reshape(-1).to(rows.device) != 0]
+            part = rows[:: max(1, -(-len(rows) // self.tokens))].clone()
+            self._taken[id(values)] = weakref.ref(values), part
+        parts = self._parts.setdefault(name, [])
+        parts.append(part)
+        while sum(map(len, parts)) > self.tokens:
+            parts.pop(0)
+
+
+class _Taker:
+    """The hook of one layer."""
+
+    def __init__(self, sample: InputSample, name: str) -> None:
+        self.sample, self.name = sample, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(values, Tensor):
+            self.sample.take(self.name, values)

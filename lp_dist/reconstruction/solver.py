@@ -1,0 +1,86 @@
+"""How the survivors of a layer move when others of its weights are removed.
+
+A linear layer computes `X·Wᵀ` from inputs X (tokens, inputs). A row w of W loses the weights `r`, and its survivors
+move by d, which is zero elsewhere, so that the outputs change least:
+
+    min over d   ‖X·(d − r)‖² + δ·‖d‖²        so   M·(G + δ)·d = M·G·r        G = XᵀX,  M: the survivors
+
+This is the layer-wise problem of Optimal Brain Surgeon (Hassibi and Stork 1993) with its masks given, as in SparseGPT
+(arXiv 2301.00774), solved for all rows at once: by conjugate gradients in the space of the survivors, with the
+diagonal of G as the preconditioner. No matrix is factorized, and a row needs nothing of another one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Iterations of the conjugate gradients. With 30 the outputs are nearer by less than a hundredth.
+ITERATIONS = 12
+# δ as a share of the mean of G's diagonal, where inputs are known from any number of tokens: what hardly ever comes is
+# not moved along.
+DAMPING = 0.01
+
+
+def damping_for(gram: Tensor, tokens: int) -> float:
+    """δ as a share of the mean of G's diagonal, for as many tokens as there were.
+
+    Few tokens say little of how inputs go together, and survivors that follow their chance correlations do harm. So G
+    is shrunk to a multiple of the identity by the oracle approximating shrinkage (Chen et al., arXiv 0907.4698), which
+    estimates from G itself by how much: (1 − ρ)·G + ρ·mean(diag G)·I, which is a damping of ρ/(1 − ρ).
+
+    Args:
+        gram: XᵀX, (inputs, inputs) fp32.
+        tokens: rows of X.
+    Returns:
+        At least `DAMPING`; inf where G says nothing.
+    """
+    inputs = len(gram)
+    trace, squares = float(gram.trace()), float(torch.linalg.vector_norm(gram)) ** 2
+    apart = squares - trace**2 / inputs
+    if not trace > 0.0:
+        return math.inf
+    rho = ((1 - 2 / inputs) * squares + trace**2) / ((tokens + 1 - 2 / inputs) * apart) if apart > 0.0 else 1.0
+    return DAMPING + rho / (1.0 - rho) if rho < 1.0 else math.inf
+
+
+@torch.no_grad()
+def move_survivors(
+    before: Tensor, after: Tensor, gram: Tensor, iterations: int = ITERATIONS, damping: float = DAMPING
+) -> Tensor:
+    """The weights that are left after some were removed, moved so that the layer's outputs change least.
+
+    Args:
+        before: (rows, inputs) fp32, the weights before.
+        after: the same with zeros where weights are removed. What is zero in it stays zero.
+        gram: XᵀX of the layer's inputs, (inputs, inputs) fp32; any multiple of it gives the same.
+        iterations: of the conjugate gradients.
+        damping: δ, as a share of the mean of the diagonal of `gram`; inf: nothing moves.
+    Returns:
+        (rows, inputs) fp32, new. It is `after` in rows that lose nothing, where all inputs were zero, or that have no
+        survivors. A survivor that would come to be zero stays where it was.
+    """
+    if damping == math.inf:
+        return after.clone()
+    survives = after != 0
+    diagonal = gram.diagonal()
+    delta = damping * diagonal.mean()
+    preconditioner = torch.where(diagonal + delta > 0, diagonal + delta, 1.0).reciprocal()
+    move = torch.zeros_like(after)
+    residual = (before - after).mm(gram).mul_(survives)
+    direction = residual * preconditioner
+    decline = (residual * direction).sum(1, keepdim=True)
+    for _ in range(iterations):
+        product = direction.mm(gram).add_(direction, alpha=float(delta)).mul_(survives)
+        curvature = (direction * product).sum(1, keepdim=True)
+        # 0 where a row is solved.
+        step = torch.where(curvature > 0, decline / curvature, 0.0)
+        move.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1.0)
+        scaled = residual * preconditioner
+        last, decline = decline, (residual * scaled).sum(1, keepdim=True)
+        direction.mul_(torch.where(last > 0, decline / last, 0.0)).add_(scaled)
+    moved = after + move
+    return torch.where(survives & (moved != 0) & moved.isfinite(), moved, after)

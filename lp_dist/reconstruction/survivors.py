@@ -1,0 +1,365 @@
+"""Removes weights of linear layers and moves the survivors, on the shards of an optimizer.
+
+A row of a layer's weight is solved by itself, from the products XᵀX of the layer's inputs over the tokens of all
+ranks. So a rank solves the rows that lie on it as wholes. Rows that are divided over ranks are joined by a reduction,
+and each of them is solved by one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lp_dist.optim.region import Region
+from lp_dist.reconstruction.inputs import InputSample
+from lp_dist.reconstruction.solver import damping_for, move_survivors
+from lp_dist.sharding.collectives import (
+    all_gather_numbers,
+    all_reduce_max,
+    all_reduce_sum,
+    rank_and_world_size,
+    reduction_device,
+)
+from lp_dist.sharding.deepspeed_slices import is_linear, is_local_expert
+from lp_dist.sharding.shards import Shard
+
+logger = logging.getLogger(__name__)
+
+# Rows of a layer's input that are sampled, over all ranks.
+TOKENS = 8192
+# Weights that are solved at a time; temporaries are seven times as large.
+CHUNK = 1 << 24
+
+
+class MovableLayer(NamedTuple):
+    """A linear layer whose survivors can move.
+
+    Args:
+        name: of its weight.
+        module: the layer.
+        transposed: whether the weight is (inputs, outputs), as in GPT-2's Conv1D.
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+
+def movable_layers(model: nn.Module, shards: Iterable[Shard]) -> tuple[dict[str, MovableLayer], dict[str, str]]:
+    """Which weights are of layers whose survivors can move.
+
+    Args:
+        model: unwrapped.
+        shards: of the weights.
+    Returns:
+        {name of the weight: layer}; {name of another one: why it can't, in words}.
+    """
+    uses = modules_by_weight(model)
+    layers: dict[str, MovableLayer] = {}
+    reasons: dict[str, str] = {}
+    for shard in shards:
+        users = uses.get(id(shard.param), [])
+        reason = why_not_linear(users, shard.shape) or _why_not_here(shard, users[0])
+        if reason:
+            reasons[shard.param_name] = reason
+        else:
+            layers[shard.name] = MovableLayer(shard.name, users[0], is_transposed(users[0]))
+    return layers, reasons
+
+
+def _why_not_here(shard: Shard, module: nn.Module) -> str:
+    """Why the weight of a linear layer lies so on this rank that its rows can't be solved, in words; "" where they
+    can.
+    """
+    if is_local_expert(shard.param):
+        return "is of different experts on different ranks"
+    if shard.is_on_disk:
+        return "is kept on the disk by NVMe offload"
+    if not shard.local.values.is_contiguous():
+        return "does not lie in memory row by row"
+    if shard.region is not None and (is_transposed(module) or shard.region.sizes[1:] != shard.shape[1:]):
+        return "is divided along its inputs by tensor parallelism"
+    return ""
+
+
+def modules_by_weight(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """{id of a tensor: the modules whose `weight` it is}."""
+    uses: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            uses.setdefault(id(weight), []).append(module)
+    return uses
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a linear layer is (inputs, outputs), as in GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
+def why_not_linear(users: Sequence[nn.Module], shape: Sequence[int]) -> str:
+    """Why a weight is not that of one linear layer, in words; "" where it is.
+
+    Args:
+        users: the modules whose weight it is.
+        shape: of the weight.
+    """
+    if not users or not (is_linear(users[0]) or is_transposed(users[0])) or len(shape) != 2:
+        return "is of no linear layer"
+    return "is shared by several modules" if len(users) > 1 else ""
+
+
+class _Products(NamedTuple):
+    """Of a layer's inputs.
+
+    Args:
+        gram: XᵀX, (inputs, inputs) fp32.
+        damping: as of `move_survivors`.
+    """
+
+    gram: Tensor
+    damping: float
+
+    def solved(self, before: Tensor, after: Tensor) -> Tensor:
+        """`move_survivors` of rows in any dtype on any device; returned like `after`."""
+        moved = move_survivors(before.to(self.gram), after.to(self.gram), self.gram, damping=self.damping)
+        return moved.to(after)
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Rows of a layer that lie on several ranks.
+
+    Args:
+        rows: their numbers in the parameter, rising; int64.
+        columns: elements of a row.
+    """
+
+    rows: Tensor
+    columns: int
+
+
+class Reconstruction:
+    """Moves survivors of a model's linear layers. Collective: every rank has one, of the same layers.
+
+    Args:
+        model: unwrapped.
+        shards: of the weights that may be removed.
+    Attributes:
+        layers: {name of the weight: layer} of those whose survivors move.
+        reasons: {name of another weight: why its survivors stay}.
+        sample: of the layers' inputs.
+        moved: how often survivors were moved.
+    """
+
+    def __init__(self, model: nn.Module, shards: Sequence[Shard]) -> None:
+        self.layers, self.reasons = movable_layers(model, shards)
+        if not _is_same_everywhere(sorted(self.layers)):
+            names = sorted({*self.layers, *self.reasons})
+            self.layers, self.reasons = {}, dict.fromkeys(names, "is of a layer that not every rank has")
+        self._shards = {shard.name: shard for shard in shards if shard.name in self.layers}
+        # In one order on every rank.
+        self._order = {name: number for number, name in enumerate(self.layers)}
+        self._divided = self._find_divided()
+        _, world_size = rank_and_world_size()
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        self.sample = InputSample(model, modules, -(-TOKENS // world_size))
+        self.moved = 0
+        self._said: set[str] = set()
+
+    def describe(self) -> str:
+        """Whose survivors stay where they are, in words; "" where none do."""
+        if not self.reasons:
+            return ""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(
+            f"{names[0]} {reason}" + (f", as {len(names) - 1} more" if len(names) > 1 else "")
+            for reason, names in by_reason.items()
+        )
+
+    def remove(self, names: Iterable[str], remove: Callable[[str], None]) -> list[str]:
+        """Removes weights layer by layer, and moves the survivors. Collective.
+
+        Args:
+            names: of the weights to remove from; the same on every rank. Others than `layers` are passed over.
+            remove: removes weights of the parameter of this name from its shard on this rank, by setting them to zero.
+        Returns:
+            The names of those from which was removed: not layers of which too few inputs were seen, and none where
+            the sample is not open.
+        """
+        if not self.sample.is_open:  # the window begins with the first step here
+            return []
+        wanted = [name for name in self._order if name in {*names}]
+        rows = all_reduce_sum(torch.tensor([self.sample.rows(name) for name in self.layers], dtype=torch.int64)).cpu()
+        seen = [name for name in wanted if rows[self._order[name]]]
+        self._tell_unseen([name for name in wanted if name not in seen])
+        by_source: dict[int, list[str]] = {}
+        sources = self._sources()
+        for name in seen:
+            by_source.setdefault(sources[self._order[name]], []).append(name)
+        for of_source in by_source.values():
+            inputs = self._products(of_source[0], int(rows[self._order[of_source[0]]]))
+            for name in of_source:
+                self._move(name, inputs, remove)
+        self.moved += bool(seen)
+        return seen
+
+    def _tell_unseen(self, names: list[str]) -> None:
+        """Says once which layers no input was seen of."""
+        unseen = [name for name in names if name not in self._said]
+        if unseen:
+            self._said.update(unseen)
+            logger.warning(
+                "no inputs of %d layers were seen in the step before an update, such as of %s: their survivors stay"
+                " where they are, and weights decay instead. Experts that no token reached are none to worry about;"
+                " else the loop has to call the model itself, in training mode, and hooks must reach its layers",
+                len(unseen),
+                unseen[0],
+            )
+
+    def _inputs(self, name: str) -> int:
+        return self._shards[name].shape[0 if self.layers[name].transposed else 1]
+
+    def _sources(self) -> list[int]:
+        """For each layer the number of the first one that has the same inputs, on every rank."""
+        first: dict[tuple[int, ...], int] = {}
+        numbers = []
+        for number, name in enumerate(self.layers):
+            parts = self.sample.parts(name)
+            numbers.append(first.setdefault(parts, number) if parts else -1)
+        # A rank on which a layer had no input says nothing of it, and ranks that differ let it stand by itself.
+        most = all_reduce_max(torch.tensor(numbers, dtype=torch.int64)).tolist()
+        return [number if source < 0 else source for number, source in enumerate(most)]
+
+    def _products(self, name: str, tokens: int) -> _Products:
+        """Of a layer's inputs over all ranks."""
+        distributed = torch.distributed.is_initialized()
+        device = reduction_device() if distributed else self._shards[name].param.device
+        gram = self.sample.gram(name, self._inputs(name), device)
+        if distributed:
+            torch.distributed.all_reduce(gram)
+        return _Products(gram, damping_for(gram, tokens))
+
+    # -- one layer ------------------------------------------------------------
+
+    def _move(self, name: str, inputs: _Products, remove: Callable[[str], None]) -> None:
+        """Removes weights of one layer, and moves the survivors of its rows."""
+        shard, transposed = self._shards[name], self.layers[name].transposed
+        before = shard.local.values.reshape(-1).clone()
+        remove(name)
+        after = shard.local.values.view(-1) if shard.length else before
+        if transposed and shard.length == shard.shape.numel():
+            shape = shard.shape
+            moved = inputs.solved(before.view(shape).t(), after.view(shape).t())
+            after.view(shape).t().copy_(moved)
+            return
+        if not transposed:
+            columns = shard.shape[1]
+            first, last = _complete_rows(shard, columns)
+            if last > first:
+                inside = slice(first * columns - shard.start, last * columns - shard.start)
+                rows = after[inside].view(-1, columns)
+                for old, new in zip(
+                    before[inside].view(-1, columns).split(_rows_at_a_time(columns)),
+                    rows.split(_rows_at_a_time(columns)),
+                ):
+                    new.copy_(inputs.solved(old, new))
+        divided = self._divided.get(name)
+        if divided is not None:
+            self._move_divided(shard, divided, before, after, inputs, transposed)
+
+    def _move_divided(
+        self, shard: Shard, divided: _Divided, before: Tensor, after: Tensor, inputs: _Products, transposed: bool
+    ) -> None:
+        """Joins the rows that several ranks have parts of, has each solved by one rank, and writes this rank's parts
+        back. Collective.
+        """
+        overlaps = list(_overlaps(shard, divided))
+        counts = shard.replica == 0
+        joined = torch.zeros(2, len(divided.rows), divided.columns, device=inputs.gram.device)
+        for values, rows in zip((before, after), joined.view(2, -1)):
+            for at, position, count in overlaps if counts else ():
+                rows[at : at + count] = values[position : position + count].to(rows)
+        torch.distributed.all_reduce(joined)
+        old, new = (rows.t() if transposed else rows for rows in joined)
+        rank, world_size = rank_and_world_size()
+        solved = torch.zeros_like(new)
+        for chunk in torch.arange(rank, len(new), world_size).split(_rows_at_a_time(new.shape[1])):
+            chunk = chunk.to(new.device)
+            solved[chunk] = inputs.solved(old[chunk], new[chunk])
+        solved = (solved.t() if transposed else solved).contiguous()
+        torch.distributed.all_reduce(solved)
+        for at, position, count in overlaps:
+            after[position : position + count] = solved.view(-1)[at : at + count].to(after)
+
+    def _find_divided(self) -> dict[str, _Divided]:
+        """The rows of each layer that are divided over ranks. Collective: three numbers for each layer."""
+        edges = []
+        for name, layer in self.layers.items():
+            shard = self._shards[name]
+            edges += [-1, -1] if layer.transposed else _edge_rows(shard)
+            edges += [int(layer.transposed and shard.length != shard.shape.numel())]
+        gathered = all_gather_numbers(torch.tensor(edges, dtype=torch.int64)).view(-1, len(self.layers), 3)
+        divided = {}
+        for number, (name, layer) in enumerate(self.layers.items()):
+            shape = self._shards[name].shape
+            if layer.transposed:
+                if bool(gathered[:, number, 2].any()):
+                    divided[name] = _Divided(torch.arange(shape[0]), shape[1])
+                continue
+            rows = gathered[:, number, :2].unique()
+            rows = rows[rows >= 0]
+            if len(rows):
+                divided[name] = _Divided(rows, shape[1])
+        return divided
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return max(1, CHUNK // columns)
+
+
+def _complete_rows(shard: Shard, columns: int) -> tuple[int, int]:
+    """The first row of its region that the shard has as a whole, and the first behind these."""
+    first, last = -(-shard.start // columns), (shard.start + shard.length) // columns
+    return first, max(first, last)
+
+
+def _edge_rows(shard: Shard) -> list[int]:
+    """The numbers in the parameter of the rows of which the shard has a part at its start and its end; -1: none."""
+    columns, end = shard.shape[1], shard.start + shard.length
+    rows = [shard.start // columns if shard.length and shard.start % columns else -1]
+    rows.append(end // columns if shard.length and end % columns else -1)
+    region: Region = shard.grid
+    return [row if row < 0 else region.position(row * columns) // columns for row in rows]
+
+
+def _overlaps(shard: Shard, divided: _Divided) -> Iterable[tuple[int, int, int]]:
+    """What the shard has of divided rows: (first element in these rows, first element in the shard, count)."""
+    columns = divided.columns
+    if shard.region is None and len(divided.rows) == shard.shape[0]:  # all of them, in their order
+        if shard.length:
+            yield shard.start, 0, shard.length
+        return
+    here = {int(row): number for number, row in enumerate(shard.grid.indices(0))}
+    for at, row in enumerate(divided.rows.tolist()):
+        if row not in here:
+            continue
+        first = max(shard.start, here[row] * columns)
+        last = min(shard.start + shard.length, (here[row] + 1) * columns)
+        if last > first:
+            yield at * columns + first - here[row] * columns, first - shard.start, last - first
+
+
+def _is_same_everywhere(names: list[str]) -> bool:
+    """Whether all ranks have the same names. Collective."""
+    digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7], "big")
+    most, negated = all_reduce_max(torch.tensor([digest, -digest], dtype=torch.int64)).tolist()
+    return bool(most == -negated)

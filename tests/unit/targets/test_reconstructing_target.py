@@ -1,0 +1,258 @@
+"""A target that moves survivors when weights are removed: one process, all kinds of targets."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import helpers.targets
+from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, model_of, same
+from lp_dist import LpAdamW, SparsityTarget, groups_of
+from lp_dist.reconstruction.solver import damping_for, move_survivors
+
+LAYERS = ("0.weight", "2.weight", "4.weight")
+
+
+def batch_of(step: int) -> Tensor:
+    """More rows than inputs, and these go together."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(256, 64, generator=generator)
+    return x + x.roll(1, 1) + 0.5 * x.roll(2, 1)
+
+
+def backward(model: nn.Module, step: int) -> None:
+    x = batch_of(step)
+    model.zero_grad()
+    (model(x) - x[:, :8].sin()).square().mean().backward()
+
+
+@pytest.fixture(autouse=True)
+def batches(monkeypatch):
+    monkeypatch.setattr(helpers.targets, "backward", backward)
+
+
+def sets_of(model: nn.Module) -> list:
+    return groups_of(model, outputs="0", inputs="2", kind="first")
+
+
+def target_of(kind: str) -> SparsityTarget:
+    if kind == "groups":
+        return SparsityTarget(0.5, groups=sets_of(model_of()), reconstruct=True)
+    if kind == "2:4":
+        return SparsityTarget(pattern="2:4", reconstruct=True)
+    return SparsityTarget(0.8, reconstruct=True, latent_windows=0.0 if kind == "without latents" else None)
+
+
+def run_of(kind: str, **more) -> TargetRun:
+    return TargetRun(target_of(kind), lr=1e-3, **more)
+
+
+def inputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What goes into each linear layer."""
+    inputs = {}
+    with torch.no_grad():
+        for number, layer in enumerate(model):
+            inputs[f"{number}.weight"], x = x, layer(x)
+    return inputs
+
+
+KINDS = ["weights", "without latents", "2:4", "groups"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_is_met_and_zeros_stay(kind):
+    run = run_of(kind).to(END)
+    dead = {name: weight == 0 for name, weight in run.weights().items() if name in LAYERS}
+    run.to(TOTAL)
+    run.attached.finish()
+    weights = run.weights()
+    assert all(torch.equal(weights[name] == 0, dead[name]) for name in LAYERS)
+    zeros, elements = sum(int(d.sum()) for d in dead.values()), sum(d.numel() for d in dead.values())
+    if kind == "groups":
+        assert int(dead["2.weight"].all(0).sum()) == int(dead["0.weight"].all(1).sum()) == 80
+        assert run.attached.logs["lp/groups_measured"] == 0.5
+    elif kind == "2:4":
+        assert all(int(dead[name].view(-1, 4).sum(1).min()) >= 2 for name in LAYERS)
+    else:
+        assert zeros == round(0.8 * elements) and run.attached.logs["lp/measured"] == zeros / elements
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_removed_at_an_update_is_taken_over_by_the_survivors_of_its_layer(kind):
+    """Against the solver, fed with what the layers were given in the step before; and the mask against the run that
+    was followed up to there.
+    """
+    step = START + 5 * 2 - 1  # updates are every second step from START on
+    run = run_of(kind).to(step)
+    controller = run.attached.controllers[0]
+    assert controller.is_due and controller.reconstruction.sample.is_open
+    inputs = inputs_of(run.model, batch_of(step))
+    run.step()
+    before = run.weights()
+    run.attached.after_step()
+    after = run.weights()
+    layers = ("2.weight",) if kind == "groups" else LAYERS
+    for name in layers:
+        removed = (before[name] != 0) & (after[name] == 0)
+        assert removed.any(), name
+        gram = inputs[name].T @ inputs[name]
+        wanted = move_survivors(
+            before[name],
+            before[name].masked_fill(after[name] == 0, 0.0),
+            gram,
+            damping=damping_for(gram, len(inputs[name])),
+        )
+        torch.testing.assert_close(after[name], wanted, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        stay = inputs[name] @ before[name].masked_fill(after[name] == 0, 0.0).T
+        dense, moved = inputs[name] @ before[name].T, inputs[name] @ after[name].T
+        assert (dense - moved).square().sum() < 0.9 * (dense - stay).square().sum(), name
+    assert not controller.reconstruction.sample.is_open and controller.reconstruction.moved == 6
+
+
+def test_latent_values_of_what_was_removed_are_zero():
+    run = run_of("weights").to(START + 10)
+    for name in LAYERS:
+        param = run.model.get_parameter(name)
+        latent = run.optimizer.state[param]["exp_avg"][param == 0]
+        assert len(latent) and not latent.any(), name
+    run.to(START + 11)  # and they are trained from there
+    assert any(run.optimizer.state[run.model.get_parameter(name)]["exp_avg"].any() for name in LAYERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", [START + 1, START + 9, FINAL_PRUNING - 1, FINAL_PRUNING])
+def test_a_run_goes_on_bit_for_bit(kind, stop):
+    complete = run_of(kind).to(TOTAL)
+    first = run_of(kind).to(stop)
+    state = json.loads(json.dumps(first.attached.state_dict()))
+    second = run_of(kind)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.scheduler.load_state_dict(first.scheduler.state_dict())
+    second.attached.load_state_dict(state)
+    second.taken = stop
+    second.to(TOTAL)
+    assert same(second.weights(), complete.weights())
+    assert second.attached.state_dict() == complete.attached.state_dict()
+    assert complete.attached.controllers[0].reconstruction.moved > 10
+
+
+def test_micro_batches_are_all_taken():
+    run = run_of("weights").to(START + 1)
+    run.model(batch_of(70))
+    run.model(batch_of(71))
+    assert run.attached.weight_controller.reconstruction.sample.rows("0.weight") == 512
+
+
+def test_hooks_are_there_before_an_update_alone_and_go_with_the_attachment():
+    def hooks(model: nn.Module) -> int:
+        return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+    run = run_of("weights").to(START + 2)
+    assert hooks(run.model) == 0
+    run.to(START + 3)
+    assert hooks(run.model) == 2 + len(LAYERS)
+    run.target = None
+    run.attach()
+    assert hooks(run.model) == 0
+
+
+def test_without_inputs_weights_decay_and_that_is_said_once(caplog):
+    """A loop that calls the layers, and never the model itself."""
+    caplog.set_level(logging.INFO)
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model_of()
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    run = TargetRun(SparsityTarget(0.8, reconstruct=True), model=Apart(), lr=1e-3).to(TOTAL)
+    plain = TargetRun(SparsityTarget(0.8), model=Apart(), lr=1e-3).to(TOTAL)
+    assert same(run.weights(), plain.weights())
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len([m for m in messages if "no inputs of 3 layers were seen" in m]) == 1
+    assert any("no survivors were moved: no inputs were seen" in record.getMessage() for record in caplog.records)
+
+
+def test_the_log_says_how_often_they_were_moved(caplog):
+    caplog.set_level(logging.INFO)
+    run = run_of("weights").to(TOTAL)
+    times = run.attached.weight_controller.reconstruction.moved
+    assert (
+        any(f"survivors were moved {times} times" in record.getMessage() for record in caplog.records) and times == 19
+    )
+
+
+class Odd(nn.Module):
+    """A convolution, a layer that is used under two names, and a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(1, 8, 3, padding=1)
+        self.first = nn.Linear(64, 64)
+        self.again = nn.Linear(64, 64)
+        self.again.weight = self.first.weight
+        self.last = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x[:, None]).tanh().mean(1)
+        return self.last(self.again(self.first(x).tanh()).tanh())
+
+
+def test_what_can_not_move_is_named_and_decays(caplog):
+    names = ["mix.weight", "first.weight", "last.weight"]
+    run = TargetRun(SparsityTarget(0.5, reconstruct=True, scope="layer"), model=Odd(), lr=1e-3, names=names).to(TOTAL)
+    run.attached.finish()
+    messages = [record.getMessage() for record in caplog.records if "survivors stay where they are" in record.message]
+    assert len(messages) == 1
+    assert "mix.weight is of no linear layer" in messages[0]
+    assert "first.weight is shared by several modules" in messages[0] and "last.weight" not in messages[0]
+    weights = run.weights()
+    assert [int((weights[name] == 0).sum()) for name in names] == [12, 2048, 256]
+
+
+def test_a_gpt2_layer_moves_along_its_inputs():
+    """Its weight is (inputs, outputs)."""
+    from transformers.pytorch_utils import Conv1D
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(48, 64), nn.Tanh(), Conv1D(8, 48))
+
+    def as_linear(conv: nn.Sequential) -> nn.Sequential:
+        layers = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8))
+        with torch.no_grad():
+            for number in (0, 2):
+                layers[number].weight.copy_(conv[number].weight.t())
+                layers[number].bias.copy_(conv[number].bias)
+        return layers
+
+    target = SparsityTarget(0.6, reconstruct=True)
+    names = ["0.weight", "2.weight"]
+    conv = TargetRun(target, model=model(), lr=1e-3, names=names).to(TOTAL).weights()
+    linear = TargetRun(target, model=as_linear(model()), lr=1e-3, names=names).to(TOTAL).weights()
+    for name in names:
+        torch.testing.assert_close(conv[name].t(), linear[name], rtol=1e-2, atol=2e-3)
+        assert float(((conv[name].t() == 0) == (linear[name] == 0)).float().mean()) > 0.99
+
+
+def test_bf16_weights_move_by_fp32_sums():
+    model = model_of().bfloat16()
+
+    def in_bf16(model: nn.Module, step: int) -> None:
+        x = batch_of(step).bfloat16()
+        model.zero_grad()
+        (model(x) - x[:, :8].sin()).float().square().mean().backward()
+
+    helpers.targets.backward = in_bf16
+    run = TargetRun(SparsityTarget(0.8, reconstruct=True), model=model, lr=1e-3, make=LpAdamW).to(TOTAL)
+    assert run.attached.logs["lp/measured"] == pytest.approx(0.8, abs=2e-3)
+    assert run.attached.weight_controller.reconstruction.moved == 19
