@@ -249,14 +249,19 @@ class GMP(_Masked):
 
     def after_step(self, t: int) -> None:
         settings, (first, last) = self.settings, self.window()
-        update_every = settings["update_every"] or max(1, round((last - first) / (5 if self._reconstruction else 20)))
+        update_every = settings["update_every"] or max(1, round((last - first) / self._default_updates()))
         if first <= t <= last and ((t - first) % update_every == 0 or t == last):
             sparsity = self.run.sparsity * CURVES[settings["curve"]]((t - first) / (last - first))
             self._update(sparsity, t == last)
         super().after_step(t)
 
+    def _default_updates(self) -> int:
+        """How many updates there are in the window where `update_every` does not say it."""
+        return 5 if self._reconstruction else 20
+
     def _update(self, sparsity: float, is_last: bool) -> None:
-        if self._reconstruction is None:
+        # At the start of the window nothing is pruned, and nothing to be taken over.
+        if self._reconstruction is None or sparsity == 0.0:
             self.masks = self.choose(sparsity, is_last)
             return
         # What was pruned before is no part of what survivors take over.
@@ -331,7 +336,8 @@ class TrustRegion(GMP):
     An update is what its plan asks for, and half of that, and so on, until KL(model before ‖ model after) is at most
     `bound`, in nats a token over a small batch of the training text. What is left over waits for the next update. The
     last one prunes all that is left, since only equal sparsities can be compared. Other settings as of GMP. With
-    `correct=1` the survivors are corrected after the update is accepted: the divergence is that of pruning alone.
+    `correct=1` the survivors are corrected after the update is accepted: the divergence is that of pruning alone. The
+    updates are 20 then as well, since larger ones would be halved.
     """
 
     keys = {**GMP.keys, "c": 1.0, "scope": "global", "bound": 0.05}
@@ -348,6 +354,9 @@ class TrustRegion(GMP):
         self._batch = inputs[: max(1, TRUST_REGION_TOKENS // inputs.shape[1])]
         # Of the updates so far: the sparsity that they have reached, and how many were made smaller.
         self._sparsity, self._smaller_updates = 0.0, 0
+
+    def _default_updates(self) -> int:
+        return 20
 
     def choose(self, sparsity: float, is_last: bool) -> dict[str, Tensor]:
         before = self._masked_copies()
