@@ -288,8 +288,8 @@ def quality(
     them; runs that have a row are skipped.
 
     --task: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a
-    language model, --model). --text: a file or hub dataset. --methods: baselines, lp_dist, forms, rivals, patterns, or
-    lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
+    language model, --model). --text: a file or hub dataset. --methods: baselines, lp_dist, forms, rivals, patterns,
+    regularizers, or lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
     from lp_dist.benchmarks.quality.command import quality as measure
 
@@ -332,8 +332,8 @@ def structured(
 
     --shares: of the --groups (channels, heads, kv_groups, experts or expert_channels) of each layer, in percent.
     --methods: groups (lp_dist), masked (lp_dist, and routers can't choose experts that have died), gcut and cut (by
-    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), lp (single
-    zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
+    the norm, gradually and before the fine-tune; cut:criterion=taylor, of experts also frequency and reap), pathprox
+    (of channels), lp (single zeros that leave as many parameters), dense; with settings such as groups:lr=3e-4.
     """
     from lp_dist.benchmarks.structured.command import structured as measure
 

@@ -59,7 +59,8 @@ def current_names(row: dict[str, Any]) -> dict[str, Any]:
     if "settings" in renamed:
         settings = {SETTINGS.get(key, key): value for key, value in renamed["settings"].items()}
         family = str(renamed.get("method", "")).partition(":")[0]
-        renamed["settings"] = {"stable_fraction": 0.0, "teacher": "dense", **LACKING.get(family, {}), **settings}
+        common = {"stable_fraction": 0.0, "teacher": "dense", "optimizer": "adamw"}
+        renamed["settings"] = {**common, **LACKING.get(family, {}), **settings}
     return renamed
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lp_dist.reconstruction.solver import ITERATIONS
-from lp_dist.reconstruction.survivors import CHUNK, TOKENS, is_transposed, modules_by_weight, why_not_linear
+from lp_dist.reconstruction.survivors import CHUNK, TOKENS, modules_by_weight, why_not_linear
+from lp_dist.sharding.deepspeed_slices import is_transposed
 from lp_dist.sharding.shards import full_shape
 
 

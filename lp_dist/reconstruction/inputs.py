@@ -68,6 +68,15 @@ class InputSample:
         """What tells the inputs of layers apart: the same for layers with the same inputs; () without any."""
         return tuple(map(id, self._parts.get(name, ())))
 
+    def checksum(self) -> int:
+        """Of all that was taken: the same on ranks that were given the same, as those of tensor parallelism are."""
+        parts = {id(part): part for of_layer in self._parts.values() for part in of_layer}
+        total = 0
+        for number, part in enumerate(parts.values(), 1):
+            bits = part.view(torch.int16 if part.element_size() == 2 else torch.int32)
+            total += number * int(bits.sum(dtype=torch.int64))
+        return total % (1 << 62)
+
     def gram(self, name: str, inputs: int, device: torch.device) -> Tensor:
         """XᵀX of a layer's inputs on this rank, zeros without any; (inputs, inputs) fp32."""
         gram = torch.zeros(inputs, inputs, device=device)

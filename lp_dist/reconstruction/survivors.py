@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from lp_dist.sharding.collectives import (
     rank_and_world_size,
     reduction_device,
 )
-from lp_dist.sharding.deepspeed_slices import is_linear, is_local_expert
+from lp_dist.sharding.deepspeed_slices import is_linear, is_local_expert, is_transposed
 from lp_dist.sharding.shards import Shard
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,6 @@ def modules_by_weight(model: nn.Module) -> dict[int, list[nn.Module]]:
         if isinstance(weight, Tensor):
             uses.setdefault(id(weight), []).append(module)
     return uses
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight of a linear layer is (inputs, outputs), as in GPT-2's Conv1D."""
-    return type(module).__name__ == "Conv1D"
 
 
 def why_not_linear(users: Sequence[nn.Module], shape: Sequence[int]) -> str:
@@ -195,9 +190,10 @@ class Reconstruction:
             The names of those from which was removed: not layers of which too few inputs were seen, and none where
             the sample is not open.
         """
-        if not self.sample.is_open:  # the window begins with the first step here
+        if not self.layers or not self.sample.is_open:  # the window may begin with the first step here
             return []
-        wanted = [name for name in self._order if name in {*names}]
+        names = {*names}
+        wanted = [name for name in self._order if name in names]
         rows = all_reduce_sum(torch.tensor([self.sample.rows(name) for name in self.layers], dtype=torch.int64)).cpu()
         seen = [name for name in wanted if rows[self._order[name]]]
         self._tell_unseen([name for name in wanted if name not in seen])
@@ -205,12 +201,23 @@ class Reconstruction:
         sources = self._sources()
         for name in seen:
             by_source.setdefault(sources[self._order[name]], []).append(name)
-        for of_source in by_source.values():
-            inputs = self._products(of_source[0], int(rows[self._order[of_source[0]]]))
+        # Ranks with the same tokens count once: what they say of the inputs they say together.
+        checksums = all_gather_numbers(torch.tensor([self.sample.checksum()])).flatten()
+        share = len(checksums.unique()) / len(checksums)
+        for of_source in self._progress(by_source.values()):
+            inputs = self._products(of_source[0], round(share * int(rows[self._order[of_source[0]]])))
             for name in of_source:
                 self._move(name, inputs, remove)
         self.moved += bool(seen)
         return seen
+
+    @staticmethod
+    def _progress(layers: Collection[list[str]]) -> Iterable[list[str]]:
+        """The same, with a progress bar on rank 0 from the third second on."""
+        from tqdm.auto import tqdm  # not needed to import lp_dist
+
+        rank, _ = rank_and_world_size()
+        return tqdm(layers, desc="Moving survivors", unit="layer", delay=2, leave=False, disable=rank != 0)
 
     def _tell_unseen(self, names: list[str]) -> None:
         """Says once which layers no input was seen of."""
@@ -256,12 +263,11 @@ class Reconstruction:
         before = shard.local.values.reshape(-1).clone()
         remove(name)
         after = shard.local.values.view(-1) if shard.length else before
-        if transposed and shard.length == shard.shape.numel():
-            shape = shard.shape
-            moved = inputs.solved(before.view(shape).t(), after.view(shape).t())
-            after.view(shape).t().copy_(moved)
-            return
-        if not transposed:
+        divided = self._divided.get(name)
+        if transposed and divided is None:
+            old, new = (values.view(shard.shape).t() for values in (before, after))
+            new.copy_(inputs.solved(old, new))
+        elif not transposed:
             columns = shard.shape[1]
             first, last = _complete_rows(shard, columns)
             if last > first:
@@ -272,7 +278,6 @@ class Reconstruction:
                     rows.split(_rows_at_a_time(columns)),
                 ):
                     new.copy_(inputs.solved(old, new))
-        divided = self._divided.get(name)
         if divided is not None:
             self._move_divided(shard, divided, before, after, inputs, transposed)
 
@@ -302,6 +307,8 @@ class Reconstruction:
 
     def _find_divided(self) -> dict[str, _Divided]:
         """The rows of each layer that are divided over ranks. Collective: three numbers for each layer."""
+        if not self.layers:
+            return {}
         edges = []
         for name, layer in self.layers.items():
             shard = self._shards[name]

@@ -69,6 +69,13 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and not names[0].endswith("Embedding"))
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether a module multiplies by a matrix [inputs, outputs]: GPT-2's Conv1D, also where FSDP2 has given it a class
+    of its own.
+    """
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
 def _expert_group(param: Any) -> Any:
     """Of the ranks that have other experts; None before the engine is made."""
     if "deepspeed" not in sys.modules:

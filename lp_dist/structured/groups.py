@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lp_dist.errors import UsageError
-from lp_dist.sharding.deepspeed_slices import is_linear
+from lp_dist.sharding.deepspeed_slices import is_linear, is_transposed
 from lp_dist.sharding.shards import full_shape
 
 
@@ -128,7 +128,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
                 f"{name} has an adapter beside it, which would still act where its channels or heads were removed;"
                 " merge the adapter first (lp_dist.merge_adapter)"
             )
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = is_transposed(module)
         if (is_linear(module) or transposed) and module is not head and f"{name}.weight" in names:
             shape = full_shape(module.weight)
             outputs, inputs = reversed(shape) if transposed else shape

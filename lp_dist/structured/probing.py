@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lp_dist.sharding.deepspeed_slices import is_transposed
 from lp_dist.sharding.shards import full_shape
 from lp_dist.structured.groups import Member
 
@@ -249,7 +250,7 @@ def _layout(module: nn.Module, shapes: dict[str, tuple[int, ...]], call: _Call, 
     linear = {
         f"{name}.weight": name
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) or type(child).__name__ == "Conv1D"
+        if isinstance(child, nn.Linear) or is_transposed(child)
     }
     last = None
     for name, touched in call.touched({}, 0).items():

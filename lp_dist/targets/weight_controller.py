@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from lp_dist.sparsity.quantiles import (
     ScoredSlice,
     count_not_finite,
     fraction_at_or_below,
+    make_latent,
     restore_latent,
     sample_stride,
     thresholds_at,
@@ -298,7 +300,7 @@ class WeightController(Controller):
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
-        self._remove_below(thresholds)
+        self._remove_below(thresholds, make_latent)
         rates = self.run.rates.ahead(horizon)
         # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
         # next update.
@@ -318,18 +320,27 @@ class WeightController(Controller):
             weight_decays.append(weight_decay)
         self._set_logs(t, measured, weight_decays, near_zero)
 
-    def _remove_below(self, thresholds: dict[str, float]) -> None:
+    def _remove_below(
+        self, thresholds: dict[str, float], remove: Callable[[list[ScoredSlice], dict[str, float]], None]
+    ) -> list[str]:
         """Removes at once what is at or below the threshold of its scope, and moves the survivors; where they can't
-        move, weights are left to their decay. Latent values of what is removed become zero, since the survivors have
-        taken over: a weight that comes back begins anew.
+        move, weights are left to their decay.
+
+        Args:
+            thresholds: by scope.
+            remove: `make_latent`, so that weights may come back, or `zero_at_or_below`.
+        Returns:
+            The names of the parameters of which was removed.
         """
         if self.reconstruction is None:
-            return
+            return []
         by_name = {shard.name: shard for shard in self.shards}
-        if self.reconstruction.remove(
-            by_name, lambda name: zero_at_or_below(self.scored_slices(shards=[by_name[name]]), thresholds)
-        ):
+        done = self.reconstruction.remove(
+            by_name, lambda name: remove(self.scored_slices(shards=[by_name[name]]), thresholds)
+        )
+        if done:
             update_copies(self.run.engine_optimizer)
+        return done
 
     def _refuse_not_finite(self, t: int, slices: list[ScoredSlice]) -> None:
         """Raises RuntimeError, on every rank, where a weight or Adam's second moment of it is nan or infinite."""
@@ -375,8 +386,10 @@ class WeightController(Controller):
             thresholds = thresholds_at(self.scored_slices(all_local=False), ranks, passes=3)
         restore_latent(self.scored_slices(), thresholds)
         before = self._by_scope(census(self.shards))
-        self._remove_below(thresholds)
-        zero_at_or_below(self.scored_slices(), thresholds)
+        done = self._remove_below(thresholds, zero_at_or_below)
+        # Not those of which it was removed: a survivor may have moved below the threshold.
+        others = [shard for shard in self.shards if shard.name not in done]
+        zero_at_or_below(self.scored_slices(shards=others), thresholds)
         for shard in self.shards:
             self.parameter_map.set(shard.name, latent=False)
         update_copies(self.run.engine_optimizer)

@@ -5,6 +5,7 @@ for rounding; a stopped run goes on bit for bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import target_runs
-from helpers.engines import Engine, ended, gathered, in_two_starts, quiet
+from helpers import axes, target_runs
+from helpers.axes import Axes
+from helpers.engines import Engine, ended, gathered, in_two_starts, make, quiet
 from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_runs import Case, batch_of, engine_of, trained
-from lp_dist import SparsityTarget, attach, groups_of
+from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.engines import unwrap
+from lp_dist.sparsity.selection import decayed_names
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2 offload", "zero3 offload")
 # Updates are at the steps 2, 4, ..., 14; the final pruning comes after step 16.
@@ -144,10 +147,29 @@ def resumed(case: MovingCase, directory: Path) -> tuple[list[str], int]:
     return sorted(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)), len(wanted)
 
 
+def transposed_after_an_update(kind: str) -> dict[str, Tensor]:
+    """Masters of layers whose weights are (inputs, outputs), right after the first update."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(37, 64), nn.Tanh(), Conv1D(7, 37))
+    names = ["0.weight", "2.weight"]
+    engine = make(kind, model, lambda model: LpAdamW(param_groups(model, 0.0, names=names), lr=1e-3))
+    others = {} if hasattr(engine.handle, "load_checkpoint") else {"optimizer": engine.optimizer}
+    target = SparsityTarget(0.6, update_every=2, reconstruct=True)
+    attachment = attach(engine.handle, target=target, names=names, total_steps=STEPS, **others)
+    trained(engine, attachment, MovingCase(kind), 0, FIRST_UPDATE + 1)
+    assert attachment.weight_controller.reconstruction.moved == 1
+    weights = gathered(engine)
+    ended(engine)
+    return {name: weights[name] for name in names}
+
+
 def on_a_rank(rank: int, world_size: int, directory: Path, engines: tuple[str, ...]) -> dict[str, Any]:
     quiet()
     mix_inputs()
     return {
+        "transposed": {engine: transposed_after_an_update(engine) for engine in engines},
         "runs": {case: followed(case) for case in CASES if case.engine in engines},
         "resumed": {case: resumed(case, directory / case.engine) for case in RESUMED if case.engine in engines},
     }
@@ -177,6 +199,15 @@ def test_right_after_an_update_zeros_are_those_of_one_process_and_weights_are_ne
             assert torch.equal(model, masters[name]), f"{case}: {name}: the model's copy is another one"
 
 
+def test_layers_whose_weights_are_transposed_move_as_well(results):
+    alone = transposed_after_an_update("plain")
+    for rank in results:
+        for engine, weights in rank["transposed"].items():
+            for name, expected in alone.items():
+                assert torch.equal(weights[name] == 0, expected == 0) and (expected == 0).any(), f"{engine}: {name}"
+                torch.testing.assert_close(weights[name], expected, rtol=5e-3, atol=1e-3)
+
+
 def test_survivors_have_moved(results):
     """Else the comparison above would say nothing of them: the tolerance is a small part of how far they moved."""
     for case, run in results[0]["runs"].items():
@@ -204,7 +235,7 @@ def test_at_the_end_ranks_have_the_same_weights_and_the_target_is_met(results):
         for name, weights in run["last model"].items():
             differ += int(((weights == 0) != (alone(case)["last model"][name] == 0)).sum())
             total += weights.numel()
-        assert differ < 0.01 * total, f"{case}: {differ} of {total} zeros are others"
+        assert differ < 0.05 * total, f"{case}: {differ} of {total} zeros are others"
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(results):
@@ -212,3 +243,82 @@ def test_a_stopped_run_goes_on_bit_for_bit(results):
         assert rank["resumed"] or "zero1" in {case.engine for case in rank["runs"]}
         for case, (differs, compared) in rank["resumed"].items():
             assert not differs and compared > 15, case
+
+
+# -- several axes -------------------------------------------------------------
+
+WAYS = [
+    Axes((("fsdp", 2), ("tp", 2))),
+    Axes((("tp", 4),)),
+    Axes((("replicas", 2), ("fsdp", 2))),
+]
+BY_COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def llama_after_an_update(shard: Callable[[nn.Module], nn.Module], batches: list[Tensor], movable: Any) -> dict:
+    """Weights before and after the first update of a Llama, whose gradients are given.
+
+    Args:
+        shard: of the model.
+        batches: token ids of this rank.
+        movable: tells by its name whether a parameter may decay.
+    """
+    sets = axes.gradients(shard, axes.dense)
+    model = shard(axes.dense())
+    names = [name for name in decayed_names(model) if movable(name)]
+    optimizer = LpAdamW(param_groups(model, 0.0), lr=4e-3)
+    target = SparsityTarget(0.5, update_every=3, reconstruct=True)
+    attachment = attach(model, optimizer, target=target, names=names, total_steps=axes.STEPS)
+    controller = attachment.weight_controller
+    while controller.reconstruction.moved == 0:
+        if controller.is_due:
+            model.zero_grad()
+            for batch in batches:
+                model(input_ids=batch).logits.sum().backward()  # FSDP2 shards anew when the backward pass has ended
+        for name, param in model.named_parameters():
+            param.grad = sets[0][name]
+        optimizer.step()
+        before = {name: axes.complete(param).clone() for name, param in model.named_parameters() if name in names}
+        attachment.after_step()
+    after = {name: axes.complete(param).clone() for name, param in model.named_parameters() if name in names}
+    return {"before": before, "after": after, "reasons": controller.reconstruction.reasons}
+
+
+def batch_for(data_rank: int) -> Tensor:
+    return torch.randint(0, 40, (6, 16), generator=torch.Generator().manual_seed(data_rank))
+
+
+def llamas_on_ranks(rank: int, world_size: int) -> dict[Axes, Any]:
+    quiet()
+    results = {}
+    for way in WAYS:
+        tp = dict(way.mesh).get("tp", 1)
+        batches = [batch_for(rank // tp % 2)] if tp == 2 else [batch_for(data) for data in (0, 1)] * (tp == 4)
+        batches = batches or [batch_for(rank % 2)]  # HSDP: each half has both
+        movable = (lambda name: not name.endswith(BY_COLUMNS)) if tp > 1 else (lambda name: True)
+        results[way] = llama_after_an_update(way.shard, batches, movable)
+    results["named"] = llama_after_an_update(WAYS[0].shard, [batch_for(rank // 2)], lambda name: True)["reasons"]
+    return results
+
+
+@pytest.mark.long
+def test_under_several_axes_rows_move_as_in_one_process(run_ranks):
+    """Ranks of tensor parallelism have the same tokens, which count once."""
+    batches = [batch_for(0), batch_for(1)]
+    ranks = run_ranks(llamas_on_ranks, 4)
+    for way in WAYS:
+        has_tp = "tp" in dict(way.mesh)
+        movable = (lambda name: not name.endswith(BY_COLUMNS)) if has_tp else (lambda name: True)
+        alone = llama_after_an_update(axes.unsharded, batches, movable)
+        for rank in ranks:
+            assert rank[way]["reasons"] == {}, way
+            for name, weights in alone["after"].items():
+                got = rank[way]["after"][name]
+                assert torch.equal(rank[way]["before"][name], alone["before"][name]), f"{way}: {name}"
+                assert torch.equal(got == 0, weights == 0), f"{way}: {name}"
+                torch.testing.assert_close(got, weights, **TOLERANCE, msg=lambda m, n=name, w=way: f"{w}: {n}: {m}")
+            far = [(w - alone["before"][n])[w != 0].abs() > 1e-3 for n, w in alone["after"].items()]
+            assert int(torch.cat(far).sum()) > 300, way
+    for rank in ranks:
+        assert {name.partition("layers.")[2][2:] for name in rank["named"]} == {*BY_COLUMNS}
+        assert set(rank["named"].values()) == {"is divided along its inputs by tensor parallelism"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lp_dist.attachment.attach import attach
-from lp_dist.benchmarks.quality import oneshot, trust_region
+from lp_dist.benchmarks.quality import oneshot, regularizers, trust_region
 from lp_dist.benchmarks.timing import note
 from lp_dist.errors import UsageError
 from lp_dist.optim import nm
@@ -86,6 +86,8 @@ class Method:
 
     # What may be set, and its default.
     keys: ClassVar[dict[str, Any]] = {}
+    # Whether the steps before it prunes are those of the dense fine-tune.
+    trains_dense = False
 
     def __init__(self, run: TrainingRun, **settings: Any) -> None:
         self.run, self.settings = run, {**self.keys, **settings}
@@ -112,6 +114,8 @@ class Method:
 class Dense(Method):
     """The fine-tune alone, which is the upper bound."""
 
+    trains_dense = True
+
 
 class _Masked(Method):
     """Weights outside of the masks are set to zero after each step."""
@@ -136,6 +140,7 @@ class _OneShot(_Masked):
     """Prunes once. at: the fraction of the steps before it; 1 prunes the dense fine-tune, without recovery."""
 
     keys = {"at": 0.0}
+    trains_dense = True
     # Of a subclass: makes the masks.
     prune: Callable[[], dict[str, Tensor]]
 
@@ -204,6 +209,84 @@ def keep_blocks(model: nn.Module, scores: dict[str, Tensor], pattern: str) -> di
         nm.keep_largest_([by_inputs], n, m)
         kept[name] = by_inputs.movedim(-1, known.dims[name]).contiguous()
     return kept
+
+
+class _Regularized(Magnitude):
+    """A penalty on the weights until they are pruned by |w|, since it makes no weight exactly zero by itself.
+
+    The penalty is decoupled, as AdamW's decay: before each step its gradient times the learning rate is taken off the
+    weights. At `at` of the steps they are pruned as by `magnitude:at=...`, and the rest is a masked fine-tune without
+    the penalty. So with a penalty of 0 it is that method.
+
+    Raises:
+        UsageError: it would prune before the penalty acts.
+    """
+
+    # Where the window of lp_dist and of gradual pruning ends.
+    keys = {**Magnitude.keys, "at": 0.7}
+    trains_dense = False
+
+    def __init__(self, run: TrainingRun, **settings: Any) -> None:
+        super().__init__(run, **settings)
+        if not 0 < self.settings["at"] <= 1:
+            raise UsageError(
+                f"at={self.settings['at']} must be above 0, where the penalty would never act, and at most 1"
+            )
+
+    def start(self) -> None:
+        self.run.optimizer.register_step_pre_hook(lambda *_: self._regularize())
+
+    def _regularize(self) -> None:
+        if not self.masks:
+            rate = self.run.optimizer.param_groups[0]["lr"]
+            for name, weight in self.run.weights.items():
+                weight.sub_(rate * self.gradient(name, weight))
+
+    def gradient(self, name: str, weight: Tensor) -> Tensor:
+        """The gradient of the penalty.
+
+        Args:
+            name: of the weight in the model.
+            weight: its values.
+        Returns:
+            In the shape of the weight.
+        """
+        raise NotImplementedError
+
+
+class NormDecay(_Regularized):
+    """Norm decay (arXiv 2009.08435): `beta` times the largest absolute sum of a row or column of each matrix.
+
+    Setting `norm`: "rows", the ∞-norm of the linear map, or "columns", its 1-norm. The paper's `beta` of 1e-3 is for
+    tens of thousands of steps at higher rates, and would move nothing here; 1 is a neutral value that is not tuned.
+    """
+
+    keys = {**_Regularized.keys, "beta": 1.0, "norm": "rows"}
+
+    def __init__(self, run: TrainingRun, **settings: Any) -> None:
+        super().__init__(run, **settings)
+        if self.settings["norm"] not in regularizers.NORMS:
+            raise UsageError(f"norm={self.settings['norm']} must be {' or '.join(regularizers.NORMS)}")
+        self._output_dims = regularizers.output_dims(run.model, run.names)
+
+    def gradient(self, name: str, weight: Tensor) -> Tensor:
+        dim = self._output_dims[name]
+        if self.settings["norm"] == "columns":
+            dim = 1 - dim
+        return self.settings["beta"] * regularizers.norm_decay(weight, dim)
+
+
+class Weissi(_Regularized):
+    """The weight-scale-shift invariant penalty (arXiv 2008.02965).
+
+    Settings: `norms`, λ1 of the product of the matrices' norms, and `direction`, λ2 of the L1 norms of their
+    directions. 1 is a neutral value for both that is not tuned.
+    """
+
+    keys = {**_Regularized.keys, "norms": 1.0, "direction": 1.0}
+
+    def gradient(self, name: str, weight: Tensor) -> Tensor:
+        return regularizers.scale_shift_invariant(weight, self.settings["norms"], self.settings["direction"])
 
 
 class Window(NamedTuple):
@@ -491,6 +574,8 @@ FAMILIES: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "normdecay": NormDecay,
+    "weissi": Weissi,
     "gmp": GMP,
     "pat": PAT,
     "trust_region": TrustRegion,
@@ -502,7 +587,13 @@ FAMILIES: dict[str, type[Method]] = {
 # stable_fraction: the fraction of the steps until which the learning rate stays at its highest.
 # distill: the weight of the divergence from a teacher in the loss.
 # teacher: dense, the dense fine-tune; self, the model as it is before the run.
-COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0, "teacher": "dense"}
+# optimizer: a key of OPTIMIZERS.
+COMMON_SETTINGS = {"lr": None, "stable_fraction": 0.0, "distill": 0.0, "teacher": "dense", "optimizer": "adamw"}
+# Their learning rate where none is given, as a fraction of the task's. Lion's authors (arXiv 2302.06675) take a third
+# to a tenth of AdamW's; the third is not tuned.
+OPTIMIZERS = {"adamw": 1.0, "lion": 1 / 3}
+# Settings that need Adam's moments, which Lion has not.
+_NEED_ADAM = ("c", "precondition", "latent_windows")
 
 
 @dataclass(frozen=True)
@@ -554,7 +645,16 @@ class Spec:
                 f"--methods {line}: teacher={teacher} must be dense or self, and needs distill, the weight of its"
                 " divergence in the loss"
             )
-        return cls(family, tuple(sorted(given.items())))
+        spec = cls(family, tuple(sorted(given.items())))
+        if spec.optimizer not in OPTIMIZERS:
+            raise UsageError(f"--methods {line}: optimizer={spec.optimizer} must be {' or '.join(OPTIMIZERS)}")
+        need_adam = [f"{key}=0" for key in _NEED_ADAM if spec.settings.get(key)]
+        if spec.optimizer != "adamw" and need_adam:
+            raise UsageError(
+                f"--methods {line}: {spec.optimizer} has not Adam's moments, which {family} would use; add"
+                f" {','.join(need_adam)}"
+            )
+        return spec
 
     @property
     def line(self) -> str:
@@ -632,6 +732,16 @@ class Spec:
     def distill(self) -> float:
         """The weight of the divergence from the dense fine-tune in the loss."""
         return self.settings["distill"]
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer: a key of OPTIMIZERS."""
+        return self.settings["optimizer"]
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether all of its steps are those of the dense fine-tune, which it prunes at the end, if at all."""
+        return FAMILIES[self.family].trains_dense and self.settings.get("at", 1) == 1
 
     def method(self, run: TrainingRun) -> Method:
         """The method for a run.
@@ -718,7 +828,24 @@ PATTERNS = [
     "pat:c=0.67,pattern=2:4",
     "lp:pattern=2:4",
 ]
-METHOD_SETS = {"baselines": BASELINES, "lp_dist": LP_DIST, "forms": FORMS, "rivals": RIVALS, "patterns": PATTERNS}
+# Penalties of other papers beside the same pruning without them, and Lion as the base of the methods.
+REGULARIZERS = [
+    "magnitude:at=0.7",
+    "normdecay",
+    "weissi",
+    "dense:optimizer=lion",
+    "magnitude:at=0.7,optimizer=lion",
+    "gmp:optimizer=lion",
+    "lp:latent_windows=0,optimizer=lion,precondition=0",
+]
+METHOD_SETS = {
+    "baselines": BASELINES,
+    "lp_dist": LP_DIST,
+    "forms": FORMS,
+    "rivals": RIVALS,
+    "patterns": PATTERNS,
+    "regularizers": REGULARIZERS,
+}
 
 
 def read_specs(methods: str) -> list[Spec]:

@@ -34,6 +34,9 @@ _NAMES = {
     "pat": "torchao's PAT",
     "pat:c=0.33,scope=global": "PAT by |w|·(√v̂)^⅓, global",
     "pat:c=0.67,scope=global": "PAT by |w|·(√v̂)^⅔, global",
+    "magnitude:at=0.7": "magnitude at 0.7 of the steps",
+    "normdecay": "norm decay, then magnitude at 0.7 of the steps",
+    "weissi": "weight-scale-shift invariant penalty, then magnitude at 0.7 of the steps",
     "gmp": "GMP by |w|",
     "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓",
     "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
@@ -119,10 +122,11 @@ def name_of(method: str) -> str:
         A name and the settings that differ from it; the line, if it has no name.
     """
     spec = Spec.read(method)
-    named = spec.without("lr", "stable_fraction", "distill", "teacher")
+    named = spec.without("lr", "stable_fraction", "distill", "teacher", "optimizer")
     settings = [
         words
         for words, value in (
+            ("with Lion" if spec.lr else "with Lion at a third of the learning rate", spec.optimizer == "lion"),
             (f"learning rate {spec.lr}", spec.lr),
             (f"stable until {spec.stable_fraction:g}", spec.stable_fraction),
             (f"distilled by {spec.distill:g}" + " from itself" * (spec.teacher == "self"), spec.distill),

@@ -24,11 +24,11 @@ from torch import nn
 
 from lp_dist.benchmarks import json_lines
 from lp_dist.benchmarks.json_lines import ResultRow
-from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
+from lp_dist.benchmarks.quality.methods import OPTIMIZERS, Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule, Task, cached
 from lp_dist.benchmarks.timing import benchmark_device, note, progress
 from lp_dist.optim import batching
-from lp_dist.optim.optimizers import LpAdamW
+from lp_dist.optim.optimizers import LpAdamW, LpLion
 from lp_dist.report import environment
 from lp_dist.sparsity.selection import decayed_names, param_groups
 
@@ -209,7 +209,7 @@ def measure_row(task: Task, row: ResultRow) -> dict[str, Any]:
     start = time.perf_counter()
     model = dense(task, seed)
     loss_before = cached(["loss", {**task.described(), "schedule": None}, seed], lambda: task.evaluate(model))
-    if spec.family == "dense" or dict(spec.given).get("at") == 1:
+    if spec.follows_dense:
         model.load_state_dict(_fine_tuned(task, seed, spec))
         run = prepare_run(task, model, seed, row["sparsity"], schedule_for(task, spec))
         # This prunes what the dense fine-tune has made; a dense method does nothing here.
@@ -238,7 +238,7 @@ def schedule_for(task: Task, spec: Spec) -> Schedule:
     """
     return replace(
         task.schedule,
-        lr=task.schedule.lr if spec.lr is None else spec.lr,
+        lr=task.schedule.lr * OPTIMIZERS[spec.optimizer] if spec.lr is None else spec.lr,
         stable_fraction=spec.stable_fraction,
     )
 
@@ -264,15 +264,16 @@ def dense(task: Task, seed: int) -> nn.Module:
 
 
 def _fine_tuned(task: Task, seed: int, spec: Spec) -> dict[str, Any]:
-    """The dense fine-tune at the learning rates of a method, as a state dict."""
+    """The dense fine-tune by the optimizer and learning rates of a method, as a state dict."""
 
     def trained() -> dict[str, Any]:
-        return train(
-            task, dense(task, seed), seed, 0.0, schedule_for(task, spec), Spec("dense", ())
-        ).model.state_dict()
+        dense_spec = Spec.from_settings("dense", {**Spec("dense", ()).settings, "optimizer": spec.optimizer})
+        return train(task, dense(task, seed), seed, 0.0, schedule_for(task, spec), dense_spec).model.state_dict()
 
+    # Those without it keep their keys from before.
     stable_fraction = [spec.stable_fraction] if spec.stable_fraction else []
-    return cached(["fine-tuned", task.described(), seed, spec.lr, *stable_fraction], trained)
+    optimizer = [spec.optimizer] if spec.optimizer != "adamw" else []
+    return cached(["fine-tuned", task.described(), seed, spec.lr, *stable_fraction, *optimizer], trained)
 
 
 def load_teacher(task: Task, seed: int) -> nn.Module:
@@ -289,7 +290,9 @@ def load_teacher(task: Task, seed: int) -> nn.Module:
     return teacher.eval()
 
 
-def prepare_run(task: Task, model: nn.Module, seed: int, sparsity: float, schedule: Schedule) -> TrainingRun:
+def prepare_run(
+    task: Task, model: nn.Module, seed: int, sparsity: float, schedule: Schedule, optimizer_name: str = "adamw"
+) -> TrainingRun:
     """A run with its optimizer and scheduler, before its first step.
 
     Args:
@@ -298,12 +301,18 @@ def prepare_run(task: Task, model: nn.Module, seed: int, sparsity: float, schedu
         seed: of the calibration text.
         sparsity: the fraction of zeros at the end.
         schedule: steps and learning rates.
+        optimizer_name: a key of OPTIMIZERS.
     Returns:
         The run.
     """
     names = sorted(decayed_names(model))
-    # With a weight decay of 0 this is torch's AdamW.
-    optimizer = LpAdamW(param_groups(model, 0.0, names=names), lr=schedule.lr, betas=task.betas)
+    # With a weight decay of 0 this is torch's AdamW, or Lion with the betas of its paper.
+    groups = param_groups(model, 0.0, names=names)
+    optimizer = (
+        LpLion(groups, lr=schedule.lr)
+        if optimizer_name == "lion"
+        else LpAdamW(groups, lr=schedule.lr, betas=task.betas)
+    )
 
     def inputs() -> torch.Tensor:
         rows = min(CALIBRATION * task.rows, 32768 // task.block)
@@ -325,7 +334,7 @@ def train(task: Task, model: nn.Module, seed: int, sparsity: float, schedule: Sc
     Returns:
         The run after its last step.
     """
-    run = prepare_run(task, model, seed, sparsity, schedule)
+    run = prepare_run(task, model, seed, sparsity, schedule, spec.optimizer)
     method = spec.method(run)
     teacher = None
     if spec.distill:

@@ -30,6 +30,7 @@ _NAMES = {
     "masked": "lp_dist, routers can't choose what has died",
     "gcut": "cut gradually, by the norm",
     "gcut:c=0.67": "cut gradually, by lp_dist's saliency ‖w·(√v̂)^⅔‖",
+    "pathprox": "PathProx, then cut by ‖w‖·‖v‖",
     "cut": "cut before the fine-tune, by the norm",
     "cut:criterion=taylor": "cut before the fine-tune, by Taylor (LLM-Pruner's)",
     "cut:criterion=frequency": "cut before the fine-tune, by how often the router chooses",

@@ -13,9 +13,12 @@ from torch import Tensor
 from lp_dist.attachment.attach import attach
 from lp_dist.benchmarks.quality.methods import FAMILIES, Method, TrainingRun
 from lp_dist.benchmarks.structured.mixtures import RouterMask, expert_scores
+from lp_dist.benchmarks.structured.pathprox import hidden_units, proximal_step
+from lp_dist.errors import UsageError
 from lp_dist.sharding.shards import locate_shards
 from lp_dist.structured.group_decay import GroupDecayHook
 from lp_dist.structured.resolve import resolve_groups
+from lp_dist.targets.lr_lookahead import LearningRates
 from lp_dist.targets.target import CURVES, DEFAULT_PRECONDITION, GroupTarget, SparsityTarget
 
 
@@ -170,11 +173,60 @@ class GradualCut(_Cut):
         super().after_step(t)
 
 
+class PathProx(_Cut):
+    """PathProx (arXiv 2210.03069) until `end`, then a cut of the channels with the lowest ‖w‖·‖v‖ to the sparsity.
+
+    `weight_decay` is the λ of all layers. None: of each layer the λ by which the requested fraction of its channels
+    would become zero until `end` if there were no gradients, which is their quantile of ‖w‖·‖v‖ over the sum of the
+    learning rates.
+    """
+
+    keys = {**_Cut.keys, "weight_decay": None, "end": 0.7}
+
+    def start(self) -> None:
+        super().start()
+        model, end = self.run.model, self.settings["end"]
+        self._last = round(end * self.run.steps)
+        if not 1 <= self._last <= self.run.steps:
+            raise UsageError(f"end={end} must be above 0, where the penalty would never act, and at most 1")
+        model.eval()
+        self._layers = hidden_units(model, self.hook.sets, self.run.inputs()[:1, :16])
+        model.train()
+        for units in self._layers:
+            proximal_step(units, 0.0)
+        self.weight_decays = self._weight_decays()
+        self._handle = self.run.optimizer.register_step_post_hook(lambda *_: self._shrink())
+
+    def _weight_decays(self) -> list[float]:
+        """λ of each layer, whose channels have ‖w‖ = 1 already."""
+        if self.settings["weight_decay"] is not None:
+            return [self.settings["weight_decay"]] * len(self._layers)
+        ahead = LearningRates(self.run.scheduler, self.run.optimizer, is_stepped_each_step=True).ahead(self._last)
+        rate_sum = sum(rates[0] for rates in ahead)
+        thresholds = []
+        for units in self._layers:
+            norms = units.outputs.norm(dim=1)
+            thresholds.append(float(norms.kthvalue(max(1, round(self.run.sparsity * len(norms)))).values))
+        return [threshold / rate_sum for threshold in thresholds]
+
+    def _shrink(self) -> None:
+        rate = self.run.optimizer.param_groups[0]["lr"]
+        for units, weight_decay in zip(self._layers, self.weight_decays):
+            proximal_step(units, rate * weight_decay)
+
+    def after_step(self, t: int) -> None:
+        if t == self._last:
+            self._handle.remove()
+            self.prune(torch.cat([units.outputs.norm(dim=1) for units in self._layers]), self.run.sparsity)
+        super().after_step(t)
+
+
 STRUCTURED: dict[str, type[Method]] = {
     "groups": LpGroups,
     "masked": MaskedGroups,
     "cut": OneCut,
     "gcut": GradualCut,
+    "pathprox": PathProx,
 }
 # Their lines can be read wherever this module is imported.
 FAMILIES.update(STRUCTURED)

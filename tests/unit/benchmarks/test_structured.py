@@ -18,7 +18,7 @@ from lp_dist.benchmarks.structured.command import structured
 from lp_dist.benchmarks.structured.methods import STRUCTURED, OneCut
 from lp_dist.errors import UsageError
 
-METHODS = "dense:lr=0.001 groups:end=0.5 gcut:c=0.67 cut cut:criterion=taylor lp"
+METHODS = "dense:lr=0.001 groups:end=0.5 gcut:c=0.67 cut cut:criterion=taylor pathprox lp"
 
 
 def bench(tiny_model, topics, out, methods: str, **values) -> list[dict]:
@@ -57,20 +57,20 @@ def test_every_method_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, mon
     assert rows["dense:lr=0.001"]["zeros"] == 0
     page = (tmp_path / "structured.md").read_text()
     assert (
-        page.count("\n| 50% | ") == 5
+        page.count("\n| 50% | ") == 6
         and "| lp_dist, end = 0.5 |" in page
         and "| dense fine-tune, learning rate 0.001 |" in page
         and "×" in page
     )
     monkeypatch.setattr(runs, "train", None)
-    assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 6, "a dense run has no share"
+    assert len(bench(tiny_model, topics, tmp_path, "dense:lr=0.001", shares="50 30")) == 7, "a dense run has no share"
     (tmp_path / "structured.jsonl").write_text(
         "".join(
             json.dumps({**row, **({"machine": "another", "threads": 2} if i else {})}) + "\n"
             for i, row in enumerate(rows.values())
         )
     )
-    assert len(bench(tiny_model, topics, tmp_path, METHODS)) == 6, "none is made again"
+    assert len(bench(tiny_model, topics, tmp_path, METHODS)) == 7, "none is made again"
     assert f"{rows['lp']['machine']} ({rows['lp']['threads']} thread" in (tmp_path / "structured.md").read_text()
     assert " and another (2 threads)\n" in (tmp_path / "structured.md").read_text()
 
@@ -78,7 +78,7 @@ def test_every_method_is_a_row_and_is_run_once(tiny_model, topics, tmp_path, mon
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, masked, cut, gcut"),
+        ({"methods": "gmp"}, "--methods gmp: this bench has dense, lp, groups, masked, cut, gcut, pathprox"),
         ({"methods": "cut", "shares": "0"}, "--shares 0: these are percents"),
         ({"methods": "cut", "shares": "x"}, "these must be numbers"),
     ],
@@ -122,5 +122,5 @@ def test_taylors_criterion_is_the_sum_of_what_each_weight_does_to_the_loss():
 
 
 def test_a_line_of_it_reads_as_any_other():
-    assert set(STRUCTURED) == {"groups", "masked", "cut", "gcut"}
+    assert set(STRUCTURED) == {"groups", "masked", "cut", "gcut", "pathprox"}
     assert Spec.read("groups:p=0,cap=none").settings["cap"] is None and Spec.read("gcut:c=0.67").line == "gcut:c=0.67"

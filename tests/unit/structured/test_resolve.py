@@ -159,3 +159,16 @@ def test_fused_layers_and_experts_are_described_as_they_are_recognised():
     described = groups_of(model, along=["*.experts.gate_up_proj", "*.experts.down_proj"], kind="bodies")
     recognised = resolve_groups(model, "experts")
     assert [(g.count, g.elements) for g in described] == [(g.count, g.elements) for g in recognised]
+
+
+def test_layers_of_gpt2_are_known_in_a_class_that_fsdp2_has_made():
+    """It gives every module that it shards a subclass with a name of its own."""
+    from lp_dist.structured.groups import linear_layers
+
+    model = model_of("gpt2")
+    expected = linear_layers(model)
+    assert any(layer.transposed for layer in expected)
+    for module in model.modules():
+        cls = type(module)
+        module.__class__ = type(f"FSDP{cls.__name__}", (cls,), {})
+    assert linear_layers(model) == expected

@@ -114,14 +114,23 @@ def test_what_is_removed_at_an_update_is_taken_over_by_the_survivors_of_its_laye
     assert not controller.reconstruction.sample.is_open and controller.reconstruction.moved == 6
 
 
-def test_latent_values_of_what_was_removed_are_zero():
-    run = run_of("weights").to(START + 10)
+def test_what_was_removed_is_latent_until_the_window_ends():
+    """With the value that it had; after the final pruning with none."""
+    run = run_of("weights").to(START + 9)
+    run.step()
+    before = run.weights()
+    latents = {name: run.optimizer.state[run.model.get_parameter(name)]["exp_avg"].clone() for name in LAYERS}
+    run.attached.after_step()
     for name in LAYERS:
         param = run.model.get_parameter(name)
-        latent = run.optimizer.state[param]["exp_avg"][param == 0]
-        assert len(latent) and not latent.any(), name
-    run.to(START + 11)  # and they are trained from there
-    assert any(run.optimizer.state[run.model.get_parameter(name)]["exp_avg"].any() for name in LAYERS)
+        exp_avg = run.optimizer.state[param]["exp_avg"]
+        removed, were_latent = (before[name] != 0) & (param == 0), before[name] == 0
+        assert removed.any() and torch.equal(exp_avg[removed], before[name][removed]), name
+        assert were_latent.any() and torch.equal(exp_avg[were_latent], latents[name][were_latent]), name
+    run.to(FINAL_PRUNING)
+    for name in LAYERS:
+        param = run.model.get_parameter(name)
+        assert not run.optimizer.state[param]["exp_avg"][param == 0].any(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,11 +246,12 @@ def test_a_gpt2_layer_moves_along_its_inputs():
 
     target = SparsityTarget(0.6, reconstruct=True)
     names = ["0.weight", "2.weight"]
-    conv = TargetRun(target, model=model(), lr=1e-3, names=names).to(TOTAL).weights()
-    linear = TargetRun(target, model=as_linear(model()), lr=1e-3, names=names).to(TOTAL).weights()
+    runs = [TargetRun(target, model=made, lr=1e-3, names=names) for made in (model(), as_linear(model()))]
+    conv, linear = (run.to(START + 1).weights() for run in runs)
     for name in names:
-        torch.testing.assert_close(conv[name].t(), linear[name], rtol=1e-2, atol=2e-3)
-        assert float(((conv[name].t() == 0) == (linear[name] == 0)).float().mean()) > 0.99
+        assert torch.equal(conv[name].t() == 0, linear[name] == 0) and (linear[name] == 0).any()
+        torch.testing.assert_close(conv[name].t(), linear[name], rtol=1e-3, atol=1e-4)
+    assert [run.attached.weight_controller.reconstruction.moved for run in runs] == [1, 1]
 
 
 def test_bf16_weights_move_by_fp32_sums():
