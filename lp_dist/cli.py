@@ -288,8 +288,8 @@ def quality(
     them; runs that have a row are skipped.
 
     --task: chars (nanoGPT's CPU setting), scratch (the same, sparse while it learns), nanogpt (its GPU setting), lm (a
-    language model, --model). --text: a file or hub dataset. --methods: baselines, lp_dist, forms, regularizers, or
-    lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
+    language model, --model). --text: a file or hub dataset. --methods: baselines, lp_dist, forms, rivals, patterns,
+    regularizers, or lines such as "gmp:c=0.33,lr=3e-4 lp:p=0". --sparsities: in percent. --jobs: runs at a time.
     """
     from lp_dist.benchmarks.quality.command import quality as measure
 

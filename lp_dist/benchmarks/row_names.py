@@ -26,7 +26,14 @@ SETTINGS = {
     "fall": "stable_fraction",
 }
 # Settings of a family that rows from before there was one lack, with the value with which they were run.
-LACKING: dict[str, dict[str, Any]] = {family: {"reconstruct": 0} for family in ("lp", "groups", "masked")}
+LACKING: dict[str, dict[str, Any]] = {
+    "lp": {"reconstruct": 0, "pattern": None},
+    "groups": {"reconstruct": 0},
+    "masked": {"reconstruct": 0},
+    "gmp": {"pattern": None, "correct": 0},
+    "pat": {"pattern": None},
+    "sparsegpt": {"pattern": None},
+}
 # Values of a row's "measured".
 MEASURED = {"whole": "training step"}
 # Options of the command that made a run.

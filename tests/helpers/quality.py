@@ -14,6 +14,9 @@ LINES = [
     "magnitude:at=0.5,scope=global",
     "lp",
     "lp:scope=layer",
+    "trust_region",
+    "elsa",
+    "elsa:end=1,interval=5,penalty=0.1,scope=layer",
     "lp:cap=none,latent_windows=0,lr=0.001,p=0",
 ]
 

@@ -5,17 +5,26 @@ A method is named by a line such as `gmp:c=0.33,lr=3e-4`, which is also how to r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lp_dist.attachment.attach import attach
-from lp_dist.benchmarks.quality import oneshot, regularizers
+from lp_dist.benchmarks.quality import oneshot, regularizers, trust_region
+from lp_dist.benchmarks.timing import note
 from lp_dist.errors import UsageError
+from lp_dist.optim import nm
+from lp_dist.reconstruction.survivors import Reconstruction
+from lp_dist.sharding.shards import find_shards
+from lp_dist.sparsity.input_dims import input_dims, listed
 from lp_dist.targets.target import CURVES, DEFAULT_LATENT_WINDOWS, DEFAULT_PRECONDITION, SparsityTarget, WeightTarget
+
+# Of the training text, on which the trust region measures the divergence of an update.
+TRUST_REGION_TOKENS = 2048
 
 
 @dataclass
@@ -43,8 +52,28 @@ class TrainingRun:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The matrices that become sparse, by name; changing them changes the model."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of `weights`, which have gradients and the optimizer's state."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[name].detach() for name in self.names}
+        return {name: parameters[name] for name in self.names}
+
+    def saliency(self, name: str, weight: Tensor, exponent: float) -> Tensor:
+        """|w|·(√v)^c, with Adam's v. Its bias correction is the same for all weights, and ranks them the same.
+
+        Args:
+            name: of a weight in the model.
+            weight: values in its place.
+            exponent: c; 0: |w|. With 1 the order is that of v·w², with v for the diagonal of the Fisher information.
+        Returns:
+            The scores, in the shape of the weight.
+        """
+        if not exponent:
+            return weight.abs()
+        second_moments = self.optimizer.state[self.parameters[name]]["exp_avg_sq"]
+        return weight.abs() * second_moments.sqrt().pow(exponent)
 
 
 class Method:
@@ -56,12 +85,20 @@ class Method:
     """
 
     # What may be set, and its default.
-    keys: dict[str, Any] = {}
+    keys: ClassVar[dict[str, Any]] = {}
     # Whether the steps before it prunes are those of the dense fine-tune.
     trains_dense = False
 
     def __init__(self, run: TrainingRun, **settings: Any) -> None:
         self.run, self.settings = run, {**self.keys, **settings}
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> None:
+        """Raises ValueError for a setting that is out of its range.
+
+        Args:
+            settings: all `keys` with their values.
+        """
 
     def start(self) -> None:
         """Called once before the first step."""
@@ -86,9 +123,17 @@ class _Masked(Method):
     masks: dict[str, Tensor] = {}
 
     def after_step(self, t: int) -> None:
+        self._mask_weights()
+
+    def _mask_weights(self) -> None:
         weights = self.run.weights
         for name, mask in self.masks.items():
             weights[name].mul_(mask)
+
+    def _masked_copies(self) -> dict[str, Tensor]:
+        """Copies of the weights as the model has them under its masks, by name."""
+        self._mask_weights()
+        return {name: weight.clone() for name, weight in self.run.weights.items()}
 
 
 class _OneShot(_Masked):
@@ -112,7 +157,7 @@ class _OneShot(_Masked):
             self.run.model.eval()
             self.masks = self.prune()
             self.run.model.train()
-            _Masked.after_step(self, t)
+            self._mask_weights()
 
 
 class Magnitude(_OneShot):
@@ -132,10 +177,38 @@ class Wanda(_OneShot):
 
 
 class SparseGPT(_OneShot):
-    """One-shot pruning by SparseGPT (arXiv 2301.00774)."""
+    """One-shot pruning by SparseGPT (arXiv 2301.00774). pattern: such as 2:4."""
+
+    keys = {**_OneShot.keys, "pattern": None}
 
     def prune(self) -> dict[str, Tensor]:
-        return oneshot.sparsegpt(self.run.model, self.run.names, self.run.sparsity, self.run.inputs())
+        return oneshot.sparsegpt(
+            self.run.model, self.run.names, self.run.sparsity, self.run.inputs(), self.settings["pattern"]
+        )
+
+
+def keep_blocks(model: nn.Module, scores: dict[str, Tensor], pattern: str) -> dict[str, Tensor]:
+    """Scores with which no weight is pruned that an N:M pattern keeps.
+
+    Args:
+        model: whose matrices have the scores.
+        scores: by name of the weight, in its shape, not negative.
+        pattern: such as "2:4".
+    Returns:
+        Scores by name: infinite for the N largest of each M consecutive inputs, else as they were.
+    Raises:
+        UsageError: a matrix can't have the pattern.
+    """
+    known = input_dims(model, dict.fromkeys(scores, pattern))
+    if known.reasons:
+        raise UsageError(f"pattern={pattern} is not for all matrices that become sparse: {listed(known.reasons)}")
+    n, m = nm.parse_pattern(pattern)
+    kept = {}
+    for name, score in scores.items():
+        by_inputs = score.movedim(known.dims[name], -1).clone(memory_format=torch.contiguous_format)
+        nm.keep_largest_([by_inputs], n, m)
+        kept[name] = by_inputs.movedim(-1, known.dims[name]).contiguous()
+    return kept
 
 
 class _Regularized(Magnitude):
@@ -227,23 +300,75 @@ class GMP(_Masked):
     """Gradual magnitude pruning (arXiv 1710.01878) by |w|·(√v̂)^c, with Adam's v.
 
     Settings: `start` and `end` of the window as fractions of the run; `c`; `scope`, "layer" or "global"; `curve` as of
-    a SparsityTarget; `update_every`, steps between two updates of the masks, 0: 20 updates in the window. A pruned
-    weight is zero and so stays pruned.
+    a SparsityTarget; `update_every`, steps between two updates of the masks, 0: 20 updates in the window, 5 with the
+    correction; `pattern`, such as 2:4: only the weights that are not among the N largest of their block are pruned;
+    `correct`, 1: at each update the survivors take over what is pruned, as those of lp_dist do
+    (`lp_dist.reconstruction`), but by the inputs of all steps since the last update, as far as these are kept. A
+    pruned weight is zero and so stays pruned.
     """
 
-    keys = {"c": 0.0, "start": 0.1, "end": 0.7, "scope": "layer", "update_every": 0, "curve": "cubic"}
+    keys = {
+        "c": 0.0,
+        "start": 0.1,
+        "end": 0.7,
+        "scope": "layer",
+        "update_every": 0,
+        "curve": "cubic",
+        "pattern": None,
+        "correct": 0,
+    }
+    _reconstruction: Reconstruction | None = None
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> None:
+        if settings.get("correct", 0) not in (0, 1):
+            raise ValueError(f"correct={settings['correct']} must be 0, or 1 to correct the survivors at each update")
+
+    def start(self) -> None:
+        if self.settings.get("correct"):
+            shards = [s for s in find_shards(self.run.model, self.run.optimizer) if s.name in self.run.names]
+            self._reconstruction = Reconstruction(self.run.model, shards)
+            self._reconstruction.sample.open()
 
     def after_step(self, t: int) -> None:
         settings, (first, last) = self.settings, self.window()
-        update_every = settings["update_every"] or max(1, round((last - first) / 20))
+        update_every = settings["update_every"] or max(1, round((last - first) / self._default_updates()))
         if first <= t <= last and ((t - first) % update_every == 0 or t == last):
             sparsity = self.run.sparsity * CURVES[settings["curve"]]((t - first) / (last - first))
-            self.masks = oneshot.keep_largest(
-                {name: self.saliency(name, weight) for name, weight in self.run.weights.items()},
-                sparsity,
-                settings["scope"],
-            )
+            self._update(sparsity, t == last)
         super().after_step(t)
+
+    def _default_updates(self) -> int:
+        """How many updates there are in the window where `update_every` does not say it."""
+        return 5 if self._reconstruction else 20
+
+    def _update(self, sparsity: float, is_last: bool) -> None:
+        # At the start of the window nothing is pruned, and nothing to be taken over.
+        if self._reconstruction is None or sparsity == 0.0:
+            self.masks = self.choose(sparsity, is_last)
+            return
+        # What was pruned before is no part of what survivors take over.
+        self._mask_weights()
+        self.masks, weights = self.choose(sparsity, is_last), self.run.weights
+        self._reconstruction.remove(weights, lambda name: weights[name].mul_(self.masks[name]))
+        if is_last:
+            self._reconstruction.sample.close()
+
+    def choose(self, sparsity: float, is_last: bool) -> dict[str, Tensor]:
+        """The masks of an update.
+
+        Args:
+            sparsity: the fraction that the plan prunes.
+            is_last: whether this is the last update.
+        Returns:
+            Masks by name, bool: True where a weight is kept.
+        """
+        return oneshot.keep_largest(self._scores(), sparsity, self.settings["scope"])
+
+    def _scores(self) -> dict[str, Tensor]:
+        scores = {name: self.saliency(name, weight) for name, weight in self.run.weights.items()}
+        pattern = self.settings["pattern"]
+        return keep_blocks(self.run.model, scores, pattern) if pattern else scores
 
     def window(self) -> Window:
         """The steps between which the masks are updated."""
@@ -252,7 +377,7 @@ class GMP(_Masked):
         )
 
     def saliency(self, name: str, weight: Tensor) -> Tensor:
-        """|w|·(√v)^c of a weight: the bias correction of v is the same for all weights, and ranks them the same.
+        """|w|·(√v)^c of a weight.
 
         Args:
             name: of the weight in the model.
@@ -260,11 +385,7 @@ class GMP(_Masked):
         Returns:
             The scores, in the shape of the weight.
         """
-        score = weight.abs()
-        if self.settings["c"]:
-            state = self.run.optimizer.state[dict(self.run.model.named_parameters())[name]]
-            score = score * state["exp_avg_sq"].sqrt().pow(self.settings["c"])
-        return score
+        return self.run.saliency(name, weight, self.settings["c"])
 
 
 class PAT(GMP):
@@ -274,7 +395,8 @@ class PAT(GMP):
     learning, from gradients at the pruned weights, and may come back. torchao's saliency is |w|, c = 0.
     """
 
-    keys = {**GMP.keys, "update_every": 1}
+    # A correction would count twice what comes back.
+    keys = {**{key: value for key, value in GMP.keys.items() if key != "correct"}, "update_every": 1}
 
     def start(self) -> None:
         self._latents: dict[str, Tensor] = {}
@@ -291,8 +413,129 @@ class PAT(GMP):
         super().after_step(t)
 
 
+class TrustRegion(GMP):
+    """Gradual pruning by v̂·w² with one global threshold, each update in a trust region.
+
+    An update is what its plan asks for, and half of that, and so on, until KL(model before ‖ model after) is at most
+    `bound`, in nats a token over a small batch of the training text. What is left over waits for the next update. The
+    last one prunes all that is left, since only equal sparsities can be compared. Other settings as of GMP. With
+    `correct=1` the survivors are corrected after the update is accepted: the divergence is that of pruning alone. The
+    updates are 20 then as well, since larger ones would be halved.
+    """
+
+    keys = {**GMP.keys, "c": 1.0, "scope": "global", "bound": 0.05}
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> None:
+        super().check(settings)
+        if not isinstance(settings["bound"], (int, float)) or settings["bound"] <= 0:
+            raise ValueError(f"bound={settings['bound']} must be above 0, the divergence of an update in nats a token")
+
+    def start(self) -> None:
+        super().start()
+        inputs = self.run.inputs()
+        self._batch = inputs[: max(1, TRUST_REGION_TOKENS // inputs.shape[1])]
+        # Of the updates so far: the sparsity that they have reached, and how many were made smaller.
+        self._sparsity, self._smaller_updates = 0.0, 0
+
+    def _default_updates(self) -> int:
+        return 20
+
+    def choose(self, sparsity: float, is_last: bool) -> dict[str, Tensor]:
+        before = self._masked_copies()
+        scores = self._scores()
+
+        def masks_at(total: float) -> dict[str, Tensor]:
+            return oneshot.keep_largest(scores, total, self.settings["scope"])
+
+        planned_step = sparsity - self._sparsity
+        if is_last:
+            note(
+                f"trust_region: {self._smaller_updates} updates were smaller than planned, and the last one prunes"
+                f" {planned_step:.2%}"
+            )
+            return masks_at(sparsity)
+        if planned_step <= 0:
+            return masks_at(self._sparsity)
+        logits_before = trust_region.logits(self.run.model, self._batch)
+
+        def divergence_after(step: float) -> float:
+            masks = masks_at(self._sparsity + step)
+            for name, weight in self.run.weights.items():
+                weight.mul_(masks[name])
+            divergence = trust_region.mean_divergence(self.run.model, self._batch, logits_before)
+            for name, weight in self.run.weights.items():
+                weight.copy_(before[name])
+            return divergence
+
+        step = trust_region.accepted_step(planned_step, divergence_after, self.settings["bound"])
+        self._smaller_updates += step < planned_step
+        self._sparsity += step
+        return masks_at(self._sparsity)
+
+
+class ELSA(_Masked):
+    """ELSA: sparse training by ADMM (arXiv 2510.01650), of which z is the sparse copy and u the scaled dual variable.
+
+    Until `end`, a fraction of the run, the gradient that the optimizer sees has λ·(w − z + u) added to it, with λ =
+    `penalty`. Every `interval` steps z is w + u with its k weights of largest v̂ᶜ·(w + u)² alone, with Adam's v̂, and
+    u grows by w − z. At `end` all weights outside of z become zero, and the rest of the run trains with that mask. It
+    starts with z = w and u = 0. As published it is `end=1`, where the run ends with the projection.
+
+    Settings: `interval`, 0: 20 updates until `end`; `c`, 0: the largest of (w + u)²; `scope`, "layer" or "global".
+    """
+
+    keys = {"penalty": 0.001, "interval": 0, "end": 0.7, "c": 1.0, "scope": "global"}
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> None:
+        for key, is_right, limit in (
+            ("penalty", lambda value: value > 0, "above 0, the λ of the augmented Lagrangian"),
+            ("interval", lambda value: value >= 0 and value == int(value), "a number of steps, or 0 for 20 updates"),
+            ("end", lambda value: 0 < value <= 1, "above 0 and at most 1, a fraction of the run"),
+        ):
+            if not isinstance(settings[key], (int, float)) or not is_right(settings[key]):
+                raise ValueError(f"{key}={settings[key]} must be {limit}")
+
+    def start(self) -> None:
+        self.sparse_copies = {name: weight.clone() for name, weight in self.run.weights.items()}
+        self.duals = {name: torch.zeros_like(weight) for name, weight in self.run.weights.items()}
+        self._penalty_hook = self.run.optimizer.register_step_pre_hook(lambda *_: self._add_penalty())
+
+    @torch.no_grad()
+    def _add_penalty(self) -> None:
+        for name, parameter in self.run.parameters.items():
+            residual = parameter - self.sparse_copies[name] + self.duals[name]
+            parameter.grad.add_(residual, alpha=self.settings["penalty"])
+
+    def after_step(self, t: int) -> None:
+        last = max(1, round(self.settings["end"] * self.run.steps))
+        interval = self.settings["interval"] or max(1, round(last / 20))
+        if t < last and t % interval == 0:
+            self._project()
+        elif t == last:
+            self.masks = self._project()
+            self._penalty_hook.remove()
+            self.sparse_copies, self.duals = {}, {}
+        super().after_step(t)
+
+    def _project(self) -> dict[str, Tensor]:
+        """One update of z and u; returns the mask of z."""
+        sums = {name: weight + self.duals[name] for name, weight in self.run.weights.items()}
+        # The order of v̂ᶜ·x² is that of its root.
+        scores = {name: self.run.saliency(name, total, self.settings["c"]) for name, total in sums.items()}
+        masks = oneshot.keep_largest(scores, self.run.sparsity, self.settings["scope"])
+        for name, total in sums.items():
+            self.sparse_copies[name] = total * masks[name]
+            self.duals[name] = total - self.sparse_copies[name]
+        return masks
+
+
 class Lp(Method):
-    """lp_dist: a `SparsityTarget`, with its arguments as settings."""
+    """lp_dist: a `SparsityTarget`, with its arguments as settings.
+
+    A pattern has neither latent weights nor another sparsity than its own: `latent_windows` does nothing there.
+    """
 
     keys = {
         **{
@@ -305,12 +548,14 @@ class Lp(Method):
         "precondition": DEFAULT_PRECONDITION,
         "latent_windows": DEFAULT_LATENT_WINDOWS,
         "reconstruct": 0,
+        "pattern": None,
     }
 
     def start(self) -> None:
-        target = SparsityTarget(
-            self.run.sparsity, **{**self.settings, "reconstruct": bool(self.settings["reconstruct"])}
-        )
+        settings = {**self.settings, "reconstruct": bool(self.settings["reconstruct"])}
+        if settings["pattern"]:
+            del settings["latent_windows"]
+        target = SparsityTarget(self.run.sparsity, **settings)
         self.attached = attach(
             self.run.model,
             self.run.optimizer,
@@ -333,6 +578,8 @@ FAMILIES: dict[str, type[Method]] = {
     "weissi": Weissi,
     "gmp": GMP,
     "pat": PAT,
+    "trust_region": TrustRegion,
+    "elsa": ELSA,
     "lp": Lp,
 }
 # Settings that all families have.
@@ -381,6 +628,11 @@ class Spec:
             if key not in known:
                 raise UsageError(f"--methods {line}: {family} has no {key!r}; it has {', '.join(known)}")
             given[key] = _value(line, value)
+        try:
+            nm.check_pattern(given.get("pattern"))
+            FAMILIES[family].check({**FAMILIES[family].keys, **given})
+        except ValueError as error:
+            raise UsageError(f"--methods {line}: {error}") from None
         stable_fraction = given.get("stable_fraction", 0)
         if not isinstance(stable_fraction, (int, float)) or not 0 <= stable_fraction < 1:
             raise UsageError(
@@ -447,6 +699,20 @@ class Spec:
         """
         return Spec(self.family, tuple((key, value) for key, value in self.given if key not in keys))
 
+    def sparsities(self, requested: Iterable[float]) -> list[float]:
+        """The sparsities at which the method is run.
+
+        Args:
+            requested: fractions of zeros.
+        Returns:
+            The same; of a dense run 0, and of a pattern its own, once.
+        """
+        pattern = self.settings.get("pattern")
+        if pattern:
+            n, m = nm.parse_pattern(pattern)
+            return [(m - n) / m]
+        return [0.0] if self.family == "dense" else list(requested)
+
     @property
     def lr(self) -> float | None:
         """The highest learning rate; None: the task's."""
@@ -491,7 +757,7 @@ class Spec:
 def _value(line: str, text: str) -> Any:
     if text.lower() == "none":
         return None
-    if text.isalpha():
+    if text.isalpha() or text in nm.PATTERNS:
         return text
     try:
         return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -541,6 +807,27 @@ FORMS = [
     for gamma in gammas
     for p in ps
 ]
+# What is published as the best while training, and GMP by the saliency of lp_dist with the same correction.
+RIVALS = [
+    "dense",
+    "lp",
+    "lp:reconstruct=1",
+    "gmp:c=0.67,scope=global",
+    "gmp:c=0.67,correct=1,scope=global",
+    "trust_region",
+    "trust_region:correct=1",
+    "elsa:penalty=0.0001",
+    "elsa",
+    "elsa:penalty=0.01",
+]
+PATTERNS = [
+    "dense",
+    "sparsegpt:at=1,pattern=2:4",
+    "sparsegpt:pattern=2:4",
+    "pat:pattern=2:4",
+    "pat:c=0.67,pattern=2:4",
+    "lp:pattern=2:4",
+]
 # Penalties of other papers beside the same pruning without them, and Lion as the base of the methods.
 REGULARIZERS = [
     "magnitude:at=0.7",
@@ -551,7 +838,14 @@ REGULARIZERS = [
     "gmp:optimizer=lion",
     "lp:latent_windows=0,optimizer=lion,precondition=0",
 ]
-METHOD_SETS = {"baselines": BASELINES, "lp_dist": LP_DIST, "forms": FORMS, "regularizers": REGULARIZERS}
+METHOD_SETS = {
+    "baselines": BASELINES,
+    "lp_dist": LP_DIST,
+    "forms": FORMS,
+    "rivals": RIVALS,
+    "patterns": PATTERNS,
+    "regularizers": REGULARIZERS,
+}
 
 
 def read_specs(methods: str) -> list[Spec]:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lp_dist.benchmarks.timing import progress
+from lp_dist.errors import UsageError
+from lp_dist.optim import nm
 
-# Modules whose weight is [in, out], as GPT-2's; a linear layer's is [out, in].
-_TRANSPOSED = ("Conv1D",)
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a linear layer is [in, out], as that of GPT-2's Conv1D, and not [out, in]."""
+    return type(module).__name__ == "Conv1D"
 
 
 def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
@@ -76,7 +80,9 @@ def wanda(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tenso
 
 
 @torch.no_grad()
-def sparsegpt(model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor) -> dict[str, Tensor]:
+def sparsegpt(
+    model: nn.Module, names: Iterable[str], sparsity: float, inputs: Tensor, pattern: str | None = None
+) -> dict[str, Tensor]:
     """Prunes by SparseGPT, which moves the kept weights to make up for the pruned ones (arXiv 2301.00774).
 
     With the paper's blocks of 128 and damping of 1 %.
@@ -84,26 +90,44 @@ def sparsegpt(model: nn.Module, names: Iterable[str], sparsity: float, inputs: T
     Args:
         model: its weights are changed.
         names: of the matrices that are pruned, all of them in transformer blocks.
-        sparsity: the fraction of each block of 128 inputs that is pruned, from 0 to 1.
+        sparsity: the fraction of each block of 128 inputs that is pruned, from 0 to 1; a pattern has its own.
         inputs: token ids for calibration, int64 [rows, block].
+        pattern: such as "2:4"; None: single weights.
     Returns:
         Masks by name, bool: True where a weight is kept.
+    Raises:
+        UsageError: a matrix has inputs that are no multiple of the pattern's M.
     """
-    return _block_by_block(model, set(names), inputs, lambda weight, gram: sparsegpt_layer(weight, gram, sparsity))
+    return _block_by_block(
+        model, set(names), inputs, lambda weight, gram: sparsegpt_layer(weight, gram, sparsity, pattern=pattern)
+    )
 
 
-def sparsegpt_layer(weight: Tensor, gram: Tensor, sparsity: float, block: int = 128, damping: float = 0.01) -> Tensor:
+def sparsegpt_layer(
+    weight: Tensor,
+    gram: Tensor,
+    sparsity: float,
+    block: int = 128,
+    damping: float = 0.01,
+    pattern: str | None = None,
+) -> Tensor:
     """Algorithm 1 of the SparseGPT paper, on one matrix.
 
     Args:
         weight: [out, in], changed in place: pruned weights become zero, kept ones are updated.
         gram: X·Xᵀ of the layer's inputs, [in, in].
-        sparsity: the fraction of each block of inputs that is pruned, from 0 to 1.
-        block: inputs a block.
+        sparsity: the fraction of each block of inputs that is pruned, from 0 to 1; a pattern has its own.
+        block: inputs a block, a multiple of the pattern's M.
         damping: added to the diagonal, as a fraction of its mean.
+        pattern: such as "2:4": of M inputs the N of largest score are kept in each output, chosen when the inputs
+            before them are done. None: single weights, chosen at the start of each block.
     Returns:
         The mask, bool [out, in]: True where a weight is kept.
+    Raises:
+        UsageError: the inputs are no multiple of the pattern's M.
     """
+    if pattern and (reason := nm.why_no_blocks(weight.shape, 0, nm.parse_pattern(pattern)[1], 1)):
+        raise UsageError(f"pattern={pattern}: a matrix can't have it, since {reason}")
     width = weight.shape[1]
     hessian = gram.clone()
     unused = hessian.diagonal() == 0
@@ -118,9 +142,17 @@ def sparsegpt_layer(weight: Tensor, gram: Tensor, sparsity: float, block: int = 
         last = min(first + block, width)
         columns, factor = weight[:, first:last].clone(), inverse[first:last, first:last]
         errors = torch.zeros_like(columns)
-        scores = columns.square() / factor.diagonal().square()
-        mask = _kept(scores.flatten(), sparsity).view_as(scores)
+        if not pattern:
+            scores = columns.square() / factor.diagonal().square()
+            mask = _kept(scores.flatten(), sparsity).view_as(scores)
+        else:
+            n, m = nm.parse_pattern(pattern)
+            mask = torch.ones_like(columns, dtype=torch.bool)
         for i in range(last - first):
+            if pattern and i % m == 0:
+                mask[:, i : i + m] = nm.is_kept(
+                    columns[:, i : i + m].square() / factor.diagonal()[i : i + m].square(), n
+                )
             column = columns[:, i].clone()
             pruned = column * mask[:, i]
             errors[:, i] = (column - pruned) / factor[i, i]
@@ -152,7 +184,7 @@ def _block_by_block(
         for hook in hooks:
             hook.remove()
         for name, module in linears.items():
-            transposed = type(module).__name__ in _TRANSPOSED
+            transposed = is_transposed(module)
             weight = (module.weight.data.t() if transposed else module.weight.data).float().clone()
             mask = prune(weight, grams[name])
             weight *= mask

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lp_dist.benchmarks.json_lines import ResultRow
-from lp_dist.benchmarks.quality.methods import BASELINES, FORMS, LP_DIST, Spec
+from lp_dist.benchmarks.quality.methods import BASELINES, FORMS, LP_DIST, PATTERNS, RIVALS, Spec
 from lp_dist.benchmarks.quality.runs import device_of
 from lp_dist.benchmarks.quality.tasks import HELD_OUT
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TUNED = "Each at the best of its learning rates and windows"
 FORMS_TITLE = "Forms of lp_dist"
 OTHERS_TITLE = "Other settings"
+_COMPARED = (*BASELINES, *LP_DIST, *RIVALS, *PATTERNS)
 _NAMES = {
     "dense": "dense",
     "magnitude:at=1": "magnitude, one shot",
@@ -40,7 +41,19 @@ _NAMES = {
     "gmp:c=0.33": "GMP by |w|·(√v̂)^⅓",
     "gmp:c=0.33,scope=global": "GMP by |w|·(√v̂)^⅓, global",
     "gmp:c=0.67,scope=global": "GMP by |w|·(√v̂)^⅔, global",
+    "gmp:c=0.67,correct=1,scope=global": "GMP by |w|·(√v̂)^⅔, global, corrected",
+    "trust_region": "trust region by v̂·w²",
+    "trust_region:correct=1": "trust region by v̂·w², corrected",
+    "elsa:penalty=0.0001": "ELSA, λ = 0.0001",
+    "elsa": "ELSA, λ = 0.001",
+    "elsa:penalty=0.01": "ELSA, λ = 0.01",
+    "sparsegpt:at=1,pattern=2:4": "SparseGPT 2:4, one shot",
+    "sparsegpt:pattern=2:4": "SparseGPT 2:4, masked fine-tune",
+    "pat:pattern=2:4": "PAT 2:4 by |w|",
+    "pat:c=0.67,pattern=2:4": "PAT 2:4 by |w|·(√v̂)^⅔",
+    "lp:pattern=2:4": "lp_dist 2:4",
     "lp": "lp_dist",
+    "lp:reconstruct=1": "lp_dist, survivors moved",
     "lp:precondition=0.5": "lp_dist, γ = ½",
     "lp:precondition=0": "lp_dist, γ = 0",
     "lp:scope=layer": "lp_dist, layer by layer",
@@ -203,16 +216,14 @@ def tables(rows: list[ResultRow]) -> dict[str, list[list[str]]]:
         Tables by title; each has a line of columns, then a line for each method with a column for each sparsity.
     """
     measured = {row["method"] for row in rows}
-    compared, forms = (
-        [method for method in _shortest(lines) if method in measured] for lines in ([*BASELINES, *LP_DIST], FORMS)
-    )
+    compared, forms = ([method for method in _shortest(lines) if method in measured] for lines in (_COMPARED, FORMS))
     # A table of forms needs one that is not compared in any case.
     if not set(forms) - set(compared):
         forms = []
     others = sorted(measured - {*compared, *forms})
     methods_of = {"": compared, FORMS_TITLE: forms, OTHERS_TITLE: others}
     by_title = {title: _table(rows, methods) for title, methods in methods_of.items() if methods}
-    tuned = _tuned(rows, _shortest([*BASELINES, *LP_DIST]))
+    tuned = _tuned(rows, _shortest(_COMPARED))
     first = {"": by_title.pop("")} if compared else {}
     return {**first, **({TUNED: tuned} if len(tuned) > 1 else {}), **by_title}
 
@@ -268,7 +279,7 @@ def _by_rate(rows: list[ResultRow], method: str) -> dict[Rate, list[ResultRow]]:
 
 
 def _shortest(lines: Iterable[str]) -> list[str]:
-    return [Spec.from_settings(spec.family, spec.settings).line for spec in map(Spec.read, lines)]
+    return list(dict.fromkeys(Spec.from_settings(spec.family, spec.settings).line for spec in map(Spec.read, lines)))
 
 
 def _sparsities(rows: list[ResultRow]) -> list[float]:

@@ -71,7 +71,7 @@ def planned_rows(
     Args:
         task: what is trained.
         specs: the methods.
-        sparsities: fractions of zeros; a dense run has none and is planned once.
+        sparsities: fractions of zeros; a dense run has none, a pattern its own, and each is planned once.
         seeds: of the weights and batches.
     Returns:
         A row for each combination.
@@ -79,7 +79,7 @@ def planned_rows(
     rows, device = [], device_name()
     for seed in seeds:
         for spec in specs:
-            for sparsity in sparsities if spec.family != "dense" else [0.0]:
+            for sparsity in spec.sparsities(sparsities):
                 rows.append(
                     {
                         "task": task.described(),

@@ -257,7 +257,8 @@ def test_a_method_has_a_name_for_people():
     assert page.name_of("gmp:c=0.33") == "GMP by |w|·(√v̂)^⅓" and page.name_of("gmp:c=0.5") == "gmp:c=0.5"
     assert page.name_of("lp:distill=0.5,lr=0.002") == "lp_dist, learning rate 0.002, distilled by 0.5"
     assert page.name_of("gmp:stable_fraction=0.7") == "GMP by |w|, stable until 0.7"
-    assert all(page.name_of(line) != line for line in {*methods.BASELINES, *methods.LP_DIST, *page.DRAWN} - {"dense"})
+    named = {line for lines in methods.METHOD_SETS.values() if lines is not methods.FORMS for line in lines}
+    assert all(page.name_of(line) != line for line in {*named, *page.DRAWN} - {"dense"})
 
 
 def test_a_row_is_called_by_what_differs_from_the_defaults_of_now(rows, tmp_path):
