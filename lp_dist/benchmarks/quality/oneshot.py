@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from lp_dist.benchmarks.timing import progress
 from lp_dist.errors import UsageError
 from lp_dist.optim import nm
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight of a linear layer is [in, out], as that of GPT-2's Conv1D, and not [out, in]."""
-    return type(module).__name__ == "Conv1D"
+from lp_dist.sharding.deepspeed_slices import is_transposed
 
 
 def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:

@@ -42,10 +42,12 @@ def sets_of(model: nn.Module) -> list:
 
 def target_of(kind: str) -> SparsityTarget:
     if kind == "groups":
-        return SparsityTarget(0.5, groups=sets_of(model_of()), reconstruct=True)
+        return SparsityTarget(0.5, groups=sets_of(model_of()), reconstruct=True, update_every=2)
     if kind == "2:4":
-        return SparsityTarget(pattern="2:4", reconstruct=True)
-    return SparsityTarget(0.8, reconstruct=True, latent_windows=0.0 if kind == "without latents" else None)
+        return SparsityTarget(pattern="2:4", reconstruct=True, update_every=2)
+    return SparsityTarget(
+        0.8, reconstruct=True, update_every=2, latent_windows=0.0 if kind == "without latents" else None
+    )
 
 
 def run_of(kind: str, **more) -> TargetRun:
@@ -183,7 +185,7 @@ def test_without_inputs_weights_decay_and_that_is_said_once(caplog):
         def __call__(self, x: Tensor) -> Tensor:
             return self.layers(x)
 
-    run = TargetRun(SparsityTarget(0.8, reconstruct=True), model=Apart(), lr=1e-3).to(TOTAL)
+    run = TargetRun(SparsityTarget(0.8, reconstruct=True, update_every=2), model=Apart(), lr=1e-3).to(TOTAL)
     plain = TargetRun(SparsityTarget(0.8), model=Apart(), lr=1e-3).to(TOTAL)
     assert same(run.weights(), plain.weights())
     messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -198,6 +200,14 @@ def test_the_log_says_how_often_they_were_moved(caplog):
     assert (
         any(f"survivors were moved {times} times" in record.getMessage() for record in caplog.records) and times == 19
     )
+
+
+@pytest.mark.parametrize("total", [60, 6000])
+def test_there_are_ten_updates_whatever_the_length_of_the_run(total):
+    """Each of them costs as much. One more may be due at once where the window's length is no multiple of ten."""
+    controller = TargetRun(SparsityTarget(0.5, reconstruct=True), total=total).attached.weight_controller
+    length = controller.window.end - controller.window.start
+    assert controller.update_every == round(length / 10) and 9 <= length / controller.update_every <= 10
 
 
 class Odd(nn.Module):
@@ -218,7 +228,9 @@ class Odd(nn.Module):
 
 def test_what_can_not_move_is_named_and_decays(caplog):
     names = ["mix.weight", "first.weight", "last.weight"]
-    run = TargetRun(SparsityTarget(0.5, reconstruct=True, scope="layer"), model=Odd(), lr=1e-3, names=names).to(TOTAL)
+    run = TargetRun(
+        SparsityTarget(0.5, reconstruct=True, update_every=2, scope="layer"), model=Odd(), lr=1e-3, names=names
+    ).to(TOTAL)
     run.attached.finish()
     messages = [record.getMessage() for record in caplog.records if "survivors stay where they are" in record.message]
     assert len(messages) == 1
@@ -244,7 +256,7 @@ def test_a_gpt2_layer_moves_along_its_inputs():
                 layers[number].bias.copy_(conv[number].bias)
         return layers
 
-    target = SparsityTarget(0.6, reconstruct=True)
+    target = SparsityTarget(0.6, reconstruct=True, update_every=2)
     names = ["0.weight", "2.weight"]
     runs = [TargetRun(target, model=made, lr=1e-3, names=names) for made in (model(), as_linear(model()))]
     conv, linear = (run.to(START + 1).weights() for run in runs)
@@ -263,6 +275,8 @@ def test_bf16_weights_move_by_fp32_sums():
         (model(x) - x[:, :8].sin()).float().square().mean().backward()
 
     helpers.targets.backward = in_bf16
-    run = TargetRun(SparsityTarget(0.8, reconstruct=True), model=model, lr=1e-3, make=LpAdamW).to(TOTAL)
+    run = TargetRun(SparsityTarget(0.8, reconstruct=True, update_every=2), model=model, lr=1e-3, make=LpAdamW).to(
+        TOTAL
+    )
     assert run.attached.logs["lp/measured"] == pytest.approx(0.8, abs=2e-3)
     assert run.attached.weight_controller.reconstruction.moved == 19
