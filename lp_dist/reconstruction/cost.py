@@ -61,8 +61,9 @@ def reconstruction_cost(shapes: Iterable[tuple[int, int]], ranks: int, bytes_of_
     solving = 0
     for outputs, inputs in shapes:
         weights = -(-outputs // ranks) * inputs
-        # XᵀX; the weights from before; eight tensors of the rows that are solved at a time.
-        solving = max(solving, 4 * (inputs**2 + weights + 8 * min(weights, max(CHUNK, inputs))))
+        # XᵀX and that of a block of tokens; then the weights from before, and eight tensors of the rows that are
+        # solved at a time.
+        solving = max(solving, 8 * inputs**2, 4 * (inputs**2 + weights + 8 * min(weights, max(CHUNK, inputs))))
     return ReconstructionCost(
         len(shapes),
         sum(inputs for _, inputs in shapes) * tokens * bytes_of_inputs,

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lp_dist.optim.batching import to_local
+
+# Neighbouring tokens that are taken for one observation of how inputs go together.
+BLOCK = 128
+
+
+class Products(NamedTuple):
+    """Of the inputs of a layer.
+
+    Args:
+        gram: XᵀX, (inputs, inputs) fp32.
+        block_squares: Σ‖G_b‖² over the blocks of tokens, fp64 scalar on the same device.
+        row_squares: Σn_b² of their tokens.
+    """
+
+    gram: Tensor
+    block_squares: Tensor
+    row_squares: int
 
 
 class InputSample:
@@ -77,14 +94,20 @@ class InputSample:
             total += number * int(bits.sum(dtype=torch.int64))
         return total % (1 << 62)
 
-    def gram(self, name: str, inputs: int, device: torch.device) -> Tensor:
-        """XᵀX of a layer's inputs on this rank, zeros without any; (inputs, inputs) fp32."""
+    def products(self, name: str, inputs: int, device: torch.device) -> Products:
+        """XᵀX of a layer's inputs on this rank; zeros without any."""
         gram = torch.zeros(inputs, inputs, device=device)
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        row_squares = 0
         for part in self._parts.get(name, ()):
-            for rows in part.split(1024):
+            # Two blocks at least, since it is told by their difference how much they say.
+            for rows in part.split(max(1, min(BLOCK, -(-len(part) // 2)))):
                 rows = rows.to(device, torch.float32)
-                gram.addmm_(rows.T, rows)
-        return gram
+                block = rows.T @ rows
+                squares += torch.linalg.vector_norm(block).double().square()
+                gram += block
+                row_squares += len(rows) ** 2
+        return Products(gram, squares, row_squares)
 
     # -- hooks ----------------------------------------------------------------
 

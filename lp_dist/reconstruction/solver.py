@@ -24,25 +24,29 @@ ITERATIONS = 12
 DAMPING = 0.01
 
 
-def damping_for(gram: Tensor, tokens: int) -> float:
-    """δ as a share of the mean of G's diagonal, for as many tokens as there were.
+def damping_for(gram: Tensor, block_squares: float, block_share: float) -> float:
+    """δ as a share of the mean of G's diagonal, for how well the tokens tell how inputs go together.
 
-    Few tokens say little of how inputs go together, and survivors that follow their chance correlations do harm. So G
-    is shrunk to a multiple of the identity by the oracle approximating shrinkage (Chen et al., arXiv 0907.4698), which
-    estimates from G itself by how much: (1 − ρ)·G + ρ·mean(diag G)·I, which is a damping of ρ/(1 − ρ).
+    Few tokens say little of it, and survivors that follow their chance correlations do harm. So G is shrunk to a
+    multiple of the identity, (1 − ρ)·G + ρ·mean(diag G)·I, which is a damping of ρ/(1 − ρ). ρ is that of Ledoit and
+    Wolf (2004, A well-conditioned estimator for large-dimensional covariance matrices): the variance of G over its
+    squared distance to the identity's multiple. The variance is taken between blocks of neighbouring tokens and not
+    between tokens, since the tokens of a text are alike.
 
     Args:
         gram: XᵀX, (inputs, inputs) fp32.
-        tokens: rows of X.
+        block_squares: Σ‖G_b‖² over the blocks of tokens, whose sum G is.
+        block_share: Σ(n_b/n)² of the blocks' tokens; 1 for a single block.
     Returns:
         At least `DAMPING`; inf where G says nothing.
     """
-    inputs = len(gram)
     trace, squares = float(gram.trace()), float(torch.linalg.vector_norm(gram)) ** 2
-    apart = squares - trace**2 / inputs
-    if not trace > 0.0:
+    apart = squares - trace**2 / len(gram)
+    variance = block_squares - block_share * squares
+    # Of a single block, or of inputs that are all zero, nothing is known. (Rounding leaves some 1e-7 of the squares.)
+    if block_share >= 1.0 or apart <= 1e-6 * squares:
         return math.inf
-    rho = ((1 - 2 / inputs) * squares + trace**2) / ((tokens + 1 - 2 / inputs) * apart) if apart > 0.0 else 1.0
+    rho = max(0.0, variance / ((1.0 - block_share) * apart))
     return DAMPING + rho / (1.0 - rho) if rho < 1.0 else math.inf
 
 

@@ -110,7 +110,7 @@ def why_not_linear(users: Sequence[nn.Module], shape: Sequence[int]) -> str:
     return "is shared by several modules" if len(users) > 1 else ""
 
 
-class _Products(NamedTuple):
+class _Inputs(NamedTuple):
     """Of a layer's inputs.
 
     Args:
@@ -205,7 +205,7 @@ class Reconstruction:
         checksums = all_gather_numbers(torch.tensor([self.sample.checksum()])).flatten()
         share = len(checksums.unique()) / len(checksums)
         for of_source in self._progress(by_source.values()):
-            inputs = self._products(of_source[0], round(share * int(rows[self._order[of_source[0]]])))
+            inputs = self._inputs_of(of_source[0], int(rows[self._order[of_source[0]]]), share)
             for name in of_source:
                 self._move(name, inputs, remove)
         self.moved += bool(seen)
@@ -246,18 +246,28 @@ class Reconstruction:
         most = all_reduce_max(torch.tensor(numbers, dtype=torch.int64)).tolist()
         return [number if source < 0 else source for number, source in enumerate(most)]
 
-    def _products(self, name: str, tokens: int) -> _Products:
-        """Of a layer's inputs over all ranks."""
+    def _inputs_of(self, name: str, tokens: int, share: float) -> _Inputs:
+        """Of a layer, over all ranks.
+
+        Args:
+            name: of the layer.
+            tokens: rows of its input.
+            share: of the ranks whose tokens are not those of another rank.
+        """
         distributed = torch.distributed.is_initialized()
         device = reduction_device() if distributed else self._shards[name].param.device
-        gram = self.sample.gram(name, self._inputs(name), device)
+        gram, block_squares, row_squares = self.sample.products(name, self._inputs(name), device)
+        sums = torch.stack([block_squares, torch.tensor(row_squares, dtype=torch.float64, device=device)])
         if distributed:
             torch.distributed.all_reduce(gram)
-        return _Products(gram, damping_for(gram, tokens))
+            torch.distributed.all_reduce(sums)
+        gram *= share
+        squares, row_square_sum = (share * sums).tolist()
+        return _Inputs(gram, damping_for(gram, squares, row_square_sum / (share * tokens) ** 2))
 
     # -- one layer ------------------------------------------------------------
 
-    def _move(self, name: str, inputs: _Products, remove: Callable[[str], None]) -> None:
+    def _move(self, name: str, inputs: _Inputs, remove: Callable[[str], None]) -> None:
         """Removes weights of one layer, and moves the survivors of its rows."""
         shard, transposed = self._shards[name], self.layers[name].transposed
         before = shard.local.values.reshape(-1).clone()
@@ -282,7 +292,7 @@ class Reconstruction:
             self._move_divided(shard, divided, before, after, inputs, transposed)
 
     def _move_divided(
-        self, shard: Shard, divided: _Divided, before: Tensor, after: Tensor, inputs: _Products, transposed: bool
+        self, shard: Shard, divided: _Divided, before: Tensor, after: Tensor, inputs: _Inputs, transposed: bool
     ) -> None:
         """Joins the rows that several ranks have parts of, has each solved by one rank, and writes this rank's parts
         back. Collective.

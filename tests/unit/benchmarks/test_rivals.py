@@ -18,6 +18,7 @@ from lp_dist.benchmarks.quality import methods, oneshot, runs, trust_region
 from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule
 from lp_dist.errors import UsageError
+from lp_dist.reconstruction.inputs import BLOCK
 from lp_dist.reconstruction.solver import damping_for
 
 
@@ -229,10 +230,13 @@ class OneLayer(nn.Module):
         return weight.t() if isinstance(self.layer, Conv1D) else weight
 
 
-def least_squares(before: torch.Tensor, kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The survivors that take over what is pruned, row by row in closed form."""
-    gram = (x.t() @ x).double()
-    damping = damping_for(gram, len(x)) * gram.diagonal().mean()
+def least_squares(before: torch.Tensor, kept: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+    """The survivors that take over what is pruned, row by row in closed form. parts: inputs of each forward pass."""
+    blocks = [rows.double() for part in parts for rows in part.split(min(BLOCK, -(-len(part) // 2)))]
+    grams = [rows.t() @ rows for rows in blocks]
+    gram, squares = sum(grams), sum(float(block.square().sum()) for block in grams)
+    share = sum(len(rows) ** 2 for rows in blocks) / sum(map(len, blocks)) ** 2
+    damping = damping_for(gram, squares, share) * gram.diagonal().mean()
     moved = torch.zeros_like(before, dtype=torch.float64)
     for row, (mask, w) in enumerate(zip(kept, before.double())):
         damped = gram[mask][:, mask] + damping * torch.eye(int(mask.sum()))
@@ -267,7 +271,7 @@ def test_corrected_gmp_comes_to_the_least_squares_solution(transposed):
     model(second)
     gmp.after_step(5)
     kept = oneshot.keep_largest({"w": before.abs()}, 2 / 3, "layer")["w"]
-    expected = least_squares(before, kept, torch.cat([first, second]))
+    expected = least_squares(before, kept, first, second)
     # Inputs that are pruned in a row already count as zero in `before`.
     torch.testing.assert_close(model.rows(), expected, rtol=1e-3, atol=1e-4)
     model.rows().fill_(1.0)

@@ -40,10 +40,8 @@ def test_operations_and_bytes_are_those_of_an_update(monkeypatch):
         run.attached.after_step()
     cost = reconstruction_cost(linear_shapes(model_of(), LAYERS), 1, bytes_of_inputs=4)
     assert (cost.layers, cost.sample, cost.reduced) == (3, kept, 0)
-    # The first layer's inputs are independent, so that nothing of it moves. torch counts no products that are added in
-    # place, which XᵀX is.
-    products = 2 * 32 * (64**2 + 160**2 + 64**2)
-    computed = cost.flops - (ITERATIONS + 1) * 2 * 160 * 64**2 - products
+    # The first layer's inputs are independent, so that nothing of it moves, and nothing is computed but its products.
+    computed = cost.flops - (ITERATIONS + 1) * 2 * 160 * 64**2
     assert counter.get_total_flops() == pytest.approx(computed)
 
 
@@ -52,7 +50,7 @@ def test_ranks_share_the_rows_and_the_tokens():
     assert alone.sample == 8 * shared.sample == 8192 * (4096 + 14336) * 2
     assert shared.reduced == 4 * (4096**2 + 14336**2) and alone.reduced == 0
     assert alone.flops == pytest.approx(8 * shared.flops)
-    assert 4 * 14336**2 < shared.solving < alone.solving
+    assert 8 * 14336**2 == shared.solving <= alone.solving
 
 
 def test_a_plan_says_what_an_update_costs():
