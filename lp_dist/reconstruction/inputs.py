@@ -47,11 +47,13 @@ class InputSample:
         self.model, self.layers, self.tokens = model, dict(layers), tokens
         # By layer, (tokens, inputs) of each forward pass; layers that are given the same tensor have the same parts.
         self._parts: dict[str, list[Tensor]] = {}
+        self._rows_given: dict[str, int] = {}  # by layer, also those that were not kept
+        self.steps = 0  # of the optimizer, in which it was open
         self._handles: list[Any] = []
         # Of the present forward pass.
         self._mask: Tensor | None = None
         self._is_inside = False
-        self._taken: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._taken: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
 
     @property
     def is_open(self) -> bool:
@@ -74,8 +76,18 @@ class InputSample:
         """Ends it, and forgets what was taken."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._parts = [], {}
+        self._handles = []
+        self.clear()
         self._end()
+
+    def clear(self) -> None:
+        """Forgets what was taken, and goes on where it is open."""
+        self._parts, self._rows_given, self.steps = {}, {}, 0
+
+    @property
+    def rows_a_step(self) -> float:
+        """Rows of the layer that was given most of them, kept or not, for each step on this rank."""
+        return max(self._rows_given.values(), default=0) / max(1, self.steps)
 
     def rows(self, name: str) -> int:
         """How many rows there are of a layer's input on this rank."""
@@ -129,13 +141,14 @@ class InputSample:
         """
         if not self._is_inside:
             return
-        reference, part = self._taken.get(id(values), (None, None))
+        reference, part, given = self._taken.get(id(values), (None, None, 0))
         if part is None or reference is None or reference() is not values:  # another one may have its address later
             rows = to_local(values.detach()).reshape(-1, values.shape[-1])
             if self._mask is not None and values.shape[:-1] == self._mask.shape:
                 rows = rows[self._mask.reshape(-1).to(rows.device) != 0]
-            part = rows[:: max(1, -(-len(rows) // self.tokens))].clone()
-            self._taken[id(values)] = weakref.ref(values), part
+            part, given = rows[:: max(1, -(-len(rows) // self.tokens))].clone(), len(rows)
+            self._taken[id(values)] = weakref.ref(values), part, given
+        self._rows_given[name] = self._rows_given.get(name, 0) + given
         parts = self._parts.setdefault(name, [])
         parts.append(part)
         while sum(map(len, parts)) > self.tokens:

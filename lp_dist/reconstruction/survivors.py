@@ -151,6 +151,7 @@ class Reconstruction:
         reasons: {name of another weight: why its survivors stay}.
         sample: of the layers' inputs.
         moved: how often survivors were moved.
+        sampled_steps: in how many steps before an update inputs are taken; None: not known before the first update.
     """
 
     def __init__(self, model: nn.Module, shards: Sequence[Shard]) -> None:
@@ -166,7 +167,23 @@ class Reconstruction:
         modules = {name: layer.module for name, layer in self.layers.items()}
         self.sample = InputSample(model, modules, -(-TOKENS // world_size))
         self.moved = 0
+        self.sampled_steps: int | None = None
         self._said: set[str] = set()
+
+    def prepare_step(self, to_update: int | None, interval: int) -> None:
+        """Takes the inputs of the next step, or takes none.
+
+        They are taken in as many steps before an update as it takes to see `TOKENS` rows: in one, where that many
+        tokens are in a step.
+
+        Args:
+            to_update: steps until the next update; None: there is none.
+            interval: between two updates.
+        """
+        if to_update is None or to_update > (self.sampled_steps or interval):
+            self.sample.close()
+        elif not self.sample.is_open:
+            self.sample.open()
 
     def describe(self) -> str:
         """Whose survivors stay where they are, in words; "" where none do."""
@@ -209,6 +226,9 @@ class Reconstruction:
             for name in of_source:
                 self._move(name, inputs, remove)
         self.moved += bool(seen)
+        a_step = share * int(all_reduce_sum(torch.tensor([round(self.sample.rows_a_step)])))
+        self.sampled_steps = max(1, -(-TOKENS // max(1, round(a_step))))
+        self.sample.clear()
         return seen
 
     @staticmethod

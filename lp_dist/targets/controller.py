@@ -175,12 +175,13 @@ class Controller(ABC):
         """Prepares step t (from 0)."""
         self.last_step = t
         self.run.rates.note(t)
+        if self.reconstruction is not None and self.reconstruction.sample.is_open:
+            self.reconstruction.sample.steps += 1
         self._advance(t)
         if self.reconstruction is not None:
-            # The inputs of one step alone are taken, so that a run that was stopped between any two has the same.
-            self.reconstruction.sample.close()
-            if self.is_due:
-                self.reconstruction.sample.open()
+            upcoming = min(self.next_update, self.window.end - 1)
+            to_update = upcoming - t if self.final_pruning is None else None
+            self.reconstruction.prepare_step(to_update, self.update_every)
 
     def _advance(self, t: int) -> None:
         """What falls to step t: the beginning of the window, an update, the final pruning."""
@@ -307,8 +308,14 @@ class Controller(ABC):
 
     # -- checkpoints ----------------------------------------------------------
 
+    def note_save(self) -> None:
+        """Takes inputs anew from a save on, as a run has to that is resumed from it: so both have the same."""
+        if self.reconstruction is not None:
+            self.reconstruction.sample.clear()
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types, the same on every rank."""
+        """Plain JSON types, the same on every rank. See `note_save`."""
+        self.note_save()
         return {
             "version": self.state_version,
             "target": self.target.described(),
@@ -318,6 +325,7 @@ class Controller(ABC):
             "final_pruning": self.final_pruning,
             "logs": dict(self.logs),
             "moved": 0 if self.reconstruction is None else self.reconstruction.moved,
+            "sampled_steps": None if self.reconstruction is None else self.reconstruction.sampled_steps,
             **self._own_state(),
         }
 
@@ -353,9 +361,10 @@ class Controller(ABC):
         self.before, self.next_update = dict(state["before"]), state["next_update"]
         self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
         if self.reconstruction is not None:
-            self.reconstruction.moved = state["moved"]
+            self.reconstruction.moved, self.reconstruction.sampled_steps = state["moved"], state["sampled_steps"]
         self._load_own_state(state)
         self.prepare_step(self.run.steps.taken)
+        self.note_save()
 
     _compared_keys: tuple[str, ...] = ()  # of the own state, which a checkpoint must agree on
 
