@@ -21,10 +21,18 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from lp_dist import LpAdamW, LpCallback, SparsityTarget  # (+)
+
+
+class WaitForSave(TrainerCallback):
+    """Ray's callback copies the checkpoint on every worker, and none may do so before the first has written it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        torch.distributed.barrier()
 
 
 def train(config: dict[str, str]) -> None:
@@ -55,6 +63,7 @@ def train(config: dict[str, str]) -> None:
         optimizer_cls_and_kwargs=(LpAdamW, {}),  # (+) learning rate, betas and eps are those of args
         callbacks=[LpCallback(target=SparsityTarget(0.5))],  # (+)
     )
+    trainer.add_callback(WaitForSave())
     trainer.add_callback(ray_transformers.RayTrainReportCallback())
     # After a failure, with RunConfig(failure_config=...), Ray starts this function again.
     checkpoint = ray.train.get_checkpoint()
