@@ -204,7 +204,7 @@ class Reconstruction:
             names: of the weights to remove from; the same on every rank. Others than `layers` are passed over.
             remove: removes weights of the parameter of this name from its shard on this rank, by setting them to zero.
         Returns:
-            The names of those from which was removed: not layers of which too few inputs were seen, and none where
+            The names of those from which was removed: not layers of which no inputs were seen, and none where
             the sample is not open.
         """
         if not self.layers or not self.sample.is_open:  # the window may begin with the first step here
@@ -245,7 +245,7 @@ class Reconstruction:
         if unseen:
             self._said.update(unseen)
             logger.warning(
-                "no inputs of %d layers were seen in the step before an update, such as of %s: their survivors stay"
+                "no inputs of %d layers were seen before an update, such as of %s: their survivors stay"
                 " where they are, and weights decay instead. Experts that no token reached are none to worry about;"
                 " else the loop has to call the model itself, in training mode, and hooks must reach its layers",
                 len(unseen),

@@ -93,7 +93,7 @@ class SparsityTarget(metaclass=_KindByArguments):
         update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
             at most; a tenth with `reconstruct`.
         reconstruct: at each update what is to go is removed at once, and the survivors of the same linear layer move
-            so that its outputs on the inputs of the last step change least; see `lp_dist.reconstruction`.
+            so that its outputs on the inputs of the last steps change least; see `lp_dist.reconstruction`.
 
     For single weights also:
         relative_to: "decayed", the sparsity is a share of the weights that decay; "all", of all parameters of the

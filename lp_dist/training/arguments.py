@@ -146,7 +146,7 @@ class DecayArguments:
         metadata={
             "help": (
                 "Move the survivors: at each update what is to go is removed at once, and the other weights of the"
-                " layer take over, so that its outputs on the last step's inputs change least."
+                " layer take over, so that its outputs on the last steps' inputs change least."
             )
         },
     )

@@ -14,6 +14,7 @@ import helpers.targets
 from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, model_of, same
 from lp_dist import LpAdamW, LpCallback, SparsityTarget, groups_of
 from lp_dist.reconstruction import survivors
+from lp_dist.reconstruction.inputs import InputSample
 from lp_dist.reconstruction.solver import damping_for, move_survivors
 
 LAYERS = ("0.weight", "2.weight", "4.weight")
@@ -120,6 +121,9 @@ def test_what_is_removed_at_an_update_is_taken_over_by_the_survivors_of_its_laye
         dense, moved = x @ before[name].T, x @ after[name].T
         assert (dense - moved).square().sum() < 0.9 * (dense - stay).square().sum(), name
     assert controller.reconstruction.moved == 6
+    if kind == "groups":  # what feeds a dead group goes with it
+        dead = (after["2.weight"] == 0).all(0)
+        assert dead.any() and not after["0.weight"][dead].any() and not after["0.bias"][dead].any()
 
 
 def test_what_was_removed_is_latent_until_the_window_ends():
@@ -155,6 +159,8 @@ def test_a_run_goes_on_bit_for_bit(kind, stop):
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     second.scheduler.load_state_dict(first.scheduler.state_dict())
     second.attached.load_state_dict(state)
+    sample = second.attached.controllers[0].reconstruction.sample
+    assert sample.steps == 0 and sample.rows("2.weight") == 0
     second.taken = stop
     second.to(TOTAL)
     assert same(second.weights(), complete.weights())
@@ -186,6 +192,24 @@ def test_inputs_are_taken_in_as_many_steps_as_it_takes_to_see_enough(tokens, ste
     to_update = [min(u for u in (*range(START, END - 1, 4), END - 1) if u > t) - t for t in range(END - 1)]
     assert open_in == [left <= (4 if t < START else steps) for t, left in enumerate(to_update)]
     assert hooks_of(run.model) == 0 and run.attached.weight_controller.reconstruction.moved == 10
+
+
+def test_the_products_of_shared_inputs_are_computed_once(monkeypatch):
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) * self.b(x))
+
+    computed = []
+    products = InputSample.products
+    monkeypatch.setattr(
+        InputSample, "products", lambda self, name, *more: computed.append(name) or products(self, name, *more)
+    )
+    TargetRun(SparsityTarget(0.5, reconstruct=True), model=Shared(), lr=1e-3).to(START)
+    assert computed == ["a.weight"], "c is the head, which stays dense"
 
 
 def test_from_a_save_on_inputs_are_taken_anew_on_every_rank():
