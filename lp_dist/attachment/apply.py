@@ -162,7 +162,9 @@ def _make_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, Gr
     if isinstance(request, GroupTarget):
         readers = {member.name for groups in plan.sets for member in groups.members if member.reads}
         of_readers = [shard for shard in plan.shards if shard.name in readers]
-        reconstruction = Reconstruction(plan.model, of_readers) if request.reconstruct else None
+        reconstruction = (
+            Reconstruction(plan.model, of_readers, request.reconstruct_memory) if request.reconstruct else None
+        )
         controller = GroupController(request, run, plan.sets, plan.shards, reconstruction)
         return controller.hook, controller
     hook = GroupDecayHook(
@@ -197,7 +199,11 @@ def _make_weights(
         left_out,
         stacks=frozenset(expert_stacks(plan.model)),
         without_blocks=sum(plan.blocks.left_out.values()),
-        reconstruction=Reconstruction(plan.model, [shard for shard in candidates if shard.name not in left_out])
+        reconstruction=Reconstruction(
+            plan.model,
+            [shard for shard in candidates if shard.name not in left_out],
+            plan.weight_target.reconstruct_memory,
+        )
         if plan.weight_target.reconstruct
         else None,
     )

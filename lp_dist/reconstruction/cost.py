@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lp_dist.reconstruction.budget import Budget, bytes_to_solve
+from lp_dist.reconstruction.inputs import BLOCK
 from lp_dist.reconstruction.solver import ITERATIONS
-from lp_dist.reconstruction.survivors import CHUNK, TOKENS, modules_by_weight, why_not_linear
+from lp_dist.reconstruction.survivors import modules_by_weight, why_not_linear
 from lp_dist.sharding.deepspeed_slices import is_transposed
 from lp_dist.sharding.shards import full_shape
 
@@ -19,9 +21,10 @@ class ReconstructionCost:
 
     Args:
         layers: whose survivors can move.
-        sample: bytes of the inputs that are kept over the step before.
-        solving: bytes while the layer with the most inputs is solved, beside the sample.
-        reduced: bytes that are summed over the ranks.
+        sample: bytes of the inputs that are kept until then.
+        solving: bytes while the layer that needs most is solved, beside the sample.
+        reduced: bytes that are summed over the ranks. Where a layer lies on some of them only, or on all of them as a
+            copy (ZeRO-1 and 2, DDP), its weights are as well, three times in fp32.
         flops: floating-point operations, in fp32.
     """
 
@@ -49,25 +52,32 @@ def linear_shapes(model: nn.Module, names: Iterable[str]) -> list[tuple[int, int
     return shapes
 
 
-def reconstruction_cost(shapes: Iterable[tuple[int, int]], ranks: int, bytes_of_inputs: int = 2) -> ReconstructionCost:
-    """What an update costs where rows are divided evenly, as by FSDP2 and ZeRO.
+def reconstruction_cost(
+    shapes: Iterable[tuple[int, int]], ranks: int, bytes_of_inputs: int = 2, memory: float | None = None
+) -> ReconstructionCost:
+    """What an update costs. Ranks share the tokens and the rows evenly.
 
     Args:
         shapes: (outputs, inputs) of each layer.
-        ranks: that share the rows and the tokens.
+        ranks: that share them.
         bytes_of_inputs: of an element of a layer's input: 2 in mixed precision.
+        memory: `reconstruct_memory` of the target, GiB.
+    Raises:
+        UsageError: as of `Budget.of`.
     """
-    shapes, tokens = list(shapes), -(-TOKENS // ranks)
-    solving = 0
-    for outputs, inputs in shapes:
-        weights = -(-outputs // ranks) * inputs
-        # XᵀX and that of a block of tokens; then the weights from before, and eight tensors of the rows that are
-        # solved at a time.
-        solving = max(solving, 8 * inputs**2, 4 * (inputs**2 + weights + 8 * min(weights, max(CHUNK, inputs))))
+    by_name = {str(number): shape for number, shape in enumerate(shapes)}
+    budget = Budget.of(by_name, ranks, memory)
+    fitting = [shape for name, shape in by_name.items() if name not in budget.reasons]
     return ReconstructionCost(
-        len(shapes),
-        sum(inputs for _, inputs in shapes) * tokens * bytes_of_inputs,
-        solving,
-        sum(4 * inputs**2 for _, inputs in shapes) if ranks > 1 else 0,
-        float(sum(2 * inputs**2 * (tokens + (ITERATIONS + 1) * -(-outputs // ranks)) for outputs, inputs in shapes)),
+        len(fitting),
+        sum(inputs for _, inputs in fitting) * budget.rows * bytes_of_inputs,
+        max((bytes_to_solve(*shape, budget.chunk) for shape in fitting), default=0),
+        sum(4 * inputs**2 for _, inputs in fitting) if ranks > 1 else 0,
+        float(
+            sum(
+                2 * inputs**2 * (budget.rows + (ITERATIONS + 2) * -(-outputs // ranks))
+                + 2 * inputs * budget.rows * min(BLOCK, -(-budget.rows // 2))
+                for outputs, inputs in fitting
+            )
+        ),
     )

@@ -115,9 +115,9 @@ class InputSample:
             # Two blocks at least, since it is told by their difference how much they say.
             for rows in part.split(max(1, min(BLOCK, -(-len(part) // 2)))):
                 rows = rows.to(device, torch.float32)
-                block = rows.T @ rows
-                squares += torch.linalg.vector_norm(block).double().square()
-                gram += block
+                gram.addmm_(rows.T, rows)
+                # ‖XᵀX‖ = ‖XXᵀ‖, and this one is small.
+                squares += torch.linalg.vector_norm(rows @ rows.T).double().square()
                 row_squares += len(rows) ** 2
         return Products(gram, squares, row_squares)
 

@@ -8,6 +8,11 @@ move by d, which is zero elsewhere, so that the outputs change least:
 This is the layer-wise problem of Optimal Brain Surgeon (Hassibi and Stork 1993) with its masks given, as in SparseGPT
 (arXiv 2301.00774), solved for all rows at once: by conjugate gradients in the space of the survivors, with the
 diagonal of G as the preconditioner. No matrix is factorized, and a row needs nothing of another one.
+
+A removed weight may be kept as a latent one, which returns to the model when it has grown. Then only what the
+survivors have not taken over of it may return, else it would count twice: the value that would be best for it in the
+place of zero, with the others as they are now. That is 0 where it is all taken over, and the weight itself where its
+input goes with no other one.
 """
 
 from __future__ import annotations
@@ -52,7 +57,12 @@ def damping_for(gram: Tensor, block_squares: float, block_share: float) -> float
 
 @torch.no_grad()
 def move_survivors(
-    before: Tensor, after: Tensor, gram: Tensor, iterations: int = ITERATIONS, damping: float = DAMPING
+    before: Tensor,
+    after: Tensor,
+    gram: Tensor,
+    iterations: int = ITERATIONS,
+    damping: float = DAMPING,
+    remainders: bool = False,
 ) -> Tensor:
     """The weights that are left after some were removed, moved so that the layer's outputs change least.
 
@@ -62,12 +72,14 @@ def move_survivors(
         gram: XᵀX of the layer's inputs, (inputs, inputs) fp32; any multiple of it gives the same.
         iterations: of the conjugate gradients.
         damping: δ, as a share of the mean of the diagonal of `gram`; inf: nothing moves.
+        remainders: whether what is not taken over is returned in the places of the removed weights, instead of zeros:
+            between 0 and what they were.
     Returns:
         (rows, inputs) fp32, new. It is `after` in rows that lose nothing, where all inputs were zero, or that have no
         survivors. A survivor that would come to be zero stays where it was.
     """
     if damping == math.inf:
-        return after.clone()
+        return before.clone() if remainders else after.clone()
     survives = after != 0
     diagonal = gram.diagonal()
     delta = damping * diagonal.mean()
@@ -87,4 +99,12 @@ def move_survivors(
         last, decline = decline, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(torch.where(last > 0, decline / last, 0.0)).add_(scaled)
     moved = after + move
-    return torch.where(survives & (moved != 0) & moved.isfinite(), moved, after)
+    moved = torch.where(survives & (moved != 0) & moved.isfinite(), moved, after)
+    if not remainders:
+        return moved
+    removed = (before != 0) & ~survives
+    best = (before - moved).mm(gram).add_(before, alpha=float(delta)).mul_(preconditioner)
+    share = best.div_(before)
+    # Of a row whose inputs were not finite nothing is taken over.
+    share = torch.where(share.isfinite(), share, 1.0).clamp_(0.0, 1.0)
+    return torch.where(removed, share.mul_(before), moved)

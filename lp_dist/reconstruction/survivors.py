@@ -2,7 +2,8 @@
 
 A row of a layer's weight is solved by itself, from the products XᵀX of the layer's inputs over the tokens of all
 ranks. So a rank solves the rows that lie on it as wholes. Rows that are divided over ranks are joined by a reduction,
-and each of them is solved by one rank.
+and each of them is solved by one rank; so are all rows of a layer that lies on a few of the ranks (as under ZeRO-1 and
+2), or on several as copies (DDP), since the others would wait.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lp_dist.optim.region import Region
+from lp_dist.reconstruction.budget import Budget
 from lp_dist.reconstruction.inputs import InputSample
 from lp_dist.reconstruction.solver import damping_for, move_survivors
 from lp_dist.sharding.collectives import (
@@ -31,10 +33,8 @@ from lp_dist.sharding.shards import Shard
 
 logger = logging.getLogger(__name__)
 
-# Rows of a layer's input that are sampled, over all ranks.
-TOKENS = 8192
-# Weights that are solved at a time; temporaries are seven times as large.
-CHUNK = 1 << 24
+# A layer is solved by all ranks together where one of them would have more than this many times its part to solve.
+UNEVEN = 1.5
 
 
 class MovableLayer(NamedTuple):
@@ -121,15 +121,44 @@ class _Inputs(NamedTuple):
     gram: Tensor
     damping: float
 
-    def solved(self, before: Tensor, after: Tensor) -> Tensor:
+    def solved(self, before: Tensor, after: Tensor, remainders: bool) -> Tensor:
         """`move_survivors` of rows in any dtype on any device; returned like `after`."""
-        moved = move_survivors(before.to(self.gram), after.to(self.gram), self.gram, damping=self.damping)
-        return moved.to(after)
+        return move_survivors(
+            before.to(self.gram), after.to(self.gram), self.gram, damping=self.damping, remainders=remainders
+        ).to(after)
+
+
+class _Weights(NamedTuple):
+    """Weights of a layer on this rank, or some of them, in one shape.
+
+    Args:
+        before: copies from before some were removed.
+        after: the weights, zero where they are removed.
+        latents: what is kept of removed ones; None: nothing is.
+    """
+
+    before: Tensor
+    after: Tensor
+    latents: Tensor | None
+
+    def map(self, view: Callable[[Tensor], Tensor]) -> _Weights:
+        """The same views of all."""
+        return _Weights(view(self.before), view(self.after), None if self.latents is None else view(self.latents))
+
+    def set(self, solved: Tensor) -> None:
+        """Sets them to what `move_survivors` returned."""
+        if self.latents is None:
+            self.after.copy_(solved)
+            return
+        removed = (self.before != 0) & (self.after == 0)
+        solved = solved.to(self.after)
+        self.latents.copy_(torch.where(removed, solved, self.latents))
+        self.after.copy_(solved.masked_fill(removed, 0.0))
 
 
 @dataclass(frozen=True)
-class _Divided:
-    """Rows of a layer that lie on several ranks.
+class _JointRows:
+    """Rows of a layer that are joined, and of which each rank solves a part.
 
     Args:
         rows: their numbers in the parameter, rising; int64.
@@ -146,26 +175,35 @@ class Reconstruction:
     Args:
         model: unwrapped.
         shards: of the weights that may be removed.
+        memory: GiB that it may take on this rank; None: as much as `TOKENS` of `budget` need.
     Attributes:
         layers: {name of the weight: layer} of those whose survivors move.
         reasons: {name of another weight: why its survivors stay}.
         sample: of the layers' inputs.
         moved: how often survivors were moved.
         sampled_steps: in how many steps before an update inputs are taken; None: not known before the first update.
+    Raises:
+        UsageError: as of `Budget.of`.
     """
 
-    def __init__(self, model: nn.Module, shards: Sequence[Shard]) -> None:
+    def __init__(self, model: nn.Module, shards: Sequence[Shard], memory: float | None = None) -> None:
         self.layers, self.reasons = movable_layers(model, shards)
         if not _is_same_everywhere(sorted(self.layers)):
             names = sorted({*self.layers, *self.reasons})
             self.layers, self.reasons = {}, dict.fromkeys(names, "is of a layer that not every rank has")
+        _, world_size = rank_and_world_size()
+        shapes = {shard.name: shard.shape for shard in shards}
+        sizes = {name: shapes[name][:: -1 if layer.transposed else 1] for name, layer in self.layers.items()}
+        self._budget = Budget.of(sizes, world_size, memory)
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in self._budget.reasons}
+        self.reasons |= self._budget.reasons
         self._shards = {shard.name: shard for shard in shards if shard.name in self.layers}
         # In one order on every rank.
         self._order = {name: number for number, name in enumerate(self.layers)}
-        self._divided = self._find_divided()
-        _, world_size = rank_and_world_size()
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        self.sample = InputSample(model, modules, -(-TOKENS // world_size))
+        self._joint = self._find_joint()
+        self.sample = InputSample(
+            model, {name: layer.module for name, layer in self.layers.items()}, self._budget.rows
+        )
         self.moved = 0
         self.sampled_steps: int | None = None
         self._said: set[str] = set()
@@ -173,8 +211,8 @@ class Reconstruction:
     def prepare_step(self, to_update: int | None, interval: int) -> None:
         """Takes the inputs of the next step, or takes none.
 
-        They are taken in as many steps before an update as it takes to see `TOKENS` rows: in one, where that many
-        tokens are in a step.
+        They are taken in as many steps before an update as it takes to see the rows that are kept: in one, where a
+        step has that many tokens.
 
         Args:
             to_update: steps until the next update; None: there is none.
@@ -184,6 +222,11 @@ class Reconstruction:
             self.sample.close()
         elif not self.sample.is_open:
             self.sample.open()
+
+    def has_inputs(self) -> bool:
+        """Whether inputs of any layer were seen, on any rank, so that weights can be removed now. Collective."""
+        seen = self.sample.is_open and any(self.sample.rows(name) for name in self.layers)
+        return bool(self.layers) and bool(all_reduce_max(torch.tensor([int(seen)], dtype=torch.int64)))
 
     def describe(self) -> str:
         """Whose survivors stay where they are, in words; "" where none do."""
@@ -197,12 +240,19 @@ class Reconstruction:
             for reason, names in by_reason.items()
         )
 
-    def remove(self, names: Iterable[str], remove: Callable[[str], None]) -> list[str]:
+    def remove(
+        self,
+        names: Iterable[str],
+        remove: Callable[[str], None],
+        latents_of: Callable[[str], Tensor] | None = None,
+    ) -> list[str]:
         """Removes weights layer by layer, and moves the survivors. Collective.
 
         Args:
             names: of the weights to remove from; the same on every rank. Others than `layers` are passed over.
             remove: removes weights of the parameter of this name from its shard on this rank, by setting them to zero.
+            latents_of: gives the latent values of the parameter of this name on this rank, into which goes what the
+                survivors have not taken over of its removed weights; None: nothing is kept of these.
         Returns:
             The names of those from which was removed: not layers of which no inputs were seen, and none where
             the sample is not open.
@@ -218,18 +268,37 @@ class Reconstruction:
         sources = self._sources()
         for name in seen:
             by_source.setdefault(sources[self._order[name]], []).append(name)
-        # Ranks with the same tokens count once: what they say of the inputs they say together.
-        checksums = all_gather_numbers(torch.tensor([self.sample.checksum()])).flatten()
-        share = len(checksums.unique()) / len(checksums)
+        share = self._share_of_ranks()
         for of_source in self._progress(by_source.values()):
             inputs = self._inputs_of(of_source[0], int(rows[self._order[of_source[0]]]), share)
             for name in of_source:
-                self._move(name, inputs, remove)
+                self._move(name, inputs, remove, latents_of)
         self.moved += bool(seen)
-        a_step = share * int(all_reduce_sum(torch.tensor([round(self.sample.rows_a_step)])))
-        self.sampled_steps = max(1, -(-TOKENS // max(1, round(a_step))))
-        self.sample.clear()
+        self._begin_anew(share)
         return seen
+
+    def remove_nothing(self) -> None:
+        """What `remove` does where an update has nothing to remove. Collective."""
+        if self.layers and self.sample.is_open:
+            self._begin_anew(self._share_of_ranks())
+
+    def _share_of_ranks(self) -> float:
+        """The share of the ranks whose tokens are not those of another rank, as those of tensor parallelism are. What
+        ranks with the same tokens say of the inputs they say together. Collective.
+        """
+        checksums = all_gather_numbers(torch.tensor([self.sample.checksum()])).flatten()
+        return len(checksums.unique()) / len(checksums)
+
+    def _begin_anew(self, share: float) -> None:
+        """Forgets the inputs of this update, and notes of how many steps they are to be for the next one.
+
+        Args:
+            share: as of `_share_of_ranks`.
+        """
+        a_step = share * int(all_reduce_sum(torch.tensor([round(self.sample.rows_a_step)])))
+        rows_kept = self._budget.rows * rank_and_world_size()[1]
+        self.sampled_steps = max(1, -(-rows_kept // max(1, round(a_step))))
+        self.sample.clear()
 
     @staticmethod
     def _progress(layers: Collection[list[str]]) -> Iterable[list[str]]:
@@ -287,80 +356,89 @@ class Reconstruction:
 
     # -- one layer ------------------------------------------------------------
 
-    def _move(self, name: str, inputs: _Inputs, remove: Callable[[str], None]) -> None:
+    def _move(
+        self, name: str, inputs: _Inputs, remove: Callable[[str], None], latents_of: Callable[[str], Tensor] | None
+    ) -> None:
         """Removes weights of one layer, and moves the survivors of its rows."""
-        shard, transposed = self._shards[name], self.layers[name].transposed
+        shard, transposed, joint = self._shards[name], self.layers[name].transposed, self._joint.get(name)
         before = shard.local.values.reshape(-1).clone()
         remove(name)
         after = shard.local.values.view(-1) if shard.length else before
-        divided = self._divided.get(name)
-        if transposed and divided is None:
-            old, new = (values.view(shard.shape).t() for values in (before, after))
-            new.copy_(inputs.solved(old, new))
-        elif not transposed:
+        weights = _Weights(before, after, None if latents_of is None else latents_of(name).view(-1))
+        if transposed and joint is None:
+            self._solve(weights.map(lambda values: values.view(shard.shape).t()), inputs)
+        elif not transposed and (joint is None or len(joint.rows) < shard.shape[0]):
             columns = shard.shape[1]
             first, last = _complete_rows(shard, columns)
             if last > first:
                 inside = slice(first * columns - shard.start, last * columns - shard.start)
-                rows = after[inside].view(-1, columns)
-                for old, new in zip(
-                    before[inside].view(-1, columns).split(_rows_at_a_time(columns)),
-                    rows.split(_rows_at_a_time(columns)),
-                ):
-                    new.copy_(inputs.solved(old, new))
-        if divided is not None:
-            self._move_divided(shard, divided, before, after, inputs, transposed)
+                self._solve(weights.map(lambda values: values[inside].view(-1, columns)), inputs)
+        if joint is not None:
+            self._move_jointly(shard, joint, weights, inputs, transposed)
 
-    def _move_divided(
-        self, shard: Shard, divided: _Divided, before: Tensor, after: Tensor, inputs: _Inputs, transposed: bool
+    def _move_jointly(
+        self, shard: Shard, joint: _JointRows, weights: _Weights, inputs: _Inputs, transposed: bool
     ) -> None:
-        """Joins the rows that several ranks have parts of, has each solved by one rank, and writes this rank's parts
-        back. Collective.
+        """Joins rows that several ranks have parts or copies of, or that only some have, has each solved by one rank,
+        and writes this rank's parts back. Collective.
         """
-        overlaps = list(_overlaps(shard, divided))
-        counts = shard.replica == 0
-        joined = torch.zeros(2, len(divided.rows), divided.columns, device=inputs.gram.device)
-        for values, rows in zip((before, after), joined.view(2, -1)):
-            for at, position, count in overlaps if counts else ():
-                rows[at : at + count] = values[position : position + count].to(rows)
-        torch.distributed.all_reduce(joined)
-        old, new = (rows.t() if transposed else rows for rows in joined)
         rank, world_size = rank_and_world_size()
-        solved = torch.zeros_like(new)
-        for chunk in torch.arange(rank, len(new), world_size).split(_rows_at_a_time(new.shape[1])):
-            chunk = chunk.to(new.device)
-            solved[chunk] = inputs.solved(old[chunk], new[chunk])
-        solved = (solved.t() if transposed else solved).contiguous()
-        torch.distributed.all_reduce(solved)
-        for at, position, count in overlaps:
-            after[position : position + count] = solved.view(-1)[at : at + count].to(after)
+        overlaps = list(_overlaps(shard, joint))
+        columns, counts = joint.columns, shard.replica == 0
+        # The rows that are solved are the columns of a transposed weight, of which each chunk has a part only.
+        at_a_time = len(joint.rows) if transposed else self._rows_at_a_time(columns)
+        for first in range(0, len(joint.rows), at_a_time):
+            end = min(first + at_a_time, len(joint.rows))
+            parts = list(_clipped(overlaps, first * columns, end * columns))
+            joined = torch.zeros(2, end - first, columns, device=inputs.gram.device)
+            for values, rows in zip((weights.before, weights.after), joined.view(2, -1)):
+                for at, position, count in parts if counts else ():
+                    rows[at : at + count] = values[position : position + count].to(rows)
+            torch.distributed.all_reduce(joined)
+            old, new = (rows.t() if transposed else rows for rows in joined)
+            solved = torch.zeros_like(new)
+            for chunk in torch.arange(rank, len(new), world_size).split(self._rows_at_a_time(new.shape[1])):
+                chunk = chunk.to(new.device)
+                solved[chunk] = inputs.solved(old[chunk], new[chunk], weights.latents is not None)
+            solved = (solved.t() if transposed else solved).contiguous()
+            torch.distributed.all_reduce(solved)
+            for at, position, count in parts:
+                here = slice(position, position + count)
+                weights.map(lambda values, here=here: values[here]).set(solved.view(-1)[at : at + count])
 
-    def _find_divided(self) -> dict[str, _Divided]:
-        """The rows of each layer that are divided over ranks. Collective: three numbers for each layer."""
-        if not self.layers:
+    def _solve(self, weights: _Weights, inputs: _Inputs) -> None:
+        """Moves the survivors of rows."""
+        at_a_time = self._rows_at_a_time(weights.before.shape[1])
+        for first in range(0, len(weights.before), at_a_time):
+            rows = weights.map(lambda values, first=first: values[first : first + at_a_time])
+            rows.set(inputs.solved(rows.before, rows.after, rows.latents is not None))
+
+    def _rows_at_a_time(self, columns: int) -> int:
+        return max(1, self._budget.chunk // columns)
+
+    def _find_joint(self) -> dict[str, _JointRows]:
+        """The rows of each layer that are joined. Collective: four numbers for each layer."""
+        _, world_size = rank_and_world_size()
+        if not self.layers or world_size == 1:
             return {}
-        edges = []
+        of_layers = []
         for name, layer in self.layers.items():
             shard = self._shards[name]
-            edges += [-1, -1] if layer.transposed else _edge_rows(shard)
-            edges += [int(layer.transposed and shard.length != shard.shape.numel())]
-        gathered = all_gather_numbers(torch.tensor(edges, dtype=torch.int64)).view(-1, len(self.layers), 3)
-        divided = {}
+            first, last = _complete_rows(shard, shard.shape[1])
+            is_part = int(shard.length != shard.shape.numel())
+            of_layers += [*([-1, -1] if layer.transposed else _edge_rows(shard)), is_part, last - first]
+        gathered = all_gather_numbers(torch.tensor(of_layers, dtype=torch.int64)).view(-1, len(self.layers), 4)
+        joint = {}
         for number, (name, layer) in enumerate(self.layers.items()):
-            shape = self._shards[name].shape
-            if layer.transposed:
-                if bool(gathered[:, number, 2].any()):
-                    divided[name] = _Divided(torch.arange(shape[0]), shape[1])
-                continue
-            rows = gathered[:, number, :2].unique()
-            rows = rows[rows >= 0]
-            if len(rows):
-                divided[name] = _Divided(rows, shape[1])
-        return divided
-
-
-def _rows_at_a_time(columns: int) -> int:
-    return max(1, CHUNK // columns)
+            rows, columns = self._shards[name].shape
+            is_uneven = int(gathered[:, number, 3].max()) > UNEVEN * -(-rows // world_size)
+            edges = gathered[:, number, :2].unique()
+            edges = edges[edges >= 0]
+            if is_uneven or (layer.transposed and bool(gathered[:, number, 2].any())):
+                joint[name] = _JointRows(torch.arange(rows), columns)
+            elif len(edges) and not layer.transposed:
+                joint[name] = _JointRows(edges, columns)
+        return joint
 
 
 def _complete_rows(shard: Shard, columns: int) -> tuple[int, int]:
@@ -378,21 +456,29 @@ def _edge_rows(shard: Shard) -> list[int]:
     return [row if row < 0 else region.position(row * columns) // columns for row in rows]
 
 
-def _overlaps(shard: Shard, divided: _Divided) -> Iterable[tuple[int, int, int]]:
-    """What the shard has of divided rows: (first element in these rows, first element in the shard, count)."""
-    columns = divided.columns
-    if shard.region is None and len(divided.rows) == shard.shape[0]:  # all of them, in their order
+def _overlaps(shard: Shard, joint: _JointRows) -> Iterable[tuple[int, int, int]]:
+    """What the shard has of the rows: (first element in these rows, first element in the shard, count), rising."""
+    columns = joint.columns
+    if shard.region is None and len(joint.rows) == shard.shape[0]:  # all of them, in their order
         if shard.length:
             yield shard.start, 0, shard.length
         return
     here = {int(row): number for number, row in enumerate(shard.grid.indices(0))}
-    for at, row in enumerate(divided.rows.tolist()):
+    for at, row in enumerate(joint.rows.tolist()):
         if row not in here:
             continue
         first = max(shard.start, here[row] * columns)
         last = min(shard.start + shard.length, (here[row] + 1) * columns)
         if last > first:
             yield at * columns + first - here[row] * columns, first - shard.start, last - first
+
+
+def _clipped(overlaps: Iterable[tuple[int, int, int]], first: int, end: int) -> Iterable[tuple[int, int, int]]:
+    """Of overlaps what lies between two elements of the rows, counted from the first of them."""
+    for at, position, count in overlaps:
+        low, high = max(at, first), min(at + count, end)
+        if high > low:
+            yield low - first, position + low - at, high - low
 
 
 def _is_same_everywhere(names: list[str]) -> bool:

@@ -503,9 +503,11 @@ def explain(
             _check_together(group_target, sets, weight_target, targets, chosen, total)
     updates = [
         UpdateCost(
-            subject, count, reconstruction_cost(linear_shapes(module, names), count, 2 if dtype == "bf16" else 4)
+            subject,
+            count,
+            reconstruction_cost(linear_shapes(module, names), count, 2 if dtype == "bf16" else 4, memory),
         )
-        for subject, names in _moving(weight_target, group_target, chosen, sets)
+        for subject, names, memory in _moving(weight_target, group_target, chosen, sets)
         for count in gpus
     ]
     kinds = []
@@ -671,13 +673,14 @@ def _moving(
     group_target: GroupTarget | None,
     chosen: list[ParameterChoice],
     sets: list[WeightGroups],
-) -> Iterator[tuple[str, list[str]]]:
-    """Of each target whose survivors move: (subject, names of the weights)."""
+) -> Iterator[tuple[str, list[str], float | None]]:
+    """Of each target whose survivors move: (subject, names of the weights, bound on the memory)."""
     if group_target is not None and group_target.reconstruct:
         readers = [member.name for groups in sets for member in groups.members if member.reads]
-        yield "groups", list(dict.fromkeys(readers))
+        yield "groups", list(dict.fromkeys(readers)), group_target.reconstruct_memory
     if weight_target is not None and weight_target.reconstruct:
-        yield weight_target.pattern or "weights", [choice.name for choice in chosen if choice.decays]
+        names = [choice.name for choice in chosen if choice.decays]
+        yield weight_target.pattern or "weights", names, weight_target.reconstruct_memory
 
 
 def _check_together(

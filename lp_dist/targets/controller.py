@@ -253,6 +253,13 @@ class Controller(ABC):
     def zero_share(self) -> float:
         """Share that is zero now in what a save writes, of what the controller counts; over all ranks. Collective."""
 
+    def _planned_step(self, t: int, horizon: int) -> int:
+        """The step whose plan an update at step t brings about: what decays has so many steps for it, and what is
+        removed at once is gone now. Collective.
+        """
+        removes = self.reconstruction is not None and self.reconstruction.has_inputs()
+        return t if removes else t + horizon
+
     def planned_share(self, t: int) -> float:
         """Share of the way to the target that the plan has after t steps."""
         return self.target.planned_share((t - self.window.start) / (self.window.end - 1 - self.window.start))

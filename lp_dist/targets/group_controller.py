@@ -201,8 +201,9 @@ class GroupController(Controller):
         )
 
     def update(self, t: int) -> None:
-        """λ and cutoff of each set, for what the plan has at the next update."""
+        """λ and cutoff of each set, for what the plan has at the next update, or now where groups go at once."""
         horizon = min(self.update_every, self.window.end - 1 - t)
+        planned = self.planned_share(self._planned_step(t, horizon))
         regrowth = self.target.regrowth if self.allows_regrowth(t) else 0.0
         squares = self._squares()
         if not bool(squares.isfinite().all()):
@@ -216,7 +217,7 @@ class GroupController(Controller):
         limits: dict[str, float] = {}  # mean squares at the threshold, by label
         must_stay = self._must_stay(means)
         for scope, members in self._scopes.items():
-            cost = self.before[scope] + (self.required[scope] - self.before[scope]) * self.planned_share(t + horizon)
+            cost = self.before[scope] + (self.required[scope] - self.before[scope]) * planned
             order, last = self._ranked(means, members.indices[~must_stay[members.indices]], cost)
             limits |= dict.fromkeys(members.labels, float(means[order[min(last, len(order) - 1)]]))
         p = self.hook.p
@@ -235,7 +236,8 @@ class GroupController(Controller):
                 cutoff = min(cutoff, (weakest * groups.elements) ** ((2.0 - p) / 2.0) * (1.0 + 1e-9))
             self.hook.settings.append(DecaySettings(weight_decay_for(x, p, learning_rates), cutoff, regrowth * x))
         limit_of = self.hook.per_group([limits.get(groups.label, -1.0) for groups in self.sets]).cpu()
-        self._remove_groups((means <= limit_of) & ~must_stay)
+        # When the plan begins nothing is to be zero, and the limit is that of the weakest group.
+        self._remove_groups((means <= limit_of) & ~must_stay & (planned > 0.0))
         self._set_logs(t, self._squares())
 
     def _remove_groups(self, dead: Tensor) -> None:
@@ -245,6 +247,9 @@ class GroupController(Controller):
             dead: (number of groups,) bool, on the host.
         """
         if self.reconstruction is None:
+            return
+        if not bool(dead.any()):
+            self.reconstruction.remove_nothing()
             return
         readers = [{member.name for member in groups.members if member.reads} for groups in self.sets]
         on_device = dead.to(self.hook.sizes.device)

@@ -94,6 +94,9 @@ class SparsityTarget(metaclass=_KindByArguments):
             at most; a tenth with `reconstruct`.
         reconstruct: at each update what is to go is removed at once, and the survivors of the same linear layer move
             so that its outputs on the inputs of the last steps change least; see `lp_dist.reconstruction`.
+        reconstruct_memory: GiB that this may take on each rank. Fewer tokens are kept within it, and layers that do
+            not fit are left to their decay and named. None: as much as 8,192 tokens over all ranks need, which
+            `explain` says.
 
     For single weights also:
         relative_to: "decayed", the sparsity is a share of the weights that decay; "all", of all parameters of the
@@ -134,6 +137,7 @@ class SparsityTarget(metaclass=_KindByArguments):
     freeze: bool = True
     update_every: int | None = None
     reconstruct: bool = False
+    reconstruct_memory: float | None = None
 
     _default_scope: ClassVar[str] = "global"
     # Arguments of the other kinds: what to say where one is given.
@@ -172,6 +176,16 @@ class SparsityTarget(metaclass=_KindByArguments):
             raise ValueError(
                 f"update_every={self.update_every!r} must be at least 1 optimizer step, or None for a twentieth of the"
                 " window, 20 at most"
+            )
+        if self.reconstruct_memory is not None and not 0.0 < self.reconstruct_memory < math.inf:
+            raise ValueError(
+                f"reconstruct_memory={self.reconstruct_memory!r} must be above 0, the GiB that moving survivors may"
+                " take on each rank; None sets no bound"
+            )
+        if self.reconstruct_memory is not None and not self.reconstruct:
+            raise ValueError(
+                f"reconstruct_memory={self.reconstruct_memory:g} bounds what reconstruct needs, and reconstruct=False;"
+                " leave one of them out"
             )
         self._check_curve()
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from itertools import groupby
 from statistics import median
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase
@@ -285,22 +287,22 @@ class WeightController(Controller):
             )
 
     def update(self, t: int) -> None:
-        """λ and cutoff of each scope, for the share that the plan has at the next update. From a sample, since the
-        next update corrects it.
+        """λ and cutoff of each scope, for the share that the plan has at the next update, or now where weights are
+        removed at once. From a sample, since the next update corrects it.
         """
         self._tell_late_gradients()
         horizon = min(self.update_every, self.window.end - 1 - t)
         regrowth = self.target.latent_windows or self.allows_regrowth(t)
         measured = census(self.shards)
         elements = {scope: count.elements for scope, count in self._by_scope(measured).items()}
-        planned = self.planned_share(t + horizon)
+        planned = self.planned_share(self._planned_step(t, horizon))
         shares = {scope: before + (self.sparsity - before) * planned for scope, before in self.before.items()}
         sample = self.scored_slices(all_local=False, elements=elements)
         self._refuse_not_finite(t, sample)
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
-        self._remove_below(thresholds, make_latent)
+        self._remove_below(thresholds, keep=True)
         rates = self.run.rates.ahead(horizon)
         # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
         # next update.
@@ -320,23 +322,27 @@ class WeightController(Controller):
             weight_decays.append(weight_decay)
         self._set_logs(t, measured, weight_decays, near_zero)
 
-    def _remove_below(
-        self, thresholds: dict[str, float], remove: Callable[[list[ScoredSlice], dict[str, float]], None]
-    ) -> list[str]:
+    def _remove_below(self, thresholds: dict[str, float], keep: bool) -> list[str]:
         """Removes at once what is at or below the threshold of its scope, and moves the survivors; where they can't
         move, weights are left to their decay.
 
         Args:
             thresholds: by scope.
-            remove: `make_latent`, so that weights may come back, or `zero_at_or_below`.
+            keep: whether a target with latent weights keeps as these what the survivors did not take over.
         Returns:
             The names of the parameters of which was removed.
         """
         if self.reconstruction is None:
             return []
+        if max(thresholds.values()) <= 0.0:
+            self.reconstruction.remove_nothing()
+            return []
         by_name = {shard.name: shard for shard in self.shards}
+        remove = make_latent if keep else zero_at_or_below
         done = self.reconstruction.remove(
-            by_name, lambda name: remove(self.scored_slices(shards=[by_name[name]]), thresholds)
+            by_name,
+            lambda name: remove(self.scored_slices(shards=[by_name[name]]), thresholds),
+            (lambda name: _latents(by_name[name])) if keep and self.target.latent_windows else None,
         )
         if done:
             update_copies(self.run.engine_optimizer)
@@ -386,7 +392,7 @@ class WeightController(Controller):
             thresholds = thresholds_at(self.scored_slices(all_local=False), ranks, passes=3)
         restore_latent(self.scored_slices(), thresholds)
         before = self._by_scope(census(self.shards))
-        done = self._remove_below(thresholds, zero_at_or_below)
+        done = self._remove_below(thresholds, keep=False)
         # Not those of which it was removed: a survivor may have moved below the threshold.
         others = [shard for shard in self.shards if shard.name not in done]
         zero_at_or_below(self.scored_slices(shards=others), thresholds)
@@ -530,6 +536,11 @@ class WeightController(Controller):
         self.parameter_map.divide(name, [])
         given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
         self.parameter_map.set(name, **{**given_back, **self._script_overrides[name]})
+
+
+def _latents(shard: Shard) -> Tensor:
+    """The latent values of a shard; none where none of it is on this rank."""
+    return shard.state["exp_avg"] if shard.length else torch.empty(0)
 
 
 def _own_form(overrides: dict[str, Any]) -> dict[str, Any]:

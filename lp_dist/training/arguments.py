@@ -150,6 +150,12 @@ class DecayArguments:
             )
         },
     )
+    reconstruct_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that --reconstruct may take on each rank. Default: what 8,192 tokens need; plan says it."
+        },
+    )
 
     groups: list[str] | None = field(
         default=None,
@@ -299,6 +305,7 @@ class DecayArguments:
                         regrowth=self.regrowth,
                         update_every=self.update_every,
                         reconstruct=self.reconstruct,
+                        reconstruct_memory=self.reconstruct_memory,
                         relative_to="all" if self.group_relative_to == "all" else "decayed",
                         **common,
                     )
@@ -315,6 +322,7 @@ class DecayArguments:
                         regrowth=self.regrowth,
                         update_every=self.update_every,
                         reconstruct=self.reconstruct,
+                        reconstruct_memory=self.reconstruct_memory,
                         relative_to=self.relative_to,
                         **common,
                     )
@@ -341,7 +349,7 @@ class DecayArguments:
 
     def _check_companions(self) -> None:
         """Raises UsageError for an argument without the --sparsity or the --groups that it belongs to."""
-        of_both = ("curve", "cap", "regrowth", "update_every", "reconstruct")
+        of_both = ("curve", "cap", "regrowth", "update_every", "reconstruct", "reconstruct_memory")
         of_weights = ("relative_to", "scope", "latent_windows", *of_both)
         of_groups = ("group_sparsity", "budget", "group_relative_to", "group_scope", "group_interval")
         changed = [

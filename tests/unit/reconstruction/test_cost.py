@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lp_dist
 from helpers.targets import START, TargetRun, model_of
 from lp_dist import SparsityTarget
-from lp_dist.reconstruction import survivors
+from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.cost import linear_shapes, reconstruction_cost
 from lp_dist.reconstruction.solver import ITERATIONS
 
@@ -30,18 +30,19 @@ def test_shapes_are_outputs_and_inputs_of_layers_that_can_move():
 
 def test_operations_and_bytes_are_those_of_an_update(monkeypatch):
     """The run's batches have fewer tokens than are kept at most."""
-    monkeypatch.setattr(survivors, "TOKENS", 32)
-    monkeypatch.setattr("lp_dist.reconstruction.cost.TOKENS", 32)
-    run = TargetRun(SparsityTarget(0.5, reconstruct=True)).to(START - 1)
+    monkeypatch.setattr(budget, "TOKENS", 32)
+    run = TargetRun(SparsityTarget(0.5, reconstruct=True, update_every=2)).to(START + 1)
     run.step()
     sample = run.attached.weight_controller.reconstruction.sample
     kept = sum(part.numel() * part.element_size() for name in LAYERS for part in sample._parts[name])
-    with FlopCounterMode(display=False) as counter:
+    # torch counts no addmm that is in place.
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         run.attached.after_step()
     cost = reconstruction_cost(linear_shapes(model_of(), LAYERS), 1, bytes_of_inputs=4)
     assert (cost.layers, cost.sample, cost.reduced) == (3, kept, 0)
     # The first layer's inputs are independent, so that nothing of it moves, and nothing is computed but its products.
-    computed = cost.flops - (ITERATIONS + 1) * 2 * 160 * 64**2
+    computed = cost.flops - (ITERATIONS + 2) * 2 * 160 * 64**2
     assert counter.get_total_flops() == pytest.approx(computed)
 
 
@@ -50,7 +51,7 @@ def test_ranks_share_the_rows_and_the_tokens():
     assert alone.sample == 8 * shared.sample == 8192 * (4096 + 14336) * 2
     assert shared.reduced == 4 * (4096**2 + 14336**2) and alone.reduced == 0
     assert alone.flops == pytest.approx(8 * shared.flops)
-    assert 8 * 14336**2 == shared.solving <= alone.solving
+    assert shared.solving == alone.solving > 4 * (14336**2 + 4096 * 14336)  # a layer may lie on one of them
 
 
 def test_a_plan_says_what_an_update_costs():

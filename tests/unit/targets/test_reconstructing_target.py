@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import helpers.targets
 from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, model_of, same
 from lp_dist import LpAdamW, LpCallback, SparsityTarget, groups_of
-from lp_dist.reconstruction import survivors
+from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.inputs import InputSample
 from lp_dist.reconstruction.solver import damping_for, move_survivors
 
@@ -120,14 +120,14 @@ def test_what_is_removed_at_an_update_is_taken_over_by_the_survivors_of_its_laye
         stay = x @ before[name].masked_fill(after[name] == 0, 0.0).T
         dense, moved = x @ before[name].T, x @ after[name].T
         assert (dense - moved).square().sum() < 0.9 * (dense - stay).square().sum(), name
-    assert controller.reconstruction.moved == 6
+    assert controller.reconstruction.moved == 5  # the first update has nothing to remove
     if kind == "groups":  # what feeds a dead group goes with it
         dead = (after["2.weight"] == 0).all(0)
         assert dead.any() and not after["0.weight"][dead].any() and not after["0.bias"][dead].any()
 
 
 def test_what_was_removed_is_latent_until_the_window_ends():
-    """With the value that it had; after the final pruning with none."""
+    """With what the survivors have not taken over of its value; after the final pruning with nothing."""
     run = run_of("weights").to(START + 9)
     run.step()
     before = run.weights()
@@ -137,7 +137,9 @@ def test_what_was_removed_is_latent_until_the_window_ends():
         param = run.model.get_parameter(name)
         exp_avg = run.optimizer.state[param]["exp_avg"]
         removed, were_latent = (before[name] != 0) & (param == 0), before[name] == 0
-        assert removed.any() and torch.equal(exp_avg[removed], before[name][removed]), name
+        left = exp_avg[removed] / before[name][removed]
+        assert removed.any() and bool((left >= 0).all()) and bool((left <= 1).all()) and left.median() < 0.9, name
+        assert bool((left > 0).any()), name
         assert were_latent.any() and torch.equal(exp_avg[were_latent], latents[name][were_latent]), name
     run.to(FINAL_PRUNING)
     for name in LAYERS:
@@ -182,7 +184,7 @@ def hooks_of(model: nn.Module) -> int:
 @pytest.mark.parametrize(("tokens", "steps"), [(100, 1), (256, 1), (257, 2), (700, 3), (5000, 4)])
 def test_inputs_are_taken_in_as_many_steps_as_it_takes_to_see_enough(tokens, steps, monkeypatch):
     """Of 256 tokens each, and at most since the update before; and before the first one in all of them."""
-    monkeypatch.setattr(survivors, "TOKENS", tokens)
+    monkeypatch.setattr(budget, "TOKENS", tokens)
     target = SparsityTarget(0.8, reconstruct=True, update_every=4)
     run = TargetRun(target, lr=1e-3)
     open_in = []
@@ -191,7 +193,7 @@ def test_inputs_are_taken_in_as_many_steps_as_it_takes_to_see_enough(tokens, ste
         run.to(run.taken + 1)
     to_update = [min(u for u in (*range(START, END - 1, 4), END - 1) if u > t) - t for t in range(END - 1)]
     assert open_in == [left <= (4 if t < START else steps) for t, left in enumerate(to_update)]
-    assert hooks_of(run.model) == 0 and run.attached.weight_controller.reconstruction.moved == 10
+    assert hooks_of(run.model) == 0 and run.attached.weight_controller.reconstruction.moved == 9
 
 
 def test_the_products_of_shared_inputs_are_computed_once(monkeypatch):
@@ -208,7 +210,7 @@ def test_the_products_of_shared_inputs_are_computed_once(monkeypatch):
     monkeypatch.setattr(
         InputSample, "products", lambda self, name, *more: computed.append(name) or products(self, name, *more)
     )
-    TargetRun(SparsityTarget(0.5, reconstruct=True), model=Shared(), lr=1e-3).to(START)
+    TargetRun(SparsityTarget(0.5, reconstruct=True, update_every=2), model=Shared(), lr=1e-3).to(START + 2)
     assert computed == ["a.weight"], "c is the head, which stays dense"
 
 
@@ -257,7 +259,7 @@ def test_the_log_says_how_often_they_were_moved(caplog):
     run = run_of("weights").to(TOTAL)
     times = run.attached.weight_controller.reconstruction.moved
     assert (
-        any(f"survivors were moved {times} times" in record.getMessage() for record in caplog.records) and times == 19
+        any(f"survivors were moved {times} times" in record.getMessage() for record in caplog.records) and times == 18
     )
 
 
@@ -318,7 +320,9 @@ def test_a_gpt2_layer_moves_along_its_inputs():
     target = SparsityTarget(0.6, reconstruct=True, update_every=2)
     names = ["0.weight", "2.weight"]
     runs = [TargetRun(target, model=made, lr=1e-3, names=names) for made in (model(), as_linear(model()))]
-    conv, linear = (run.to(START + 1).weights() for run in runs)
+    conv, linear = (
+        run.to(START + 3).weights() for run in runs
+    )  # the second update, since the first has nothing to do
     for name in names:
         assert torch.equal(conv[name].t() == 0, linear[name] == 0) and (linear[name] == 0).any()
         torch.testing.assert_close(conv[name].t(), linear[name], rtol=1e-3, atol=1e-4)
@@ -338,4 +342,4 @@ def test_bf16_weights_move_by_fp32_sums():
         TOTAL
     )
     assert run.attached.logs["lp/measured"] == pytest.approx(0.8, abs=2e-3)
-    assert run.attached.weight_controller.reconstruction.moved == 19
+    assert run.attached.weight_controller.reconstruction.moved == 18
