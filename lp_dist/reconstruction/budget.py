@@ -41,7 +41,7 @@ class Budget:
     """
 
     rows: int
-    chunk: int = CHUNK
+    chunk: int
     reasons: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -55,11 +55,12 @@ class Budget:
         Returns:
             What fits.
         Raises:
-            UsageError: the inputs of 256 tokens don't.
+            UsageError: the inputs of 256 tokens don't, or of all that the rank would keep.
         """
         rows = -(-TOKENS // ranks)
         if memory is None:
-            return cls(rows)
+            return cls(rows, CHUNK)
+        least_rows = min(LEAST_ROWS, rows)
         half = memory * GIB / 2
         reasons = {
             name: f"needs {needed / GIB:.3g} GiB to be solved, and of reconstruct_memory={memory:g} half is for that"
@@ -73,13 +74,13 @@ class Budget:
         solving = max((bytes_to_solve(*shape, chunk) for shape in shapes), default=0)
         bytes_of_a_row = 4 * sum(inputs for _, inputs in shapes)
         fitting = int((memory * GIB - solving) // max(1, bytes_of_a_row))
-        if fitting < LEAST_ROWS:
+        if fitting < least_rows:
             # Where half of it is enough for any layer, and for the inputs of all.
-            of_all = 4 * LEAST_ROWS * sum(inputs for _, inputs in layers.values())
+            of_all = 4 * least_rows * sum(inputs for _, inputs in layers.values())
             enough = 2 * max(of_all, *(bytes_to_solve(*shape, LEAST_CHUNK) for shape in layers.values())) / GIB
             raise UsageError(
-                f"reconstruct_memory={memory:g} GiB is too little: the inputs of {LEAST_ROWS} tokens of {len(shapes)}"
-                f" layers need {LEAST_ROWS * bytes_of_a_row / GIB:.3g}; set {math.ceil(100 * enough) / 100:g} or more,"
+                f"reconstruct_memory={memory:g} GiB is too little: the inputs of {least_rows} tokens of {len(shapes)}"
+                f" layers need {least_rows * bytes_of_a_row / GIB:.3g}; set {math.ceil(100 * enough) / 100:g} or more,"
                 " or reconstruct=False"
             )
         return cls(min(rows, fitting), chunk, reasons)

@@ -325,7 +325,8 @@ class Controller(ABC):
         self.note_save()
         return {
             "version": self.state_version,
-            "target": self.target.described(),
+            # A run may go on with another bound on the memory.
+            "target": {key: value for key, value in self.target.described().items() if key != "reconstruct_memory"},
             "window": [*self.window, self.update_every],
             "before": dict(self.before),
             "next_update": self.next_update,

@@ -22,6 +22,7 @@ from helpers.snapshots import joined, local_shards_of, snapshot
 from helpers.target_runs import Case, batch_of, engine_of, trained
 from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
 from lp_dist.attachment.attachment import Attachment
+from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sparsity.selection import decayed_names
@@ -81,11 +82,14 @@ def mix_inputs() -> None:
         return inputs + 0.5 * inputs.roll(1, 1), wanted
 
     target_runs.batch_of = mixed
+    # So that a layer's rows are joined and solved in several parts.
+    budget.CHUNK = 2000
 
 
 @pytest.fixture(autouse=True)
 def mixed_inputs(monkeypatch):
-    monkeypatch.setattr(target_runs, "batch_of", batch_of)  # to be put back
+    for module, name, value in ((target_runs, "batch_of", batch_of), (budget, "CHUNK", budget.CHUNK)):
+        monkeypatch.setattr(module, name, value)  # to be put back
     mix_inputs()
 
 

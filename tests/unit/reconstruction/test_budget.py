@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lp_dist
 from helpers.targets import END, START, TargetRun, model_of
 from lp_dist import SparsityTarget
 from lp_dist.errors import UsageError
+from lp_dist.reconstruction import budget, survivors
 from lp_dist.reconstruction.budget import CHUNK, GIB, LEAST_CHUNK, LEAST_ROWS, TOKENS, Budget, bytes_to_solve
+from lp_dist.reconstruction.solver import move_survivors
 
 TINY = 0.8 / 1024  # GiB
 LLAMA_8B = {f"{i}.{name}": shape for i in range(32) for name, shape in [
@@ -32,20 +36,20 @@ def test_without_a_bound_the_tokens_are_shared_by_the_ranks_and_all_fits():
 
 @pytest.mark.parametrize("memory", [2.5, 4.0, 8.0, 40.0])
 def test_what_is_planned_fits_and_a_wide_bound_changes_nothing(memory):
-    budget = Budget.of(LLAMA_8B, 8, memory)
-    assert needed(budget, LLAMA_8B) <= memory and LEAST_ROWS <= budget.rows <= TOKENS // 8
-    assert LEAST_CHUNK <= budget.chunk <= CHUNK
+    planned = Budget.of(LLAMA_8B, 8, memory)
+    assert needed(planned, LLAMA_8B) <= memory and LEAST_ROWS <= planned.rows <= TOKENS // 8
+    assert LEAST_CHUNK <= planned.chunk <= CHUNK
     if memory == 40.0:
-        assert budget == Budget.of(LLAMA_8B, 8, None)
+        assert planned == Budget.of(LLAMA_8B, 8, None)
     if memory == 2.5:  # XᵀX of 14,336 inputs takes 0.77 GiB, the weights from before 0.22
-        assert budget.rows < TOKENS // 8 and budget.chunk < CHUNK
+        assert planned.rows < TOKENS // 8 and planned.chunk < CHUNK
 
 
 def test_layers_that_do_not_fit_are_named_and_the_others_share_the_bound():
     layers = {"wide": (64, 8192), "narrow": (64, 1024)}
-    budget = Budget.of(layers, 1, 0.25)
-    assert set(budget.reasons) == {"wide"} and "needs 0.26 GiB" in budget.reasons["wide"]
-    assert "reconstruct_memory=0.25" in budget.reasons["wide"] and needed(budget, layers) <= 0.25
+    planned = Budget.of(layers, 1, 0.25)
+    assert set(planned.reasons) == {"wide"} and "needs 0.26 GiB" in planned.reasons["wide"]
+    assert "reconstruct_memory=0.25" in planned.reasons["wide"] and needed(planned, layers) <= 0.25
 
 
 def test_too_little_for_any_inputs_is_refused_with_what_is_enough():
@@ -53,6 +57,36 @@ def test_too_little_for_any_inputs_is_refused_with_what_is_enough():
         Budget.of(LLAMA_8B | {f"more {i}": (8, 4096) for i in range(100)}, 1, 1.6)
     enough = float(str(error.value).partition("set ")[2].split()[0])
     assert Budget.of(LLAMA_8B | {f"more {i}": (8, 4096) for i in range(100)}, 1, enough).rows >= LEAST_ROWS
+
+
+def test_where_ranks_are_many_no_more_rows_are_required_than_each_would_keep():
+    """128 of 8,192 on each of 64 ranks, with a bound as without."""
+    assert Budget.of(LLAMA_8B, 64, 2.5).rows == Budget.of(LLAMA_8B, 64, None).rows == 128
+
+
+def test_a_run_goes_on_with_another_bound():
+    first = TargetRun(SparsityTarget(0.5, reconstruct=True)).to(START + 2)
+    second = TargetRun(SparsityTarget(0.5, reconstruct=True, reconstruct_memory=1.0))
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.attached.load_state_dict(first.attached.state_dict())
+    assert second.attached.weight_controller.last_step == START + 2
+
+
+def test_no_more_weights_are_solved_at_a_time_than_a_bound_allows(monkeypatch):
+    monkeypatch.setattr(budget, "LEAST_CHUNK", 1000)
+    solved = []
+
+    def noted(before: Tensor, *more: Any, **options: Any) -> Tensor:
+        solved.append(before.numel())
+        return move_survivors(before, *more, **options)
+
+    monkeypatch.setattr(survivors, "move_survivors", noted)
+    target = SparsityTarget(0.5, reconstruct=True, reconstruct_memory=TINY, update_every=2)
+    run = TargetRun(target).to(START + 2)
+    reconstruction = run.attached.weight_controller.reconstruction
+    assert max(solved) <= reconstruction._budget.chunk < 64 * 160 and reconstruction.reasons == {}
+    assert sum(solved) == sum(run.weights()[name].numel() for name in reconstruction.layers)
 
 
 def test_a_target_within_a_bound_moves_what_fits_and_lets_the_rest_decay(caplog):
