@@ -60,8 +60,8 @@ def test_too_little_for_any_inputs_is_refused_with_what_is_enough():
 
 
 def test_where_ranks_are_many_no_more_rows_are_required_than_each_would_keep():
-    """128 of 8,192 on each of 64 ranks, with a bound as without."""
-    assert Budget.of(LLAMA_8B, 64, 2.5).rows == Budget.of(LLAMA_8B, 64, None).rows == 128
+    """128 of 8,192 on each of 64 ranks. The bound has room for these, and not for 256."""
+    assert Budget.of(LLAMA_8B, 64, 2.0).rows == Budget.of(LLAMA_8B, 64, None).rows == 128
 
 
 def test_a_run_goes_on_with_another_bound():
