@@ -356,6 +356,27 @@ def structured(
 
 
 @bench.command()
+def survivors(
+    model: str = typer.Option(..., help="a directory, hub id or .gguf file"),
+    text: str = typer.Option(..., help="a text file or hub dataset; its last tenth is held out"),
+    sparsity: float = 70.0,
+    tokens: str = "512 2048 8192",
+    layers: _Positive = 8,
+    out: str = "docs/results",
+    seed: int = 0,
+) -> None:
+    """Show how much of a layer's loss its survivors take over on held-out text, by the number of tokens and by the
+    damping; writes survivors.jsonl and survivors.md.
+    """
+    from lp_dist.benchmarks.survivors import survivors as measure
+
+    with _one_line_errors(survivors):
+        typer.echo(
+            measure(model=model, text=text, sparsity=sparsity, tokens=tokens, layers=layers, out=out, seed=seed)
+        )
+
+
+@bench.command()
 def scale(models: str = "8B 70B 235B", ranks: str = "64 512 1024", out: str = "docs/results") -> None:
     """Simulate single ranks of up to a thousand: time, collectives and memory of attach, of steps and of updates of a
     target; writes scale.jsonl and scale.md.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.attachment.plan import Plan
@@ -32,7 +32,7 @@ from lp_dist.targets.controller import RunContext
 from lp_dist.targets.group_controller import GroupController
 from lp_dist.targets.lr_lookahead import LearningRates
 from lp_dist.targets.run_steps import RunSteps
-from lp_dist.targets.target import GroupTarget
+from lp_dist.targets.target import GroupTarget, SparsityTarget
 from lp_dist.targets.weight_controller import WeightController
 
 logger = logging.getLogger(__name__)
@@ -162,9 +162,7 @@ def _make_groups(plan: Plan, run: RunContext) -> tuple[GroupDecayHook | None, Gr
     if isinstance(request, GroupTarget):
         readers = {member.name for groups in plan.sets for member in groups.members if member.reads}
         of_readers = [shard for shard in plan.shards if shard.name in readers]
-        reconstruction = (
-            Reconstruction(plan.model, of_readers, request.reconstruct_memory) if request.reconstruct else None
-        )
+        reconstruction = _reconstruction(plan.model, of_readers, request)
         controller = GroupController(request, run, plan.sets, plan.shards, reconstruction)
         return controller.hook, controller
     hook = GroupDecayHook(
@@ -199,18 +197,22 @@ def _make_weights(
         left_out,
         stacks=frozenset(expert_stacks(plan.model)),
         without_blocks=sum(plan.blocks.left_out.values()),
-        reconstruction=Reconstruction(
-            plan.model,
-            [shard for shard in candidates if shard.name not in left_out],
-            plan.weight_target.reconstruct_memory,
-        )
-        if plan.weight_target.reconstruct
-        else None,
+        reconstruction=_reconstruction(
+            plan.model, [shard for shard in candidates if shard.name not in left_out], plan.weight_target
+        ),
     )
     if group_controller is not None:
         group_controller.check_order(controller)
         group_controller.check_room(controller)
     return controller
+
+
+def _reconstruction(model: nn.Module, shards: list[Shard], target: SparsityTarget) -> Reconstruction | None:
+    """What moves survivors of a target, if it asks for it, or leaves it open and there are any that can move."""
+    if target.reconstruct is False:
+        return None
+    reconstruction = Reconstruction(model, shards, target.reconstruct_memory, requested=bool(target.reconstruct))
+    return reconstruction if reconstruction.layers or target.reconstruct else None
 
 
 def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> ParameterMap:

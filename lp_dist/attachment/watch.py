@@ -21,6 +21,7 @@ from lp_dist.errors import UsageError
 from lp_dist.optim.state import IN_WINDOW, STEP_COUNT, mark_window, refuse_unattended_window
 from lp_dist.sharding.deepspeed import zero3_shape
 from lp_dist.targets.controller import Controller
+from lp_dist.targets.feasibility import update_interval
 from lp_dist.targets.run_steps import RunSteps
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,9 @@ class Watch:
                 " too, by load_state_dict() of what attach returned, after the optimizer's"
             )
         missed = self._count() - self._noted_count
-        if self._controllers and missed > 2 * max(controller.update_every for controller in self._controllers):
+        if self._controllers and missed > 2 * max(
+            update_interval(controller.target, controller.window, moves=False) for controller in self._controllers
+        ):
             raise UsageError(
                 f"after_step() of what attach returned was not called after the last {missed} steps, up to step"
                 f" {self._steps.taken} of the run, so that the target would not be reached: call it after each"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from lp_dist.reconstruction.budget import Budget, bytes_to_solve
-from lp_dist.reconstruction.inputs import BLOCK
 from lp_dist.reconstruction.solver import ITERATIONS
 from lp_dist.reconstruction.survivors import modules_by_weight, why_not_linear
 from lp_dist.sharding.deepspeed_slices import is_transposed
@@ -74,10 +73,6 @@ def reconstruction_cost(
         max((bytes_to_solve(*shape, budget.chunk) for shape in fitting), default=0),
         sum(4 * inputs**2 for _, inputs in fitting) if ranks > 1 else 0,
         float(
-            sum(
-                2 * inputs**2 * (budget.rows + (ITERATIONS + 2) * -(-outputs // ranks))
-                + 2 * inputs * budget.rows * min(BLOCK, -(-budget.rows // 2))
-                for outputs, inputs in fitting
-            )
+            sum(2 * inputs**2 * (budget.rows + (ITERATIONS + 2) * -(-outputs // ranks)) for outputs, inputs in fitting)
         ),
     )

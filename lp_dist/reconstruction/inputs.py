@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lp_dist.optim.batching import to_local
 
-# Neighbouring tokens that are taken for one observation of how inputs go together.
-BLOCK = 128
-
-
-class Products(NamedTuple):
-    """Of the inputs of a layer.
-
-    Args:
-        gram: XᵀX, (inputs, inputs) fp32.
-        block_squares: Σ‖G_b‖² over the blocks of tokens, fp64 scalar on the same device.
-        row_squares: Σn_b² of their tokens.
-    """
-
-    gram: Tensor
-    block_squares: Tensor
-    row_squares: int
+# Rows that are held in fp32 while their products are summed.
+ROWS_AT_A_TIME = 128
 
 
 class InputSample:
@@ -106,20 +92,22 @@ class InputSample:
             total += number * int(bits.sum(dtype=torch.int64))
         return total % (1 << 62)
 
-    def products(self, name: str, inputs: int, device: torch.device) -> Products:
-        """XᵀX of a layer's inputs on this rank; zeros without any."""
+    def values(self, name: str) -> Tensor:
+        """A layer's inputs on this rank, (rows, inputs) fp32, on their device.
+
+        Raises:
+            KeyError: none were taken of it.
+        """
+        return torch.cat(self._parts[name]).float()
+
+    def products(self, name: str, inputs: int, device: torch.device) -> Tensor:
+        """XᵀX of a layer's inputs on this rank, (inputs, inputs) fp32; zeros without any."""
         gram = torch.zeros(inputs, inputs, device=device)
-        squares = torch.zeros((), dtype=torch.float64, device=device)
-        row_squares = 0
         for part in self._parts.get(name, ()):
-            # Two blocks at least, since it is told by their difference how much they say.
-            for rows in part.split(max(1, min(BLOCK, -(-len(part) // 2)))):
+            for rows in part.split(ROWS_AT_A_TIME):
                 rows = rows.to(device, torch.float32)
                 gram.addmm_(rows.T, rows)
-                # ‖XᵀX‖ = ‖XXᵀ‖, and this one is small.
-                squares += torch.linalg.vector_norm(rows @ rows.T).double().square()
-                row_squares += len(rows) ** 2
-        return Products(gram, squares, row_squares)
+        return gram
 
     # -- hooks ----------------------------------------------------------------
 

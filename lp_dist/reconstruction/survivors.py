@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lp_dist.optim.region import Region
 from lp_dist.reconstruction.budget import Budget
 from lp_dist.reconstruction.inputs import InputSample
+from lp_dist.reconstruction.movement import Projections
 from lp_dist.reconstruction.solver import damping_for, move_survivors
 from lp_dist.sharding.collectives import (
     all_gather_numbers,
@@ -176,6 +177,7 @@ class Reconstruction:
         model: unwrapped.
         shards: of the weights that may be removed.
         memory: GiB that it may take on this rank; None: as much as `TOKENS` of `budget` need.
+        requested: whether a user requested it, and is to be warned of what it does not reach.
     Attributes:
         layers: {name of the weight: layer} of those whose survivors move.
         reasons: {name of another weight: why its survivors stay}.
@@ -186,7 +188,10 @@ class Reconstruction:
         UsageError: as of `Budget.of`.
     """
 
-    def __init__(self, model: nn.Module, shards: Sequence[Shard], memory: float | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, shards: Sequence[Shard], memory: float | None = None, requested: bool = True
+    ) -> None:
+        self._level = logging.WARNING if requested else logging.INFO
         self.layers, self.reasons = movable_layers(model, shards)
         if not _is_same_everywhere(sorted(self.layers)):
             names = sorted({*self.layers, *self.reasons})
@@ -228,17 +233,22 @@ class Reconstruction:
         seen = self.sample.is_open and any(self.sample.rows(name) for name in self.layers)
         return bool(self.layers) and bool(all_reduce_max(torch.tensor([int(seen)], dtype=torch.int64)))
 
-    def describe(self) -> str:
-        """Whose survivors stay where they are, in words; "" where none do."""
+    def project(self) -> Projections:
+        """Projections of the weights whose survivors move, as they are now. Collective."""
+        return Projections.of([self._shards[name] for name in self._order])
+
+    def tell_reasons(self) -> None:
+        """Logs whose survivors stay where they are."""
         if not self.reasons:
-            return ""
+            return
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
-        return "; ".join(
+        described = (
             f"{names[0]} {reason}" + (f", as {len(names) - 1} more" if len(names) > 1 else "")
             for reason, names in by_reason.items()
         )
+        logger.log(self._level, "survivors stay where they are, and weights decay, where %s", "; ".join(described))
 
     def remove(
         self,
@@ -313,7 +323,8 @@ class Reconstruction:
         unseen = [name for name in names if name not in self._said]
         if unseen:
             self._said.update(unseen)
-            logger.warning(
+            logger.log(
+                self._level,
                 "no inputs of %d layers were seen before an update, such as of %s: their survivors stay"
                 " where they are, and weights decay instead. Experts that no token reached are none to worry about;"
                 " else the loop has to call the model itself, in training mode, and hooks must reach its layers",
@@ -345,14 +356,10 @@ class Reconstruction:
         """
         distributed = torch.distributed.is_initialized()
         device = reduction_device() if distributed else self._shards[name].param.device
-        gram, block_squares, row_squares = self.sample.products(name, self._inputs(name), device)
-        sums = torch.stack([block_squares, torch.tensor(row_squares, dtype=torch.float64, device=device)])
+        gram = self.sample.products(name, self._inputs(name), device)
         if distributed:
             torch.distributed.all_reduce(gram)
-            torch.distributed.all_reduce(sums)
-        gram *= share
-        squares, row_square_sum = (share * sums).tolist()
-        return _Inputs(gram, damping_for(gram, squares, row_square_sum / (share * tokens) ** 2))
+        return _Inputs(gram, damping_for(share * tokens, len(gram)))
 
     # -- one layer ------------------------------------------------------------
 
@@ -417,28 +424,34 @@ class Reconstruction:
         return max(1, self._budget.chunk // columns)
 
     def _find_joint(self) -> dict[str, _JointRows]:
-        """The rows of each layer that are joined. Collective: four numbers for each layer."""
+        """The rows of each layer that are joined. Collective: three numbers for each layer, and two of every rank for
+        each whose rows are divided, as flat shards do.
+        """
         _, world_size = rank_and_world_size()
         if not self.layers or world_size == 1:
             return {}
-        of_layers = []
+        edges, numbers = {}, []
         for name, layer in self.layers.items():
             shard = self._shards[name]
             first, last = _complete_rows(shard, shard.shape[1])
-            is_part = int(shard.length != shard.shape.numel())
-            of_layers += [*([-1, -1] if layer.transposed else _edge_rows(shard)), is_part, last - first]
-        gathered = all_gather_numbers(torch.tensor(of_layers, dtype=torch.int64)).view(-1, len(self.layers), 4)
-        joint = {}
-        for number, (name, layer) in enumerate(self.layers.items()):
+            edges[name] = [-1, -1] if layer.transposed else _edge_rows(shard)
+            is_divided = max(edges[name]) >= 0
+            is_part = layer.transposed and shard.length != shard.shape.numel()
+            numbers.append([last - first, int(is_divided), int(is_part)])
+        most = all_reduce_max(torch.tensor(numbers, dtype=torch.int64)).tolist()
+        joint, divided = {}, []
+        for name, (complete, is_divided, is_part) in zip(self.layers, most):
             rows, columns = self._shards[name].shape
-            is_uneven = int(gathered[:, number, 3].max()) > UNEVEN * -(-rows // world_size)
-            edges = gathered[:, number, :2].unique()
-            edges = edges[edges >= 0]
-            if is_uneven or (layer.transposed and bool(gathered[:, number, 2].any())):
+            if is_part or complete > UNEVEN * -(-rows // world_size):
                 joint[name] = _JointRows(torch.arange(rows), columns)
-            elif len(edges) and not layer.transposed:
-                joint[name] = _JointRows(edges, columns)
-        return joint
+            elif is_divided:
+                divided.append(name)
+        if divided:
+            gathered = all_gather_numbers(torch.tensor([row for name in divided for row in edges[name]]))
+            for name, of_ranks in zip(divided, gathered.view(-1, len(divided), 2).unbind(1)):
+                rows = of_ranks.unique()
+                joint[name] = _JointRows(rows[rows >= 0], self._shards[name].shape[1])
+        return {name: joint[name] for name in self.layers if name in joint}
 
 
 def _complete_rows(shard: Shard, columns: int) -> tuple[int, int]:

@@ -486,6 +486,7 @@ def explain(
     total = sum(choice.weights for choice in chosen)
     sets: list[WeightGroups] = []
     targets = []
+    moving: list[tuple[str, list[tuple[int, int]], float | None]] = []  # (subject, shapes of layers, GiB at most)
     group_share = None
     if group_target is not None:
         with _collected("lp_dist.structured.recognition", "lp_dist.attachment.cuttable") as messages:
@@ -494,10 +495,16 @@ def explain(
                 cuttable = cuttable_groups(module, group_target, sets)
                 group_target, sets = cuttable.target, cuttable.sets
         notes += messages
-        group_share = _group_share(group_target, sets, total, _window_of(group_target, total_steps, optimizer))
+        readers = [member.name for groups in sets for member in groups.members if member.reads]
+        shapes = _shapes_that_move(module, group_target, readers)
+        moving.append(("groups", shapes, group_target.reconstruct_memory))
+        group_window = _window_of(group_target, total_steps, optimizer, bool(shapes))
+        group_share = _group_share(group_target, sets, total, group_window)
         targets.append(group_share)
     if weight_target is not None:
-        weight_window = _window_of(weight_target, total_steps, optimizer)
+        shapes = _shapes_that_move(module, weight_target, (choice.name for choice in chosen if choice.decays))
+        moving.append((weight_target.pattern or "weights", shapes, weight_target.reconstruct_memory))
+        weight_window = _window_of(weight_target, total_steps, optimizer, bool(shapes))
         targets.append(_weight_share(weight_target, chosen, total, weight_window))
         if group_target is not None:
             _check_together(group_target, sets, weight_target, targets, chosen, total)
@@ -505,9 +512,10 @@ def explain(
         UpdateCost(
             subject,
             count,
-            reconstruction_cost(linear_shapes(module, names), count, 2 if dtype == "bf16" else 4, memory),
+            reconstruction_cost(shapes, count, 2 if dtype == "bf16" else 4, memory),
         )
-        for subject, names, memory in _moving(weight_target, group_target, chosen, sets)
+        for subject, shapes, memory in moving
+        if shapes
         for count in gpus
     ]
     kinds = []
@@ -624,7 +632,7 @@ def _with_blocks(module: nn.Module, chosen: list[ParameterChoice], pattern: str)
 # -- targets ------------------------------------------------------------------
 
 
-def _window_of(target: SparsityTarget, total_steps: int | None, optimizer: str) -> StepWindow:
+def _window_of(target: SparsityTarget, total_steps: int | None, optimizer: str, moves: bool) -> StepWindow:
     if total_steps is None:
         return StepWindow(target.start, target.end)
     start, end = window_steps(target.start, target.end, total_steps)
@@ -635,7 +643,9 @@ def _window_of(target: SparsityTarget, total_steps: int | None, optimizer: str) 
         start = max(1, start)
     steps = Window(start, min(end, total_steps), total_steps)
     check_steps(target, steps)
-    return StepWindow(target.start, target.end, *steps, update_interval(target, steps))
+    return StepWindow(
+        target.start, target.end, *steps, update_interval(target, steps, moves or bool(target.reconstruct))
+    )
 
 
 def _weight_share(
@@ -668,19 +678,9 @@ def _group_share(target: GroupTarget, sets: list[WeightGroups], total: int, wind
     return TargetShare("groups", sparsity, weights, zeros, zeros / total, window, overlap, by_kind)
 
 
-def _moving(
-    weight_target: WeightTarget | PatternTarget | None,
-    group_target: GroupTarget | None,
-    chosen: list[ParameterChoice],
-    sets: list[WeightGroups],
-) -> Iterator[tuple[str, list[str], float | None]]:
-    """Of each target whose survivors move: (subject, names of the weights, bound on the memory)."""
-    if group_target is not None and group_target.reconstruct:
-        readers = [member.name for groups in sets for member in groups.members if member.reads]
-        yield "groups", list(dict.fromkeys(readers)), group_target.reconstruct_memory
-    if weight_target is not None and weight_target.reconstruct:
-        names = [choice.name for choice in chosen if choice.decays]
-        yield weight_target.pattern or "weights", names, weight_target.reconstruct_memory
+def _shapes_that_move(module: nn.Module, target: SparsityTarget, names: Iterable[str]) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the layers of these weights whose survivors a target moves."""
+    return [] if target.reconstruct is False else linear_shapes(module, dict.fromkeys(names))
 
 
 def _check_together(

@@ -104,7 +104,7 @@ class ScoredSlice:
             counted, first = local.counted.reshape(-1), local.counted_start
             if shard.region is None:
                 return counted[-first % stride :: stride]
-            sampled = _sampled(shard.region, stride) - first
+            sampled = sampled_elements(shard.region, stride) - first
             return counted[sampled[(sampled >= 0) & (sampled < len(counted))].to(counted.device)]
 
         weights, exp_avg_sq, step = select(shard.local.values), None, 0.0
@@ -137,7 +137,7 @@ class ScoredSlice:
 
 
 @lru_cache(maxsize=64)
-def _sampled(region: Region, stride: int) -> Tensor:
+def sampled_elements(region: Region, stride: int) -> Tensor:
     """Where every `stride`-th element of a parameter lies in a region, taken flat. Kept, since the layers of a model
     are alike, and so are its updates.
     """
@@ -152,16 +152,18 @@ def _tiles(values: Tensor) -> tuple[Tensor, ...]:
     return values.split(max(1, batching.tile_size(values.device) // of_first))
 
 
-def sample_stride(elements: int, width: int) -> int:
+def sample_stride(elements: int, width: int, size: int | None = None) -> int:
     """The stride that samples a scope evenly over the columns of a parameter, since whole columns may be small.
 
     Args:
         elements: weights of the scope over all ranks.
         width: weights in a row of the parameter; or blocks, to take each so many-th block.
+        size: of the sample; None: `SAMPLE_SIZE`.
     Returns:
         For `ScoredSlice.from_shard`.
     """
-    return next(stride for stride in range(max(1, elements // SAMPLE_SIZE), 0, -1) if math.gcd(stride, width) == 1)
+    longest = max(1, elements // (size or SAMPLE_SIZE))
+    return next(stride for stride in range(longest, 0, -1) if math.gcd(stride, width) == 1)
 
 
 def thresholds_at(

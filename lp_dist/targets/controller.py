@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lp_dist.errors import UsageError
+from lp_dist.reconstruction.movement import STILL_LEARNING, Projections
 from lp_dist.reconstruction.survivors import Reconstruction
 from lp_dist.targets.feasibility import Window, check_rates, regrowth_end, update_interval
 from lp_dist.targets.lr_lookahead import LearningRates
@@ -90,6 +91,8 @@ class Controller(ABC):
         self.last_step = -1
         self.logs: dict[str, float] = {}
         self.final_pruning: dict[str, float] | None = None
+        # Of the weights after the first step, from which it follows how far they have moved when the window begins.
+        self._at_first: Projections | None = None
 
     def _plan_updates(self, needs_moments: bool, slow: bool) -> None:
         """Sets the steps of the updates, and the one at which regrowth ends.
@@ -101,7 +104,7 @@ class Controller(ABC):
         if needs_moments:
             self.window = self.window._replace(start=max(1, self.window.start))
         self.regrowth_end = regrowth_end(self.window, slow)
-        self.update_every = update_interval(self.target, self.window)
+        self.update_every = update_interval(self.target, self.window, self.reconstruction is not None)
         self.next_update = self.window.start  # optimizer steps at the next update
 
     @property
@@ -185,6 +188,8 @@ class Controller(ABC):
 
     def _advance(self, t: int) -> None:
         """What falls to step t: the beginning of the window, an update, the final pruning."""
+        if not self.before:
+            self._note_movement(t)
         if t < self.window.start:
             return
         if not self.before:
@@ -198,6 +203,30 @@ class Controller(ABC):
         elif t >= self.next_update:
             self.update(t)
             self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
+
+    def _note_movement(self, t: int) -> None:
+        """Notes where the weights are after the first step, and lets survivors stay if these have moved far from there
+        when the window begins. (Not before the first step, since weights may be loaded until then.) Collective.
+        """
+        if self.reconstruction is None or self.target.reconstruct is not None or t < 1:
+            return
+        if self._at_first is None:
+            self._at_first = self.reconstruction.project()
+        elif t >= self.window.start:
+            moved, self._at_first = self.reconstruction.project().moved_since(self._at_first), None
+            stay = moved > STILL_LEARNING
+            logger.info(
+                "weights have moved by %.2g of their norm before the window: survivors %s",
+                moved**0.5,
+                "stay where they are, as they do from scratch (reconstruct=True moves them)" if stay else "move",
+            )
+            if stay:
+                self._let_survivors_stay()
+
+    def _let_survivors_stay(self) -> None:
+        self.release()
+        self.reconstruction = None
+        self.update_every = update_interval(self.target, self.window, moves=False)
 
     def release(self) -> None:
         """Takes its hooks off the model."""
@@ -290,10 +319,8 @@ class Controller(ABC):
             total,
             self.update_every,
         )
-        if self.reconstruction is not None and self.reconstruction.reasons:
-            logger.warning(
-                "survivors stay where they are, and weights decay, where %s", self.reconstruction.describe()
-            )
+        if self.reconstruction is not None:
+            self.reconstruction.tell_reasons()
 
     def _set_final_pruning(self, before: float, after: float, details: str) -> None:
         """Notes what the final pruning did, counted before and after it, and logs it."""
@@ -332,6 +359,8 @@ class Controller(ABC):
             "next_update": self.next_update,
             "final_pruning": self.final_pruning,
             "logs": dict(self.logs),
+            "at_first": None if self._at_first is None else self._at_first.as_list(),
+            "moves": self.reconstruction is not None,
             "moved": 0 if self.reconstruction is None else self.reconstruction.moved,
             "sampled_steps": None if self.reconstruction is None else self.reconstruction.sampled_steps,
             **self._own_state(),
@@ -348,6 +377,8 @@ class Controller(ABC):
                 f"the state of the target of {self.subject} is of version {state.get('version')!r}, and this lp_dist"
                 f" reads {self.state_version}; install the one that wrote it"
             )
+        if not state["moves"] and self.reconstruction is not None and self.target.reconstruct is None:
+            self._let_survivors_stay()
         current = self.state_dict()
         window = Window(*state["window"][:3])
         if state["final_pruning"] is not None and window != self.window:
@@ -368,6 +399,7 @@ class Controller(ABC):
         self._check_own_state(state)
         self.before, self.next_update = dict(state["before"]), state["next_update"]
         self.final_pruning, self.logs = state["final_pruning"], dict(state["logs"])
+        self._at_first = None if state["at_first"] is None else Projections.from_list(state["at_first"])
         if self.reconstruction is not None:
             self.reconstruction.moved, self.reconstruction.sampled_steps = state["moved"], state["sampled_steps"]
         self._load_own_state(state)

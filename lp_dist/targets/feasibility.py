@@ -50,13 +50,17 @@ def regrowth_end(window: Window, slow: bool) -> int:
     return min(window.start + round(REGROWTH_PART * length), window.end - SHORTEST_WINDOW * (2 if slow else 1))
 
 
-def update_interval(target: SparsityTarget, window: Window) -> int:
+def update_interval(target: SparsityTarget, window: Window, moves: bool) -> int:
     """Optimizer steps between two updates of λ and the cutoff.
 
-    Where survivors move there are ten updates whatever the length of the run, since each of them costs as much.
+    Args:
+        target: what to reach.
+        window: in which steps.
+        moves: whether survivors move. There are five updates then whatever the length of the run, since each of them
+            costs as much, and ten were no better.
     """
     length = window.end - window.start
-    by_itself = max(1, round(length / 10)) if target.reconstruct else min(LONGEST_INTERVAL, max(1, round(length / 20)))
+    by_itself = max(1, round(length / 5)) if moves else min(LONGEST_INTERVAL, max(1, round(length / 20)))
     return target.update_every or by_itself
 
 

@@ -45,7 +45,7 @@ class GroupController(Controller):
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 4
+    state_version = 5
     subject = "groups"
     measured_key = "lp/groups_measured"
     target: GroupTarget

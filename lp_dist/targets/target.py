@@ -91,9 +91,11 @@ class SparsityTarget(metaclass=_KindByArguments):
         curve: "cubic" or "linear", or a function of the elapsed part of the window, rising from f(0) = 0 to f(1) = 1.
         freeze: after the window zeros stay zero and survivors train without decay; False: everything trains.
         update_every: optimizer steps between two updates of λ and the cutoff; None: a twentieth of the window, and 20
-            at most; a tenth with `reconstruct`.
-        reconstruct: at each update what is to go is removed at once, and the survivors of the same linear layer move
-            so that its outputs on the inputs of the last steps change least; see `lp_dist.reconstruction`.
+            at most; a fifth where survivors move.
+        reconstruct: whether survivors move. At each update what is to go is removed at once, and the survivors of the
+            same linear layer move so that its outputs on the inputs of the last steps change least; see
+            `lp_dist.reconstruction`. None: they do unless the weights have moved by a third of their norm in the steps
+            before the window, as they do from scratch, where it gains nothing. False: what is to go decays.
         reconstruct_memory: GiB that this may take on each rank. Fewer tokens are kept within it, and layers that do
             not fit are left to their decay and named. None: as much as 8,192 tokens over all ranks need, which
             `explain` says.
@@ -136,7 +138,7 @@ class SparsityTarget(metaclass=_KindByArguments):
     curve: str | Callable[[float], float] = "cubic"
     freeze: bool = True
     update_every: int | None = None
-    reconstruct: bool = False
+    reconstruct: bool | None = None
     reconstruct_memory: float | None = None
 
     _default_scope: ClassVar[str] = "global"
@@ -182,7 +184,7 @@ class SparsityTarget(metaclass=_KindByArguments):
                 f"reconstruct_memory={self.reconstruct_memory!r} must be above 0, the GiB that moving survivors may"
                 " take on each rank; None sets no bound"
             )
-        if self.reconstruct_memory is not None and not self.reconstruct:
+        if self.reconstruct_memory is not None and self.reconstruct is False:
             raise ValueError(
                 f"reconstruct_memory={self.reconstruct_memory:g} bounds what reconstruct needs, and reconstruct=False;"
                 " leave one of them out"

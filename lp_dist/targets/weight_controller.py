@@ -68,7 +68,7 @@ class WeightController(Controller):
         UsageError: the target can't be reached in this run; the message says what to change.
     """
 
-    state_version = 6
+    state_version = 7
     subject = "weights"
     measured_key = "lp/measured"
     target: WeightTarget | PatternTarget

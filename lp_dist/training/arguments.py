@@ -138,22 +138,23 @@ class DecayArguments:
         default=None,
         metadata={
             "help": "Optimizer steps between two updates of λ. Default: a 20th of the window, 20 at most;"
-            " with --reconstruct a 10th."
+            " where survivors move a 5th."
         },
     )
-    reconstruct: bool = field(
-        default=False,
+    reconstruct: bool | None = field(
+        default=None,
         metadata={
             "help": (
-                "Move the survivors: at each update what is to go is removed at once, and the other weights of the"
-                " layer take over, so that its outputs on the last steps' inputs change least."
+                "Whether survivors move: at each update what is to go is removed at once, and the other weights of the"
+                " layer take over, so that its outputs on the last steps' inputs change least. Default: they do unless"
+                " weights have moved far before the window, as from scratch. false: what is to go decays."
             )
         },
     )
     reconstruct_memory: float | None = field(
         default=None,
         metadata={
-            "help": "GiB that --reconstruct may take on each rank. Default: what 8,192 tokens need; plan says it."
+            "help": "GiB that moving survivors may take on each rank. Default: what 8,192 tokens need; plan says it."
         },
     )
 

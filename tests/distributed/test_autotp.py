@@ -26,7 +26,8 @@ from helpers.deepspeed_axes import (
 )
 from helpers.engines import Engine, convert, deepspeed_config, ended, quiet
 from helpers.export_runs import llama
-from lp_dist import LpAdamW, SparsityTarget, attach, measure_histogram, measure_sparsity, param_groups
+from helpers.targets import decaying
+from lp_dist import LpAdamW, attach, measure_histogram, measure_sparsity, param_groups
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.checkpoints.opening import open_checkpoint
 from lp_dist.errors import UsageError
@@ -67,10 +68,10 @@ def attached_to(engine: Engine, case: TensorCase) -> Attachment:
         # Rows of a matrix that AutoTP divides unevenly, and columns of one that it divides by columns.
         model = engine.handle.module if is_sharded else engine.handle
         sets = groups_of(model, outputs="up", kind="rows") + groups_of(model, inputs="down", kind="columns")
-        target = SparsityTarget(0.4, groups=sets, update_every=2, start=2, end=12, precondition=0.0)
+        target = decaying(0.4, groups=sets, update_every=2, start=2, end=12, precondition=0.0)
         return attach(engine.handle, target=target, total_steps=STEPS, **others)
     pattern = case.how if ":" in case.how else None
-    target = SparsityTarget(
+    target = decaying(
         None if pattern else 0.5, pattern=pattern, scope="layer" if case.how == "layer" else "global", update_every=2
     )
     return attach(engine.handle, target=target, total_steps=STEPS, **others)

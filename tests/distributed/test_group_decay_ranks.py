@@ -17,7 +17,8 @@ import torch
 from helpers.engines import Engine, ended, in_two_starts, quiet
 from helpers.snapshots import check_one_process, joined, results_of, snapshot
 from helpers.target_runs import Case, engine_of, trained
-from lp_dist import GroupDecay, SparsityTarget, attach
+from helpers.targets import decaying
+from lp_dist import GroupDecay, attach
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.structured.resolve import groups_of
 
@@ -59,11 +60,11 @@ def attached_to(engine: Engine, case: GroupCase, **values: Any) -> Attachment:
             groups=GroupDecay(sets, 0.5, precondition=case.precondition, interval=case.interval),
             **others,
         )
-    target = SparsityTarget(
+    target = decaying(
         0.3, groups=sets, precondition=case.precondition, interval=case.interval, update_every=2, end=10, start=2
     )
     if case.asked_for == "both":
-        target = [target, SparsityTarget(0.7, start=10, end=20, update_every=2)]
+        target = [target, decaying(0.7, start=10, end=20, update_every=2)]
     return attach(engine.handle, target=target, total_steps=case.steps, **others)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from helpers.engines import Engine, gathered, make, quiet
 from helpers.layouts import DIMS, LEFT_OUT, WIDTH, in_blocks, layers_of
 from helpers.snapshots import joined
-from lp_dist import LpAdamW, SparsityTarget, attach, param_groups
+from helpers.targets import decaying
+from lp_dist import LpAdamW, attach, param_groups
 from lp_dist.attachment.attach import Attachment
 from lp_dist.optim.nm import block_stride, parse_pattern
 from lp_dist.sparsity import quantiles
@@ -63,7 +64,7 @@ def attached_to(engine: Engine, case: Case) -> Attachment:
     )
     if case.how == "by hand":
         return attach(engine.handle, **others)
-    target = SparsityTarget(pattern=case.pattern, scope=case.how, update_every=2)
+    target = decaying(pattern=case.pattern, scope=case.how, update_every=2)
     return attach(engine.handle, target=target, total_steps=STEPS, **others)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from helpers.engines import Engine, gathered, make, quiet
 from helpers.snapshots import joined
 from helpers.target_runs import BF16
-from lp_dist import LpAdamW, LpLion, SparsityTarget, attach, param_groups
+from helpers.targets import decaying
+from lp_dist import LpAdamW, LpLion, attach, param_groups
 from lp_dist.attachment.attach import Attachment
 from lp_dist.optim.nm import parse_pattern, split_at_blocks
 from lp_dist.sparsity import quantiles
@@ -106,7 +107,7 @@ def attached_to(engine: Engine, case: Case) -> Attachment:
         return attach(engine.handle, **others)
     return attach(
         engine.handle,
-        target=SparsityTarget(pattern=case.pattern, scope=case.how, update_every=2),
+        target=decaying(pattern=case.pattern, scope=case.how, update_every=2),
         total_steps=STEPS,
         **others,
     )

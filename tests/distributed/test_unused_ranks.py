@@ -16,7 +16,8 @@ from helpers.engines import in_two_starts, make, quiet
 from helpers.mixtures import mixture_model
 from helpers.snapshots import check_one_process, results_of
 from helpers.target_runs import Case, optimizer_of, scheduler_of, trained
-from lp_dist import SparsityTarget, attach
+from helpers.targets import decaying
+from lp_dist import attach
 
 STEPS, START, LATE = 24, 4, 14
 UNREACHED = [1, 4]
@@ -54,7 +55,7 @@ def followed(case: Case) -> dict[str, Any]:
         if hasattr(engine.handle, "load_checkpoint")
         else {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler}
     )
-    target = SparsityTarget(0.5, scope=case.scope, precondition=1.0, update_every=2, start=START, end=STEPS - 2)
+    target = decaying(0.5, scope=case.scope, precondition=1.0, update_every=2, start=START, end=STEPS - 2)
     attachment = attach(engine.handle, target=target, total_steps=STEPS, **others)
     trained(engine, attachment, case, 0, STEPS)
     attachment.finish()

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 from helpers.engines import Engine
 from helpers.models import tiny_llama
+from helpers.targets import decaying
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import Attachment
 from lp_dist.sparsity import quantiles
@@ -45,18 +46,18 @@ SIZES = {
     "num_key_value_heads": 4,
 }
 TARGETS: dict[str, Callable[[], SparsityTarget]] = {
-    "weights": lambda: SparsityTarget(0.5, update_every=3),
-    "weights by layer": lambda: SparsityTarget(0.6, scope="layer", update_every=3),
-    "2:4": lambda: SparsityTarget(pattern="2:4", update_every=3),
-    "4:8": lambda: SparsityTarget(pattern="4:8", scope="layer", update_every=3),
-    "channels": lambda: SparsityTarget(0.4, groups="channels", update_every=3),
-    "heads": lambda: SparsityTarget(0.5, groups="kv_groups", update_every=3),
+    "weights": lambda: decaying(0.5, update_every=3),
+    "weights by layer": lambda: decaying(0.6, scope="layer", update_every=3),
+    "2:4": lambda: decaying(pattern="2:4", update_every=3),
+    "4:8": lambda: decaying(pattern="4:8", scope="layer", update_every=3),
+    "channels": lambda: decaying(0.4, groups="channels", update_every=3),
+    "heads": lambda: decaying(0.5, groups="kv_groups", update_every=3),
 }
 OF_MIXTURES: dict[str, Callable[[], SparsityTarget]] = {
     "weights": TARGETS["weights"],
     "2:4": TARGETS["2:4"],
-    "experts": lambda: SparsityTarget(0.5, groups="experts", update_every=3),
-    "channels of experts": lambda: SparsityTarget(0.5, groups="expert_channels", update_every=3),
+    "experts": lambda: decaying(0.5, groups="experts", update_every=3),
+    "channels of experts": lambda: decaying(0.5, groups="expert_channels", update_every=3),
 }
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from helpers.engines import ended, full, make, quiet
-from lp_dist import LpAdamW, SparsityTarget, attach
+from helpers.targets import decaying
+from lp_dist import LpAdamW, attach
 from lp_dist.sharding.engines import unwrap
 
 TOTAL = 14
@@ -65,7 +66,7 @@ class Course:
             self.engine.handle._config.zero_config.gather_16bit_weights_on_model_save = True
 
     def attach(self, sparsity: float | None) -> None:
-        target = None if sparsity is None else SparsityTarget(sparsity, **TARGET)
+        target = None if sparsity is None else decaying(sparsity, **TARGET)
         handle = self.model if self.engine is None else self.engine.handle
         self.attached = attach(handle, self.optimizer, target=target, total_steps=TOTAL)
         self.logs, self.has_finished = {}, False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.engines import Engine, ended, make
+from helpers.targets import decaying
 from lp_dist import LpAdamW, SparsityTarget, attach, measure_sparsity, param_groups
 from lp_dist.attachment.attach import Attachment
 from lp_dist.sharding.engines import inner_optimizer
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def sparsity_target(self) -> SparsityTarget:
-        return SparsityTarget(
+        return decaying(
             self.target,
             end=self.end,
             scope=self.scope,

@@ -12,8 +12,9 @@ from torch import nn
 from lp_dist import LpAdamW, SparsityTarget, attach
 
 # Every tensor has a threshold of its own, which is more to get wrong than one for all, and x is |w|^(2−p), which is
-# easy to say.
-layerwise = partial(SparsityTarget, scope="layer", precondition=0.0)
+# easy to say. Nothing moves but by decay.
+layerwise = partial(SparsityTarget, scope="layer", precondition=0.0, reconstruct=False)
+decaying = partial(SparsityTarget, reconstruct=False)
 TOTAL, START, END = 60, 6, 42  # the default window of such a run, [0.1, 0.7)
 FINAL_PRUNING = END - 1  # optimizer steps before the final pruning
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from lp_dist import SparsityTarget, measure_sparsity
+from helpers.targets import decaying
+from lp_dist import measure_sparsity
 
 
 def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
@@ -18,8 +19,8 @@ def test_trainer_resumes_two_targets_from_its_own_checkpoint(tmp_path):
     from lp_dist import LpCallback
 
     targets = [
-        SparsityTarget(0.4, groups="channels", start=2, end=14, scope="global", update_every=2),
-        SparsityTarget(0.6, start=14, end=24),
+        decaying(0.4, groups="channels", start=2, end=14, scope="global", update_every=2),
+        decaying(0.6, start=14, end=24),
     ]
     uninterrupted = train(tmp_path / "uninterrupted", [LpCallback(target=targets)], steps=30)
     train(tmp_path / "cut", [LpCallback(target=targets), Interrupted(9)], steps=30)

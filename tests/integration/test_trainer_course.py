@@ -23,11 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from helpers.targets import decaying
 from helpers.trainer_runs import END, START, STEPS, Interrupted, same, tiny, train
-from lp_dist import DecayWindow, LpAdamW, LpCallback, LpTrainer, SparsityTarget, measure_sparsity, param_groups
+from lp_dist import DecayWindow, LpAdamW, LpCallback, LpTrainer, measure_sparsity, param_groups
 from lp_dist.errors import UsageError
 
-HALF = SparsityTarget(0.5)
+HALF = decaying(0.5)
 
 
 def plain(model):
@@ -162,7 +163,7 @@ def test_a_second_training_to_the_same_target_is_refused_for_its_zeros_before_a_
 
 def test_two_callbacks_are_refused_before_the_first_step(tmp_path):
     with pytest.raises(UsageError, match="a later one on the same optimizer has replaced.*Of several callbacks leave"):
-        train(tmp_path, [LpCallback(target=HALF), LpCallback(target=SparsityTarget(0.3))])
+        train(tmp_path, [LpCallback(target=HALF), LpCallback(target=decaying(0.3))])
 
 
 def test_a_state_from_the_middle_of_a_window_is_not_gone_on_with_without_the_callback(tmp_path):
@@ -175,7 +176,7 @@ def test_a_state_from_the_middle_of_a_window_is_not_gone_on_with_without_the_cal
 
 def test_a_dense_checkpoint_is_gone_on_with_where_the_window_lies_ahead(tmp_path):
     train(tmp_path, [Interrupted(6)])
-    callback = LpCallback(target=SparsityTarget(0.5, start=8, end=20))
+    callback = LpCallback(target=decaying(0.5, start=8, end=20))
     trainer = train(tmp_path, [callback], resume=True)
     assert callback.attached.steps.taken == STEPS and callback.attached.weight_controller.window[:2] == (8, 20)
     assert measure_sparsity(trainer.model).total == pytest.approx(0.5, abs=1e-3)

@@ -58,7 +58,7 @@ def quality(
             else f"--model is for --task lm, and not for {task}"
         )
     specs = read_specs(methods)
-    percents, seed_numbers = _numbers("--sparsities", sparsities, float), _numbers("--seeds", seeds, int)
+    percents, seed_numbers = read_numbers("--sparsities", sparsities, float), read_numbers("--seeds", seeds, int)
     if not all(0 < percent < 100 for percent in percents):
         raise UsageError(f"--sparsities {sparsities}: these are percents between 0 and 100")
     make = partial(tasks.lm, model, text, steps, block) if task == "lm" else partial(makers[task], text, steps)
@@ -70,7 +70,12 @@ def quality(
     return page.draw(json_lines.read(path), directory)
 
 
-def _numbers(option: str, words: str, kind: type) -> list:
+def read_numbers(option: str, words: str, kind: type) -> list:
+    """Numbers with spaces or commas between them.
+
+    Raises:
+        UsageError: one can't be read.
+    """
     try:
         return [kind(word) for word in words.replace(",", " ").split()]
     except ValueError:

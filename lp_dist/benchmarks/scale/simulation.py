@@ -178,7 +178,7 @@ class _Run:
         self.optimizer = LpAdamW(param_groups(self.model, 0.0), lr=1e-4)
         window: dict[str, Any] = {"start": _START, "update_every": _UPDATE_EVERY}
         groups: dict[str, Any] = {"groups": configuration.target} if of_groups else {}
-        self.target = SparsityTarget(0.5, **window, **groups)
+        self.target = SparsityTarget(0.5, **window, **groups, reconstruct=False)
 
     @property
     def local_numel(self) -> int:

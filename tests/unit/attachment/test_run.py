@@ -20,12 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, backward, model_of, same
+from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, backward, decaying, model_of, same
 from lp_dist import (
     LpAdamW,
     LpLion,
     LpSGD,
-    SparsityTarget,
     add_lp_decay,
     attach,
     measure_sparsity,
@@ -33,7 +32,7 @@ from lp_dist import (
 )
 from lp_dist.errors import UsageError
 
-HALF = SparsityTarget(0.5)
+HALF = decaying(0.5)
 
 
 def hooked(params, lr) -> torch.optim.Optimizer:
@@ -90,13 +89,13 @@ def test_a_target_after_a_target_is_refused_for_its_zeros_before_the_first_step(
     with pytest.raises(UsageError, match="zeros already"):
         run.optimizer.step()
     assert same(run.weights(), weights)
-    run.target, run.taken = SparsityTarget(0.7), 0
+    run.target, run.taken = decaying(0.7), 0
     run.attach()
     assert share(run.to(TOTAL)) == pytest.approx(0.7, abs=1e-4)
 
 
 def test_a_run_that_has_steps_behind_it_says_so_and_its_window_must_lie_ahead():
-    run = TargetRun(SparsityTarget(0.5, start=30, end=55), first_step=20)
+    run = TargetRun(decaying(0.5, start=30, end=55), first_step=20)
     run.to(40)
     assert run.attached.steps.taken == 60 and share(run) == pytest.approx(0.5, abs=1e-4)
     with pytest.raises(
@@ -199,7 +198,7 @@ def test_what_an_earlier_attach_returned_is_void():
     actor, critic = model_of(), model_of()
     optimizer = LpAdamW([*actor.parameters(), *critic.parameters()], lr=1e-3)
     first = attach(actor, optimizer, target=HALF, total_steps=TOTAL)
-    attach(critic, optimizer, target=SparsityTarget(0.3), total_steps=TOTAL)
+    attach(critic, optimizer, target=decaying(0.3), total_steps=TOTAL)
     for use in (
         first.after_step,
         first.finish,
@@ -307,7 +306,7 @@ def attached_with(**group):
         (lambda model: LpAdamW(param_groups(model, 1.0), lr=1e-3, phase="frozen"), False),
         (attached_with(), True),
         (attached_with(weight_decay=1.0, phase="frozen"), False),
-        (lambda model: TargetRun(SparsityTarget(0.7), model=model).optimizer, False),
+        (lambda model: TargetRun(decaying(0.7), model=model).optimizer, False),
     ],
     ids=["alone", "frozen", "attached", "attached frozen", "a target"],
 )

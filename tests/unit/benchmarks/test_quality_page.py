@@ -60,7 +60,7 @@ def test_tasks_of_one_name_and_length_have_sections_called_by_what_differs(rows,
         f"## tiny, {STEPS} steps, other.txt, 5 tokens, schedule warmup 2",
         f"## tiny, {STEPS} steps, counting, schedule warmup 0, NVIDIA H200",
     ]
-    assert len(set(tmp_path.glob("quality-*.png"))) == 3 and text.count("| lp_dist | ") == 3
+    assert len(set(tmp_path.glob("quality-*.png"))) == 3 and text.count("| lp_dist, survivors stay | ") == 3
 
 
 def test_no_two_lines_of_a_plot_look_alike(rows):
@@ -141,7 +141,7 @@ def test_the_form_of_lp_dist_that_is_lowest_most_often_is_black(rows):
     assert black(higher) == ["lp_dist, γ = ½"]
     faster = {**made_up[0], "method": "lp:lr=0.5", "settings": Spec.read("lp:lr=0.5").settings}
     assert black([*made_up, *({**faster, "sparsity": sparsity, "loss": 0.9} for sparsity in (0.7, 0.9))]) == [
-        "lp_dist"
+        "lp_dist, survivors stay"
     ], "at its best rate"
     assert black([row for row in made_up if row["method"] == "gmp"]) == []
 
@@ -167,7 +167,7 @@ def test_each_device_and_each_length_of_run_has_a_section_of_its_own(rows, tmp_p
         "quality-tiny-4000-nvidia-h200.png",
     ]
     assert all(f"![loss against sparsity]({name})" in text and (tmp_path / name).exists() for name in pictures)
-    of_lp = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| lp_dist |")]
+    of_lp = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| lp_dist, survivors stay |")]
     assert of_lp == [
         f"{next(row['loss'] for row in group if row['method'] == 'lp'):.3f}" for group in (measured, gpu, longer)
     ]
@@ -209,7 +209,7 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     title = page.TUNED
     columns, *cells = page.tables(measured)[title]
     assert columns == ["method", "50%", "learning rates, and windows"]
-    assert cells == [["lp_dist", "1.750 ± 0.250 at 0.5", "0.003; 0.5; 0.7"]], (
+    assert cells == [["lp_dist, survivors stay", "1.750 ± 0.250 at 0.5", "0.003; 0.5; 0.7"]], (
         "each is below one other, and two have both seeds; GMP has one rate"
     )
     fewer = [row for row in measured if (row["method"], row["seed"]) != ("lp:lr=0.5", 0)]
@@ -221,10 +221,15 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
     diverged = [{**row, "loss": None if row["method"] == "lp" else row["loss"]} for row in measured]
     assert page.tables(diverged)[title][1][1] == "1.200 at 0.7"
     lone = [*measured, {**measured[0], "sparsity": 0.9, "loss": 7.0}]
-    assert page.tables(lone)[title][1] == ["lp_dist", "1.750 ± 0.250 at 0.5", "7.000 at 0.003", "0.003; 0.5; 0.7"]
+    assert page.tables(lone)[title][1] == [
+        "lp_dist, survivors stay",
+        "1.750 ± 0.250 at 0.5",
+        "7.000 at 0.003",
+        "0.003; 0.5; 0.7",
+    ]
     falls = [*measured, {**measured[0], "method": "lp:lr=0.5,stable_fraction=0.7", "loss": 0.25}]
     assert page.tables(falls)[title][1] == [
-        "lp_dist",
+        "lp_dist, survivors stay",
         "0.250 at 0.5, stable until 0.7",
         "0.003; 0.5; 0.5, stable until 0.7; 0.7",
     ]
@@ -234,7 +239,7 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
         {**measured[0], "method": "lp:end=0.9", "loss": 0.3},
     ]
     assert page.tables(windows)[title][1] == [
-        "lp_dist",
+        "lp_dist, survivors stay",
         "0.200 at 0.5, stable until 0.7, window to 0.8",
         "0.003; 0.003, window to 0.9; 0.5; 0.5, stable until 0.7; 0.5, stable until 0.7, window to 0.8; 0.7",
     ]
@@ -246,7 +251,7 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
         ),
     ]
     assert page.tables(starts)[title][1] == [
-        "lp_dist",
+        "lp_dist, survivors stay",
         "0.100 at 0.003, window from 0.4",
         "0.003; 0.003, window from 0; 0.003, window from 0.4; 0.003, window from 0.4 to 0.9; 0.5; 0.7",
     ]
@@ -255,7 +260,7 @@ def test_each_method_is_shown_at_the_best_of_its_learning_rates(rows):
 
 def test_a_method_has_a_name_for_people():
     assert page.name_of("gmp:c=0.33") == "GMP by |w|·(√v̂)^⅓" and page.name_of("gmp:c=0.5") == "gmp:c=0.5"
-    assert page.name_of("lp:distill=0.5,lr=0.002") == "lp_dist, learning rate 0.002, distilled by 0.5"
+    assert page.name_of("lp:distill=0.5,lr=0.002") == "lp_dist, survivors stay, learning rate 0.002, distilled by 0.5"
     assert page.name_of("gmp:stable_fraction=0.7") == "GMP by |w|, stable until 0.7"
     named = {line for lines in methods.METHOD_SETS.values() if lines is not methods.FORMS for line in lines}
     assert all(page.name_of(line) != line for line in {*named, *page.DRAWN} - {"dense"})

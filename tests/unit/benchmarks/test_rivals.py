@@ -18,7 +18,6 @@ from lp_dist.benchmarks.quality import methods, oneshot, runs, trust_region
 from lp_dist.benchmarks.quality.methods import Spec, TrainingRun
 from lp_dist.benchmarks.quality.tasks import Schedule
 from lp_dist.errors import UsageError
-from lp_dist.reconstruction.inputs import BLOCK
 from lp_dist.reconstruction.solver import damping_for
 
 
@@ -232,14 +231,12 @@ class OneLayer(nn.Module):
 
 def least_squares(before: torch.Tensor, kept: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
     """The survivors that take over what is pruned, row by row in closed form. parts: inputs of each forward pass."""
-    blocks = [rows.double() for part in parts for rows in part.split(min(BLOCK, -(-len(part) // 2)))]
-    grams = [rows.t() @ rows for rows in blocks]
-    gram, squares = sum(grams), sum(float(block.square().sum()) for block in grams)
-    share = sum(len(rows) ** 2 for rows in blocks) / sum(map(len, blocks)) ** 2
-    damping = damping_for(gram, squares, share) * gram.diagonal().mean()
+    x = torch.cat(parts).double()
+    gram = x.t() @ x
+    damping = damping_for(*x.shape) * gram.diagonal()
     moved = torch.zeros_like(before, dtype=torch.float64)
     for row, (mask, w) in enumerate(zip(kept, before.double())):
-        damped = gram[mask][:, mask] + damping * torch.eye(int(mask.sum()))
+        damped = gram[mask][:, mask] + damping[mask].diag()
         moved[row, mask] = w[mask] + torch.linalg.solve(damped, gram[mask][:, ~mask] @ w[~mask])
     return moved.float()
 

@@ -53,7 +53,7 @@ def test_each_forward_pass_counts_once_also_with_gradient_checkpointing(recomput
     for seed in range(2):
         model(batch(seed=seed)).sum().backward()
     assert sample.rows("q") == sample.rows("o") == 30
-    torch.testing.assert_close(sample.products("q", 4, CPU).gram, products(batch(seed=0)) + products(batch(seed=1)))
+    torch.testing.assert_close(sample.products("q", 4, CPU), products(batch(seed=0)) + products(batch(seed=1)))
 
 
 def test_layers_with_the_same_inputs_share_them():
@@ -72,7 +72,7 @@ def test_evaluations_and_parts_that_are_called_by_themselves_do_not_count():
     model.train()
     model.inner(batch())
     assert sample.rows("q") == 0 and sample.parts("q") == ()
-    assert torch.equal(sample.products("q", 4, CPU).gram, torch.zeros(4, 4))
+    assert torch.equal(sample.products("q", 4, CPU), torch.zeros(4, 4))
 
 
 def test_padding_is_left_out():
@@ -80,7 +80,7 @@ def test_padding_is_left_out():
     sample = sample_of(model)
     model(batch(), attention_mask=mask)
     assert sample.rows("q") == sample.rows("o") == 9
-    torch.testing.assert_close(sample.products("k", 4, CPU).gram, products(batch()[mask.bool()]))
+    torch.testing.assert_close(sample.products("k", 4, CPU), products(batch()[mask.bool()]))
     model(batch(), attention_mask=torch.ones(3, 1, 5, 5))  # this is none of tokens
     assert sample.rows("q") == 24
 
@@ -90,9 +90,9 @@ def test_no_more_rows_are_kept_than_requested_and_these_are_of_the_latest_passes
     sample = sample_of(model, tokens=20)
     for seed in range(3):
         model(batch(seed=seed))
-    torch.testing.assert_close(sample.products("q", 4, CPU).gram, products(batch(seed=2)))
+    torch.testing.assert_close(sample.products("q", 4, CPU), products(batch(seed=2)))
     model(batch(rows=9, seed=5))  # 45 rows: every third one
-    torch.testing.assert_close(sample.products("q", 4, CPU).gram, products(batch(rows=9, seed=5).reshape(-1, 4)[::3]))
+    torch.testing.assert_close(sample.products("q", 4, CPU), products(batch(rows=9, seed=5).reshape(-1, 4)[::3]))
 
 
 def test_what_is_kept_does_not_change_and_holds_no_graph():
@@ -100,12 +100,10 @@ def test_what_is_kept_does_not_change_and_holds_no_graph():
     sample = sample_of(model)
     x = batch()
     model(x)
-    before = sample.products("q", 4, CPU).gram
+    before = sample.products("q", 4, CPU)
     with torch.no_grad():
         x.zero_()
-    assert (
-        torch.equal(sample.products("q", 4, CPU).gram, before) and not sample.products("q", 4, CPU).gram.requires_grad
-    )
+    assert torch.equal(sample.products("q", 4, CPU), before) and not sample.products("q", 4, CPU).requires_grad
 
 
 def test_an_input_that_was_freed_is_not_taken_for_another_one_at_its_address():
@@ -133,7 +131,7 @@ def test_low_precision_is_summed_in_fp32():
     sample = sample_of(model)
     x = torch.ones(600, 1, 4, dtype=torch.bfloat16)  # 600 times 4: bf16 has no 2,400 in steps of 4
     model(x)
-    gram = sample.products("q", 4, CPU).gram
+    gram = sample.products("q", 4, CPU)
     assert gram.dtype == torch.float32 and torch.equal(gram, torch.full((4, 4), 2400.0))
 
 

@@ -24,13 +24,12 @@ def problem(rows: int, inputs: int, tokens: int, share: float, seed: int) -> tup
 def solved_exactly(before: Tensor, after: Tensor, gram: Tensor, damping: float) -> Tensor:
     """Row by row, in float64, by the normal equations."""
     before, after, gram = before.double(), after.double(), gram.double()
-    delta = damping * gram.diagonal().mean()
+    damped = gram + damping * gram.diagonal().diag()
     moved = after.clone()
     for row, old in zip(moved, before):
         kept = row.nonzero().flatten()
         if len(kept):
-            system = gram[kept][:, kept] + delta * torch.eye(len(kept), dtype=torch.float64)
-            row[kept] += torch.linalg.solve(system, gram[kept] @ (old - row))
+            row[kept] += torch.linalg.solve(damped[kept][:, kept], gram[kept] @ (old - row))
     return moved
 
 
@@ -87,7 +86,7 @@ def test_two_inputs_by_hand():
     moved = move_survivors(torch.tensor([[2.0, 4.0]]), torch.tensor([[2.0, 0.0]]), gram, damping=0.0)
     torch.testing.assert_close(moved, torch.tensor([[4.0, 0.0]]))
     damped = move_survivors(torch.tensor([[2.0, 4.0]]), torch.tensor([[2.0, 0.0]]), gram, damping=0.8)
-    torch.testing.assert_close(damped, torch.tensor([[2.0 + 2.0 / 1.5, 0.0]]))  # δ is 0.8 · 0.625
+    torch.testing.assert_close(damped, torch.tensor([[2.0 + 2.0 / 1.8, 0.0]]))  # δ is 0.8 · 1
 
 
 def test_a_survivor_does_not_become_zero():
@@ -111,6 +110,15 @@ def test_inputs_that_are_always_zero_move_nothing(dead):
     gram[:, dead] = 0.0
     moved = move_survivors(before, after, gram)
     assert moved.isfinite().all() and torch.equal(moved[:, dead], after[:, dead])
+
+
+def test_an_input_that_is_far_larger_than_the_others_changes_nothing_for_them():
+    """Language models have such; a damping by the mean of the diagonal would be all theirs."""
+    before, after, gram = problem(4, 8, 60, 0.5, 5)
+    scale = torch.ones(8)
+    scale[3] = 1000.0
+    moved = move_survivors(before / scale, after / scale, gram * scale * scale[:, None])
+    torch.testing.assert_close(moved * scale, move_survivors(before, after, gram), rtol=1e-3, atol=1e-3)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
@@ -142,7 +150,7 @@ def test_a_remainder_is_the_best_value_of_a_removed_weight_by_itself(rows, input
     moved, removed = move_survivors(before, after, gram, damping=damping), after == 0
     assert torch.equal(got[~removed], moved[~removed])
     old, new, products = before.double(), moved.double(), gram.double()
-    products = products + damping * products.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
+    products = products + damping * products.diagonal().diag()
     # Along one weight the difference is a parabola, whose slope at zero and curvature are these.
     best = (old - new) @ products / products.diagonal()
     lower, upper = old.clamp(max=0.0), old.clamp(min=0.0)
@@ -160,7 +168,7 @@ def test_nothing_is_left_of_what_was_taken_over_and_all_of_what_was_not():
 
 def test_where_inputs_say_nothing_a_removed_weight_is_kept_as_it_was():
     before, after, gram = problem(4, 8, 30, 0.5, 5)
-    assert torch.equal(move_survivors(before, after, gram, damping=float("inf"), remainders=True), before)
+    assert torch.equal(move_survivors(before, after, torch.zeros_like(gram), remainders=True), before)
     spoiled = move_survivors(before, after, torch.full_like(gram, float("nan")), remainders=True)
     assert torch.equal(spoiled, before)
     dead = gram.clone()

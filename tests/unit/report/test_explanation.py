@@ -214,8 +214,16 @@ def test_a_pattern_leaves_out_what_has_no_blocks():
 
 
 def test_updates_at_each_step_are_said_so():
-    (share,) = explain(small_model(), SparsityTarget(0.5), total_steps=30, groups=False).targets
+    target = SparsityTarget(0.5, reconstruct=False)
+    (share,) = explain(small_model(), target, total_steps=30, groups=False).targets
     assert str(share).endswith("steps 3–21 of 30, λ updated every step")
+
+
+def test_updates_are_rarer_where_survivors_move_and_as_ever_where_none_can():
+    linear, other = nn.Linear(20, 10), nn.Conv1d(8, 8, 3)
+    for model, interval, count in ((linear, 120, 1), (other, 20, 0)):
+        explanation = explain(model, SparsityTarget(0.5), total_steps=1000, groups=False, gpus=[1])
+        assert explanation.targets[0].window.update_every == interval and len(explanation.updates) == count
 
 
 def test_a_window_without_steps_is_a_part_of_the_run():
@@ -330,7 +338,7 @@ def test_what_is_printed_holds_the_numbers_and_one_line_is_no_longer_than_a_scre
     model = model_of("mixtral")
     explanation = explain(model, SparsityTarget(0.5), total_steps=1000)
     text = str(explanation)
-    assert "steps 100–700 of 1,000, λ updated every 20 steps" in text
+    assert "steps 100–700 of 1,000, λ updated every 120 steps" in text
     assert f"{explanation.decayed_weights:,} of {explanation.parameters:,} parameters decay" in text
     decayed: dict[str, list[int]] = {}
     for name, param in model.named_parameters():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, layerwise, model_of, same
-from lp_dist import LpAdamW, LpLion, SparsityTarget, add_lp_decay
+from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, decaying, layerwise, model_of, same
+from lp_dist import LpAdamW, LpLion, add_lp_decay
 from lp_dist.optim.hyperparameters import Phase, acting_values, phase_of
 from lp_dist.optim.parameter_map import effective_values
 
@@ -32,9 +32,9 @@ def with_a_zero_matrix() -> nn.Sequential:
 
 RUNS = {
     "layer": {"target": layerwise(0.6)},
-    "as it comes": {"target": SparsityTarget(0.6)},
+    "as it comes": {"target": decaying(0.6)},
     "global, from the first step, preconditioned": {
-        "target": SparsityTarget(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)
+        "target": decaying(0.8, start=0, p=0.0, precondition=1.0, scope="global", cap=None)
     },
     "no freeze, another interval": {"target": layerwise(0.5, freeze=False, update_every=7, curve=lambda u: u * u)},
     "SGD by hooks": {"target": layerwise(0.6, p=0.0), "make": hooked},
@@ -144,7 +144,7 @@ def test_the_state_is_plain_json_and_small():
     run = TargetRun(layerwise(0.5, cap=None, curve=lambda u: u)).to(20)
     text = json.dumps(run.attached.state_dict(), allow_nan=False)
     assert json.loads(text) == run.attached.state_dict()
-    assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 6
+    assert len(text) < 2000 and json.loads(text)["weights"]["version"] == 7
     assert json.loads(text)["weights"]["target"]["curve"] == "<lambda>"
     assert json.loads(text)["weights"]["values"]["0.weight"]["cutoff"] == "inf", "strict JSON has no infinity"
 
@@ -169,7 +169,7 @@ def test_the_state_is_plain_json_and_small():
             {},
             ["other parameters decay", "'0.bias'"],
         ),
-        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 6", "install the one that wrote it"]),
+        ({"target": layerwise(0.6)}, {"version": 1}, ["version 1", "reads 7", "install the one that wrote it"]),
         ({"target": layerwise(0.6)}, {"version": None}, ["version None"]),
         (
             {"target": None},
@@ -217,9 +217,7 @@ def test_a_run_that_ends_early_is_pruned_by_finish(step, caplog):
     ],
 )
 def test_a_target_keeps_sensitive_weights_by_default(make, arguments, gamma):
-    run = TargetRun(
-        SparsityTarget(0.5, **arguments), make=lambda params, **values: LpAdamW(params, **values, **make)
-    ).to(20)
+    run = TargetRun(decaying(0.5, **arguments), make=lambda params, **values: LpAdamW(params, **values, **make)).to(20)
 
     def values() -> dict:
         return effective_values(run.optimizer.param_groups[0], run.optimizer.parameter_map.values("2.weight"))
@@ -234,7 +232,7 @@ def test_a_target_keeps_sensitive_weights_by_default(make, arguments, gamma):
 
 
 def test_a_base_without_second_moments_has_none_to_go_by_and_a_lambda_by_hand_means_the_same_with_every_loss():
-    assert "precondition" not in TargetRun(SparsityTarget(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
+    assert "precondition" not in TargetRun(decaying(0.5), make=LpLion, lr=3e-4).to(20).optimizer.param_groups[0]
     assert LpAdamW([nn.Parameter(torch.ones(2))]).param_groups[0]["precondition"] == 0.0
 
 

@@ -195,7 +195,7 @@ def test_the_state_of_another_target_is_refused():
             TargetRun(other, total=TOTAL).attached.load_state_dict(copy.deepcopy(state))
     with pytest.raises(UsageError, match="trained without this target"):
         TargetRun([target_of(end=0.4), SparsityTarget(0.6, start=0.4)], total=TOTAL).attached.load_state_dict(state)
-    with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 4"):
+    with pytest.raises(UsageError, match="of version 0, and this lp_dist reads 5"):
         TargetRun(target_of(), total=TOTAL).attached.load_state_dict({"groups": {**state["groups"], "version": 0}})
 
 

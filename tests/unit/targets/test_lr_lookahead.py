@@ -15,8 +15,8 @@ from deepspeed.runtime import lr_schedules as ds
 from torch.optim import lr_scheduler as lr
 from transformers import get_scheduler
 
-from helpers.targets import TargetRun, model_of, same
-from lp_dist import LpAdamW, SparsityTarget, attach
+from helpers.targets import TargetRun, decaying, model_of, same
+from lp_dist import LpAdamW, attach
 from lp_dist.targets.lr_lookahead import rates_ahead
 
 TOTAL = 30
@@ -283,7 +283,7 @@ EPOCHS = {
 @pytest.mark.parametrize("first", [False, True], ids=["scheduler first", "after_step first"])
 @pytest.mark.parametrize("name", EPOCHS)
 def test_a_scheduler_that_is_stepped_once_an_epoch_is_known_by_what_it_does(name, first):
-    run = TargetRun(SparsityTarget(0.5), scheduled=False, total=200, attached=False)
+    run = TargetRun(decaying(0.5), scheduled=False, total=200, attached=False)
     run.scheduler = None
     scheduler = EPOCHS[name](run.optimizer)
     run.attached = attach(run.model, run.optimizer, target=run.target, total_steps=200, lr_scheduler=scheduler)
@@ -310,7 +310,7 @@ def test_a_scheduler_that_is_stepped_once_an_epoch_is_known_by_what_it_does(name
 @pytest.mark.parametrize("order", ["scheduler first", "scheduler last"])
 def test_a_run_with_such_a_scheduler_resumes_bit_for_bit(stop, order):
     def run_of():
-        run = TargetRun(SparsityTarget(0.5), scheduled=False, total=200)
+        run = TargetRun(decaying(0.5), scheduled=False, total=200)
         scheduler = lr.ExponentialLR(run.optimizer, 0.95)
         run.attached = attach(run.model, run.optimizer, target=run.target, total_steps=200, lr_scheduler=scheduler)
         return run, scheduler
@@ -341,10 +341,10 @@ def test_a_run_with_such_a_scheduler_resumes_bit_for_bit(stop, order):
 
 
 def test_a_scheduler_that_is_stepped_each_step_or_not_at_all_is_known_too():
-    run = TargetRun(SparsityTarget(0.5))
+    run = TargetRun(decaying(0.5))
     rates = run.to(10).attached.weight_controller.run.rates
     assert rates.interval == 1 and rates.is_sure
-    still = TargetRun(SparsityTarget(0.5), scheduled=False)
+    still = TargetRun(decaying(0.5), scheduled=False)
     still.scheduler = lr.ExponentialLR(still.optimizer, 0.5)
     still.attach()
     still.scheduler = None

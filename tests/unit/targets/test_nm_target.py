@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.layouts import DIMS, LEFT_OUT, WIDTH, Beside, Straight, in_blocks, layers_of
-from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, model_of
-from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach, param_groups
+from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, decaying, model_of
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach, param_groups
 from lp_dist.errors import UsageError
 from lp_dist.optim.nm import PATTERNS
 
@@ -38,7 +38,7 @@ def alive(weight: torch.Tensor, m: int) -> torch.Tensor:
 )
 def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, lr, form):
     n, m = PATTERNS[pattern]
-    run = TargetRun(SparsityTarget(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
+    run = TargetRun(decaying(**{"pattern": pattern, **form}), make=make, lr=lr).to(TOTAL)
     params = dict(run.model.named_parameters())
     for name in MATRICES:
         assert (alive(params[name], m) == n).all(), name
@@ -60,14 +60,14 @@ def test_every_block_ends_in_the_pattern_by_decay_along_the_plan(pattern, make, 
 
 
 def test_survivors_feel_no_decay_and_train_on_while_zeros_stay():
-    run = TargetRun(SparsityTarget(pattern="2:4")).to(END)
+    run = TargetRun(decaying(pattern="2:4")).to(END)
     dead, there = {name: run.weights()[name] == 0 for name in MATRICES}, run.weights()
     run.to(TOTAL)
     for name, zeros in dead.items():
         now = run.weights()[name]
         assert (now == 0).equal(zeros) and (now != there[name])[~zeros].float().mean() > 0.99
     # As many weights survive as without blocks, and they are no smaller: none of them was pulled down
-    plain = TargetRun(SparsityTarget(0.5, latent_windows=0)).to(TOTAL)
+    plain = TargetRun(decaying(0.5, latent_windows=0)).to(TOTAL)
     size = [sum(float(weights[name].abs().sum()) for name in MATRICES) for weights in (run.weights(), plain.weights())]
     assert 0.85 < size[0] / size[1] < 1.05, size
 
@@ -79,7 +79,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
     """
     n, m = PATTERNS[pattern]
     run, horizon = (
-        TargetRun(SparsityTarget(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14),
+        TargetRun(decaying(pattern=pattern, scope="layer", p=0.0, update_every=4, curve="linear")).to(14),
         4,
     )
     share = 0.5 * (14 + horizon - START) / (FINAL_PRUNING - START)
@@ -104,7 +104,7 @@ def test_lambda_and_cutoff_are_those_of_the_formula(pattern):
 
 def test_an_update_samples_complete_blocks_evenly_over_the_columns(monkeypatch):
     monkeypatch.setattr("lp_dist.sparsity.quantiles.SAMPLE_SIZE", 2000)
-    run = TargetRun(SparsityTarget(pattern="2:4")).to(START)
+    run = TargetRun(decaying(pattern="2:4")).to(START)
     blocks = run.model[0].weight.detach().view(-1, 4)
     sample = run.attached.weight_controller.scored_slices(all_local=False, elements={"all": sum(MATRICES.values())})[0]
     ((_, _, x),) = sample.saliency()
@@ -129,7 +129,7 @@ def test_any_weights_end_in_the_pattern(values, pattern, slope, regrowth):
         return
     model = nn.Sequential(nn.Linear(8, 6, bias=False))
     model[0].weight.data.copy_(weight)
-    run = TargetRun(SparsityTarget(pattern=pattern, regrowth=regrowth), model=model, total=14, attached=False)
+    run = TargetRun(decaying(pattern=pattern, regrowth=regrowth), model=model, total=14, attached=False)
     run.step = lambda: stepped(run, slope)
     run.attach()
     run.to(14)
@@ -152,7 +152,7 @@ def test_zeros_that_were_there_count_where_they_are_not_kept():
     with torch.no_grad():
         model[0].weight[:80] = 0.0
         model[2].weight.view(-1, 4)[:, 1:3] = 0.0
-    run = TargetRun(SparsityTarget(pattern="2:4", scope="layer", regrowth=0.0), model=model).to(START)
+    run = TargetRun(decaying(pattern="2:4", scope="layer", regrowth=0.0), model=model).to(START)
     assert run.attached.weight_controller.before == {"0.weight": 0.25, "2.weight": 0.5, "4.weight": 0.0}
     run.to(TOTAL)
     assert (alive(model[2].weight, 4) == 2).all() and all((alive(model[i].weight, 4) <= 2).all() for i in (0, 4))
@@ -173,7 +173,7 @@ def test_zeros_that_were_there_count_where_they_are_not_kept():
 )
 def test_bad_values_are_refused_by_the_target_itself(values, words):
     with pytest.raises(ValueError) as caught:
-        SparsityTarget(**values)
+        decaying(**values)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -201,7 +201,7 @@ def test_blocks_lie_along_the_inputs_in_every_layout(pattern, scope, caplog):
     model = layers_of()
     with caplog.at_level("INFO"):
         optimizer = LpAdamW(model.parameters(), lr=3e-3)
-        target = SparsityTarget(pattern=pattern, scope=scope, update_every=2)
+        target = decaying(pattern=pattern, scope=scope, update_every=2)
         attached = attach(model, optimizer, target=target, total_steps=30)
         step_all(model, optimizer, 30, attached)
     n, m = PATTERNS[pattern]
@@ -261,7 +261,7 @@ def test_the_input_dimension_may_be_named_where_no_code_says_it():
             return getattr(torch, "".join(("mat", "mul")))(rows, self.table)
 
     model = Beside([Straight(8, 4), Opaque()])
-    attach_to = {"target": SparsityTarget(pattern="2:4"), "total_steps": 20}
+    attach_to = {"target": decaying(pattern="2:4"), "total_steps": 20}
     names = ["0.weight", "1.table"]
     for overrides, shards in (({}, 1), ({"1.table": {"input_dim": 0}}, 2)):
         optimizer = LpAdamW(model.parameters(), lr=3e-3)
@@ -281,7 +281,7 @@ def test_what_is_multiplied_in_both_ways_has_no_inputs(caplog):
             return (rows @ self.glass).tanh() @ self.glass.T
 
     model = Beside([Straight(8, 4), Mirror()])
-    attach(model, LpAdamW(model.parameters(), lr=3e-3), target=SparsityTarget(pattern="2:4"), total_steps=20)
+    attach(model, LpAdamW(model.parameters(), lr=3e-3), target=decaying(pattern="2:4"), total_steps=20)
     assert "1.glass: its inputs are different dimensions in different places of the code (Mirror)" in caplog.text
 
 
@@ -291,13 +291,13 @@ def test_where_nothing_can_have_it_the_run_is_refused_with_all_reasons(by_hand):
     make = (lambda params, lr: LpAdamW(params, lr=lr, weight_decay=0.1, pattern="2:4")) if by_hand else LpAdamW
     words = r"no parameter that decays can have pattern='2:4': 0.weight: its .* 62, .*; 1.weight: its .* inputs, 6,"
     with pytest.raises(UsageError, match=words):
-        TargetRun(None if by_hand else SparsityTarget(pattern="2:4"), make=make, model=model)
+        TargetRun(None if by_hand else decaying(pattern="2:4"), make=make, model=model)
 
 
 def test_tables_have_no_inputs(caplog):
     model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
     optimizer = LpAdamW(model.parameters(), lr=1e-3)
-    attach(model, optimizer, names=["0.weight", "1.weight"], target=SparsityTarget(pattern="2:4"), total_steps=TOTAL)
+    attach(model, optimizer, names=["0.weight", "1.weight"], target=decaying(pattern="2:4"), total_steps=TOTAL)
     assert "0.weight: it is a table whose rows are looked up" in caplog.text
 
 
@@ -308,16 +308,16 @@ def test_other_optimizers_have_none():
         return optimizer
 
     with pytest.raises(ValueError, match="pattern='2:4' is for LpAdamW, LpSGD and LpLion"):
-        TargetRun(SparsityTarget(pattern="2:4"), make=hooked)
+        TargetRun(decaying(pattern="2:4"), make=hooked)
 
 
 def test_a_transposed_matrix_is_refused():
     model = model_of()
     model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
     with pytest.raises(ValueError, match="2.weight can't have pattern='2:4': it does not lie in memory row by row"):
-        TargetRun(SparsityTarget(pattern="2:4"), model=model)
+        TargetRun(decaying(pattern="2:4"), model=model)
 
 
 def test_the_target_is_described_for_checkpoints():
-    described = SparsityTarget(pattern="4:8").described()
+    described = decaying(pattern="4:8").described()
     assert described["pattern"] == "4:8" and described["sparsity"] == 0.5 and not math.isnan(described["sparsity"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import helpers.targets
-from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, model_of, same
+from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, decaying, model_of, same
 from lp_dist import LpAdamW, LpCallback, SparsityTarget, groups_of
 from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.inputs import InputSample
@@ -107,16 +107,14 @@ def test_what_is_removed_at_an_update_is_taken_over_by_the_survivors_of_its_laye
     for name in layers:
         removed = (before[name] != 0) & (after[name] == 0)
         assert removed.any(), name
-        blocks = [rows for part in parts for rows in part[name].split(128)]
-        gram, squares = sum(b.T @ b for b in blocks), sum(float((b.T @ b).square().sum()) for b in blocks)
+        x = torch.cat([part[name] for part in parts])
         wanted = move_survivors(
             before[name],
             before[name].masked_fill(after[name] == 0, 0.0),
-            gram,
-            damping=damping_for(gram, squares, 1 / len(blocks)),
+            x.T @ x,
+            damping=damping_for(*x.shape),
         )
         torch.testing.assert_close(after[name], wanted, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-        x = torch.cat([part[name] for part in parts])
         stay = x @ before[name].masked_fill(after[name] == 0, 0.0).T
         dense, moved = x @ before[name].T, x @ after[name].T
         assert (dense - moved).square().sum() < 0.9 * (dense - stay).square().sum(), name
@@ -247,7 +245,7 @@ def test_without_inputs_weights_decay_and_that_is_said_once(caplog):
             return self.layers(x)
 
     run = TargetRun(SparsityTarget(0.8, reconstruct=True, update_every=2), model=Apart(), lr=1e-3).to(TOTAL)
-    plain = TargetRun(SparsityTarget(0.8), model=Apart(), lr=1e-3).to(TOTAL)
+    plain = TargetRun(decaying(0.8, update_every=2), model=Apart(), lr=1e-3).to(TOTAL)
     assert same(run.weights(), plain.weights())
     messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len([m for m in messages if "no inputs of 3 layers were seen" in m]) == 1
@@ -264,11 +262,11 @@ def test_the_log_says_how_often_they_were_moved(caplog):
 
 
 @pytest.mark.parametrize("total", [60, 6000])
-def test_there_are_ten_updates_whatever_the_length_of_the_run(total):
-    """Each of them costs as much. One more may be due at once where the window's length is no multiple of ten."""
+def test_there_are_five_updates_whatever_the_length_of_the_run(total):
+    """Each of them costs as much. One more may be due at once where the window's length is no multiple of five."""
     controller = TargetRun(SparsityTarget(0.5, reconstruct=True), total=total).attached.weight_controller
     length = controller.window.end - controller.window.start
-    assert controller.update_every == round(length / 10) and 9 <= length / controller.update_every <= 10
+    assert controller.update_every == round(length / 5) and 5 <= length / controller.update_every <= 5.5
 
 
 class Odd(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from helpers.architectures import ARCHITECTURES
-from helpers.targets import START, TOTAL, TargetRun, model_of, same
-from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
+from helpers.targets import START, TOTAL, TargetRun, decaying, model_of, same
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 from lp_dist.errors import UsageError
 from lp_dist.sparsity.selection import matrix_names
 from lp_dist.structured.groups import Member, weight_groups
@@ -49,7 +49,7 @@ def run_of(begins: int = TOTAL, zeros: bool = False, **kwargs: Any) -> TargetRun
     torch.manual_seed(1)
     model = Branches()
     model.begins, model.zeros = begins, zeros
-    return TargetRun(**{"target": SparsityTarget(0.6), "names": NAMES, "model": model, **kwargs})
+    return TargetRun(**{"target": decaying(0.6), "names": NAMES, "model": model, **kwargs})
 
 
 NAMES = ["0.weight", "2.weight", "4.weight", "branch.weight", "experts"]
@@ -73,7 +73,7 @@ def zeros_of(run: TargetRun) -> int:
 )
 def test_what_no_gradient_reaches_stays_dense_and_the_target_holds_of_the_rest(form, zeros, caplog):
     caplog.set_level(logging.INFO)
-    run = run_of(zeros=zeros, target=SparsityTarget(0.6, **form)).to(TOTAL)
+    run = run_of(zeros=zeros, target=decaying(0.6, **form)).to(TOTAL)
     run.attached.finish()
     experts = run.model.experts
     assert run.model.branch.weight.all() and experts[1].all() and experts[3].all()
@@ -103,7 +103,7 @@ def test_what_gets_gradients_later_stays_dense_and_is_told_once(caplog):
 
 
 def test_what_has_a_gradient_in_time_decays(caplog):
-    run = run_of(begins=START - 2, target=SparsityTarget(0.6, scope="layer")).to(TOTAL)
+    run = run_of(begins=START - 2, target=decaying(0.6, scope="layer")).to(TOTAL)
     assert int((run.model.branch.weight == 0).sum()) == pytest.approx(0.6 * 64 * 160, abs=1)
     assert "branch" not in "".join(warned(caplog))
 
@@ -116,7 +116,7 @@ def hooked(params, lr):
 
 @pytest.mark.parametrize("make", [hooked, LpLion, lambda params, lr: LpSGD(params, lr=10 * lr, momentum=0.9)])
 def test_other_optimizers_know_it_by_their_momentum(make, caplog):
-    run = run_of(make=make, lr=1e-3, target=SparsityTarget(0.6, start=0.2)).to(TOTAL)
+    run = run_of(make=make, lr=1e-3, target=decaying(0.6, start=0.2)).to(TOTAL)
     assert run.model.branch.weight.all() and run.model.experts[1].all()
     assert abs(zeros_of(run) - 0.6 * USED) <= 4
 
@@ -193,14 +193,14 @@ def test_where_nothing_has_a_gradient_it_is_said_before_anything_decays(zeros):
 
 def test_a_share_of_all_parameters_that_the_rest_can_not_reach_is_refused_when_that_is_known():
     share = 0.95 * USED / sum(param.numel() for param in Branches().parameters())
-    run_of(target=SparsityTarget(share, relative_to="all")).to(TOTAL)
-    run = run_of(target=SparsityTarget(share / 0.9, relative_to="all"))
+    run_of(target=decaying(share, relative_to="all")).to(TOTAL)
+    run = run_of(target=decaying(share / 0.9, relative_to="all"))
     with pytest.raises(UsageError, match=f"only {USED:,} of the weights .* have had a gradient, and the target needs"):
         run.to(TOTAL)
 
 
 def test_the_values_that_a_script_sets_hold_of_all_experts():
-    run = run_of(overrides={"experts": {"p": 0.0}}, target=SparsityTarget(0.6, scope="layer")).to(20)
+    run = run_of(overrides={"experts": {"p": 0.0}}, target=decaying(0.6, scope="layer")).to(20)
     parameter_map = run.attached.weight_controller.parameter_map
     sections = parameter_map.of(run.model.experts)
     assert [s.name for s in sections] == ["experts[0:1]", "experts[1:2]", "experts[2:3]", "experts[3:4]"]
@@ -211,7 +211,7 @@ def test_the_values_that_a_script_sets_hold_of_all_experts():
 
 def test_in_blocks_of_a_pattern_experts_are_not_told_apart():
     """As many become zero in each block, so that none is the first to go."""
-    run = run_of(target=SparsityTarget(pattern="2:4"), names=["0.weight", "2.weight", "branch.weight"]).to(TOTAL)
+    run = run_of(target=decaying(pattern="2:4"), names=["0.weight", "2.weight", "branch.weight"]).to(TOTAL)
     assert run.model.branch.weight.all()
     assert (run.model[0].weight.view(-1, 4) == 0).sum(1).eq(2).all()
 
@@ -222,7 +222,7 @@ def test_in_blocks_of_a_pattern_experts_are_not_told_apart():
 def trained_on(tokens: Tensor, name: str, **target: Any) -> Any:
     model = ARCHITECTURES[name].model()
     optimizer = LpAdamW(model.parameters(), lr=1e-3)
-    attached = attach(model, optimizer, target=SparsityTarget(0.5, **target), total_steps=20)
+    attached = attach(model, optimizer, target=decaying(0.5, **target), total_steps=20)
     for _ in range(20):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
@@ -285,7 +285,7 @@ def test_groups_of_modules_that_no_gradient_reaches_stay(scope, caplog):
     caplog.set_level(logging.INFO)
     torch.manual_seed(1)
     model = TwoBlocks()
-    target = SparsityTarget(0.25, groups=sets_of(model), scope=scope)
+    target = decaying(0.25, groups=sets_of(model), scope=scope)
     run = TargetRun(target, model=model).to(TOTAL)
     run.attached.finish()
     assert model.branch.weight.all() and model.out.weight.all()
@@ -305,7 +305,7 @@ def test_groups_are_left_out_again_when_a_run_is_resumed():
     def run_to(step: int) -> TargetRun:
         torch.manual_seed(1)
         model = TwoBlocks()
-        return TargetRun(SparsityTarget(0.25, groups=sets_of(model), scope="global"), model=model).to(step)
+        return TargetRun(decaying(0.25, groups=sets_of(model), scope="global"), model=model).to(step)
 
     expected, first, second = run_to(TOTAL), run_to(25), run_to(0)
     second.model.load_state_dict(first.model.state_dict())
@@ -319,6 +319,6 @@ def test_groups_are_left_out_again_when_a_run_is_resumed():
 def test_where_no_module_with_groups_has_a_gradient_it_is_said():
     torch.manual_seed(1)
     model = TwoBlocks()
-    run = TargetRun(SparsityTarget(0.25, groups=sets_of(model)[1:]), model=model)
+    run = TargetRun(decaying(0.25, groups=sets_of(model)[1:]), model=model)
     with pytest.raises(UsageError, match="none of their modules has had a gradient.*begin the window later"):
         run.to(TOTAL)

@@ -12,8 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.targets import END, FINAL_PRUNING, MATRICES, START, TOTAL, TargetRun, backward, layerwise, model_of, same
-from lp_dist import LpAdamW, LpLion, LpSGD, SparsityTarget, add_lp_decay, attach
+from helpers.targets import (
+    END,
+    FINAL_PRUNING,
+    MATRICES,
+    START,
+    TOTAL,
+    TargetRun,
+    backward,
+    decaying,
+    layerwise,
+    model_of,
+    same,
+)
+from lp_dist import LpAdamW, LpLion, LpSGD, add_lp_decay, attach
 
 CAPPED, UNCAPPED, PRECONDITIONED = (
     {"regrowth": 0.0},
@@ -120,14 +132,14 @@ def test_the_p_of_the_optimizer_and_that_of_the_target_are_one():
     weights = {}
     for where in ("target", "optimizer"):
         of_target, of_optimizer = ({"p": -0.5}, {}) if where == "target" else ({}, {"p": -0.5})
-        target = SparsityTarget(0.6, precondition=0.5, scope="global", **of_target)
+        target = decaying(0.6, precondition=0.5, scope="global", **of_target)
         weights[where] = TargetRun(target, make=partial(LpAdamW, **of_optimizer)).to(TOTAL).model.state_dict()
     assert same(weights["target"], weights["optimizer"])
 
 
 @pytest.mark.parametrize("p, sparsity, form", [(-1.0, 0.9, CAPPED), (0.5, 0.3, PRECONDITIONED), (1.0, 0.3, CAPPED)])
 def test_a_global_target_is_one_threshold(p, sparsity, form):
-    run = TargetRun(SparsityTarget(sparsity, p=p, **form)).to(FINAL_PRUNING)
+    run = TargetRun(decaying(sparsity, p=p, **form)).to(FINAL_PRUNING)
     zeros, elements = sum(run.zeros().values()), sum(MATRICES.values())
     assert zeros == round(sparsity * elements)
     shares = [zeros / MATRICES[name] for name, zeros in run.zeros().items()]
@@ -373,7 +385,7 @@ def test_names_that_are_given_decay_instead():
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_share_of_all_parameters(scope):
-    run = TargetRun(SparsityTarget(0.8, relative_to="all", scope=scope)).to(TOTAL)
+    run = TargetRun(decaying(0.8, relative_to="all", scope=scope)).to(TOTAL)
     everything = sum(param.numel() for param in run.model.parameters())
     assert abs(sum(run.zeros().values()) - 0.8 * everything) <= len(MATRICES)
     assert run.attached.logs["lp/target"] == pytest.approx(0.8 * everything / sum(MATRICES.values()))
@@ -410,7 +422,7 @@ def test_updates_are_a_twentieth_of_the_window_apart_and_20_steps_at_most(total,
     optimizer = LpAdamW(model.parameters())
     assert (
         attach(
-            model, optimizer, target=SparsityTarget(0.5, update_every=given), total_steps=total
+            model, optimizer, target=decaying(0.5, update_every=given), total_steps=total
         ).weight_controller.update_every
         == wanted
     )

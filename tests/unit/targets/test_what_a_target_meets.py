@@ -42,7 +42,7 @@ def test_weights_that_are_spoiled_end_the_run_by_name(value, when, latent):
         RuntimeError, match=r"weights of \w.weight, or Adam's second moments .* nan or infinite.*lower"
     ):
         run.to(TOTAL)
-    assert run.taken <= max(when, START) + 3, "at the next update"
+    assert run.taken <= max(when, START) + run.attached.weight_controller.update_every + 1, "at the next update"
 
 
 def test_a_single_nan_is_found_before_the_final_pruning():
@@ -233,10 +233,10 @@ def test_groups_with_spoiled_weights_end_the_run():
     target = SparsityTarget(0.25, groups=pairs_of(model), start=4, end=40)
     attached = attach(model, optimizer, target=target, total_steps=TOTAL)
     with pytest.raises(RuntimeError, match="groups are nan or infinite: no threshold"):
-        for number in range(10):
+        for number in range(20):
             step(model, optimizer, number)
             if number == 5:
                 with torch.no_grad():
                     next(model.parameters()).view(-1)[3] = float("nan")
             attached.after_step()
-    assert number < 9
+    assert number <= 5 + attached.controllers[0].update_every
