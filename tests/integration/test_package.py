@@ -12,18 +12,45 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import lp_dist
 
 PACKAGE = Path(lp_dist.__file__).parent
 
 
-def test_importing_lp_dist_imports_torch_alone():
-    code = (
-        "import sys, torch; before = set(sys.modules); import lp_dist; lp_dist.LpAdamW, lp_dist.measure_sparsity; "
-        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names))"
-    )
+def imported_by(code: str) -> set[str]:
+    """Packages beyond the standard library that a fresh Python has imported then."""
+    code += "; import sys; print(*sorted({m.split('.')[0] for m in sys.modules} - sys.stdlib_module_names))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["lp_dist"]
+    return set(out.stdout.splitlines()[-1].split())
+
+
+def test_importing_lp_dist_imports_nothing_and_the_optimizers_torch_alone():
+    assert "torch" not in imported_by("import lp_dist")
+    before = imported_by("import torch")
+    assert imported_by("import torch, lp_dist; lp_dist.LpAdamW, lp_dist.measure_sparsity") - before == {"lp_dist"}
+
+
+def test_help_needs_no_torch():
+    code = "from typer.testing import CliRunner; from lp_dist.cli import app; CliRunner().invoke(app, {})"
+    assert not {"torch", "transformers"} & imported_by(code.format(["--help"]))
+    assert not {"torch", "transformers"} & imported_by(code.format(["inspect", "--help"]))
+
+
+def test_every_public_name_is_where_it_is_said_to_be():
+    assert {*lp_dist._MODULE_OF, "__version__"} == {*lp_dist.__all__} <= {*dir(lp_dist)}
+    imports = {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(Path(lp_dist.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("lp_dist.")
+        for alias in node.names
+    }
+    assert imports - {("lp_dist._version", "__version__")} == {
+        (f"lp_dist.{module}", name) for name, module in lp_dist._MODULE_OF.items()
+    }
+    with pytest.raises(AttributeError, match="module 'lp_dist' has no attribute 'LpAdam'"):
+        getattr(lp_dist, "LpAdam")  # noqa: B009
 
 
 def test_what_needs_transformers_is_there_when_requested():
@@ -60,6 +87,8 @@ def test_a_wheel_holds_every_file_and_imports_with_torch_alone(tmp_path):
     code = """
 import importlib, pkgutil, sys
 sys.modules["numpy"] = None  # torch does not require it
+import pytest
+
 import lp_dist
 assert lp_dist.__file__.startswith(sys.argv[1])
 from lp_dist import attach, LpAdamW, SparsityTarget, GroupDecay
