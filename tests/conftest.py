@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
+from lp_dist.attachment.watch import RunEnd
 
 torch.set_num_threads(
     1
@@ -65,6 +66,21 @@ def pytest_unconfigure() -> None:
 def _same_log_level():
     """A program that a test or a fixture calls sets how much is logged, as it would for its own process."""
     logging.getLogger("lp_dist").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _runs_warn_in_their_own_test(monkeypatch):
+    """A run that a test leaves inside of its window would say so in another one, when it is freed."""
+    ends, made = [], RunEnd.__init__
+
+    def make(self, *arguments, **values) -> None:
+        made(self, *arguments, **values)
+        ends.append(self)
+
+    monkeypatch.setattr(RunEnd, "__init__", make)
+    yield
+    for end in ends:
+        end.is_known = True
 
 
 @pytest.fixture(scope="session")

@@ -17,19 +17,20 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lp_dist.optim import decay, nm
+from lp_dist.optim.acting import ActingValues, KeptValues
 from lp_dist.optim.attachable import AttachedState
 from lp_dist.optim.batching import RowCopy, StepRow, batches, copies, count_zeros, to_local
-from lp_dist.optim.hyperparameters import acting_values, check_hyperparameters, plain_value
+from lp_dist.optim.hyperparameters import check_hyperparameters, plain_value
 from lp_dist.optim.kernels import dispatch
 from lp_dist.optim.latent import LatentWeights
 from lp_dist.optim.nm_rows import SplitBlockRows, slices_in, without_idle_pattern
-from lp_dist.optim.parameter_map import ParameterMap, effective_values, flat_view
+from lp_dist.optim.parameter_map import ParameterMap
 from lp_dist.optim.state import IN_WINDOW, refuse_all_zero, refuse_unattended_window, warn_of_free_zeros
+from lp_dist.optim.step_counts import StepCounts
 
 logger = logging.getLogger(__name__)
 
 _IMPLEMENTATIONS = ("reference", "foreach", "fused")
-_ONE = torch.ones(())
 LAGGED = "s"  # the state of the non-adiabatic variant
 _REFUSED = (
     "implementation='fused' can't step this: {}. Use None, which takes the fused step wherever it can, or 'foreach'"
@@ -100,7 +101,8 @@ class LpOptimizer(Optimizer):
             )
         self.implementation = implementation
         self._checked: set[int] = set()  # ids of parameters that were checked for zeros
-        self._counts: dict[int, Tensor] = {}  # `step` by id of its parameter, as far as it is the optimizer's own
+        self._counts: dict[int, StepCounts] = {}  # by id of a group's first parameter: engines make groups anew
+        self._acting: dict[int, ActingValues] = {}  # likewise
         self.attached = AttachedState()
         plain = {key: plain_value(value) for key, value in defaults.items()}
         self._left_open = frozenset(key for key, value in defaults.items() if value is not plain[key])
@@ -135,13 +137,19 @@ class LpOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own has groups and state alone.
-        own_state: dict[str, Any] = {"implementation": self.implementation, "_checked": set(), "_counts": {}}
+        own_state: dict[str, Any] = {
+            "implementation": self.implementation,
+            "_checked": set(),
+            "_counts": {},
+            "_acting": {},
+        }
         return {**super().__getstate__(), **own_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("attached", AttachedState())  # not in a copy: its tensors are others; attach it anew
         self.__dict__.setdefault("_counts", {})
+        self.__dict__.setdefault("_acting", {})
         self.__dict__.setdefault("_left_open", frozenset())
         for group in self.param_groups:  # a checkpoint of an older version, or of AdamW, lacks our keys
             for key, value in self.defaults.items():
@@ -217,6 +225,8 @@ class LpOptimizer(Optimizer):
         """Steps rows, all but those that the fused step takes: these are added to `fused`."""
         if self.implementation in (None, "fused"):
             rows = self._without_fused(values, rows, fused)
+        else:
+            rows = [row.cut() for row in rows]
         if self.implementation == "reference":
             for row in rows:
                 self.update_rows(values, [row], self._reference)
@@ -268,15 +278,18 @@ class LpOptimizer(Optimizer):
         """
         others: list[StepRow] = []
         taken: dict[str, list[StepRow]] = {}
-        reasons: dict[torch.device, str | None] = {}
+        # Of this device there may be thousands of values with a row each.
+        reasons: dict[torch.device, str | None] = values.made if isinstance(values, KeptValues) else {}
+        has_blocks, weights, refusal = bool(values.get("pattern")), None, None
         for row in rows:
-            device = row.weights.device
-            if device not in reasons:
-                reasons[device] = self._why_not_fused(values, device)
-                taken.setdefault(device.type, [])
-            reason = reasons[device] or dispatch.refusal(row, bool(values.get("pattern")))
+            if row.weights is not weights:  # else it is another span of the same
+                weights, device = row.weights, row.weights.device
+                if device not in reasons:
+                    reasons[device] = self._why_not_fused(values, device)
+                refusal = reasons[device] or dispatch.refusal(row, has_blocks)
+            reason = refusal
             if reason is None:
-                taken[device.type].append(row)
+                taken.setdefault(device.type, []).append(row)
             elif self.implementation == "fused":
                 raise ValueError(_REFUSED.format(reason))
             elif values["capturable"]:
@@ -285,10 +298,9 @@ class LpOptimizer(Optimizer):
                     " capture no graph"
                 )
             else:
-                others.append(row)
+                others.append(row.cut())
         for device_type, device_rows in taken.items():
-            if device_rows:
-                fused.setdefault(device_type, []).append((values, device_rows))
+            fused.setdefault(device_type, []).append((values, device_rows))
         return others
 
     def _why_not_fused(self, values: dict[str, Any], device: torch.device) -> str | None:
@@ -310,22 +322,17 @@ class LpOptimizer(Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
-        capturable = group["capturable"]
-        counts = [state["step"] for state in states]
-        if counts:
-            # _ONE, a tensor, since a number would be wrapped into one for each. On an accelerator a number is no wait.
-            torch._foreach_add_(counts, 1 if capturable else _ONE)
+        counts = self._counts.setdefault(id(params[0]), StepCounts()).advance(states) if params else []
         by_values: dict[int, tuple[dict[str, Any], list[StepRow]]] = {}
         split_rows, parameter_map = SplitBlockRows(), self.parameter_map
-        for param, state, count in zip(params, states, counts):
-            step = count.item() if count.device.type == "cpu" else count
+        acting = self._acting.setdefault(id(params[0]), ActingValues()).of(group, parameter_map) if params else {}
+        for param, state, step in zip(params, states, counts):
             weights, grads, *local_states = self._local(param, [state[name] for name in names])
             param_row = StepRow(weights, grads, tuple(local_states), step)
             numel = weights.numel()
             for offset, length, overrides in parameter_map.value_spans(param, numel):
                 if id(overrides) not in by_values:
-                    values = without_idle_pattern(acting_values(effective_values(group, overrides)))
-                    by_values[id(overrides)] = values, []
+                    by_values[id(overrides)] = without_idle_pattern(acting[overrides]), []
                 values, rows = by_values[id(overrides)]
                 if values.get("pattern"):
                     inputs = values.get("input_dim")
@@ -334,7 +341,7 @@ class LpOptimizer(Optimizer):
                 elif length == numel:
                     rows.append(param_row)
                 else:
-                    rows.append(param_row.with_tensors(tuple(flat_view(t, offset, length) for t in param_row.tensors)))
+                    rows.append(param_row._replace(span=(offset, length)))
         divided = split_rows.divided(parameter_map, group, self._ranking_keys)
         copied += split_rows.copies
         return [*by_values.values(), *divided]
@@ -364,9 +371,6 @@ class LpOptimizer(Optimizer):
             # On the CPU as torch's: reading it makes no GPU wait. Where a graph counts the steps, it must be on the
             # device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
-        if self._counts.get(id(param)) is not state["step"]:
-            # DeepSpeed's loader of universal checkpoints gives all tensors one and the same.
-            state["step"] = self._counts[id(param)] = state["step"].clone()
         for name in names:
             if name not in state:
                 # |w|^(p-2) is beyond 16 bits

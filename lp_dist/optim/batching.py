@@ -24,12 +24,27 @@ class StepRow(NamedTuple):
         grads: like `weights`, in any floating-point dtype.
         states: the base optimizer's state tensors in the order of `state_names`, like `weights`; updated in place.
         step: the steps taken, this one among them; a number, or a one-element tensor on the device (`capturable`).
+        span: (first, length) of the elements that are updated, where these are not all; the tensors, which are
+            contiguous, taken flat.
     """
 
     weights: Tensor
     grads: Tensor
     states: tuple[Tensor, ...]
     step: float | Tensor
+    span: tuple[int, int] | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many elements are updated."""
+        return self.weights.numel() if self.span is None else self.span[1]
+
+    def cut(self) -> StepRow:
+        """The row with tensors that have the updated elements alone. A fused step needs none: it goes by addresses."""
+        if self.span is None:
+            return self
+        first, length = self.span
+        return self.with_tensors(tuple(t.view(-1)[first : first + length] for t in self.tensors))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -149,10 +149,12 @@ class ParameterMap:
 
     Attributes:
         split_blocks: set by `attach` where blocks of N:M patterns lie on several ranks, else None.
+        version: another number after each change.
     """
 
     def __init__(self) -> None:
         self.split_blocks: SplitBlocks | None = None
+        self.version = 0
         self._slices = WeakIdKeyDictionary()
         self._sections: dict[str, list[ParamSection]] = {}
         self._input_dims: dict[str, int | None] = {}
@@ -180,6 +182,7 @@ class ParameterMap:
     def replace(self, slices: dict[Tensor, list[ParamSlice]]) -> None:
         """Takes a new map; overrides of single parameters are forgotten with the old one."""
         self._slices, self._sections, self._spans, self._overrides = WeakIdKeyDictionary(), {}, {}, {}
+        self.version += 1
         self._input_dims = {s.name: s.inputs for in_tensor in slices.values() for s in in_tensor}
         for tensor, in_tensor in slices.items():
             self._slices[tensor] = tuple(sorted((s for s in in_tensor if s.length), key=lambda s: s.offset))
@@ -192,6 +195,7 @@ class ParameterMap:
             sections: in order, of all its elements; none: it is one again.
         """
         self._spans.clear()
+        self.version += 1
         for section in self._sections.pop(name, []):
             self._overrides.pop(section.name, None)
         if sections:
@@ -212,6 +216,7 @@ class ParameterMap:
         check_hyperparameters(**merged)
         self._overrides[name] = self._interned.setdefault(tuple(merged.items()), merged)
         self._spans.clear()
+        self.version += 1
         for section in self._sections.get(name, ()):
             self.set(section.name, **values)
         if len(self._interned) > 2 * len(self._overrides) + 16:  # a target sets another λ at each update

@@ -12,11 +12,13 @@ import subprocess
 import tempfile
 import time
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lp_dist.optim.acting import once
 from lp_dist.optim.cache import cache_directory
 from lp_dist.optim.decay import SNAP
 from lp_dist.optim.kernels.dispatch import Unavailable, ValuedRows
@@ -121,49 +123,46 @@ def _compiler() -> str:
 def step(base: str, valued_rows: ValuedRows) -> None:
     """See `dispatch.step`. Allocates some numbers for each row, and nothing that grows with the tensors."""
     table, numbers = array("q"), array("d")
-    for i, (values, rows) in enumerate(valued_rows):
-        betas = values.get("betas", (0.0, 0.0))
-        n, m = parse_pattern(values["pattern"]) if values.get("pattern") else (0, 0)
-        numbers.extend(
-            map(
-                float,
-                (
-                    values["lr"],
-                    *betas,
-                    values.get("eps", 0.0),
-                    values.get("momentum", 0.0),
-                    values.get("nesterov", False),
-                    values["maximize"],
-                    values["weight_decay"],
-                    values["p"],
-                    values["l2"],
-                    values.get("precondition", 0.0),
-                    values["cutoff"],
-                    values.get("regrowth_below", 0.0),
-                    SNAP,
-                    values.get("latent", False),
-                    n,
-                    m,
-                    values.get("ranked", False),
-                ),
-            )
-        )
+    weights = None
+    for number, (values, rows) in enumerate(valued_rows):
+        numbers.append(float(values["lr"]))
+        numbers.extend(once(values, "cpu", _numbers))
         for row in rows:
-            weights, grads, states = row.weights, row.grads, row.states
-            first_state = states[0].data_ptr() if states else 0
-            second_state = states[1].data_ptr() if len(states) > 1 else 0
-            table.extend(
-                (
-                    weights.data_ptr(),
-                    grads.data_ptr(),
-                    first_state,
-                    second_state,
-                    weights.numel(),
-                    _TYPES[weights.dtype],
-                    _TYPES[grads.dtype],
-                    i,
-                    int(row.step),
-                )
-            )
+            if row.weights is not weights:  # else it is another span of the same
+                weights, grads = row.weights, row.grads
+                dtypes = _TYPES[weights.dtype], _TYPES[grads.dtype]
+                tensors = row.tensors
+                places = [t.data_ptr() for t in tensors]
+                none = (0,) * (4 - len(places))  # of a base with fewer states
+            if row.span is None:
+                table.extend((*places, *none, weights.numel(), *dtypes, number, int(row.step)))
+            else:
+                first, length = row.span
+                starts = [place + first * t.element_size() for place, t in zip(places, tensors)]
+                table.extend((*starts, *none, length, *dtypes, number, int(row.step)))
     table_address, numbers_address = table.buffer_info()[0], numbers.buffer_info()[0]
     _library.lp_dist_step(_BASES[base], len(table) // 9, table_address, numbers_address, torch.get_num_threads())
+
+
+def _numbers(values: Mapping[str, Any]) -> tuple[float, ...]:
+    """All that `step.cpp` needs of values, but the learning rate."""
+    n, m = parse_pattern(values["pattern"]) if values.get("pattern") else (0, 0)
+    numbers = (
+        *values.get("betas", (0.0, 0.0)),
+        values.get("eps", 0.0),
+        values.get("momentum", 0.0),
+        values.get("nesterov", False),
+        values["maximize"],
+        values["weight_decay"],
+        values["p"],
+        values["l2"],
+        values.get("precondition", 0.0),
+        values["cutoff"],
+        values.get("regrowth_below", 0.0),
+        SNAP,
+        values.get("latent", False),
+        n,
+        m,
+        values.get("ranked", False),
+    )
+    return tuple(map(float, numbers))

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from lp_dist.optim.acting import once
 from lp_dist.optim.batching import StepRow
 from lp_dist.optim.decay import SNAP, lp_decay
 from lp_dist.optim.kernels.dispatch import Unavailable, ValuedRows
@@ -161,30 +163,13 @@ def step(base: str, valued_rows: ValuedRows) -> None:
     """
     kinds: dict[tuple, list[tuple]] = {}
     for values, rows in valued_rows:
-        form, lr, nesterov = _form(base, values), values["lr"], bool(values.get("nesterov"))
-        numbers = tuple(
-            map(
-                float,
-                (
-                    *values.get("betas", (0, 0)),
-                    values.get("eps", 0),
-                    values.get("momentum", 0),
-                    -1 if values["maximize"] else 1,
-                    values["weight_decay"],
-                    values["p"],
-                    values["l2"],
-                    values.get("precondition", 0),
-                    values["cutoff"],
-                    values.get("regrowth_below", 0),
-                    values.get("latent", False),
-                ),
-            )
-        )
+        lr, nesterov = values["lr"], bool(values.get("nesterov"))
+        form, numbers = once(values, "triton", partial(_form_and_numbers, base))
         # By what rows with the same values can still differ in. They may be many, so this is quick.
         alike: dict[tuple, list[tuple]] = {}
         for row in rows:
-            weights, grads, states, count = row
-            if weights.numel():
+            weights, grads, states, count, _ = row
+            if row.numel:
                 count_device = type(count) is Tensor and count.device
                 key = weights.device, weights.dtype, grads.dtype, bool(states), count_device
                 alike.setdefault(key, []).append((lr, numbers, row))
@@ -195,6 +180,26 @@ def step(base: str, valued_rows: ValuedRows) -> None:
         # Tensors on a CPU are for Triton's interpreter.
         with torch.cuda.device(kind[1]) if kind[1].type == "cuda" else nullcontext():
             _launch(kind, members)
+
+
+def _form_and_numbers(
+    base: str, values: Mapping[str, Any]
+) -> tuple[tuple[int, int, bool, int, int], tuple[float, ...]]:
+    """`_form`, and of _GIVEN what values have but for the learning rate."""
+    numbers = (
+        *values.get("betas", (0, 0)),
+        values.get("eps", 0),
+        values.get("momentum", 0),
+        -1 if values["maximize"] else 1,
+        values["weight_decay"],
+        values["p"],
+        values["l2"],
+        values.get("precondition", 0),
+        values["cutoff"],
+        values.get("regrowth_below", 0),
+        values.get("latent", False),
+    )
+    return _form(base, values), tuple(map(float, numbers))
 
 
 def _form(base: str, values: Mapping[str, Any]) -> tuple[int, int, bool, int, int]:
@@ -231,10 +236,8 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
             " (capturable)"
         )
     addresses, numbers = tables.setdefault(kind, (_Table(), _Table()))
-    blocks = [
-        (row.weights.numel() + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members
-    ]  # wherever a row starts
-    places = [(n, row.weights.numel(), *[t.data_ptr() for t in row.tensors]) for n, (*_, row) in zip(blocks, members)]
+    blocks = [(row.numel + _ALIGNED - 1 + _SIZE - 1) // _SIZE for *_, row in members]  # wherever a row starts
+    places = [(n, row.numel, *_addresses(row)) for n, (*_, row) in zip(blocks, members)]
     given = [
         (0.0 if lr_there else float(lr), *numbers, 0.0 if step_there or base != "adamw" else float(row.step))
         for lr, numbers, row in members
@@ -269,6 +272,13 @@ def _launch(kind: tuple, members: list[tuple]) -> None:
         num_warps=_WARPS,
         enable_fp_fusion=False,
     )
+
+
+def _addresses(row: StepRow) -> list[int]:
+    """Where what is updated begins in each of the row's tensors."""
+    if row.span is None:
+        return [t.data_ptr() for t in row.tensors]
+    return [t.data_ptr() + row.span[0] * t.element_size() for t in row.tensors]
 
 
 def address_rows(places: list[tuple[int, ...]], sizes: list[int], in_blocks: bool = False) -> Tensor:
