@@ -20,7 +20,7 @@ from lp_dist.optim.base import LpOptimizer
 from lp_dist.optim.nm import SplitBlocks
 from lp_dist.optim.parameter_map import ParameterMap, ParamSlice
 from lp_dist.optim.state import steps_taken, warn_of_free_zeros
-from lp_dist.reconstruction.survivors import Reconstruction
+from lp_dist.reconstruction.survivors import Reconstruction, is_most
 from lp_dist.sharding.collectives import all_gather_objects, all_reduce_max
 from lp_dist.sharding.deepspeed import in_checkpoints, undo_dry_step, wrapper_of
 from lp_dist.sharding.engines import inner_scheduler
@@ -208,11 +208,15 @@ def _make_weights(
 
 
 def _reconstruction(model: nn.Module, shards: list[Shard], target: SparsityTarget) -> Reconstruction | None:
-    """What moves survivors of a target, if it asks for it, or leaves it open and there are any that can move."""
+    """What moves survivors of a target, if it asks for it, or leaves it open and they can move in most of it."""
     if target.reconstruct is False:
         return None
     reconstruction = Reconstruction(model, shards, target.reconstruct_memory, requested=bool(target.reconstruct))
-    return reconstruction if reconstruction.layers or target.reconstruct else None
+    moving = sum(shard.shape.numel() for shard in shards if shard.name in reconstruction.layers)
+    if target.reconstruct or is_most(moving, sum(shard.shape.numel() for shard in shards)):
+        return reconstruction
+    reconstruction.tell_reasons()
+    return None
 
 
 def _parameter_map(shards: list[Shard], input_dims: dict[str, int]) -> ParameterMap:

@@ -322,10 +322,12 @@ class LpOptimizer(Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         names = self._state_names(group)
         states = [self._state_of(param, group, names) for param in params]
-        counts = self._counts.setdefault(id(params[0]), StepCounts()).advance(states) if params else []
         by_values: dict[int, tuple[dict[str, Any], list[StepRow]]] = {}
         split_rows, parameter_map = SplitBlockRows(), self.parameter_map
-        acting = self._acting.setdefault(id(params[0]), ActingValues()).of(group, parameter_map) if params else {}
+        if not params:
+            return split_rows.divided(parameter_map, group, self._ranking_keys)  # other ranks may have some
+        counts = self._counts.setdefault(id(params[0]), StepCounts()).advance(states)
+        acting = self._acting.setdefault(id(params[0]), ActingValues()).of(group, parameter_map)
         for param, state, step in zip(params, states, counts):
             weights, grads, *local_states = self._local(param, [state[name] for name in names])
             param_row = StepRow(weights, grads, tuple(local_states), step)

@@ -73,6 +73,6 @@ def reconstruction_cost(
         max((bytes_to_solve(*shape, budget.chunk) for shape in fitting), default=0),
         sum(4 * inputs**2 for _, inputs in fitting) if ranks > 1 else 0,
         float(
-            sum(2 * inputs**2 * (budget.rows + (ITERATIONS + 2) * -(-outputs // ranks)) for outputs, inputs in fitting)
+            sum(2 * inputs**2 * (budget.rows + (ITERATIONS + 1) * -(-outputs // ranks)) for outputs, inputs in fitting)
         ),
     )

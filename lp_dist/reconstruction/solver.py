@@ -10,11 +10,6 @@ This is the layer-wise problem of Optimal Brain Surgeon (Hassibi and Stork 1993)
 diagonal of G as the preconditioner. No matrix is factorized, and a row needs nothing of another one. The damping δ is
 a share of each input's own square Gᵢᵢ, as ridge regression on standardized inputs has it: a share of their mean would
 be ruled by the few inputs of a language model that are far larger than all others.
-
-A removed weight may be kept as a latent one, which returns to the model when it has grown. Then only what the
-survivors have not taken over of it may return, else it would count twice: the value that would be best for it in the
-place of zero, with the others as they are now. That is 0 where it is all taken over, and the weight itself where its
-input goes with no other one.
 """
 
 from __future__ import annotations
@@ -49,7 +44,6 @@ def move_survivors(
     gram: Tensor,
     iterations: int = ITERATIONS,
     damping: float = DAMPING,
-    remainders: bool = False,
 ) -> Tensor:
     """The weights that are left after some were removed, moved so that the layer's outputs change least.
 
@@ -59,8 +53,6 @@ def move_survivors(
         gram: XᵀX of the layer's inputs, (inputs, inputs) fp32; any multiple of it gives the same.
         iterations: of the conjugate gradients.
         damping: δ, as a share of the diagonal of `gram`.
-        remainders: whether what is not taken over is returned in the places of the removed weights, instead of zeros:
-            between 0 and what they were.
     Returns:
         (rows, inputs) fp32, new. It is `after` in rows that lose nothing, where all inputs were zero, or that have no
         survivors. A survivor that would come to be zero stays where it was.
@@ -84,12 +76,4 @@ def move_survivors(
         last, decline = decline, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(torch.where(last > 0, decline / last, 0.0)).add_(scaled)
     moved = after + move
-    moved = torch.where(survives & (moved != 0) & moved.isfinite(), moved, after)
-    if not remainders:
-        return moved
-    removed = (before != 0) & ~survives
-    best = (before - moved).mm(gram).addcmul_(before, delta).mul_(preconditioner)
-    share = best.div_(before)
-    # Of an input that was always zero, or of a row whose inputs were not finite, nothing is taken over.
-    share = torch.where(share.isfinite() & (damped > 0), share, 1.0).clamp_(0.0, 1.0)
-    return torch.where(removed, share.mul_(before), moved)
+    return torch.where(survives & (moved != 0) & moved.isfinite(), moved, after)

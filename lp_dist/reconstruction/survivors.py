@@ -99,6 +99,13 @@ def modules_by_weight(model: nn.Module) -> dict[int, list[nn.Module]]:
     return uses
 
 
+def is_most(moving: int, weights: int) -> bool:
+    """Whether survivors of enough weights can move, so that it is done where nobody asks for it: the others have
+    fewer updates then, and lose by that.
+    """
+    return moving > 0 and 2 * moving >= weights
+
+
 def why_not_linear(users: Sequence[nn.Module], shape: Sequence[int]) -> str:
     """Why a weight is not that of one linear layer, in words; "" where it is.
 
@@ -122,11 +129,9 @@ class _Inputs(NamedTuple):
     gram: Tensor
     damping: float
 
-    def solved(self, before: Tensor, after: Tensor, remainders: bool) -> Tensor:
+    def solved(self, before: Tensor, after: Tensor) -> Tensor:
         """`move_survivors` of rows in any dtype on any device; returned like `after`."""
-        return move_survivors(
-            before.to(self.gram), after.to(self.gram), self.gram, damping=self.damping, remainders=remainders
-        ).to(after)
+        return move_survivors(before.to(self.gram), after.to(self.gram), self.gram, damping=self.damping).to(after)
 
 
 class _Weights(NamedTuple):
@@ -135,26 +140,14 @@ class _Weights(NamedTuple):
     Args:
         before: copies from before some were removed.
         after: the weights, zero where they are removed.
-        latents: what is kept of removed ones; None: nothing is.
     """
 
     before: Tensor
     after: Tensor
-    latents: Tensor | None
 
     def map(self, view: Callable[[Tensor], Tensor]) -> _Weights:
-        """The same views of all."""
-        return _Weights(view(self.before), view(self.after), None if self.latents is None else view(self.latents))
-
-    def set(self, solved: Tensor) -> None:
-        """Sets them to what `move_survivors` returned."""
-        if self.latents is None:
-            self.after.copy_(solved)
-            return
-        removed = (self.before != 0) & (self.after == 0)
-        solved = solved.to(self.after)
-        self.latents.copy_(torch.where(removed, solved, self.latents))
-        self.after.copy_(solved.masked_fill(removed, 0.0))
+        """The same views of both."""
+        return _Weights(view(self.before), view(self.after))
 
 
 @dataclass(frozen=True)
@@ -233,6 +226,13 @@ class Reconstruction:
         seen = self.sample.is_open and any(self.sample.rows(name) for name in self.layers)
         return bool(self.layers) and bool(all_reduce_max(torch.tensor([int(seen)], dtype=torch.int64)))
 
+    def lacks_inputs(self) -> bool:
+        """Whether inputs were to be taken and none were seen, of any layer and on any rank; it is told. Collective."""
+        if not self.layers or not self.sample.is_open or self.has_inputs():
+            return False
+        self._tell_unseen([*self.layers])
+        return True
+
     def project(self) -> Projections:
         """Projections of the weights whose survivors move, as they are now. Collective."""
         return Projections.of([self._shards[name] for name in self._order])
@@ -254,15 +254,12 @@ class Reconstruction:
         self,
         names: Iterable[str],
         remove: Callable[[str], None],
-        latents_of: Callable[[str], Tensor] | None = None,
     ) -> list[str]:
         """Removes weights layer by layer, and moves the survivors. Collective.
 
         Args:
             names: of the weights to remove from; the same on every rank. Others than `layers` are passed over.
             remove: removes weights of the parameter of this name from its shard on this rank, by setting them to zero.
-            latents_of: gives the latent values of the parameter of this name on this rank, into which goes what the
-                survivors have not taken over of its removed weights; None: nothing is kept of these.
         Returns:
             The names of those from which was removed: not layers of which no inputs were seen, and none where
             the sample is not open.
@@ -282,7 +279,7 @@ class Reconstruction:
         for of_source in self._progress(by_source.values()):
             inputs = self._inputs_of(of_source[0], int(rows[self._order[of_source[0]]]), share)
             for name in of_source:
-                self._move(name, inputs, remove, latents_of)
+                self._move(name, inputs, remove)
         self.moved += bool(seen)
         self._begin_anew(share)
         return seen
@@ -363,15 +360,13 @@ class Reconstruction:
 
     # -- one layer ------------------------------------------------------------
 
-    def _move(
-        self, name: str, inputs: _Inputs, remove: Callable[[str], None], latents_of: Callable[[str], Tensor] | None
-    ) -> None:
+    def _move(self, name: str, inputs: _Inputs, remove: Callable[[str], None]) -> None:
         """Removes weights of one layer, and moves the survivors of its rows."""
         shard, transposed, joint = self._shards[name], self.layers[name].transposed, self._joint.get(name)
         before = shard.local.values.reshape(-1).clone()
         remove(name)
         after = shard.local.values.view(-1) if shard.length else before
-        weights = _Weights(before, after, None if latents_of is None else latents_of(name).view(-1))
+        weights = _Weights(before, after)
         if transposed and joint is None:
             self._solve(weights.map(lambda values: values.view(shard.shape).t()), inputs)
         elif not transposed and (joint is None or len(joint.rows) < shard.shape[0]):
@@ -406,19 +401,18 @@ class Reconstruction:
             solved = torch.zeros_like(new)
             for chunk in torch.arange(rank, len(new), world_size).split(self._rows_at_a_time(new.shape[1])):
                 chunk = chunk.to(new.device)
-                solved[chunk] = inputs.solved(old[chunk], new[chunk], weights.latents is not None)
+                solved[chunk] = inputs.solved(old[chunk], new[chunk])
             solved = (solved.t() if transposed else solved).contiguous()
             torch.distributed.all_reduce(solved)
             for at, position, count in parts:
-                here = slice(position, position + count)
-                weights.map(lambda values, here=here: values[here]).set(solved.view(-1)[at : at + count])
+                weights.after[position : position + count].copy_(solved.view(-1)[at : at + count])
 
     def _solve(self, weights: _Weights, inputs: _Inputs) -> None:
         """Moves the survivors of rows."""
         at_a_time = self._rows_at_a_time(weights.before.shape[1])
         for first in range(0, len(weights.before), at_a_time):
             rows = weights.map(lambda values, first=first: values[first : first + at_a_time])
-            rows.set(inputs.solved(rows.before, rows.after, rows.latents is not None))
+            rows.after.copy_(inputs.solved(rows.before, rows.after))
 
     def _rows_at_a_time(self, columns: int) -> int:
         return max(1, self._budget.chunk // columns)

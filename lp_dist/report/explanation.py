@@ -19,6 +19,7 @@ from lp_dist.attachment.plan import check_names, matching_overrides, split_targe
 from lp_dist.errors import UsageError
 from lp_dist.optim.batching import count_zeros
 from lp_dist.reconstruction.cost import ReconstructionCost, linear_shapes, reconstruction_cost
+from lp_dist.reconstruction.survivors import is_most
 from lp_dist.report.console import table_text
 from lp_dist.report.memory import ENGINES, footprint
 from lp_dist.report.numbers import percent
@@ -680,7 +681,12 @@ def _group_share(target: GroupTarget, sets: list[WeightGroups], total: int, wind
 
 def _shapes_that_move(module: nn.Module, target: SparsityTarget, names: Iterable[str]) -> list[tuple[int, int]]:
     """(outputs, inputs) of the layers of these weights whose survivors a target moves."""
-    return [] if target.reconstruct is False else linear_shapes(module, dict.fromkeys(names))
+    if target.reconstruct is False:
+        return []
+    params, of_target = dict(module.named_parameters()), dict.fromkeys(names)
+    shapes = linear_shapes(module, of_target)
+    weights = sum(full_shape(params[name]).numel() for name in of_target)
+    return shapes if target.reconstruct or is_most(sum(map(math.prod, shapes)), weights) else []
 
 
 def _check_together(

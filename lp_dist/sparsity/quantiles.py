@@ -348,27 +348,6 @@ def zero_at_or_below(slices: list[ScoredSlice], thresholds: dict[str, float]) ->
 
 
 @torch.no_grad()
-def make_latent(slices: list[ScoredSlice], thresholds: dict[str, float]) -> None:
-    """Sets weights to zero as `zero_at_or_below` does, and keeps their values as latent ones where slices have these.
-    Weights that are latent already stay so.
-
-    Args:
-        slices: of all weights on this rank.
-        thresholds: by scope; 0.0 or less changes nothing.
-    Raises:
-        RuntimeError: the weights on this rank are not contiguous.
-    """
-    for scored in slices:
-        if thresholds[scored.scope] > 0.0:
-            _check_views(scored)
-            for weights, latents, saliency in scored.saliency():
-                below = saliency <= thresholds[scored.scope]
-                if latents is not None:
-                    latents.copy_(torch.where(below & (weights != 0), weights, latents))
-                weights.masked_fill_(below, 0.0)
-
-
-@torch.no_grad()
 def restore_latent(slices: list[ScoredSlice], thresholds: dict[str, float]) -> None:
     """Writes latent weights back into the model, in place, if their saliency is above the threshold of their scope.
 

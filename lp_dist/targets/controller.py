@@ -189,7 +189,7 @@ class Controller(ABC):
     def _advance(self, t: int) -> None:
         """What falls to step t: the beginning of the window, an update, the final pruning."""
         if not self.before:
-            self._note_movement(t)
+            self._decide_on_survivors(t)
         if t < self.window.start:
             return
         if not self.before:
@@ -204,13 +204,18 @@ class Controller(ABC):
             self.update(t)
             self.next_update = t + self.update_every - (t - self.window.start) % self.update_every
 
-    def _note_movement(self, t: int) -> None:
+    def _decide_on_survivors(self, t: int) -> None:
         """Notes where the weights are after the first step, and lets survivors stay if these have moved far from there
-        when the window begins. (Not before the first step, since weights may be loaded until then.) Collective.
+        when the window begins, or if no inputs of their layers can be seen. (Not before the first step, since weights
+        may be loaded until then.) Collective.
         """
-        if self.reconstruction is None or self.target.reconstruct is not None or t < 1:
+        if self.reconstruction is None or t < 1:
             return
-        if self._at_first is None:
+        if t >= self.window.start and self.reconstruction.lacks_inputs():
+            self._let_survivors_stay()
+        elif self.target.reconstruct is not None:
+            return
+        elif self._at_first is None:
             self._at_first = self.reconstruction.project()
         elif t >= self.window.start:
             moved, self._at_first = self.reconstruction.project().moved_since(self._at_first), None
@@ -377,7 +382,7 @@ class Controller(ABC):
                 f"the state of the target of {self.subject} is of version {state.get('version')!r}, and this lp_dist"
                 f" reads {self.state_version}; install the one that wrote it"
             )
-        if not state["moves"] and self.reconstruction is not None and self.target.reconstruct is None:
+        if not state["moves"] and self.reconstruction is not None:
             self._let_survivors_stay()
         current = self.state_dict()
         window = Window(*state["window"][:3])

@@ -94,8 +94,9 @@ class SparsityTarget(metaclass=_KindByArguments):
             at most; a fifth where survivors move.
         reconstruct: whether survivors move. At each update what is to go is removed at once, and the survivors of the
             same linear layer move so that its outputs on the inputs of the last steps change least; see
-            `lp_dist.reconstruction`. None: they do unless the weights have moved by a third of their norm in the steps
-            before the window, as they do from scratch, where it gains nothing. False: what is to go decays.
+            `lp_dist.reconstruction`. Between two updates zeros stay, and survivors train without decay. None: they
+            move where most weights are of layers that can, unless the weights have moved by a third of their norm in
+            the steps before the window, as they do from scratch, where it gains nothing. False: what is to go decays.
         reconstruct_memory: GiB that this may take on each rank. Fewer tokens are kept within it, and layers that do
             not fit are left to their decay and named. None: as much as 8,192 tokens over all ranks need, which
             `explain` says.
@@ -107,7 +108,7 @@ class SparsityTarget(metaclass=_KindByArguments):
             optimizer keeps their values and goes on training them. They return when they grow beyond the threshold.
             Their decay is such that at the threshold they would be forgotten in so many windows. When the window ends
             they are pruned. 0: weights decay in the model itself. None: 8 with LpAdamW, a cap of 1 and regrowth;
-            else 0.
+            else 0. Layers whose survivors move have none.
 
     For N:M blocks instead:
         pattern: "2:4" or "4:8": at the end at most 2 (4) weights of each 4 (8) consecutive inputs of a layer are not

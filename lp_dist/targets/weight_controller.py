@@ -16,9 +16,6 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lp_dist.errors import UsageError
 from lp_dist.optim.hyperparameters import Phase
 from lp_dist.optim.parameter_map import ParameterMap
@@ -32,7 +29,6 @@ from lp_dist.sparsity.quantiles import (
     ScoredSlice,
     count_not_finite,
     fraction_at_or_below,
-    make_latent,
     restore_latent,
     sample_stride,
     thresholds_at,
@@ -92,6 +88,8 @@ class WeightController(Controller):
         # What had no gradient when the window began: {name: indices of experts; None: the whole parameter}.
         self._unused: dict[str, list[int] | None] = {}
         self._told_late = False
+        # Of which weights were removed at the last update: their zeros stay, and their survivors train freely.
+        self._frozen: set[str] = set()
         self._divide()
         # What the script overrides for single parameters holds under a target too.
         self._script_overrides = {shard.name: parameter_map.values(shard.name) for shard in candidates}
@@ -164,7 +162,8 @@ class WeightController(Controller):
         if phase is self._phase:  # at most steps, and each change of the map has all tensors divided anew
             return
         for shard in self.shards:
-            self.parameter_map.set(shard.name, phase=phase.value)
+            is_frozen = phase is Phase.DECAY and shard.name in self._frozen
+            self.parameter_map.set(shard.name, phase=Phase.FROZEN.value if is_frozen else phase.value)
         self._phase = phase
 
     def _set_form(self) -> None:
@@ -204,8 +203,11 @@ class WeightController(Controller):
         if self.target.pattern:  # a zero that is kept in its block is no part of it
             self.before = fraction_at_or_below(self.scored_slices(all_local=False), dict.fromkeys(counts, 0.0))
         if self.target.latent_windows:
+            # What survivors have taken over is not to return.
+            moving = {} if self.reconstruction is None else self.reconstruction.layers
             for shard in self.shards:
-                self.parameter_map.set(shard.name, latent=True)
+                if shard.name not in moving:
+                    self.parameter_map.set(shard.name, latent=True)
             # The momentum of zeros that were there is no latent weight.
             restore_latent(self.scored_slices(), dict.fromkeys(self.before, math.inf))
         elements = sum(count.elements for count in counts.values())
@@ -292,7 +294,6 @@ class WeightController(Controller):
         """
         self._tell_late_gradients()
         horizon = min(self.update_every, self.window.end - 1 - t)
-        regrowth = self.target.latent_windows or self.allows_regrowth(t)
         measured = census(self.shards)
         elements = {scope: count.elements for scope, count in self._by_scope(measured).items()}
         planned = self.planned_share(self._planned_step(t, horizon))
@@ -302,33 +303,40 @@ class WeightController(Controller):
         near_zero = self._near_zero(sample, elements)
         ranks = {scope: round(shares[scope] * count) for scope, count in elements.items()}
         thresholds = thresholds_at(sample, ranks, passes=2, elements=elements)
-        self._remove_below(thresholds, keep=True)
+        self._frozen = {*self._remove_below(thresholds)}
         rates = self.run.rates.ahead(horizon)
         # Latent weights are zero already. They are forgotten by the same decay, but over the window and not until the
         # next update.
         length = self.window.end - self.window.start
-        slower = self.target.latent_windows * length / horizon if self.target.latent_windows else 1.0
+        slowness = (self.target.latent_windows or 0.0) * length / horizon
         weight_decays = []
         for shard in self.shards:
-            x = thresholds[self._scope(shard)]
+            if shard.name in self._frozen:
+                weight_decays.append(LEAST_WEIGHT_DECAY)
+                self.parameter_map.set(
+                    shard.name, weight_decay=LEAST_WEIGHT_DECAY, regrowth_below=0.0, phase=Phase.FROZEN.value
+                )
+                continue
+            x, is_latent = thresholds[self._scope(shard)], self.keeps_latent(shard)
+            slower = slowness if is_latent else 1.0
             learning_rates = slower * sum(rate[shard.group] for rate in rates)
             weight_decay = weight_decay_for(x, self._values(shard)["p"], learning_rates, LEAST_WEIGHT_DECAY)
             self.parameter_map.set(
                 shard.name,
                 weight_decay=weight_decay,
                 cutoff=math.inf if self.target.cap is None else self.target.cap * x,
-                regrowth_below=self.target.regrowth * x if regrowth else 0.0,
+                regrowth_below=self.target.regrowth * x if is_latent or self.allows_regrowth(t) else 0.0,
+                phase=self._phase_at(t).value,
             )
             weight_decays.append(weight_decay)
         self._set_logs(t, measured, weight_decays, near_zero)
 
-    def _remove_below(self, thresholds: dict[str, float], keep: bool) -> list[str]:
+    def _remove_below(self, thresholds: dict[str, float]) -> list[str]:
         """Removes at once what is at or below the threshold of its scope, and moves the survivors; where they can't
         move, weights are left to their decay.
 
         Args:
             thresholds: by scope.
-            keep: whether a target with latent weights keeps as these what the survivors did not take over.
         Returns:
             The names of the parameters of which was removed.
         """
@@ -338,11 +346,8 @@ class WeightController(Controller):
             self.reconstruction.remove_nothing()
             return []
         by_name = {shard.name: shard for shard in self.shards}
-        remove = make_latent if keep else zero_at_or_below
         done = self.reconstruction.remove(
-            by_name,
-            lambda name: remove(self.scored_slices(shards=[by_name[name]]), thresholds),
-            (lambda name: _latents(by_name[name])) if keep and self.target.latent_windows else None,
+            by_name, lambda name: zero_at_or_below(self.scored_slices(shards=[by_name[name]]), thresholds)
         )
         if done:
             update_copies(self.run.engine_optimizer)
@@ -392,7 +397,7 @@ class WeightController(Controller):
             thresholds = thresholds_at(self.scored_slices(all_local=False), ranks, passes=3)
         restore_latent(self.scored_slices(), thresholds)
         before = self._by_scope(census(self.shards))
-        done = self._remove_below(thresholds, keep=False)
+        done = self._remove_below(thresholds)
         # Not those of which it was removed: a survivor may have moved below the threshold.
         others = [shard for shard in self.shards if shard.name not in done]
         zero_at_or_below(self.scored_slices(shards=others), thresholds)
@@ -505,6 +510,7 @@ class WeightController(Controller):
             "left_out": list(self.left_out),
             "without_gradient": dict(self._unused),
             "told_late": self._told_late,
+            "frozen": sorted(self._frozen),
             "values": values,
         }
 
@@ -525,6 +531,7 @@ class WeightController(Controller):
             self._give_back(shard.name)
         self.left_out, self._phase = list(state["left_out"]), None
         self._unused, self._told_late = dict(state["without_gradient"]), state["told_late"]
+        self._frozen = {*state["frozen"]}
         self._divide()
         self._set_form()
         for name, values in state["values"].items():
@@ -536,11 +543,6 @@ class WeightController(Controller):
         self.parameter_map.divide(name, [])
         given_back = dict.fromkeys((*self.target.form(), *_SAVED, "phase"))
         self.parameter_map.set(name, **{**given_back, **self._script_overrides[name]})
-
-
-def _latents(shard: Shard) -> Tensor:
-    """The latent values of a shard; none where none of it is on this rank."""
-    return shard.state["exp_avg"] if shard.length else torch.empty(0)
 
 
 def _own_form(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def test_what_is_printed_holds_the_numbers_and_one_line_is_no_longer_than_a_scre
     model = model_of("mixtral")
     explanation = explain(model, SparsityTarget(0.5), total_steps=1000)
     text = str(explanation)
-    assert "steps 100–700 of 1,000, λ updated every 120 steps" in text
+    assert "steps 100–700 of 1,000, λ updated every 20 steps" in text
     assert f"{explanation.decayed_weights:,} of {explanation.parameters:,} parameters decay" in text
     decayed: dict[str, list[int]] = {}
     for name, param in model.named_parameters():
