@@ -146,7 +146,7 @@ def target_line(target: dict[str, Any]) -> str:
     if not pruning:
         return f"Target {percent(target['sparsity'])} not reached: the run was stopped before its window ended."
     return (
-        f"Target {percent(target['sparsity'])} reached: {percent(pruning['before'])} decayed to zero,"
+        f"Target {percent(target['sparsity'])} reached: {percent(pruning['before'])} became zero in the window,"
         f" {percent(pruning['pruned_at_end'])} pruned in the final step.{_of_the_rest(target)}"
     )
 
@@ -160,7 +160,7 @@ def groups_line(groups: dict[str, Any]) -> str:
     counts = ", ".join(f"{dead:,} of {total:,} {kind}" for kind, (dead, total) in groups["kinds"].items())
     pruning = groups["final_pruning"]
     return (
-        f"Groups: {counts} are zero; {percent(pruning['before'])} decayed to zero,"
+        f"Groups: {counts} are zero; {percent(pruning['before'])} became zero in the window,"
         f" {percent(pruning['pruned_at_end'])} pruned in the final step.{_of_the_rest(groups)}"
     )
 

@@ -8,7 +8,8 @@ Entries of the report, beside the settings, versions and environment of the run:
     target: {"sparsity", "final_pruning", "left_dense"} of a target of single weights; null without one.
     groups: these, and "kinds": {kind: [dead, all]}, of a target of groups; null without one.
     left_dense: what had no gradient when the window began, in words; the sparsity is a fraction of the rest.
-    final_pruning: {"before", "after", "pruned_at_end"}, fractions of what the target counts: "before" decayed to zero.
+    final_pruning: {"before", "after", "pruned_at_end"}, fractions of what the target counts: "before" became
+        zero in the window.
         null where the run ended before the window did.
     histograms: of |w|, before and after. log: Trainer's log. reference: the same of the run that it is compared with.
 """

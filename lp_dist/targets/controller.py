@@ -331,7 +331,7 @@ class Controller(ABC):
         """Notes what the final pruning did, counted before and after it, and logs it."""
         self.final_pruning = {"before": before, "after": after, "pruned_at_end": after - before}
         logger.info(
-            "target of the %s: %.2f %% decayed to zero, %.2f %% pruned in the final step; %s",
+            "target of the %s: %.2f %% became zero in the window, %.2f %% pruned in the final step; %s",
             self.subject,
             100 * before,
             100 * (after - before),

@@ -95,7 +95,7 @@ def test_it_says_what_one_wants_to_know(full):
         "1,234,567, of which 0.00 % are zero",
         "learning rate 0.001, seed 7",
         "lp-dist finetune --model hub/small --sparsity 0.3",
-        "Target 30.00 % reached: 29.00 % decayed to zero, 1.00 % pruned in the final step.",
+        "Target 30.00 % reached: 29.00 % became zero in the window, 1.00 % pruned in the final step.",
         "hub/text",
         "DeepSpeed ZeRO-2",
         "a processor",
