@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lp_dist.benchmarks.json_lines import ResultRow
 from lp_dist.benchmarks.quality.methods import BASELINES, FORMS, LP_DIST, PATTERNS, RIVALS, Spec
-from lp_dist.benchmarks.quality.runs import device_of, key_of
+from lp_dist.benchmarks.quality.runs import device_of
 from lp_dist.benchmarks.quality.tasks import HELD_OUT
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
         ),
         (
             "seeds and evaluation for all; mean over seeds, ± half of the range between them. Every run is a row of"
-            " [quality.jsonl](quality.jsonl), the last one where a run was made again, and"
+            " [quality.jsonl](quality.jsonl), and"
         ),
         (
             "`lp-dist bench quality --task TASK --text FILE --methods METHOD --sparsities PERCENT --seeds SEED`, with"
@@ -166,8 +166,7 @@ def draw(rows: list[ResultRow], directory: Path) -> Path:
         "“Stable until 0.7”: the learning rate stays at its highest until 0.7 of the steps, and then falls.",
     ]
     sections: dict[str, list[ResultRow]] = {}
-    # A run that was made again, as after a change of the library, counts as it was the last time.
-    for row in {key_of(row): row for row in rows}.values():
+    for row in rows:
         named = {**row, "method": Spec.from_settings(Spec.read(row["method"]).family, row["settings"]).line}
         sections.setdefault(json.dumps([row["task"], device_of(row)], sort_keys=True), []).append(named)
     all_tasks = [section[0]["task"] for section in sections.values()]

@@ -45,12 +45,6 @@ def test_the_page_has_every_method_and_a_plot(rows, tmp_path):
     assert "diverged" in page.format_losses([1.0, None], False) and page.format_losses([2.0], True) == "2.000 (7.39)"
 
 
-def test_a_run_that_was_made_again_counts_as_it_was_the_last_time(rows, tmp_path):
-    again = {**rows[-1], "loss": 7.25}
-    text = page.draw([*rows[:-1], {**again, "loss": 9.5}, again], tmp_path).read_text()
-    assert "7.250 | 1 |" in text and "9.500" not in text and "8.375" not in text
-
-
 def test_tasks_of_one_name_and_length_have_sections_called_by_what_differs(rows, tmp_path):
     measured = [row for row in rows if row["method"] in ("dense", "lp")]
     measured.append({**measured[-1], "sparsity": 0.95})
