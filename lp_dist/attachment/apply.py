@@ -213,9 +213,15 @@ def _reconstruction(model: nn.Module, shards: list[Shard], target: SparsityTarge
         return None
     reconstruction = Reconstruction(model, shards, target.reconstruct_memory, requested=bool(target.reconstruct))
     moving = sum(shard.shape.numel() for shard in shards if shard.name in reconstruction.layers)
-    if target.reconstruct or is_most(moving, sum(shard.shape.numel() for shard in shards)):
+    weights = sum(shard.shape.numel() for shard in shards)
+    if target.reconstruct or is_most(moving, weights):
         return reconstruction
-    reconstruction.tell_reasons()
+    logger.info(
+        "survivors stay where they are, and weights decay: of %s weights only %s are of layers whose survivors can"
+        " move (reconstruct=True moves these)",
+        f"{weights:,}",
+        f"{moving:,}",
+    )
     return None
 
 

@@ -142,7 +142,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """The targets' own state, plain JSON types; to be saved with the optimizer's. A DeepSpeed engine saves and
-        loads it by itself. Where survivors move, ranks that do not call it at a save call `note_save`.
+        loads it by itself. One rank may call it for all.
         """
         self.watch.check_current()
         state: dict[str, Any] = {"step": self.steps.taken}
@@ -153,13 +153,6 @@ class Attachment:
         if self.group_decay is not None:
             state["groups"] = (self.group_controller or self.group_decay).state_dict()
         return state
-
-    def note_save(self) -> None:
-        """Call it at a save on every rank, where not every rank calls `state_dict`. The inputs that survivors move by
-        are then taken anew, as they are in a run that is resumed from there.
-        """
-        for controller in self.controllers:
-            controller.note_save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was, after the optimizer's own state was loaded.

@@ -31,10 +31,13 @@ class InputSample:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], tokens: int) -> None:
         self.model, self.layers, self.tokens = model, dict(layers), tokens
-        # By layer, (tokens, inputs) of each forward pass; layers that are given the same tensor have the same parts.
-        self._parts: dict[str, list[Tensor]] = {}
-        self._rows_given: dict[str, int] = {}  # by layer, also those that were not kept
+        # By layer, of each forward pass its step and (tokens, inputs); layers that are given the same tensor have the
+        # same parts.
+        self._parts: dict[str, list[tuple[int, Tensor]]] = {}
+        self._rows_given: dict[str, dict[int, int]] = {}  # by layer and step, also those that were not kept
         self.steps = 0  # of the optimizer, in which it was open
+        self.saved_at = 0  # how many of these were before the last save
+        self._first = 0  # of these, the first one whose inputs count
         self._handles: list[Any] = []
         # Of the present forward pass.
         self._mask: Tensor | None = None
@@ -68,24 +71,40 @@ class InputSample:
 
     def clear(self) -> None:
         """Forgets what was taken, and goes on where it is open."""
-        self._parts, self._rows_given, self.steps = {}, {}, 0
+        self._parts, self._rows_given = {}, {}
+        self.steps = self.saved_at = self._first = 0
+
+    def note_save(self) -> None:
+        """Notes that the run may be resumed from here, where it will have no inputs of before."""
+        self.saved_at = self.steps
+
+    def forget_before(self, step: int) -> None:
+        """Forgets what was taken in the steps before this one, of those in which it was open."""
+        self._first = step
+        self._parts = {name: [part for part in parts if part[0] >= step] for name, parts in self._parts.items()}
 
     @property
     def rows_a_step(self) -> float:
         """Rows of the layer that was given most of them, kept or not, for each step on this rank."""
-        return max(self._rows_given.values(), default=0) / max(1, self.steps)
+        given = (
+            sum(rows for step, rows in by_step.items() if step >= self._first) for by_step in self._rows_given.values()
+        )
+        return max(given, default=0) / max(1, self.steps - self._first)
+
+    def _rows_of(self, name: str) -> list[Tensor]:
+        return [rows for _, rows in self._parts.get(name, ())]
 
     def rows(self, name: str) -> int:
         """How many rows there are of a layer's input on this rank."""
-        return sum(map(len, self._parts.get(name, ())))
+        return sum(map(len, self._rows_of(name)))
 
     def parts(self, name: str) -> tuple[int, ...]:
         """What tells the inputs of layers apart: the same for layers with the same inputs; () without any."""
-        return tuple(map(id, self._parts.get(name, ())))
+        return tuple(map(id, self._rows_of(name)))
 
     def checksum(self) -> int:
         """Of all that was taken: the same on ranks that were given the same, as those of tensor parallelism are."""
-        parts = {id(part): part for of_layer in self._parts.values() for part in of_layer}
+        parts = {id(part): part for name in self._parts for part in self._rows_of(name)}
         total = 0
         for number, part in enumerate(parts.values(), 1):
             bits = part.view(torch.int16 if part.element_size() == 2 else torch.int32)
@@ -98,12 +117,14 @@ class InputSample:
         Raises:
             KeyError: none were taken of it.
         """
-        return torch.cat(self._parts[name]).float()
+        if not self.rows(name):
+            raise KeyError(name)
+        return torch.cat(self._rows_of(name)).float()
 
     def products(self, name: str, inputs: int, device: torch.device) -> Tensor:
         """XᵀX of a layer's inputs on this rank, (inputs, inputs) fp32; zeros without any."""
         gram = torch.zeros(inputs, inputs, device=device)
-        for part in self._parts.get(name, ()):
+        for part in self._rows_of(name):
             for rows in part.split(ROWS_AT_A_TIME):
                 rows = rows.to(device, torch.float32)
                 gram.addmm_(rows.T, rows)
@@ -136,10 +157,11 @@ class InputSample:
                 rows = rows[self._mask.reshape(-1).to(rows.device) != 0]
             part, given = rows[:: max(1, -(-len(rows) // self.tokens))].clone(), len(rows)
             self._taken[id(values)] = weakref.ref(values), part, given
-        self._rows_given[name] = self._rows_given.get(name, 0) + given
+        by_step = self._rows_given.setdefault(name, {})
+        by_step[self.steps] = by_step.get(self.steps, 0) + given
         parts = self._parts.setdefault(name, [])
-        parts.append(part)
-        while sum(map(len, parts)) > self.tokens:
+        parts.append((self.steps, part))
+        while self.rows(name) > self.tokens:
             parts.pop(0)
 
 

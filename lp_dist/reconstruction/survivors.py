@@ -221,8 +221,16 @@ class Reconstruction:
         elif not self.sample.is_open:
             self.sample.open()
 
+    def _agree_on_inputs(self) -> None:
+        """Forgets on every rank what was taken before the last save on any, since a run that is resumed from there has
+        none of it. (Many loops take the state on rank 0 alone.) Collective.
+        """
+        if self.sample.is_open:
+            self.sample.forget_before(int(all_reduce_max(torch.tensor([self.sample.saved_at], dtype=torch.int64))))
+
     def has_inputs(self) -> bool:
         """Whether inputs of any layer were seen, on any rank, so that weights can be removed now. Collective."""
+        self._agree_on_inputs()
         seen = self.sample.is_open and any(self.sample.rows(name) for name in self.layers)
         return bool(self.layers) and bool(all_reduce_max(torch.tensor([int(seen)], dtype=torch.int64)))
 
@@ -266,6 +274,7 @@ class Reconstruction:
         """
         if not self.layers or not self.sample.is_open:  # the window may begin with the first step here
             return []
+        self._agree_on_inputs()
         names = {*names}
         wanted = [name for name in self._order if name in names]
         rows = all_reduce_sum(torch.tensor([self.sample.rows(name) for name in self.layers], dtype=torch.int64)).cpu()
@@ -287,6 +296,7 @@ class Reconstruction:
     def remove_nothing(self) -> None:
         """What `remove` does where an update has nothing to remove. Collective."""
         if self.layers and self.sample.is_open:
+            self._agree_on_inputs()
             self._begin_anew(self._share_of_ranks())
 
     def _share_of_ranks(self) -> float:

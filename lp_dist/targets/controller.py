@@ -347,14 +347,12 @@ class Controller(ABC):
 
     # -- checkpoints ----------------------------------------------------------
 
-    def note_save(self) -> None:
-        """Takes inputs anew from a save on, as a run has to that is resumed from it: so both have the same."""
-        if self.reconstruction is not None:
-            self.reconstruction.sample.clear()
-
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON types, the same on every rank. See `note_save`."""
-        self.note_save()
+        """Plain JSON types, the same on every rank. Survivors move by no inputs of before it, as in a run that goes on
+        from there; it is enough that one rank calls it.
+        """
+        if self.reconstruction is not None:
+            self.reconstruction.sample.note_save()
         return {
             "version": self.state_version,
             # A run may go on with another bound on the memory.
@@ -409,7 +407,8 @@ class Controller(ABC):
             self.reconstruction.moved, self.reconstruction.sampled_steps = state["moved"], state["sampled_steps"]
         self._load_own_state(state)
         self.prepare_step(self.run.steps.taken)
-        self.note_save()
+        if self.reconstruction is not None:
+            self.reconstruction.sample.clear()
 
     _compared_keys: tuple[str, ...] = ()  # of the own state, which a checkpoint must agree on
 

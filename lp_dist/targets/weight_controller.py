@@ -372,10 +372,10 @@ class WeightController(Controller):
         """Share of the weights whose saliency is at or below that of regrowth at the last update: zeros, and what is
         as good as zero. None if there is no regrowth, or all of them are zero.
         """
-        limits = {
-            self._scope(shard): self.parameter_map.values(shard.name).get("regrowth_below", 0.0)
-            for shard in self.shards
-        }
+        limits: dict[str, float] = {}
+        for shard in self.shards:  # where survivors move there is none
+            limit = self.parameter_map.values(shard.name).get("regrowth_below", 0.0)
+            limits[self._scope(shard)] = max(limits.get(self._scope(shard), 0.0), limit)
         if not any(limits.values()) or self.target.latent_windows:
             return None
         below = fraction_at_or_below(sample, limits)

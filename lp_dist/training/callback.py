@@ -202,9 +202,6 @@ class LpCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         self._attached.after_step()
 
-    def on_save(self, args, state, control, **kwargs):
-        self._attached.note_save()  # Trainer asks for the state on rank 0 alone
-
     def on_train_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps or self._attached.is_finished:
             self._attached.finish()  # counts what came back, where Trainer has loaded the best model

@@ -24,6 +24,7 @@ from lp_dist import LpAdamW, SparsityTarget, attach, groups_of, param_groups
 from lp_dist.attachment.attachment import Attachment
 from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.survivors import Reconstruction
+from lp_dist.sharding.collectives import all_gather_objects
 from lp_dist.sharding.engines import unwrap
 from lp_dist.sparsity.selection import decayed_names
 
@@ -139,7 +140,8 @@ def resumed(case: MovingCase, directory: Path) -> tuple[list[str], int]:
     attachment = attached_to(engine, case)
     trained(engine, attachment, case, 0, STOP)
     engine.save(directory, "stop")
-    state = attachment.state_dict()
+    # As many loops: the others know nothing of it.
+    state = all_gather_objects(attachment.state_dict() if torch.distributed.get_rank() == 0 else None)[0]
     trained(engine, attachment, case, STOP, STEPS)
     wanted = state_of(engine, attachment)
     ended(engine)

@@ -45,6 +45,20 @@ def test_rows_with_values_of_their_own_share_a_launch(gpu, launches, p):
             assert_right("adamw", a, before, after)
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_spans_are_stepped_by_address_and_nothing_beside_them(gpu, launches, base, grad_dtype):
+    before, kernel = row(base, 3000, grad=grad_dtype), base if base in ("adamw", "lion") else "sgd"
+    after, spans = copy(before), [(0, 7), (7, 1500), (1603, 1397)]
+    gpu.step(kernel, [(values(base), [step_row(after)._replace(span=span) for span in spans])])
+    assert launches.count == 1
+    for first, length in spans:
+        alone = (*(t[first : first + length].clone() for t in before[:-1]), before[-1])
+        run(gpu, base, values(base), alone)
+        assert all(torch.equal(t[first : first + length], single) for t, single in zip(after[:-1], alone[:-1]))
+    assert all(torch.equal(t[1507:1603], old[1507:1603]) for t, old in zip(after[:-1], before[:-1]))
+
+
 @pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (3, 3, 3, 3), (5, 2, 5, 5), (8, 16, 24, 0), (1, 9, 1, 17)], ids=str)
 @pytest.mark.parametrize("n", (1, 5, 1023, 1024, 1031, 2100))
 def test_runs_that_start_anywhere(gpu, n, offsets):

@@ -65,7 +65,8 @@ def refusal(row: StepRow, blocks: bool = False) -> str | None:
             f"blocks of a pattern that don't lie one after the other (weights of shape {tuple(weights.shape)}, stride"
             f" {weights.stride()})"
         )
-    if not alike and not _laid_out_alike(row.tensors):
+    # A part of a row is known by its place in the order of the dimensions, which is that in memory only if contiguous.
+    if not alike and (row.span is not None or not _laid_out_alike(row.tensors)):
         return (
             f"tensors that lie in memory in different ways, or with gaps (weights of shape {tuple(weights.shape)},"
             f" stride {weights.stride()})"

@@ -211,6 +211,26 @@ def test_fp32_weights_take_16_bit_gradients(base, dtype):
 # -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("base, states", [("adamw", 2), ("sgd", 1), ("sgd", 0), ("lion", 1)])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_spans_are_stepped_by_address_and_nothing_beside_them(base, states, grad_dtype):
+    """As the same elements in tensors of their own; gradients may have another width than weights."""
+    generator = torch.Generator().manual_seed(0)
+    column = [torch.randn(100, generator=generator) for _ in range(2 + states)]
+    column[1] = column[1].to(grad_dtype)
+    if states == 2:
+        column[3].abs_()
+    group = param_group_of(momentum=0.9 * (states > 0))
+    before = [t.clone() for t in column]
+    spans = [(0, 7), (7, 40), (61, 39)]
+    dispatch.step("cpu", base, [(group, [step_row((*column, 3.0))._replace(span=span) for span in spans])])
+    for first, length in spans:
+        alone = [t[first : first + length].clone() for t in before]
+        dispatch.step("cpu", base, [(group, [step_row((*alone, 3.0))])])
+        assert all(torch.equal(t[first : first + length], single) for t, single in zip(column, alone))
+    assert all(torch.equal(t[47:61], old[47:61]) for t, old in zip(column, before))
+
+
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_nan_gradient_shows(cls):
     for changed in (

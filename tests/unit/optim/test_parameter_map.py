@@ -231,3 +231,19 @@ def test_a_copy_of_an_optimizer_has_no_slices():
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["params"][0] not in twin.parameter_map
     assert flat in optimizer.parameter_map
+
+
+@pytest.mark.parametrize("implementation", [None, "foreach"])
+def test_parts_of_a_tensor_that_lies_in_another_order_are_not_taken_for_others(implementation):
+    """The order of its dimensions tells where a part is, and in memory it is elsewhere."""
+    param = torch.nn.Parameter(torch.randn(4, 6).t())
+    param.grad = torch.randn(4, 6).t()
+    before = param.detach().clone()
+    optimizer = LpAdamW([param], lr=0.1, weight_decay=0.1, implementation=implementation)
+    optimizer.parameter_map.replace(
+        {param: [ParamSlice("a", 0, 12, 0, torch.Size([3, 4])), ParamSlice("b", 12, 12, 0, torch.Size([3, 4]))]}
+    )
+    optimizer.parameter_map.set("b", weight_decay=0.3)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        optimizer.step()
+    assert torch.equal(param, before)

@@ -33,7 +33,7 @@ def test_operations_and_bytes_are_those_of_an_update(monkeypatch):
     run = TargetRun(SparsityTarget(0.5, reconstruct=True, update_every=2)).to(START + 1)
     run.step()
     sample = run.attached.weight_controller.reconstruction.sample
-    kept = sum(part.numel() * part.element_size() for name in LAYERS for part in sample._parts[name])
+    kept = sum(part.numel() * part.element_size() for name in LAYERS for _, part in sample._parts[name])
     # torch counts no addmm that is in place.
     in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:

@@ -155,3 +155,30 @@ def test_a_forward_pass_that_fails_does_not_leave_it_inside():
     assert sample.rows("q") == 15
     model.q(batch())
     assert sample.rows("q") == 15
+
+
+def test_what_was_taken_before_a_save_can_be_forgotten_later():
+    """By steps, and also what a save on another rank needs to be forgotten."""
+    model = Block()
+    sample = sample_of(model, tokens=40)
+    for seed in range(4):
+        model(batch(seed=seed))
+        if seed == 2:
+            model(batch(rows=1, seed=9))  # a second micro-batch
+        sample.steps += 1
+        if seed == 1:
+            sample.note_save()
+    assert sample.saved_at == 2 and sample.rows("q") == 35, "15 rows each, and the oldest are dropped"
+    assert sample.rows_a_step == (4 * 15 + 5) / 4
+    sample.forget_before(sample.saved_at)
+    later = torch.cat(
+        [batch(seed=2).reshape(-1, 4), batch(rows=1, seed=9).reshape(-1, 4), batch(seed=3).reshape(-1, 4)]
+    )
+    torch.testing.assert_close(sample.products("q", 4, CPU), products(later))
+    assert sample.rows("q") == 35 and sample.rows_a_step == 35 / 2
+    sample.forget_before(3)
+    torch.testing.assert_close(sample.products("k", 4, CPU), products(batch(seed=3)))
+    assert sample.rows_a_step == 15
+    with pytest.raises(KeyError):
+        sample.forget_before(4)
+        sample.values("q")

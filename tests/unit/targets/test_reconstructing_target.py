@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import helpers.targets
 import lp_dist
 from helpers.targets import END, FINAL_PRUNING, START, TOTAL, TargetRun, decaying, model_of, same
-from lp_dist import LpAdamW, LpCallback, SparsityTarget, groups_of
+from lp_dist import LpAdamW, SparsityTarget, groups_of
 from lp_dist.reconstruction import budget
 from lp_dist.reconstruction.inputs import InputSample
 from lp_dist.reconstruction.solver import damping_for, move_survivors
@@ -206,18 +206,6 @@ def test_the_products_of_shared_inputs_are_computed_once(monkeypatch):
     assert computed == ["a.weight"], "c is the head, which stays dense"
 
 
-def test_from_a_save_on_inputs_are_taken_anew_on_every_rank():
-    """Trainer asks for the state on rank 0 alone, and tells the callbacks of all ranks of the save."""
-    run = run_of("weights").to(START)
-    run.step()
-    sample = run.attached.weight_controller.reconstruction.sample
-    callback = LpCallback(SparsityTarget(0.5))
-    callback._attached = run.attached
-    assert sample.rows("0.weight") == 256
-    callback.on_save(None, None, None)
-    assert sample.rows("0.weight") == 0 and sample.is_open
-
-
 def test_hooks_go_with_the_attachment():
     run = run_of("weights").to(START + 1)
     assert hooks_of(run.model) == 2 + len(LAYERS)
@@ -317,6 +305,14 @@ def test_where_survivors_can_not_move_weights_are_latent_and_a_run_goes_on_bit_f
     second.taken = START + 9
     second.to(TOTAL)
     assert same(second.weights(), complete.weights())
+
+
+def test_what_is_near_zero_is_counted_where_weights_decay_beside_layers_whose_survivors_move():
+    """The last layer is one of these, and has no weights that are near zero and not zero."""
+    target = SparsityTarget(0.5, reconstruct=True, update_every=2, latent_windows=0.0)
+    run = TargetRun(target, model=Odd(), lr=1e-3, names=ODD).to(START + 15)
+    logs = run.attached.logs
+    assert logs["lp/near_zero"] > logs["lp/measured"] + 0.05
 
 
 @pytest.mark.parametrize(("names", "moves"), [(ODD, False), (ODD[:1], False), (ODD[2:], True), (ODD[::2], True)])
